@@ -4,6 +4,7 @@ Scores are measured on the checkpoint as a user loads it, over a full-precision 
 validation rows. Then its calibration, its thresholds and the weight of its lexical head are fitted on them.
 """
 
+import dataclasses
 import functools
 import gc
 import logging
@@ -18,7 +19,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 import numpy as np
 import transformers
 from accelerate.utils.memory import should_reduce_batch_size
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer, EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from checkpoint_hierarchical import check_tokenizer
@@ -34,11 +35,19 @@ from hierarchical_clinicalbert.errors import (
     one_line,
     requested_traceback,
 )
-from hierarchical_clinicalbert.evaluation import plots, report
-from hierarchical_clinicalbert.evaluation.calibration import label_arrays
-from hierarchical_clinicalbert.evaluation.forms import form_of
-from hierarchical_clinicalbert.evaluation.label_issues import write_label_issues
-from hierarchical_clinicalbert.evaluation.lexical import fit_classifier, token_counts
+from hierarchical_clinicalbert.evaluation import plots
+from hierarchical_clinicalbert.evaluation.forms import Form, form_of
+from hierarchical_clinicalbert.evaluation.label_issues import list_label_issues
+from hierarchical_clinicalbert.evaluation.report import (
+    ScoredSplit,
+    calibrate_splits,
+    class_scores,
+    draw_plots,
+    draw_reliability,
+    log_metrics,
+    measure_sets,
+    write_predictions,
+)
 from hierarchical_clinicalbert.files import write_json
 from hierarchical_clinicalbert.machine import keep_memory
 from hierarchical_clinicalbert.publishing.description import (
@@ -49,18 +58,13 @@ from hierarchical_clinicalbert.publishing.description import (
     hash_model,
 )
 from hierarchical_clinicalbert.training import resume
-from hierarchical_clinicalbert.training.arguments import Arguments, check_against_data, parse
+from hierarchical_clinicalbert.training.arguments import Arguments, fit_to_data, parse
 from hierarchical_clinicalbert.training.cpu import KEPT_MEMORY
 from hierarchical_clinicalbert.training.losses import FocalLoss
-from hierarchical_clinicalbert.training.model import (
-    build_model,
-    fetch_model,
-    find_config_folder,
-    load_tokenizer,
-    size_report,
-)
+from hierarchical_clinicalbert.training.model import build_model, fetch_model, load_tokenizer, pin_model, size_report
 from hierarchical_clinicalbert.training.prototypes import initialise_heads
 from hierarchical_clinicalbert.training.publish import check_hub, push, run_facts, run_settings, write_card
+from hierarchical_clinicalbert.training.score import label_arrays, score_splits, scoring_trainer, token_counts
 from hierarchical_clinicalbert.training.tokens import build_collator, tokenize_splits
 from hierarchical_clinicalbert.training.trainer import HierarchicalTrainer
 from taxonomy_hierarchical import TaxonomyError
@@ -82,24 +86,30 @@ def main(argv: list[str], prepare: Prepare = lambda trainer: trainer) -> None:
 
 def run(arguments: Arguments, prepare: Prepare) -> None:
     """Check the output folder, read the data, then train or score."""
-    # ── Output folder, model: before the data are read ───────────────────────────────────────────────────────────────
-    training = arguments.training
-    resume.check_output_folder(training, arguments.model.model_name_or_path)
+    # ── Output folder: before the data are read ──────────────────────────────────────────────────────────────────────
+    training, source = arguments.training, arguments.model.model_name_or_path
+    trains = bool(training.do_train)
+    resume.check_output_folder(training, source)
     set_seed(training.seed)
-    source = arguments.model.model_name_or_path
-    requested = training.resume_from_checkpoint if training.do_train else None
+    requested = training.resume_from_checkpoint if trains else None
     resume_from = resume.find_checkpoint(requested, training.output_dir)
 
-    # ── Data: read, check, split ─────────────────────────────────────────────────────────────────────────────────────
+    # ── Data: read, map labels to nodes, split ───────────────────────────────────────────────────────────────────────
     with training.main_process_first(desc="reading the data"):
-        data, stored = load_data(arguments, resume_from)
+        rows = read_sources(arguments.data, trains)  # before the Hub is asked for a checkpoint's taxonomy
+        model, folder = pin_model(arguments.model)
+        stored = read_config(folder) if is_checkpoint(folder) else None
+        trained_texts = resume.read_earlier_texts(folder, resume_from)
+        taxonomy = stored.tree if stored else None
+        data = load_splits(arguments.data, training.seed, taxonomy, trained_texts, trains, rows)
     if stored and stored.problem_type != data.problem_type:
         kinds = {SINGLE_LABEL: "one label per text", MULTI_LABEL: "any number of labels per text"}
         ours, theirs = kinds[data.problem_type], kinds[stored.problem_type]
         raise InputError(f"{source} is for {theirs}, the data for {ours} (--problem_type {data.problem_type})")
 
-    # ── Model, fit, measure, publish ─────────────────────────────────────────────────────────────────────────────────
-    if training.do_train:
+    # ── Train or score ───────────────────────────────────────────────────────────────────────────────────────────────
+    arguments = arguments._replace(model=model)
+    if trains:
         train(arguments, data, resume_from, prepare)
     elif stored is None:
         raise InputError(f"--do_train false needs a trained checkpoint, which {source} is not")
@@ -109,28 +119,15 @@ def run(arguments: Arguments, prepare: Prepare) -> None:
         score_checkpoint(arguments, data)
 
 
-def load_data(arguments: Arguments, resume_from: str | None) -> tuple[LabelledSplits, HierarchicalConfig | None]:
-    """Return the labelled splits, and the configuration of the checkpoint to start from, if it is one.
-
-    Rows are read and checked before the Hub is asked for a checkpoint's taxonomy, which their labels may need.
-    """
-    trains = bool(arguments.training.do_train)
-    rows = read_sources(arguments.data, trains)
-    folder = find_config_folder(arguments.model)
-    stored = read_config(folder) if is_checkpoint(folder) else None
-    trained_texts = resume.read_earlier_texts(folder, resume_from)
-    taxonomy = stored.tree if stored else None
-    return load_splits(arguments.data, arguments.training.seed, taxonomy, trained_texts, trains, rows), stored
-
-
 def train(arguments: Arguments, data: LabelledSplits, resume_from: str | None, prepare: Prepare) -> None:
     """Train, measure and publish a model. All files go to ``--output_dir``."""
-    training, form = arguments.training, form_of(data.taxonomy, data.problem_type)
-    check_against_data(arguments, data.splits, form)
+    form = form_of(data.taxonomy, data.problem_type)
+    arguments = arguments._replace(training=fit_to_data(arguments.training, data.splits, form))
+    training, output = arguments.training, Path(arguments.training.output_dir)
     heads_init = resume.check_resumed_data(resume_from, data.taxonomy, data.report) if resume_from else None
 
     # ── Model: encoder, adapter, heads, tokenizer ────────────────────────────────────────────────────────────────────
-    fetch_model(arguments.model)  # not before the data are known to be usable
+    arguments = arguments._replace(model=fetch_model(arguments.model))  # the data are known to be usable
     model = build_model(arguments.model, data.taxonomy, training.seed, data.problem_type)
     if resume_from is not None:
         resume.check_model(resume_from, model)
@@ -139,31 +136,22 @@ def train(arguments: Arguments, data: LabelledSplits, resume_from: str | None, p
     tokenizer = load_tokenizer(arguments.model, model)
     splits = tokenize_splits(arguments, data, tokenizer)
 
-    # ── Run: folder, trainer, settings, initial heads ────────────────────────────────────────────────────────────────
-    output = Path(training.output_dir)
+    # ── Run: folder, trainer, initial heads ──────────────────────────────────────────────────────────────────────────
     if training.should_save:
         output.mkdir(parents=True, exist_ok=True)
     trainer = prepare(build_trainer(arguments, splits, model, tokenizer))
-    settings = run_settings(arguments, model, tokenizer.model_max_length)
-    metrics: dict[str, Any] = {}  # filled at the end, before the card is written again
-    trainer.write_card = functools.partial(write_card, trainer, settings, data.report, metrics)
     size = size_report(model)
-    setup = (training.device, training.precision, arguments.model.quantization, arguments.model.tuning)
-    logger.info("device %s, precision %s, encoder %s, tuning %s", *setup)
-    sizes = "trained: {trainable_parameters:,} of {all_parameters:,} parameters; "
-    sizes += "encoder: {encoder_bytes:,} bytes, {encoder_bytes_float32:,} in float32"
-    logger.info(sizes.format_map(size))
+    log_set_up(arguments, size)
     resume.start_run(trainer, arguments.model.model_name_or_path, data, resume_from)
     if resume_from is None:
         heads_init = initialise_heads(trainer, splits["train"], arguments.model)
-    settings["heads_init"] = data.report["heads_init"] = heads_init
-    if heads_init is None:  # trained heads are kept, and there were no contrastive steps
-        settings["contrastive_steps"] = None
+    report = data.report | {"heads_init": heads_init}
     if training.should_save:
         if arguments.data.label_issues:
-            vocab_size = model.config.text_config.vocab_size
-            data.report["label_issues"] = write_label_issues(form, splits["train"], vocab_size, output)
-        write_json(output / "data_report.json", data.report)
+            report["label_issues"] = write_label_issues(form, splits["train"], model.config, output)
+        write_json(output / "data_report.json", report)
+    settings = run_settings(arguments, model, tokenizer.model_max_length, heads_init)
+    trainer.write_card = functools.partial(write_card, trainer, settings, report)
 
     # ── Fit ──────────────────────────────────────────────────────────────────────────────────────────────────────────
     if training.device.type == "cpu":
@@ -174,19 +162,42 @@ def train(arguments: Arguments, data: LabelledSplits, resume_from: str | None, p
     trainer.save_model(_internal_call=True)  # else it is pushed here, before it is measured
     trainer.accelerator.wait_for_everyone()  # all processes load it
 
-    # ── Measure: the checkpoint, loaded back ─────────────────────────────────────────────────────────────────────────
-    metrics |= result.metrics | run_facts(arguments, size, data.report) | {"best_epoch": trainer.best_epoch}
-    scores, logits = score_and_calibrate(arguments, splits, trainer, model)
-    metrics |= scores | report.class_scores(model.config, logits, splits)
+    # ── Score: the model as trained, and the checkpoint loaded back ──────────────────────────────────────────────────
+    scores, as_trained = dict[str, Any](), dict[str, float]()
+    if arguments.model.quantization != "none":
+        held_out = DatasetDict({split: rows for split, rows in splits.items() if split == "validation"})
+        _, as_trained = score_splits(trainer, held_out)
+    scorer = scoring_trainer(training.output_dir, training, tokenizer, trainer.loss_function)
+    scored, uncalibrated = score_splits(scorer, splits)
+    scores = {f"quantized_{name}": value for name, value in as_trained.items()} | uncalibrated
+
+    # ── Calibrate: the lexical head and the calibration become part of the checkpoint ────────────────────────────────
+    if "validation" in scored:
+        if training.should_save:
+            diagram = draw_reliability(form, scored)
+            plots.write(diagram, output / "plots" / "reliability_diagram_uncalibrated.png")
+        counts = token_counts(splits["train"], model.config.text_config.vocab_size)
+        labels = label_arrays(form.decisions, splits["train"])
+        classifier = form.fit_classifier(counts, labels, arguments.model.lexical_head)
+        calibration, scored, calibrated = calibrate_splits(form, scored, classifier)
+        calibration = dataclasses.replace(calibration, max_length=tokenizer.model_max_length)
+        model.set_calibration(calibration, classifier.weights() if classifier and calibration.lexical_weight else None)
+        trainer.save_model(_internal_call=True)
+        scores = replace_scores(scores, calibrated) | measure_sets(form, scored, calibration.set_thresholds)
+    else:
+        logger.info("no validation rows were scored: no lexical head, and the model's probabilities are not calibrated")
 
     # ── Publish: files, model card, Hub ──────────────────────────────────────────────────────────────────────────────
+    facts = result.metrics | run_facts(arguments, size, data.report) | {"best_epoch": trainer.best_epoch}
+    metrics = facts | scores | class_scores(form, scored, model.config.calibration.thresholds)
     if training.should_save:
-        write_files(output, metrics, model, logits, splits)
-        plots.write(plots.training_curves(trainer.state.log_history), output / "plots" / "training_curves.png")
-        trainer.write_card(output)
+        write_files(output, form, model.config, scored, metrics)
+        titles = {name: metric.title for name, metric in form.metrics.items() if metric.is_drawn}
+        plots.write(plots.training_curves(trainer.state.log_history, titles), output / "plots" / "training_curves.png")
+        write_card(trainer, settings, report, output, metrics)
         write_json(output / METRICS, metrics | {SCORED_MODEL: hash_model(output)})
         logger.info("checkpoint, metrics and plots are in %s", output)
-    report.log_metrics(scores)
+    log_metrics(scores)
     if training.push_to_hub:
         push(trainer)
 
@@ -214,45 +225,40 @@ def build_trainer(
         eval_dataset=splits.get("validation"),
         processing_class=tokenizer,
         data_collator=build_collator(tokenizer, form.decisions.targets),
-        compute_metrics=form.metrics(),
+        compute_metrics=form.compute_metrics,
         callbacks=[EarlyStoppingCallback(patience)] if patience else None,
         loss_function=loss_function,
         consistency=loss.consistency,
     )
 
 
-def score_and_calibrate(
-    arguments: Arguments, splits: DatasetDict, trainer: HierarchicalTrainer, model: PreTrainedModel
-) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """Score the checkpoint that was just saved; calibrate it on the validation rows and save it again.
+def log_set_up(arguments: Arguments, size: dict[str, int | float]) -> None:
+    """Log the device, the precision and the sizes of `size_report`."""
+    training, model = arguments.training, arguments.model
+    setup = (training.device, training.precision, model.quantization, model.tuning)
+    logger.info("device %s, precision %s, encoder %s, tuning %s", *setup)
+    sizes = "trained: {trainable_parameters:,} of {all_parameters:,} parameters; "
+    sizes += "encoder: {encoder_bytes:,} bytes, {encoder_bytes_float32:,} in float32"
+    logger.info(sizes.format_map(size))
 
-    The scores include those of the quantized model as trained, on the validation rows. The logits of each split
-    are calibrated if there are validation rows.
-    """
-    training, as_trained = arguments.training, dict[str, float]()
-    form = form_of(model.config.tree, model.config.problem_type)
-    if arguments.model.quantization != "none":
-        trainer.compute_metrics = report.pipeline_metrics(model.config)  # training's F1 is at the best threshold
-        held_out = DatasetDict({split: rows for split, rows in splits.items() if split == "validation"})
-        scores, *_ = report.score_splits(trainer, held_out)
-        as_trained = {f"quantized_{name}": value for name, value in scores.items()}
-    scorer = report.scoring_trainer(training.output_dir, training, trainer.processing_class, trainer.loss_function)
-    scores, logits, decision_scores = report.score_splits(scorer, splits)
-    if "validation" not in logits:
-        logger.info("no validation rows were scored: no lexical head, and the model's probabilities are not calibrated")
-        return as_trained | scores, logits
-    if training.should_save:
-        file = Path(training.output_dir) / "plots" / "reliability_diagram_uncalibrated.png"
-        _, *scored = report.reported_split(form, logits, splits)
-        plots.write(form.reliability_diagram(*scored), file)
-    vocab_size, max_length = model.config.text_config.vocab_size, trainer.processing_class.model_max_length
-    counts, labels = token_counts(splits["train"], vocab_size), label_arrays(form.decisions, splits["train"])
-    classifier = fit_classifier(form, counts, labels, arguments.model.lexical_head)
-    calibrated, logits = report.calibrate_model(model, classifier, decision_scores, splits, max_length)
-    trainer.save_model(_internal_call=True)
-    before = {name: scores.pop(name) for name in [*scores] if name in calibrated or name.endswith(BEFORE_CALIBRATION)}
-    uncalibrated = {f"uncalibrated_{name}": value for name, value in before.items()}
-    return as_trained | scores | uncalibrated | calibrated, logits
+
+def write_label_issues(form: Form, rows: Dataset, config: HierarchicalConfig, folder: Path) -> int:
+    """Write ``label_issues.csv`` for tokenized training rows; return the number of rows in it."""
+    counts, labels = token_counts(rows, config.text_config.vocab_size), label_arrays(form.decisions, rows)
+    columns = (np.array(rows[column]) for column in ("text_id", "row", "moved"))
+    issues, file = list_label_issues(form, counts, labels, *columns), folder / resume.LABEL_ISSUES
+    issues.to_csv(file, index=False, float_format="%.6f")
+    known = "in a test, 65 to 79 % of such rows were labelled correctly (docs/training.md)"
+    logger.info("%d of %d training rows have a label that may be wrong; %s: %s", len(issues), len(rows), known, file)
+    return len(issues)
+
+
+def replace_scores(uncalibrated: dict[str, float], calibrated: dict[str, float]) -> dict[str, float]:
+    """Return the scores after calibration, and those that it replaces as ``uncalibrated_…``."""
+    kept = dict(uncalibrated)
+    replaced = [name for name in kept if name in calibrated or name.endswith(BEFORE_CALIBRATION)]
+    before = {f"uncalibrated_{name}": kept.pop(name) for name in replaced if not name.startswith("quantized_")}
+    return kept | before | calibrated
 
 
 def score_checkpoint(arguments: Arguments, data: LabelledSplits) -> None:
@@ -265,41 +271,47 @@ def score_checkpoint(arguments: Arguments, data: LabelledSplits) -> None:
         if left_out:
             problem = f"the checkpoint was trained or calibrated on the texts of all {left_out:,} rows; give other rows"
         raise InputError(f"nothing to score: {problem}")
-    fetch_model(arguments.model)
-    source = arguments.model.model_name_or_path
+
+    # ── Checkpoint ───────────────────────────────────────────────────────────────────────────────────────────────────
+    source = fetch_model(arguments.model).model_name_or_path
     with as_input_error(f"cannot load the tokenizer of {source}"):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=True)
-    scorer = report.scoring_trainer(source, training, tokenizer)
+    scorer = scoring_trainer(source, training, tokenizer)
     with as_input_error(f"cannot score {source}"):
         check_tokenizer(tokenizer, scorer.model)
-    splits = tokenize_splits(arguments, data, tokenizer)
-    metrics, logits, _ = report.score_splits(scorer, splits)
-    if tokenizer.model_max_length == scorer.model.config.calibration.max_length:
-        metrics |= report.set_scores(scorer.model.config, logits, splits)
+
+    # ── Score ────────────────────────────────────────────────────────────────────────────────────────────────────────
+    config, form = scorer.model.config, form_of(data.taxonomy, data.problem_type)
+    scored, metrics = score_splits(scorer, tokenize_splits(arguments, data, tokenizer))
+    if tokenizer.model_max_length == config.calibration.max_length:
+        metrics |= measure_sets(form, scored, config.calibration.set_thresholds)
+
+    # ── Files ────────────────────────────────────────────────────────────────────────────────────────────────────────
     if training.should_save:
         output = Path(training.output_dir)
         output.mkdir(parents=True, exist_ok=True)
         delete_scores(output)
         write_json(output / "data_report.json", data.report)
-        scored = metrics | report.class_scores(scorer.model.config, logits, splits)
-        write_files(output, scored, scorer.model, logits, splits)
-        write_json(output / METRICS, scored | {SCORED_MODEL: hash_model(Path(source))})
+        all_metrics = metrics | class_scores(form, scored, config.calibration.thresholds)
+        write_files(output, form, config, scored, all_metrics)
+        write_json(output / METRICS, all_metrics | {SCORED_MODEL: hash_model(Path(source))})
         logger.info("metrics and plots are in %s", output)
-    report.log_metrics(metrics)
+    log_metrics(metrics)
 
 
 def write_files(
-    output: Path, metrics: dict[str, Any], model: PreTrainedModel, logits: dict[str, np.ndarray], splits: DatasetDict
+    output: Path, form: Form, config: HierarchicalConfig, scored: dict[str, ScoredSplit], metrics: dict[str, Any]
 ) -> None:
     """Write the plots and the predictions of the scored splits into the folder ``output``."""
-    report.draw_plots(model.config, logits, splits, metrics.get("per_class", []), output / "plots")
-    report.write_predictions(model.config, logits, splits, output)
+    for name, figure in draw_plots(form, scored, metrics.get("per_class", [])).items():
+        plots.write(figure, output / "plots" / f"{name}.png")
+    write_predictions(form, scored, config.calibration.thresholds, output)
 
 
 def set_up_logging(first: bool) -> None:
     """Log messages of this project, in the ``first`` process only, and warnings of libraries."""
     logging.basicConfig(format="%(asctime)s  %(message)s", datefmt="%H:%M:%S", level=logging.WARNING, force=True)
-    for name in ("train", "training", "evaluation", "publishing"):
+    for name in ("train", "hierarchical_clinicalbert"):
         logging.getLogger(name).setLevel(logging.INFO if first else logging.ERROR)
     logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
     if not first:

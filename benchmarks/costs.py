@@ -28,8 +28,8 @@ from transformers import pipeline
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from decisions_hierarchical import expected_costs
 from hierarchical_clinicalbert.evaluation.metrics import one_hot
-from pipeline_hierarchical import expected_costs
 from taxonomy_hierarchical import Taxonomy
 
 OTHER_ROOT, SAME_ROOT = 5, 1

@@ -55,9 +55,9 @@ from configuration_hierarchical import HierarchicalConfig
 from decisions_hierarchical import OnePath, guaranteed_threshold
 from hierarchical_clinicalbert.evaluation.forms import Form, form_of
 from hierarchical_clinicalbert.evaluation.metrics import confusion_counts, macro_f1, micro_f1, one_hot
-from hierarchical_clinicalbert.evaluation.one_path import fit_conformal_thresholds
+from hierarchical_clinicalbert.evaluation.one_path import OnePathForm
+from hierarchical_clinicalbert.evaluation.report import MEASURED_TARGET
 from hierarchical_clinicalbert.prediction.int8 import quantize
-from hierarchical_clinicalbert.publishing.card import MEASURED_TARGET
 from taxonomy_hierarchical import Taxonomy
 
 QUALITY = ROOT / "benchmarks" / "results" / "quality.json"
@@ -196,8 +196,8 @@ def node_probabilities(classify: Callable, texts: list[str]) -> np.ndarray:
 def coverage_threshold(tree: Taxonomy, nodes: np.ndarray, labels: np.ndarray, coverage: float) -> float:
     """Fit the threshold of this project's answers to node probabilities and leaf ids. Each row is a text."""
     leaves = nodes[:, : tree.num_leaves] / nodes[:, : tree.num_leaves].sum(axis=1, keepdims=True)
-    thresholds = fit_conformal_thresholds(OnePath(tree), np.log(leaves.clip(1e-30)), labels, np.arange(len(labels)))
-    return guaranteed_threshold("coverage", coverage, thresholds)
+    sets = OnePathForm(tree).fit_sets(np.log(leaves.clip(1e-30)), labels, np.arange(len(labels)))
+    return guaranteed_threshold("coverage", coverage, sets["set_thresholds"])
 
 
 def read_rows(tree: Taxonomy, file: Path, class_names: Path | None) -> tuple[list[str], np.ndarray]:

@@ -40,8 +40,9 @@ from hierarchical_clinicalbert.data.arguments import DataArguments
 from hierarchical_clinicalbert.data.splits import load_splits
 from hierarchical_clinicalbert.evaluation.forms import Form, form_of
 from hierarchical_clinicalbert.evaluation.label_issues import FILTER, judge, out_of_fold
-from hierarchical_clinicalbert.evaluation.lexical import REGULARISATION, LexicalClassifier, token_counts
+from hierarchical_clinicalbert.evaluation.lexical import REGULARISATION, LexicalClassifier
 from hierarchical_clinicalbert.evaluation.metrics import one_hot
+from hierarchical_clinicalbert.training.score import token_counts
 from hierarchical_clinicalbert.training.tokens import tokenize
 from taxonomy_hierarchical import Taxonomy
 

@@ -29,7 +29,6 @@ from transformers import (
     AutoTokenizer,
     DataCollatorWithPadding,
     EarlyStoppingCallback,
-    EvalPrediction,
     PreTrainedTokenizerBase,
     Trainer,
     set_seed,
@@ -41,14 +40,12 @@ from decisions_hierarchical import ManyNodes, threshold_index
 from hierarchical_clinicalbert.evaluation.calibration import calibrate_out_of_fold, calibrated_logits, fit_calibration
 from hierarchical_clinicalbert.evaluation.forms import form_of
 from hierarchical_clinicalbert.evaluation.many_nodes import (
-    build_multi_label_metrics,
+    ManyNodesForm,
     common_threshold,
-    fit_recall_thresholds,
     predict_nodes,
-    recall_scores,
 )
 from hierarchical_clinicalbert.evaluation.metrics import bootstrap_intervals, node_f1
-from hierarchical_clinicalbert.publishing.card import MEASURED_TARGET
+from hierarchical_clinicalbert.evaluation.report import MEASURED_TARGET
 from hierarchical_clinicalbert.training.arguments import HierarchicalTrainingArguments
 from hierarchical_clinicalbert.training.model import turn_off_dropout
 from taxonomy_hierarchical import Taxonomy
@@ -89,7 +86,7 @@ def choose_settings(
 
     def micro_f1(fitted: tuple[Logits, dict]) -> float:
         closed = maximum_below(tree, fitted[0]["validation"])
-        return build_multi_label_metrics(tree)(EvalPrediction(closed, labels))["micro_f1"]
+        return ManyNodesForm(tree).measure(closed, labels)["micro_f1"]
 
     return max(((fit(**settings), settings) for settings in grid), key=micro_f1)
 
@@ -237,7 +234,7 @@ def flat_lora(maximum: bool = False) -> Callable:
             train_dataset=tokenized["train"],
             eval_dataset=tokenized["validation"],
             data_collator=DataCollatorWithPadding(tokenizer),
-            compute_metrics=build_multi_label_metrics(ManyNodes(tree)),
+            compute_metrics=ManyNodesForm(tree).compute_metrics,
             callbacks=[EarlyStoppingCallback(training.early_stopping_patience)],
             optimizers=(torch.optim.AdamW(rates, weight_decay=0.0), None),
         )
@@ -305,7 +302,7 @@ def score_checkpoint(folder: Path, tree: Taxonomy, rows: dict[str, Rows]) -> dic
 
 def score(tree: Taxonomy, u: np.ndarray, labels: np.ndarray, thresholds: np.ndarray | float) -> dict[str, Any]:
     """Return the scores of the predicted nodes, their bootstrap intervals over texts, and the predicted nodes, packed."""
-    scores = build_multi_label_metrics(ManyNodes(tree), thresholds)(EvalPrediction(u, labels))
+    scores = ManyNodesForm(tree).measure(u, labels, thresholds=thresholds)
     chosen = predict_nodes(ManyNodes(tree), u, thresholds)
     ends = bootstrap_intervals(labels, chosen)
     intervals = {f"{name}_interval": ends[name].tolist() for name in ("micro_f1", "macro_f1")}
@@ -337,12 +334,12 @@ def answers(tree: Taxonomy, scores: np.ndarray, labels: np.ndarray, num_fitted: 
     for _ in range(SPLITS):
         fitted, scored = np.split(generator.permutation(len(scores)), [num_fitted])
         inputs = (scores[fitted], None, labels[fitted])
-        thresholds, num_texts = fit_recall_thresholds(
-            calibrate_out_of_fold(fit, form.decisions, *inputs, fitted), labels[fitted]
-        )
+        calibrated = calibrate_out_of_fold(fit, form.decisions, *inputs, fitted)
+        sets = form.fit_sets(calibrated, labels[fitted], fitted)
         u = calibrated_logits(form.decisions, fit(*inputs), scores[scored], None)
-        measured = recall_scores(u, labels[scored], thresholds[threshold_index(MEASURED_TARGET)])
-        by_split.append((measured["recall"], measured["nodes"], num_texts))
+        threshold = sets["set_thresholds"][threshold_index(MEASURED_TARGET)]
+        measured = form.set_scores(u, labels[scored], scored, threshold)
+        by_split.append((measured["recall"], measured["nodes"], sets["num_texts"]))
     recall, nodes, num_texts = np.mean(by_split, axis=0)
     return {
         "splits_answer_recall": recall,

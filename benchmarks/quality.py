@@ -71,7 +71,6 @@ from scipy.sparse import csr_matrix
 from sklearn.base import ClassifierMixin
 from sklearn.linear_model import LogisticRegression
 from sklearn.svm import LinearSVC
-from transformers import EvalPrediction
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -82,9 +81,9 @@ from decisions_hierarchical import build_decisions
 from hierarchical_clinicalbert.data.arguments import DataArguments
 from hierarchical_clinicalbert.data.splits import LabelledSplits, load_splits
 from hierarchical_clinicalbert.evaluation.metrics import bootstrap_intervals, one_hot
-from hierarchical_clinicalbert.evaluation.one_path import build_compute_metrics
+from hierarchical_clinicalbert.evaluation.one_path import OnePathForm
+from hierarchical_clinicalbert.evaluation.report import MEASURED_TARGET
 from hierarchical_clinicalbert.machine import has_bf16
-from hierarchical_clinicalbert.publishing.card import MEASURED_TARGET
 from taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy
 
 Predict = Callable[[Any], np.ndarray]
@@ -393,7 +392,7 @@ def measure(labels: np.ndarray, predictions: np.ndarray, tree: Taxonomy) -> dict
     """Compute the scores that depend only on the predicted leaf, from leaf ids (num_texts,)."""
     certain = np.full((len(labels), tree.num_leaves), -100.0)
     certain[np.arange(len(labels)), predictions] = 0
-    scores = build_compute_metrics(tree)(EvalPrediction(predictions=certain, label_ids=labels))
+    scores = OnePathForm(tree).measure(certain, labels)
     ends = bootstrap_intervals(one_hot(labels, tree.num_leaves), one_hot(predictions, tree.num_leaves))
     intervals = {"accuracy_interval": ends["micro_f1"].tolist(), "macro_f1_interval": ends["macro_f1"].tolist()}
     return {

@@ -1,5 +1,6 @@
 """The library as pip installs it."""
 
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -10,7 +11,14 @@ INSTALLED = {"hierarchical_clinicalbert"} | {path.name for path in ROOT.glob("*_
 
 
 def test_pip_installs_the_library_and_the_shipped_files_alone(tmp_path):
-    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, ROOT]
+    source = tmp_path / "source"
+    shutil.copytree(ROOT / "hierarchical_clinicalbert", source / "hierarchical_clinicalbert")
+    for file in (
+        *ROOT.glob("*.py"),
+        *(ROOT / name for name in ("pyproject.toml", "requirements.txt", "README.md", "LICENSE")),
+    ):
+        shutil.copy(file, source)
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, source]
     subprocess.run(build, check=True)
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:

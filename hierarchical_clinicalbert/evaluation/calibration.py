@@ -21,7 +21,6 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from datasets import Dataset
 from scipy.optimize import minimize
 from sklearn.model_selection import GroupKFold
 
@@ -34,12 +33,6 @@ PRIOR_STD = 0.25  # standard deviation of every prior
 SCALE_BOUNDS = (0.05, 20.0)
 
 Fit = Callable[[np.ndarray, np.ndarray | None, np.ndarray], Calibration]
-
-
-def label_arrays(decisions: Decisions, rows: Dataset) -> np.ndarray:
-    """Return the labels of tokenized rows as the arrays of `Decisions.targets`."""
-    weights = rows["weights"][:] if "weights" in rows.column_names else None
-    return decisions.targets(rows["labels"][:], weights).numpy()
 
 
 def calibrated_logits(

@@ -10,50 +10,45 @@ Worth knowing:
 4. Rows are ranked by the probability of the label. Many listed labels are correct: `benchmarks/label_issues.py`.
 """
 
-import logging
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from datasets import Dataset
 from scipy.sparse import csr_matrix
 from scipy.special import softmax
 
-from hierarchical_clinicalbert.evaluation.calibration import label_arrays
 from hierarchical_clinicalbert.evaluation.forms import Form
-from hierarchical_clinicalbert.evaluation.lexical import token_counts
 from hierarchical_clinicalbert.evaluation.metrics import FOLDS
 from hierarchical_clinicalbert.reading.columns import join_labels
-
-logger = logging.getLogger(__name__)
 
 FILTER = "both"  # of cleanlab: the rows that two of its rules find
 COLUMNS = ("row", "label", "better_label", "why", "decision", "probability_of_label", "probability_of_better_label")
 
 
-def write_label_issues(form: Form, rows: Dataset, vocab_size: int, folder: Path) -> int:
-    """Write ``label_issues.csv`` for tokenized training rows; return the number of rows in it."""
-    file, issues = folder / "label_issues.csv", list_label_issues(form, rows, vocab_size)
-    issues.to_csv(file, index=False, float_format="%.6f")
-    logger.info("%d of %d training rows have a label that may be wrong: %s", len(issues), len(rows), file)
-    return len(issues)
+def list_label_issues(
+    form: Form, counts: csr_matrix, labels: np.ndarray, texts: np.ndarray, rows: np.ndarray, moved: np.ndarray
+) -> pd.DataFrame:
+    """List the rows whose labels may be wrong, the least probable label first, in `COLUMNS`; see docs/training.md.
 
-
-def list_label_issues(form: Form, rows: Dataset, vocab_size: int) -> pd.DataFrame:
-    """List the rows whose labels may be wrong, the least probable label first, in `COLUMNS`; see docs/training.md."""
-    labels, texts, tree = label_arrays(form.decisions, rows), np.array(rows["text_id"]), form.tree
-    scores = out_of_fold(form, token_counts(rows, vocab_size), labels, texts)
+    Args:
+        counts: how often each token occurs, (num_rows, V).
+        labels, texts: see `Form`.
+        rows: numbers in the source, (num_rows,).
+        moved: which rows are of another file, (num_rows,). They are not listed.
+    """
+    scores, tree = out_of_fold(form, counts, labels, texts), form.tree
     judged = [] if scores is None else [*judge(form, scores, labels, texts)]
     if not judged:
         return pd.DataFrame(columns=COLUMNS)
     issues = form.rank_issues(pd.concat(judged), scores, labels)
-    issues = issues[~np.array(rows["moved"])[issues["index"]]]  # the numbers of moved rows are of another file
+    issues = issues[~moved[issues["index"]]]
     index = issues["index"].to_numpy()
     better, why = form.describe_issues(issues, labels, texts)
     columns = {
-        "row": np.array(rows["row"])[index],
-        "label": [join_labels(tree.labels[node] for node in tree.deepest(rows["labels"][i])) for i in index.tolist()],
+        "row": rows[index],
+        "label": [
+            join_labels(tree.labels[node] for node in tree.deepest(nodes)) for nodes in form.nodes_of(labels[index])
+        ],
         "better_label": [join_labels(tree.labels[node] for node in tree.deepest(nodes)) for nodes in better],
         "why": why,
         "decision": [tree.labels[node] if node >= 0 else "" for node in issues["decision"]],

@@ -10,12 +10,8 @@ Worth knowing:
    classifier per decision, as in HiClass, was tried on OHSUMED and was less accurate, for parents too.
 """
 
-import logging
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
-from datasets import Dataset
 from scipy.sparse import csr_matrix
 from scipy.special import logsumexp
 from sklearn.feature_extraction.text import TfidfTransformer
@@ -25,25 +21,9 @@ from torch import Tensor
 from decisions_hierarchical import Decisions, ManyNodes, OnePath
 from hierarchical_clinicalbert.evaluation.metrics import one_hot
 
-if TYPE_CHECKING:
-    from hierarchical_clinicalbert.evaluation.forms import Form
-
-logger = logging.getLogger(__name__)
-
 MIN_ROWS = 2  # a token in fewer training rows is ignored
 REGULARISATION = 50.0  # C of scikit-learn: weak, since the documents are vectors of length 1
 MAX_WEIGHTS = 2**24  # 64 MiB
-
-
-def token_counts(rows: Dataset, vocab_size: int) -> csr_matrix:
-    """Count each token id in each row, special tokens included: (num_rows, vocab_size)."""
-    chunks = rows.with_format("arrow")["input_ids"].chunks
-    lengths = np.concatenate([chunk.value_lengths().to_numpy() for chunk in chunks])
-    ids = np.concatenate([chunk.flatten().to_numpy() for chunk in chunks])
-    pointers = np.concatenate([[0], np.cumsum(lengths)])
-    counts = csr_matrix((np.ones(len(ids)), ids, pointers), shape=(len(rows), vocab_size))
-    counts.sum_duplicates()
-    return counts
 
 
 class LexicalClassifier:
@@ -180,23 +160,3 @@ def log_odds_variance(present: csr_matrix, labels: np.ndarray) -> np.ndarray:
     sizes = [(labels == label).sum(axis=0)[:, None] for label in (1, 0)]
     log_odds = np.log((inside + 1) / (sizes[0] + 2)) - np.log((outside + 1) / (sizes[1] + 2))
     return np.var(log_odds, axis=0) if len(log_odds) > 1 else log_odds[0] ** 2
-
-
-def fit_classifier(
-    form: "Form", counts: csr_matrix, labels: np.ndarray, wanted: bool | None = None
-) -> LexicalClassifier | None:
-    """Fit a classifier on the training rows; return None if it is not wanted, or there is nothing to tell apart.
-
-    By default it is wanted if it has at most `MAX_WEIGHTS` weights.
-    """
-    vocab_size, num_classes = counts.shape[1], form.decisions.num_classes
-    if wanted is False:
-        return None
-    if wanted is None and vocab_size * num_classes > MAX_WEIGHTS:
-        size = f"{vocab_size:,} tokens times {num_classes:,} classes"
-        logger.info("no lexical head: it would have %s weights; --lexical_head true adds it", size)
-        return None
-    if not form.classifier.can_learn(form.decisions, labels):
-        logger.info("no lexical head: the training rows do not tell any two classes apart")
-        return None
-    return form.classifier(form.decisions, counts, labels)

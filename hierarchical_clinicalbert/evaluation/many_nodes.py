@@ -18,7 +18,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from decimal import ROUND_FLOOR, Context
-from itertools import accumulate, chain
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -28,13 +28,14 @@ from matplotlib.figure import Figure
 from scipy.special import expit
 from sklearn.metrics import average_precision_score
 from sklearn.model_selection import RepeatedKFold
-from transformers import EvalPrediction
 
 from decisions_hierarchical import DEFAULT_THRESHOLD, ManyNodes
 from hierarchical_clinicalbert.evaluation import plots
+from hierarchical_clinicalbert.evaluation.form import FormBase
 from hierarchical_clinicalbert.evaluation.lexical import NodeClassifier, open_decisions, prior_log_odds
 from hierarchical_clinicalbert.evaluation.metrics import (
     FOLDS,
+    Metric,
     bin_index,
     calibration_bins,
     calibration_error_by_chance,
@@ -43,7 +44,6 @@ from hierarchical_clinicalbert.evaluation.metrics import (
     macro_f1,
     micro_f1,
     node_f1,
-    scored_logits,
 )
 from hierarchical_clinicalbert.reading.columns import join_labels
 from taxonomy_hierarchical import Taxonomy
@@ -53,133 +53,6 @@ MIN_PROBABILITY = 0.1  # pairs below it are not in the calibration error: nearly
 PAIRS_AT_ONCE = 256  # of a text, compared with all its pairs: tens of thousands at once would take many gigabytes
 STRENGTHS = (math.inf, 100, 50, 20, 10, 5, 2, 0)  # of the shrinkage of thresholds, in positives
 REPEATS = 6  # of the cross-validation that chooses the strength; a single one is too noisy
-
-
-class ManyNodesForm:
-    """What differs in evaluation for any number of nodes a text. The methods are those of `evaluation.one_path.OnePathForm`."""
-
-    classifier = NodeClassifier
-
-    def __init__(self, tree: Taxonomy):
-        self.decisions, self.tree = ManyNodes(tree), tree
-
-    # ── Calibration ──────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def decisions_of(self, labels: np.ndarray) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
-        """Yield each decision's node, the rows in which it is open, and whether the text has the node: (num_rows, 1)."""
-        for node, is_open in enumerate(open_decisions(self.decisions, labels).T):
-            rows = np.flatnonzero(is_open)
-            yield [node], rows, labels[rows, node, None] == 1
-
-    def normalise(self, logits: np.ndarray) -> tuple[float, np.ndarray]:
-        """Return the sum of the log-normalisers of decisions with these logits, and the probabilities of their nodes."""
-        return np.logaddexp(0, logits).sum(), expit(logits)
-
-    def fit_thresholds(self, logits: np.ndarray, labels: np.ndarray) -> list[float]:
-        """Return the thresholds of predicted nodes, (num_nodes,)."""
-        return fit_node_thresholds(self.decisions, logits, labels).tolist()
-
-    def fit_sets(self, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray) -> dict[str, Any]:
-        """Return the fields of `Calibration` for prediction sets."""
-        thresholds, num_texts = fit_recall_thresholds(logits, labels)
-        return {"set_thresholds": thresholds, "num_texts": num_texts}
-
-    # ── Scores ───────────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def metrics(self, thresholds: Any = None) -> Callable[[EvalPrediction], dict[str, float]]:
-        """Build the Trainer's ``compute_metrics``. Without thresholds, F1 is at the best common one."""
-        return build_multi_label_metrics(self.decisions, thresholds)
-
-    # endings of metrics that cannot select a checkpoint: a model without probable nodes has no ECE
-    unranked_metrics = ("_by_chance", "ece")
-
-    def example_prediction(self, nodes: list[list[int]]) -> EvalPrediction:
-        """Return a prediction that has the same metrics as any for these labels."""
-        # one text with the labels of all is enough; no node is probable, because ECE compares all probable pairs
-        labels = self.decisions.targets([[*chain(*nodes)]]).numpy()
-        return EvalPrediction(np.full(labels.shape, -9.0), labels)
-
-    def scores_by_text(self, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray) -> dict[str, float]:
-        """Return metrics that need the ids of the texts: none, since each text has one row."""
-        return {}
-
-    def set_scores(
-        self, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray, threshold: float
-    ) -> dict[str, float]:
-        """Measure the prediction sets for a threshold."""
-        return recall_scores(logits, labels, threshold)
-
-    def class_outcomes(
-        self, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray, thresholds: Any
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """Return correct and predicted nodes, (num_rows, num_nodes) each, and None, since each text has one row."""
-        return labels, predict_nodes(self.decisions, logits, thresholds), None
-
-    micro_f1 = "micro_f1"  # the name of the F1 over all pairs
-
-    # ── Labels that may be wrong: see `evaluation.label_issues` ──────────────────────────────────────────────────────────
-
-    def removed_prior(self, labels: np.ndarray) -> np.ndarray:
-        """Return what the lexical classifier's decision scores lack of the classes' frequencies: the log-odds, (num_nodes,)."""
-        return prior_log_odds(self.decisions, labels)
-
-    def choices_of(self, scores: np.ndarray, labels: np.ndarray) -> Iterator[tuple]:
-        """Yield each node, the choices, the rows in which it is open, the rows' given choices and scores.
-
-        The choices are -1, if the text lacks the node, and the node's id. Given choices are indices into them. The softmax of
-        the scores (num_rows, 2) is P(choice | parent).
-        """
-        for (node,), rows, given in self.decisions_of(labels):
-            logits = np.stack([np.zeros(len(rows)), scores[rows, node]], axis=1)
-            yield node, np.array([-1, node]), rows, given[:, 0].astype(int), logits
-
-    def rank_issues(self, judged: pd.DataFrame, scores: np.ndarray, labels: np.ndarray) -> pd.DataFrame:
-        """Return one line per listed row, from the rows of `evaluation.label_issues.judge`, by ``probability_of_label``.
-
-        Columns:
-            index: of the row.
-            decision: the node whose label is least probable, given its parent.
-            better: the node if the text should have it, else -1.
-            questioned: all listed nodes of the text.
-        """
-        issues = judged.sort_values("probability_of_label", kind="stable")
-        listed = issues.drop_duplicates("index").reset_index(drop=True)
-        questioned = issues.groupby("index")["decision"].agg(set)
-        return listed.assign(questioned=questioned[listed["index"]].to_numpy())
-
-    def describe_issues(
-        self, issues: pd.DataFrame, labels: np.ndarray, texts: np.ndarray
-    ) -> tuple[list[set[int]], np.ndarray]:
-        """Return the better labels of the rows of `rank_issues`, and why they are listed."""
-        given = ({*np.flatnonzero(labels[row] == 1).tolist()} for row in issues["index"])
-        better = [corrected(self.tree, *pair) for pair in zip(given, issues["questioned"], strict=True)]
-        return better, np.where(issues["better"] < 0, "unlikely label", "missing label")
-
-    # ── What a reader sees ───────────────────────────────────────────────────────────────────────────────────────────
-
-    def plots(self, logits: np.ndarray, labels: np.ndarray, per_class: list[dict]) -> dict[str, Figure | None]:
-        """Draw the figures of a split, by file name."""
-        return {
-            "f1_by_frequency": plots.f1_by_frequency(per_class),
-            "precision_recall": plots.precision_and_recall(self.tree, logits, labels),
-        }
-
-    def reliability_diagram(self, logits: np.ndarray, labels: np.ndarray) -> Figure | None:
-        """Draw the reliability of the `probable_pairs`."""
-        probabilities, correct, _ = probable_pairs(self.tree, logits, labels)
-        return plots.reliability_diagram(probabilities, correct, "Pairs of document and node", "Share of correct pairs")
-
-    def prediction_columns(self, logits: np.ndarray, labels: np.ndarray, thresholds: Any) -> dict[str, Any]:
-        """Return the columns of a CSV file: each text's deepest labels, and its deepest predicted nodes, most probable first."""
-        tree, columns = self.tree, {"labels": list[str](), "predictions": list[str](), "probabilities": list[str]()}
-        chosen, probabilities = predict_nodes(self.decisions, logits, thresholds), expit(logits)
-        for true, nodes, of_nodes in zip(labels == 1, chosen, probabilities, strict=True):
-            predicted = sorted(tree.deepest(np.flatnonzero(nodes).tolist()), key=lambda node: -of_nodes[node])
-            labelled = tree.deepest(np.flatnonzero(true).tolist())
-            columns["labels"].append(join_labels(tree.labels[node] for node in labelled))
-            columns["predictions"].append(join_labels(tree.labels[node] for node in predicted))
-            columns["probabilities"].append("; ".join(f"{of_nodes[node]:.6f}" for node in predicted))
-        return columns
 
 
 # ── Thresholds ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -291,109 +164,91 @@ def shrunk_thresholds(
     return fitted
 
 
-# ── Answers with a guaranteed recall ─────────────────────────────────────────────────────────────────────────────────
-
-
-def fit_recall_thresholds(u: np.ndarray, labels: np.ndarray) -> tuple[list[float | None], int]:
-    """Fit the thresholds of answers for the recalls 0.01, …, 0.99, to logits whose calibration was fitted to other texts.
-
-    The threshold of a recall is the greatest t with (Σ loss + 1) / (n + 1) <= 1 - recall, over the n texts with a label 1.
-    The sum changes at probabilities of true nodes only, and is computed in integers, so that t is exact. It is rounded down
-    to 6 significant digits, which misses no more.
-
-    Returns:
-        The thresholds, None where 1 / (n + 1) > 1 - recall: the recall needs more texts. Then n.
-    """
-    true = labels == 1
-    sizes = true.sum(axis=1)
-    num_texts = int(np.count_nonzero(sizes))  # Python's integers below have no limit
-    rows, nodes = np.nonzero(true)
-    probabilities = expit(u[rows, nodes].astype(np.float64))
-    order = np.argsort(probabilities)
-    # in integers, so that sums are exact: a text that misses all its s nodes costs `whole`, and each of them whole // s
-    whole = math.lcm(*np.unique(sizes[sizes > 0]).tolist())
-    losses = list(accumulate(whole // size for size in sizes[rows[order]].tolist()))  # at t just above each probability
-
-    thresholds: list[float | None] = []
-    for percent in range(1, 100):
-        allowed = ((100 - percent) * (num_texts + 1) - 100) * whole // 100  # the greatest sum of losses
-        place = bisect_right(losses, allowed)  # of the first node that must not be missed
-        threshold = None
-        if allowed >= 0:
-            threshold = float(SIX_DIGITS_DOWN.create_decimal_from_float(float(probabilities[order[place]])))
-        thresholds.append(threshold)
-    return thresholds, num_texts
-
-
-def recall_scores(u: np.ndarray, labels: np.ndarray, threshold: float) -> dict[str, float]:
-    """Measure the answers {P(node) >= threshold} on the texts with a label 1.
-
-    ``recall`` is the mean share of a text's true nodes in its answer, ``nodes`` the mean number of nodes in an answer.
-    Without such texts, an empty dict is returned.
-    """
-    has_label = (labels == 1).any(axis=1)
-    if not has_label.any():
-        return {}
-    true, answers = labels[has_label] == 1, expit(u[has_label].astype(np.float64)) >= threshold
-    recall = (true & answers).sum(axis=1) / true.sum(axis=1)
-    return {"recall": float(recall.mean()), "nodes": float(answers.sum(axis=1).mean())}
-
-
 # ── Metrics ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def build_multi_label_metrics(
-    decisions: ManyNodes, thresholds: np.ndarray | list[float] | float | None = None
-) -> Callable[[EvalPrediction], dict[str, float]]:
-    """Build the Trainer's ``compute_metrics`` for a taxonomy and multi-label data.
+class NodePredictions:
+    """Predicted nodes of texts, closed upwards, and what several metrics read.
 
-    The returned function takes ``predictions``, marginal logits or a tuple that begins with them, and ``label_ids``. It raises
-    InputError for logits that are not finite. It returns, with predictions closed upwards:
+    Without thresholds, nodes are chosen by the common threshold that maximises micro-F1 on these texts.
 
-    - ``micro_f1``: over all pairs of text and node. With closed sets this is the hierarchical F1 (Kiritchenko, Matwin and
-      Famili, 2005). ``macro_f1``: the mean over nodes that occur in labels or predictions.
-    - ``leaf_micro_f1``, ``leaf_macro_f1``, ``level_k_micro_f1``: the same over the leaves, and over the nodes of each level
-      that some label reaches.
-    - ``example_f1``: the mean over texts; 1 where neither the labels nor the prediction has a node.
-    - ``mean_average_precision``: of scikit-learn's average precision, over nodes with a label 1; left out if there is none.
-    - ``log_loss``: the mean binary cross-entropy over all pairs, in nats.
-    - ``ece``, ``ece_by_chance``: the calibration error, see `expected_calibration_error`, and its expected value for correct
-      probabilities, over the `probable_pairs`. Left out if there is none.
-
-    Without thresholds, nodes are chosen by the common one that maximises micro-F1 on the scored texts.
+    Attributes:
+        u, true, chosen: logits, labels and predictions, (num_texts, num_nodes).
+        counts: those of `confusion_counts`, (3, num_nodes).
+        pairs: those of `probable_pairs`.
     """
-    taxonomy, levels = decisions.tree, np.array(decisions.tree.levels)
 
-    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-        u, labels = scored_logits(prediction).astype(np.float64), prediction.label_ids
-        true = labels == 1
-        chosen = predict_nodes(decisions, u, common_threshold(u, labels) if thresholds is None else thresholds)
+    def __init__(
+        self, decisions: ManyNodes, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray | None, thresholds: Any
+    ):
+        self.u, self.labels, self.true = logits.astype(np.float64), labels, labels == 1
+        self.num_leaves, self.levels = decisions.num_leaves, np.array(decisions.tree.levels)
+        thresholds = common_threshold(self.u, labels) if thresholds is None else thresholds
+        self.chosen = predict_nodes(decisions, self.u, thresholds)
+        self.counts, self.pairs = (
+            confusion_counts(labels, self.chosen),
+            probable_pairs(decisions.tree, self.u, labels),
+        )
 
-        counts, of_texts = confusion_counts(labels, chosen), confusion_counts(labels.T, chosen.T)
-        leaves = counts[:, : taxonomy.num_leaves]
-        metrics = {
-            "micro_f1": micro_f1(counts),
-            "macro_f1": macro_f1(counts),
-            "leaf_micro_f1": micro_f1(leaves),
-            "leaf_macro_f1": macro_f1(leaves),
-            "example_f1": float(np.nan_to_num(node_f1(of_texts), nan=1.0).mean()),
-        }
-        occurring = np.flatnonzero(true.any(axis=0))
-        if len(occurring):
-            precisions = [average_precision_score(true[:, node], u[:, node]) for node in occurring]
-            metrics["mean_average_precision"] = float(np.mean(precisions))
-        metrics["log_loss"] = float((np.logaddexp(0, u) - true * u).mean())
-        for level in range(1, taxonomy.depth + 1):
-            if true[:, levels == level].any():
-                metrics[f"level_{level}_micro_f1"] = micro_f1(counts[:, levels == level])
-        confidence, correct, variance = probable_pairs(taxonomy, u, labels)
-        if len(confidence):
-            bins = calibration_bins(confidence, correct, variance)
-            metrics["ece"] = float(expected_calibration_error(bins))
-            metrics["ece_by_chance"] = float(calibration_error_by_chance(bins))
-        return metrics
 
-    return compute_metrics
+def example_f1(p: NodePredictions) -> float:
+    """Compute the mean F1 of the texts; 1 where neither the labels nor the prediction has a node."""
+    return np.nan_to_num(node_f1(confusion_counts(p.labels.T, p.chosen.T)), nan=1.0).mean()
+
+
+def mean_average_precision(p: NodePredictions) -> float | None:
+    """Compute the mean of scikit-learn's average precision over the nodes with a label 1."""
+    occurring = np.flatnonzero(p.true.any(axis=0))
+    precisions = [average_precision_score(p.true[:, node], p.u[:, node]) for node in occurring]
+    return np.mean(precisions) if precisions else None
+
+
+def level_micro_f1(p: NodePredictions, level: int) -> float | None:
+    """Compute micro-F1 over the nodes of a level that some label reaches."""
+    of_level = p.levels == level
+    return micro_f1(p.counts[:, of_level]) if p.true[:, of_level].any() else None
+
+
+def calibration_error(error: Callable[[pd.DataFrame], float]) -> Callable[[NodePredictions], float | None]:
+    """Return the function that computes `expected_calibration_error` or `calibration_error_by_chance` over probable pairs."""
+    return lambda p: error(calibration_bins(*p.pairs)) if len(p.pairs[0]) else None
+
+
+METRICS = {
+    # with closed sets, micro-F1 is the hierarchical F1 (Kiritchenko, Matwin and Famili, 2005)
+    "micro_f1": Metric(lambda p: micro_f1(p.counts), "micro F1", "f1", is_drawn=True, is_compared=True),
+    # over the nodes that occur in labels or predictions
+    "macro_f1": Metric(lambda p: macro_f1(p.counts), "macro F1", "f1", is_drawn=True, is_compared=True),
+    "leaf_micro_f1": Metric(lambda p: micro_f1(p.counts[:, : p.num_leaves]), "micro F1 of the leaves", "f1"),
+    "leaf_macro_f1": Metric(lambda p: macro_f1(p.counts[:, : p.num_leaves]), "macro F1 of the leaves", "f1"),
+    "example_f1": Metric(example_f1, "example-based F1", "f1"),
+    "mean_average_precision": Metric(
+        mean_average_precision, "mean average precision", "mean_average_precision", is_drawn=True, is_compared=True
+    ),
+    # the mean binary cross-entropy over all pairs
+    "log_loss": Metric(
+        lambda p: (np.logaddexp(0, p.u) - p.true * p.u).mean(),
+        "log loss of a node (nats)",
+        "log_loss",
+        direction=-1,
+        is_compared=True,
+    ),
+    # a model without probable nodes has no calibration error, so it cannot select a checkpoint
+    "ece": Metric(
+        calibration_error(expected_calibration_error),
+        "expected calibration error",
+        "ece",
+        direction=0,
+        is_compared=True,
+    ),
+    "ece_by_chance": Metric(
+        calibration_error(calibration_error_by_chance),
+        "expected calibration error if perfectly calibrated",
+        "ece",
+        direction=0,
+    ),
+    "level_{}_micro_f1": Metric(level_micro_f1, "micro F1", "f1"),
+}
 
 
 def common_threshold(u: np.ndarray, labels: np.ndarray) -> float:
@@ -437,7 +292,158 @@ def pair_variance(taxonomy: Taxonomy, u: np.ndarray, probable: np.ndarray) -> np
     return np.concatenate(parts) if parts else np.empty(0)
 
 
-# ── Labels that may be wrong ─────────────────────────────────────────────────────────────────────────────────────────
+# ── The form ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class ManyNodesForm(FormBase):
+    """What differs in evaluation for any number of nodes a text; its counterpart is `evaluation.one_path.OnePathForm`."""
+
+    metrics, micro_f1 = METRICS, "micro_f1"
+    classifier, predictions = NodeClassifier, NodePredictions
+    plot_titles = {
+        "f1_by_frequency": "F1 of each node over its number of {split} texts",
+        "precision_recall": "Precision and recall of the {split} rows over all thresholds",
+    }
+
+    def __init__(self, tree: Taxonomy):
+        super().__init__(ManyNodes(tree))
+
+    def nodes_of(self, labels: np.ndarray) -> list[list[int]]:
+        """Return the labelled nodes of each text, ancestors included."""
+        return [np.flatnonzero(row == 1).tolist() for row in labels]
+
+    # ── Calibration ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def decisions_of(self, labels: np.ndarray) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
+        """Yield each decision's node, the rows in which it is open, and whether the text has the node: (num_rows, 1)."""
+        for node, is_open in enumerate(open_decisions(self.decisions, labels).T):
+            rows = np.flatnonzero(is_open)
+            yield [node], rows, labels[rows, node, None] == 1
+
+    def normalise(self, logits: np.ndarray) -> tuple[float, np.ndarray]:
+        """Return the sum of the log-normalisers of decisions with these logits, and the probabilities of their nodes."""
+        return np.logaddexp(0, logits).sum(), expit(logits)
+
+    def fit_thresholds(self, logits: np.ndarray, labels: np.ndarray) -> list[float]:
+        """Return the thresholds of predicted nodes, (num_nodes,)."""
+        return fit_node_thresholds(self.decisions, logits, labels).tolist()
+
+    def fit_sets(self, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray) -> dict[str, Any]:
+        """Return the fields of `Calibration` for prediction sets, from logits whose calibration was fitted to other texts.
+
+        ``set_thresholds`` are for the recalls 0.01, …, 0.99. The threshold of a recall is the greatest t with
+        (Σ loss + 1) / (n + 1) <= 1 - recall, over the n texts with a label 1, ``num_texts``. It is None where 1 / (n + 1) >
+        1 - recall: the recall needs more texts. The sum changes at probabilities of true nodes only, and is computed in integers,
+        so that t is exact. It is rounded down to 6 significant digits, which misses no more.
+        """
+        true = labels == 1
+        sizes = true.sum(axis=1)
+        num_texts = int(np.count_nonzero(sizes))  # Python's integers below have no limit
+        rows, nodes = np.nonzero(true)
+        probabilities = expit(logits[rows, nodes].astype(np.float64))
+        order = np.argsort(probabilities)
+        # in integers, so that sums are exact: a text that misses all its s nodes costs `whole`, and each of them whole // s
+        whole = math.lcm(*np.unique(sizes[sizes > 0]).tolist())
+        losses = list(
+            accumulate(whole // size for size in sizes[rows[order]].tolist())
+        )  # at t just above each probability
+
+        thresholds: list[float | None] = []
+        for percent in range(1, 100):
+            allowed = ((100 - percent) * (num_texts + 1) - 100) * whole // 100  # the greatest sum of losses
+            place = bisect_right(losses, allowed)  # of the first node that must not be missed
+            threshold = None
+            if allowed >= 0:
+                threshold = float(SIX_DIGITS_DOWN.create_decimal_from_float(float(probabilities[order[place]])))
+            thresholds.append(threshold)
+        return {"set_thresholds": thresholds, "num_texts": num_texts}
+
+    # ── Scores ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def set_scores(
+        self, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray, threshold: float
+    ) -> dict[str, float]:
+        """Measure the prediction sets {P(node) >= threshold} on the texts with a label 1; empty without such texts.
+
+        ``recall`` is the mean share of a text's true nodes in its set, ``nodes`` the mean number of nodes in a set.
+        """
+        has_label = (labels == 1).any(axis=1)
+        if not has_label.any():
+            return {}
+        true, sets = labels[has_label] == 1, expit(logits[has_label].astype(np.float64)) >= threshold
+        recall = (true & sets).sum(axis=1) / true.sum(axis=1)
+        return {"recall": float(recall.mean()), "nodes": float(sets.sum(axis=1).mean())}
+
+    def class_outcomes(
+        self, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray, thresholds: Any
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Return correct and predicted nodes, (num_rows, num_nodes) each, and None, since each text has one row."""
+        return labels, predict_nodes(self.decisions, logits, thresholds), None
+
+    # ── Labels that may be wrong: see `evaluation.label_issues` ──────────────────────────────────────────────────────────
+
+    def removed_prior(self, labels: np.ndarray) -> np.ndarray:
+        """Return what the lexical classifier's decision scores lack of the classes' frequencies: the log-odds, (num_nodes,)."""
+        return prior_log_odds(self.decisions, labels)
+
+    def choices_of(self, scores: np.ndarray, labels: np.ndarray) -> Iterator[tuple]:
+        """Yield each node, the choices, the rows in which it is open, the rows' given choices and scores.
+
+        The choices are -1, if the text lacks the node, and the node's id. Given choices are indices into them. The softmax of
+        the scores (num_rows, 2) is P(choice | parent).
+        """
+        for (node,), rows, given in self.decisions_of(labels):
+            logits = np.stack([np.zeros(len(rows)), scores[rows, node]], axis=1)
+            yield node, np.array([-1, node]), rows, given[:, 0].astype(int), logits
+
+    def rank_issues(self, judged: pd.DataFrame, scores: np.ndarray, labels: np.ndarray) -> pd.DataFrame:
+        """Return one line per listed row, from the rows of `evaluation.label_issues.judge`, by ``probability_of_label``.
+
+        Columns:
+            index: of the row.
+            decision: the node whose label is least probable, given its parent.
+            better: the node if the text should have it, else -1.
+            questioned: all listed nodes of the text.
+        """
+        issues = judged.sort_values("probability_of_label", kind="stable")
+        listed = issues.drop_duplicates("index").reset_index(drop=True)
+        questioned = issues.groupby("index")["decision"].agg(set)
+        return listed.assign(questioned=questioned[listed["index"]].to_numpy())
+
+    def describe_issues(
+        self, issues: pd.DataFrame, labels: np.ndarray, texts: np.ndarray
+    ) -> tuple[list[set[int]], np.ndarray]:
+        """Return the better labels of the rows of `rank_issues`, and why they are listed."""
+        given = self.nodes_of(labels[issues["index"]])
+        better = [
+            corrected(self.tree, {*nodes}, wrong) for nodes, wrong in zip(given, issues["questioned"], strict=True)
+        ]
+        return better, np.where(issues["better"] < 0, "unlikely label", "missing label")
+
+    # ── What a reader sees ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def plots(self, logits: np.ndarray, labels: np.ndarray, per_class: list[dict]) -> dict[str, Figure | None]:
+        """Draw the figures of a split, by file name."""
+        return {
+            "f1_by_frequency": plots.f1_by_frequency(per_class),
+            "precision_recall": plots.precision_and_recall(self.tree, logits, labels),
+        }
+
+    def reliability_diagram(self, logits: np.ndarray, labels: np.ndarray) -> Figure | None:
+        """Draw the reliability of the `probable_pairs`."""
+        probabilities, correct, _ = probable_pairs(self.tree, logits, labels)
+        return plots.reliability_diagram(probabilities, correct, "Pairs of document and node", "Share of correct pairs")
+
+    def prediction_columns(self, logits: np.ndarray, labels: np.ndarray, thresholds: Any) -> dict[str, Any]:
+        """Return the columns of a CSV file: each text's deepest labels, and its deepest predicted nodes, most probable first."""
+        tree, columns = self.tree, {"labels": list[str](), "predictions": list[str](), "probabilities": list[str]()}
+        chosen, probabilities = predict_nodes(self.decisions, logits, thresholds), expit(logits)
+        for labelled, nodes, of_nodes in zip(self.nodes_of(labels), chosen, probabilities, strict=True):
+            predicted = sorted(tree.deepest(np.flatnonzero(nodes).tolist()), key=lambda node: -of_nodes[node])
+            columns["labels"].append(join_labels(tree.labels[node] for node in tree.deepest(labelled)))
+            columns["predictions"].append(join_labels(tree.labels[node] for node in predicted))
+            columns["probabilities"].append("; ".join(f"{of_nodes[node]:.6f}" for node in predicted))
+        return columns
 
 
 def corrected(taxonomy: Taxonomy, nodes: set[int], questioned: set[int]) -> set[int]:

@@ -1,29 +1,55 @@
-"""F1 from counts, bootstrap intervals, and the calibration error, for both forms of label."""
+"""The table of metrics, F1 from counts, bootstrap intervals, and the calibration error, for both forms of label.
+
+To add a metric, add a row to the table of a form: `one_path.METRICS` or `many_nodes.METRICS`. Evaluation, the selection of the
+checkpoint, plots, card and Hub read these tables.
+"""
 
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy.sparse import csr_matrix
-from transformers import EvalPrediction
-
-from hierarchical_clinicalbert.errors import InputError
 
 BINS = 15  # of the calibration error
 FOLDS = 5  # of cross-validation
+PREFIXES = {"validation": "eval", "test": "test"}  # of a split's metrics
 
 
-def scored_logits(prediction: EvalPrediction) -> np.ndarray:
-    """Return the logits (num_rows, num_classes) of a prediction, which may be a tuple that begins with them.
+@dataclass(frozen=True)
+class Metric:
+    """A row of a form's table of metrics.
 
-    InputError: they are not finite.
+    Attributes:
+        compute: takes the form's predictions and, if the name holds ``{}``, a ``level`` from 1. It returns None if the scored rows
+            do not define the metric.
+        title: in the card and the training curves.
+        hub_type: the metric's type on the Hub, see hf.co/metrics.
+        direction: 1 if higher is better, -1 if lower is, and 0 if the metric cannot select a checkpoint.
+        is_drawn: whether it is among the training curves.
+        is_compared: whether the card compares it between stages of training.
     """
-    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-    infinite = np.flatnonzero(~np.isfinite(logits).all(axis=1))
-    if infinite.size:
-        where = f"{infinite.size} of {len(logits)} documents"
-        raise InputError(f"the model's logits are not finite for {where}: training diverged; lower --learning_rate")
-    return logits
+
+    compute: Callable[..., Any]
+    title: str
+    hub_type: str
+    direction: int = 1
+    is_drawn: bool = False
+    is_compared: bool = False
+
+
+def of_all_levels(table: dict[str, Metric], depth: int) -> dict[str, Metric]:
+    """Return the metrics by name, with one for each level in place of those whose name holds ``{}``, after all others."""
+    metrics = {name: metric for name, metric in table.items() if "{}" not in name}
+    for level in range(1, depth + 1):
+        for name, metric in table.items():
+            if "{}" in name:
+                compute, title = partial(metric.compute, level=level), f"level {level} {metric.title}"
+                metrics[name.format(level)] = replace(metric, compute=compute, title=title)
+    return metrics
 
 
 def outcomes(labels: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -17,18 +17,6 @@ from sklearn.metrics import ConfusionMatrixDisplay, PrecisionRecallDisplay, conf
 from hierarchical_clinicalbert.evaluation.metrics import BINS, calibration_bins, expected_calibration_error
 from taxonomy_hierarchical import Taxonomy
 
-CURVES = {  # panel: {key of the log: name}
-    "Loss": {"loss": "training", "eval_loss": "evaluation"},
-    "Evaluation score": {
-        "eval_accuracy": "accuracy",
-        "eval_macro_f1": "macro F1",
-        "eval_weighted_f1": "weighted F1",
-        "eval_hierarchical_f1": "hierarchical F1",
-        "eval_micro_f1": "micro F1",
-        "eval_mean_average_precision": "mean average precision",
-    },
-    "Learning rate": {"learning_rate": "learning rate"},
-}
 MAX_CLASSES = 40
 MAX_NAME = 40  # characters
 
@@ -40,11 +28,18 @@ def write(figure: Figure | None, path: Path) -> None:
         figure.savefig(path, dpi=150)
 
 
-def training_curves(log_history: list[dict]) -> Figure | None:
-    """Draw losses, evaluation scores and the learning rate of a `TrainerState.log_history`; return None without any."""
+def training_curves(log_history: list[dict], scores: dict[str, str]) -> Figure | None:
+    """Draw losses, evaluation scores and the learning rate of a `TrainerState.log_history`; return None without any.
+
+    ``scores`` are the titles of the metrics to draw, by name.
+    """
     log = pd.DataFrame(log_history)
-    panels = {panel: log.columns.intersection(list(curves)) for panel, curves in CURVES.items()}
-    panels = {panel: keys for panel, keys in panels.items() if len(keys)}
+    curves = {  # panel: {key of the log: title}
+        "Loss": {"loss": "training", "eval_loss": "evaluation"},
+        "Evaluation score": {f"eval_{name}": title for name, title in scores.items()},
+        "Learning rate": {"learning_rate": "learning rate"},
+    }
+    panels = {panel: keys for panel, titles in curves.items() if len(keys := log.columns.intersection([*titles]))}
     if not panels:
         return None
     figure = Figure(figsize=(9, 0.6 + 2.6 * len(panels)), layout="constrained")
@@ -52,7 +47,7 @@ def training_curves(log_history: list[dict]) -> Figure | None:
     for axes, (panel, keys) in zip(rows, panels.items(), strict=True):
         for key in keys:
             curve = log.dropna(subset=key)
-            axes.plot(curve["step"], curve[key], label=CURVES[panel][key], marker=".")
+            axes.plot(curve["step"], curve[key], label=curves[panel][key], marker=".")
         axes.set_ylabel(panel)
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
         _grid(axes)

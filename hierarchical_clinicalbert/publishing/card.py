@@ -22,9 +22,12 @@ from typing import Any
 import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from configuration_hierarchical import MULTI_LABEL, SINGLE_LABEL, HierarchicalConfig
+from configuration_hierarchical import HierarchicalConfig
 from decisions_hierarchical import threshold_index
 from hierarchical_clinicalbert.checkpoint_files import encoder_on_hub
+from hierarchical_clinicalbert.evaluation.forms import form_of
+from hierarchical_clinicalbert.evaluation.metrics import PREFIXES, of_all_levels
+from hierarchical_clinicalbert.evaluation.report import MEASURED_TARGET
 
 logger = logging.getLogger(__name__)
 
@@ -35,56 +38,14 @@ TRAINING_SETTINGS = (
     *("load_best_model_at_end", "seed"),
 )
 NOT_SHOWN = ("model_name_or_path", "model_revision")  # a sentence names the encoder
-ONE_PATH_METRICS = {  # name in metrics.json, without its prefix: (type on the Hub, title in the card)
-    "accuracy": ("accuracy", "accuracy"),
-    "any_label_accuracy": ("accuracy", "accuracy, counting any label of a repeated text as correct"),
-    "macro_f1": ("f1", "macro F1"),
-    "weighted_f1": ("f1", "weighted F1"),
-    "hierarchical_precision": ("precision", "hierarchical precision"),
-    "hierarchical_recall": ("recall", "hierarchical recall"),
-    "hierarchical_f1": ("f1", "hierarchical F1"),
-    "log_loss": ("log_loss", "log loss (nats)"),
-    "ece": ("ece", "expected calibration error"),
-    "ece_by_chance": ("ece", "expected calibration error if perfectly calibrated"),
-}
-MANY_NODES_METRICS = {
-    "micro_f1": ("f1", "micro F1"),
-    "macro_f1": ("f1", "macro F1"),
-    "leaf_micro_f1": ("f1", "micro F1 of the leaves"),
-    "leaf_macro_f1": ("f1", "macro F1 of the leaves"),
-    "example_f1": ("f1", "example-based F1"),
-    "mean_average_precision": ("mean_average_precision", "mean average precision"),
-    "log_loss": ("log_loss", "log loss of a node (nats)"),
-    "ece": ("ece", "expected calibration error"),
-    "ece_by_chance": ("ece", "expected calibration error if perfectly calibrated"),
-}
-# the metrics, those of each level, and the titles of plots of a split by name
-FORMS: dict[str, tuple[dict[str, tuple[str, str]], tuple[str, ...], dict[str, str]]] = {
-    SINGLE_LABEL: (
-        ONE_PATH_METRICS,
-        ("accuracy", "macro_f1", "ece", "ece_by_chance"),
-        {"confusion_matrix_level_{level}": "Confusion matrix of the {split} rows, level {level}"},
-    ),
-    MULTI_LABEL: (
-        MANY_NODES_METRICS,
-        ("micro_f1",),
-        {
-            "f1_by_frequency": "F1 of each node over its number of {split} texts",
-            "precision_recall": "Precision and recall of the {split} rows over all thresholds",
-        },
-    ),
-}
 PLOTS = {
     "reliability_diagram": "Reliability diagram of the {split} rows",
     "reliability_diagram_uncalibrated": "The same before calibration",
 }
-COMPARED = "accuracy|micro_f1|macro_f1|hierarchical_f1|mean_average_precision"  # between stages of training
 HUB_METRICS = ("accuracy", "f1", "precision", "recall")  # the types that hf.co/metrics lists
-PREFIXES = {"validation": "eval", "test": "test"}
 NODES_SHOWN = 200  # in the drawn taxonomy
 
 EXAMPLE = "Colonoscopy was performed in 120 patients with suspected inflammatory bowel disease."
-MEASURED_TARGET = 0.9  # coverage or recall of the answers in metrics.json
 SIGNATURE = "\n<!-- sha256 of the text above as it was generated: {} -->\n"
 LICENCE = "apache-2.0"  # of the weights, as an identifier of the Hub
 MODEL_PLACEHOLDER = "your-name/your-model"
@@ -220,26 +181,32 @@ def collect_facts(
     }
 
     # ── Results ──────────────────────────────────────────────────────────────────────────────────────────────────────
-    names = metric_names(config)
+    form = form_of(tree, config.problem_type)
+    table = of_all_levels(form.metrics, tree.depth)
     scores = {
-        split: {name: metrics[f"{prefix}_{name}"] for name in names if f"{prefix}_{name}" in metrics}
+        split: {name: metrics[f"{prefix}_{name}"] for name in table if f"{prefix}_{name}" in metrics}
         for split, prefix in PREFIXES.items()
         if f"{prefix}_log_loss" in metrics
     }
     best_split = "test" if "test" in scores else "validation"
     classes = sorted(metrics.get("per_class", []), key=lambda row: -row["support"])
-    leaf_rows = sum(row["support"] for row in classes) if "accuracy" in names else 0
-    titles = {f"{prefix}_{name}": f"{split} {names[name][1]}" for split, prefix in PREFIXES.items() for name in names}
+    leaf_rows = sum(row["support"] for row in classes) if "accuracy" in table else 0
+    titles = {
+        f"{prefix}_{name}": f"{split} {metric.title}"
+        for split, prefix in PREFIXES.items()
+        for name, metric in table.items()
+    }
+    compared = {key: title for key, title in titles.items() if table[key.partition("_")[2]].is_compared}
     return facts | {
         "scores": scores,
-        "names": names,
+        "metrics_table": table,
         "unverified": before["scores"] == "unverified",
         "best_split": best_split,
         "scored_rows": ", ".join(f"{splits[split]['rows']:,} {split} rows" for split in scores),
         "leaf_rows": leaf_rows if leaf_rows and leaf_rows != splits[best_split]["rows"] else 0,
         "score_rows": [
-            [title, *(format_score(values.get(name)) for values in scores.values())]
-            for name, (_, title) in names.items()
+            [metric.title, *(format_score(values.get(name)) for values in scores.values())]
+            for name, metric in table.items()
             if any(name in values for values in scores.values())
         ],
         "intervals": "; ".join(
@@ -249,27 +216,16 @@ def collect_facts(
         "classes": classes,
         "thresholds": [pick(calibration.thresholds) for pick in (min, median, max)] if calibration.thresholds else [],
         "measured_sets": any(name.startswith("test_answer_") for name in metrics),
-        "quantized_rows": quantized_rows(metrics, titles),
+        "quantized_rows": quantized_rows(metrics, compared),
         "uncalibrated": any(name.startswith("uncalibrated_") for name in metrics),
-        "calibration_rows": calibration_rows(metrics, titles),
+        "calibration_rows": calibration_rows(metrics, compared),
         "plots": {
             name: title.format(split=best_split, level=k)
-            for pattern, title in (FORMS[config.problem_type][2] | PLOTS).items()
+            for pattern, title in (form.plot_titles | PLOTS).items()
             for k in range(1, tree.depth + 1)
             if (folder / "plots" / f"{(name := pattern.format(level=k))}.png").is_file()
         },
     }
-
-
-def metric_names(config: HierarchicalConfig) -> dict[str, tuple[str, str]]:
-    """Return the metrics of a form of label, with those of each level."""
-    metrics, of_level, _ = FORMS[config.problem_type]
-    levels = {
-        f"level_{k}_{name}": (metrics[name][0], f"level {k} {metrics[name][1]}")
-        for k in range(1, config.tree.depth + 1)
-        for name in of_level
-    }
-    return metrics | levels
 
 
 def source_name(source: dict[str, Any]) -> str:
@@ -292,21 +248,18 @@ def quantized_rows(metrics: dict[str, Any], titles: dict[str, str]) -> list[list
     rows = []
     for name, title in titles.items():
         trained, full = metrics.get(f"quantized_{name}"), metrics.get(f"uncalibrated_{name}", metrics.get(name))
-        compared = re.fullmatch(rf"(eval|test)_({COMPARED}|log_loss)", name)
-        if compared and trained is not None and full is not None:
+        if trained is not None and full is not None:
             rows.append([title, format_score(trained), format_score(full), f"{full - trained:+.4f}"])
     return rows
 
 
 def calibration_rows(metrics: dict[str, Any], titles: dict[str, str]) -> list[list[str]]:
     """Compare scores before and after calibration, and without the lexical head if there is one."""
-    steps, compared = ["uncalibrated_"], rf"(eval|test)_({COMPARED}|log_loss|(level_\d+_)?ece)"
-    if metrics.get("lexical_weight"):
-        steps.append("without_lexical_head_")
+    steps = ["uncalibrated_", *(["without_lexical_head_"] if metrics.get("lexical_weight") else [])]
     return [
         [title, *(format_score(metrics.get(f"{step}{name}")) for step in (*steps, ""))]
         for name, title in titles.items()
-        if re.fullmatch(compared, name) and name in metrics and f"uncalibrated_{name}" in metrics
+        if name in metrics and f"uncalibrated_{name}" in metrics
     ]
 
 
@@ -347,7 +300,7 @@ def eval_results(facts: dict[str, Any]) -> list[EvalResult]:
                 dataset_type=source["dataset"] or "unknown",
                 dataset_name=source_name(source),
                 dataset_split=split,
-                metric_type=facts["names"][metric][0],
+                metric_type=facts["metrics_table"][metric].hub_type,
                 metric_name=f"{metric} (unverified)" if facts["unverified"] else metric,
                 metric_value=value,
             )

@@ -1,17 +1,19 @@
 """Define, parse and check the flags of train.py."""
 
 import argparse
+import dataclasses
 import inspect
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 
+import numpy as np
 import torch
 from accelerate.utils import parse_flag_from_env
-from transformers import EvalPrediction, HfArgumentParser, SchedulerType, TrainingArguments
+from transformers import HfArgumentParser, SchedulerType, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 from transformers.trainer_utils import SaveStrategy
 
@@ -19,15 +21,13 @@ from configuration_hierarchical import DEFAULT_ENCODER, DEFAULT_ENCODER_REVISION
 from hierarchical_clinicalbert.checkpoint_files import is_local
 from hierarchical_clinicalbert.data.arguments import DataArguments, flag
 from hierarchical_clinicalbert.errors import InputError, is_own_bug, one_line, refuse_undecodable
+from hierarchical_clinicalbert.evaluation.forms import Form, direction_of
+from hierarchical_clinicalbert.evaluation.metrics import of_all_levels
 from hierarchical_clinicalbert.machine import has_bf16
 from hierarchical_clinicalbert.training.recipe import insert_recipe, nearest
 
-if TYPE_CHECKING:
-    from hierarchical_clinicalbert.evaluation.forms import Form
-
 logger = logging.getLogger(__name__)
 
-ComputeMetrics = Callable[[EvalPrediction], dict[str, float]]
 FEW_ROWS = 32  # training rows per class, on average, below which heads start from prototypes
 
 
@@ -117,7 +117,7 @@ class HierarchicalTrainingArguments(TrainingArguments):
                 precision = "fp16"
             self.bf16 = precision == "bf16" and not self.fp16
             self.fp16 = self.fp16 or precision == "fp16"
-        if self.greater_is_better is None and (self.metric_for_best_model or "").endswith("ece"):
+        if self.greater_is_better is None and direction_of(self.metric_for_best_model or "") < 0:
             self.greater_is_better = False  # transformers assumes that a metric other than a loss is better if greater
         do_eval = self.do_eval
         super().__post_init__()
@@ -286,32 +286,41 @@ def check_values(arguments: Arguments) -> None:
             raise InputError(problem)
 
 
-def check_against_data(arguments: Arguments, splits: Mapping[str, Any], form: "Form") -> None:
-    """Raise InputError if flags do not fit the data. Without validation rows, turn off evaluation during training."""
-    training = arguments.training
-    schedule = SchedulerType(training.lr_scheduler_type)
-    follows_metric = schedule in METRIC_SCHEDULERS
+def fit_to_data(
+    args: HierarchicalTrainingArguments, splits: Mapping[str, Any], form: Form
+) -> HierarchicalTrainingArguments:
+    """Return the arguments for these splits: without validation rows, training is not evaluated.
+
+    InputError: the splits do not have what the arguments need.
+    """
+    schedule, changes = SchedulerType(args.lr_scheduler_type), dict[str, Any]()
     if "train" not in splits:
         raise InputError("no training rows: give --train_file, --data_path or --dataset_name, or --do_train false")
     if "validation" not in splits:
         logger.info("no validation rows: early stopping is off, and the last weights are kept")
-        training.eval_strategy, training.load_best_model_at_end, training.eval_on_start = "no", False, False
-        if training.save_strategy == "best":
-            training.save_strategy = SaveStrategy.EPOCH
-        if follows_metric:
+        changes = {"eval_strategy": "no", "load_best_model_at_end": False, "eval_on_start": False}
+        if args.save_strategy == SaveStrategy.BEST:
+            changes["save_strategy"] = SaveStrategy.EPOCH
+        if schedule in METRIC_SCHEDULERS:
             raise InputError(f"--lr_scheduler_type {schedule.value} needs validation rows")
-    if training.load_best_model_at_end and training.eval_strategy == "no":
+    elif args.load_best_model_at_end and args.eval_strategy == "no":
         raise InputError("--eval_strategy no selects no best checkpoint: also give --load_best_model_at_end false")
-    if not (training.load_best_model_at_end or training.save_strategy == "best" or follows_metric):
-        training.metric_for_best_model = None  # else the Trainer looks for it at every evaluation
-    elif training.eval_strategy != "no":
-        check_best_metric(training.metric_for_best_model or "loss", form, splits["validation"]["nodes"][:])
+    fitted = dataclasses.replace(args, **changes)
+    if not (fitted.load_best_model_at_end or fitted.save_strategy == "best" or schedule in METRIC_SCHEDULERS):
+        fitted = dataclasses.replace(
+            fitted, metric_for_best_model=None
+        )  # else the Trainer looks for it in each evaluation
+    elif fitted.eval_strategy != "no":
+        check_best_metric(fitted.metric_for_best_model or "loss", form, splits["validation"]["nodes"][:])
+    return fitted
 
 
-def check_best_metric(name: str, form: "Form", nodes: list[list[int]]) -> None:
-    """Raise InputError unless rows with these labels have the metric ``name``, and it ranks models."""
-    measured = form.metrics()(form.example_prediction(nodes))
-    available = ["loss", *(metric for metric in measured if not metric.endswith(form.unranked_metrics))]
+def check_best_metric(name: str, form: Form, nodes: list[list[int]]) -> None:
+    """Raise InputError unless rows with these labels have the metric ``name``, and it can select a checkpoint."""
+    labels = form.decisions.targets(nodes).numpy()
+    measured = form.measure(np.full((len(nodes), form.decisions.num_classes), -9.0), labels)  # no node is probable
+    metrics = of_all_levels(form.metrics, form.tree.depth)
+    available = ["loss", *(metric for metric in measured if metrics[metric].direction)]
     if name.removeprefix("eval_") not in available:
         problem = f"--metric_for_best_model {name} is not measured on these validation rows"
         raise InputError(f"{problem}; it is one of {', '.join(available)}")

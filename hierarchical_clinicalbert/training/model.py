@@ -5,6 +5,7 @@ nodes. A checkpoint on the Hub is downloaded at one commit first, and treated as
 """
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,35 +145,33 @@ def continue_checkpoint(arguments: ModelArguments, taxonomy: Taxonomy) -> Hierar
 # ── Fetch and load ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def find_config_folder(arguments: ModelArguments) -> str:
-    """Return the folder of the initial model's config.json, and pin ``--model_revision`` to its commit.
+def pin_model(arguments: ModelArguments) -> tuple[ModelArguments, str]:
+    """Pin ``--model_revision`` to its commit. Return the arguments, and the folder of the initial model's config.json.
 
-    Nothing but config.json is downloaded. For the default encoder, which is no checkpoint, its id is returned.
+    Nothing but config.json is downloaded. For the default encoder, which is no checkpoint, the second value is its id.
     """
     name = arguments.model_name_or_path
-    if name == DEFAULT_ENCODER:
-        return name
-    snapshot = find_snapshot(name, arguments.model_revision, MODEL_FLAG)
+    snapshot = None if name == DEFAULT_ENCODER else find_snapshot(name, arguments.model_revision, MODEL_FLAG)
     if snapshot is None:
-        return name
-    arguments.model_revision = snapshot.name
-    return str(snapshot)
+        return arguments, name
+    return replace(arguments, model_revision=snapshot.name), str(snapshot)
 
 
-def fetch_model(arguments: ModelArguments) -> None:
+def fetch_model(arguments: ModelArguments) -> ModelArguments:
     """Pin ``--model_revision`` to a commit of the Hub. Download a checkpoint of this project and continue from its folder."""
     name = arguments.model_name_or_path
     snapshot = find_snapshot(name, arguments.model_revision, MODEL_FLAG)
     if snapshot is not None:
-        arguments.model_revision = commit = snapshot.name
+        arguments = replace(arguments, model_revision=snapshot.name)
         if is_checkpoint(snapshot):
-            with as_input_error(f"cannot download the checkpoint {name} at {commit}"):
-                folder = snapshot_download(name, revision=commit, allow_patterns=list(MODEL_FILES))
-            logger.info("checkpoint: %s at %s", name, commit)
-            arguments.model_name_or_path, arguments.model_revision = folder, None
+            with as_input_error(f"cannot download the checkpoint {name} at {snapshot.name}"):
+                folder = snapshot_download(name, revision=snapshot.name, allow_patterns=list(MODEL_FILES))
+            logger.info("checkpoint: %s at %s", name, snapshot.name)
+            arguments = replace(arguments, model_name_or_path=folder, model_revision=None)
     if is_checkpoint(arguments.model_name_or_path):
         refuse_foreign_code(arguments.model_name_or_path)  # again: only its config.json was at hand before
         require_encoder(arguments.model_name_or_path)
+    return arguments
 
 
 def load_arguments(arguments: ModelArguments) -> dict[str, Any]:

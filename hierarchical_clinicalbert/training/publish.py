@@ -9,8 +9,10 @@ from typing import Any
 from huggingface_hub import HfApi
 
 from configuration_hierarchical import HierarchicalConfig
+from hierarchical_clinicalbert.checkpoint_files import read_json_object
 from hierarchical_clinicalbert.errors import ROOT, InputError
 from hierarchical_clinicalbert.publishing import card
+from hierarchical_clinicalbert.publishing.description import METRICS
 from hierarchical_clinicalbert.publishing.environment import describe_environment
 from hierarchical_clinicalbert.publishing.hub import (
     HUB_ERRORS,
@@ -26,13 +28,21 @@ from modeling_hierarchical import HierarchicalForSequenceClassification
 logger = logging.getLogger(__name__)
 
 
-def run_settings(arguments: Arguments, model: HierarchicalForSequenceClassification, max_length: int) -> dict[str, Any]:
-    """Return the settings of a run for its card. A continued adapter keeps its own rank, scale and dropout."""
+def run_settings(
+    arguments: Arguments, model: HierarchicalForSequenceClassification, max_length: int, heads_init: str | None
+) -> dict[str, Any]:
+    """Return the settings of a run for its card.
+
+    A continued adapter keeps its own rank, scale and dropout. If ``heads_init`` is None, trained heads were kept, and there were no
+    contrastive steps.
+    """
     settings = {
         **vars(arguments.model),
         **vars(arguments.loss),
         **{name: getattr(arguments.training, name) for name in card.TRAINING_SETTINGS},
         "max_length": max_length,
+        "heads_init": heads_init,
+        "contrastive_steps": None if heads_init is None else arguments.model.contrastive_steps,
         "train_precision": arguments.training.precision,
     }
     settings |= dict.fromkeys(("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"))
@@ -62,9 +72,13 @@ def source_commit() -> str | None:
     return subprocess.run(describe, capture_output=True, text=True).stdout.strip() or None
 
 
-def write_card(trainer: HierarchicalTrainer, settings: dict, report: dict, metrics: dict, folder: Path) -> None:
-    """Write README.md into a checkpoint's folder, with the metrics measured so far."""
-    config = HierarchicalConfig.from_pretrained(folder)
+def write_card(
+    trainer: HierarchicalTrainer, settings: dict, report: dict, folder: Path, metrics: dict[str, Any] | None = None
+) -> None:
+    """Write README.md into a checkpoint's folder, with the metrics of the run or by default of its metrics.json, if any."""
+    config, file = HierarchicalConfig.from_pretrained(folder), folder / METRICS
+    if metrics is None:
+        metrics = read_json_object(file) if file.is_file() else {}
     card.write(folder, config, settings, report, metrics, trainer.hub_model_id)
 
 

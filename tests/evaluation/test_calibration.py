@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import CLEAR
-from datasets import Dataset, DatasetDict
 from scipy.optimize import minimize
+from scipy.sparse import csr_matrix
 from scipy.special import expit, log_expit, log_softmax, logsumexp
-from transformers import AutoTokenizer, BertConfig, pipeline
+from transformers import AutoTokenizer, pipeline
 
 from configuration_hierarchical import MULTI_LABEL, SINGLE_LABEL, Calibration, HierarchicalConfig
 from decisions_hierarchical import MAX_SET_NODES, OnePath, guaranteed_threshold, nonconformity, threshold_index
@@ -24,12 +24,10 @@ from hierarchical_clinicalbert.evaluation.forms import Form
 from hierarchical_clinicalbert.evaluation.many_nodes import ManyNodesForm
 from hierarchical_clinicalbert.evaluation.one_path import (
     OnePathForm,
-    coverage_scores,
-    fit_conformal_thresholds,
     nonconformity_scores,
     rows_by_decision,
 )
-from hierarchical_clinicalbert.evaluation.report import calibrate_model
+from hierarchical_clinicalbert.evaluation.report import ScoredSplit, calibrate_splits
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from taxonomy_hierarchical import Taxonomy
 
@@ -182,8 +180,6 @@ def test_rows_are_scored_by_a_calibration_that_has_not_seen_their_text(form):
 
 def test_scores_of_validation_rows_are_not_optimistic():
     """Compare the log loss of 60 validation rows with fresh rows, as the change by calibration; mean of 30 draws."""
-    config = HierarchicalConfig(taxonomy=TREE, text_config=BertConfig(**TINY).to_dict())
-    model = HierarchicalForSequenceClassification(config)
     form, scores = OnePathForm(TREE), np.random.default_rng(0).normal(scale=2, size=(3000, TREE.num_nodes))
     labels, log_probs = labels_for(form, scores, seed=1), node_log_probs(form, scores)
 
@@ -194,11 +190,11 @@ def test_scores_of_validation_rows_are_not_optimistic():
     for seed in range(30):
         order = np.random.default_rng(seed).permutation(len(labels))
         rows = {"validation": order[:60], "test": order[60:1060]}
-        splits = DatasetDict(
-            {split: Dataset.from_dict({"labels": labels[some, None], "text_id": some}) for split, some in rows.items()}
-        )
-        known = {split: scores[some] for split, some in rows.items()}
-        metrics, _ = calibrate_model(model, None, known, splits, 512)
+        splits = {
+            split: ScoredSplit(scores[some], log_probs[some], labels[some], some, some, csr_matrix((len(some), 1)))
+            for split, some in rows.items()
+        }
+        _, _, metrics = calibrate_splits(form, splits, None)
         before = log_loss(rows["validation"]) - log_loss(rows["test"])
         gaps.append(metrics["eval_log_loss"] - metrics["test_log_loss"] - before)
     assert np.mean(gaps) == pytest.approx(0, abs=0.015)  # by the fit to these very rows, -0.035
@@ -303,9 +299,9 @@ def test_an_only_child_is_not_answered_by_its_parent():
 
 def test_thresholds_are_the_ranks_of_split_conformal_prediction():
     logits, labels = drawn(TREE, 9)
-    scores = nonconformity_scores(TREE, logits, labels, np.arange(9))
+    scores = nonconformity_scores(OnePath(TREE), logits, labels, np.arange(9))
     assert len(scores) == 9
-    thresholds = fit_conformal_thresholds(OnePath(TREE), logits, labels, np.arange(9))
+    thresholds = OnePathForm(TREE).fit_sets(logits, labels, np.arange(9))["set_thresholds"]
     assert len(thresholds) == 99
 
     def threshold(coverage: float) -> float:
@@ -331,12 +327,9 @@ def test_answers_have_the_requested_coverage(coverage):
     for _ in range(30):
         order = generator.permutation(len(labels))
         validation, test = order[:600], order[600:]
-        thresholds = fit_conformal_thresholds(OnePath(MANY), logits[validation], labels[validation], validation)
-        held.append(
-            coverage_scores(OnePath(MANY), logits[test], labels[test], test, thresholds[threshold_index(coverage)])[
-                "coverage"
-            ]
-        )
+        thresholds = OnePathForm(MANY).fit_sets(logits[validation], labels[validation], validation)["set_thresholds"]
+        threshold = thresholds[threshold_index(coverage)]
+        held.append(OnePathForm(MANY).set_scores(logits[test], labels[test], test, threshold)["coverage"])
     assert np.mean(held) == pytest.approx(coverage, abs=0.02)
 
 
@@ -345,9 +338,9 @@ def test_answers_have_the_requested_coverage_if_some_labels_are_inner_nodes():
     known, generator = labels.copy(), np.random.default_rng(2)
     inside = np.isin(labels, TREE.leaves_at_or_below[TREE.id("b")])
     known[inside & (generator.random(len(labels)) < 0.8)] = TREE.id("b")
-    thresholds = fit_conformal_thresholds(OnePath(TREE), logits[:2000], known[:2000], np.arange(2000))
+    thresholds = OnePathForm(TREE).fit_sets(logits[:2000], known[:2000], np.arange(2000))["set_thresholds"]
     for truth in (labels, known):
-        measured = coverage_scores(OnePath(TREE), logits[2000:], truth[2000:], np.arange(2000), thresholds[79])
+        measured = OnePathForm(TREE).set_scores(logits[2000:], truth[2000:], np.arange(2000), thresholds[79])
         assert measured["coverage"] > 0.78
 
 
@@ -368,7 +361,7 @@ def test_texts_that_are_repeated_do_not_break_the_coverage(others, one_label):
         row_labels = labels[texts]
         if not one_label:
             row_labels = np.array([generator.choice(MANY.num_leaves, p=chances[text]) for text in texts])
-        threshold = fit_conformal_thresholds(OnePath(MANY), logits[texts], row_labels, texts)[89]
+        threshold = OnePathForm(MANY).fit_sets(logits[texts], row_labels, texts)["set_thresholds"][89]
         held.append(np.mean(scores[new] <= (1 if threshold is None else threshold)))
     assert np.mean(held) > 0.89
 
@@ -379,7 +372,7 @@ def test_a_repeated_text_counts_once_in_the_measured_coverage():
     leaves[:, TREE.id("c")] = 1
     labels = np.array([TREE.id("a")] * 20 + [TREE.id("c"), TREE.id("c"), TREE.id("d")])
     texts = np.array([5] * 20 + [6, 7, 7])
-    measured = coverage_scores(OnePath(TREE), np.log(leaves), labels, texts, 0.0)
+    measured = OnePathForm(TREE).set_scores(np.log(leaves), labels, texts, 0.0)
     assert measured == {"coverage": pytest.approx(1 / 3), "leaves": 1, "nodes": 1, "single_leaf": 1}
 
 

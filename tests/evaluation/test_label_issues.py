@@ -4,6 +4,7 @@ import json
 
 import datasets
 import numpy as np
+import pandas as pd
 import pytest
 from cleanlab.filter import find_label_issues
 from conftest import CLEAR, clear_rows, read_csv, run, write_csv
@@ -13,11 +14,14 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, Normalizer
 
-from hierarchical_clinicalbert.evaluation.label_issues import COLUMNS, assign_folds, list_label_issues
+from hierarchical_clinicalbert.evaluation import label_issues
+from hierarchical_clinicalbert.evaluation.forms import Form
+from hierarchical_clinicalbert.evaluation.label_issues import COLUMNS, assign_folds
 from hierarchical_clinicalbert.evaluation.lexical import log_odds_variance
 from hierarchical_clinicalbert.evaluation.many_nodes import ManyNodesForm
 from hierarchical_clinicalbert.evaluation.metrics import one_hot
 from hierarchical_clinicalbert.evaluation.one_path import OnePathForm
+from hierarchical_clinicalbert.training.score import label_arrays, token_counts
 from taxonomy_hierarchical import Taxonomy
 
 TREE = Taxonomy(["a", {"b": ["c", "d", {"e": ["f", "g"]}]}])
@@ -41,6 +45,13 @@ def dataset(ids: list[list[int]], labels, texts: list[int] | None = None) -> dat
     numbers, nodes = np.arange(len(ids)), [[label] if np.isscalar(label) else sorted(label) for label in labels]
     columns = {"input_ids": ids, "labels": nodes, "row": 100 + numbers, "text_id": numbers if texts is None else texts}
     return datasets.Dataset.from_dict({**columns, "moved": [False] * len(ids)})
+
+
+def list_label_issues(form: Form, rows: datasets.Dataset, vocab_size: int) -> pd.DataFrame:
+    columns = (np.array(rows[column]) for column in ("text_id", "row", "moved"))
+    return label_issues.list_label_issues(
+        form, token_counts(rows, vocab_size), label_arrays(form.decisions, rows), *columns
+    )
 
 
 @pytest.fixture

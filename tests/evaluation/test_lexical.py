@@ -18,6 +18,7 @@ from hierarchical_clinicalbert.evaluation import lexical
 from hierarchical_clinicalbert.evaluation.many_nodes import ManyNodesForm
 from hierarchical_clinicalbert.evaluation.metrics import one_hot
 from hierarchical_clinicalbert.evaluation.one_path import OnePathForm
+from hierarchical_clinicalbert.training.score import token_counts
 from modeling_hierarchical import HierarchicalForSequenceClassification, LexicalHead
 from taxonomy_hierarchical import Taxonomy
 
@@ -50,7 +51,7 @@ def rows(count: int, seed: int = 0, leaves: int = TREE.num_leaves, several: bool
 def classifier_of(
     rows: datasets.Dataset, tree: Taxonomy = TREE, vocabulary: int = VOCABULARY
 ) -> lexical.LeafClassifier:
-    counts = lexical.token_counts(rows, vocabulary)
+    counts = token_counts(rows, vocabulary)
     return lexical.LeafClassifier(OnePath(tree), counts, np.array(rows["labels"]))
 
 
@@ -87,16 +88,16 @@ def test_the_head_is_scikit_learns_logistic_regression_over_weighted_tf_idf(leav
     ours.load_state_dict(classifier.weights())
     scores = ours(**padded(unseen["input_ids"]))
     np.testing.assert_allclose(scores[:, :leaves].softmax(1).numpy(), model.predict_proba(asked), atol=2e-3)
-    np.testing.assert_allclose(classifier.scores(lexical.token_counts(unseen, VOCABULARY)), scores.numpy(), atol=1e-4)
+    np.testing.assert_allclose(classifier.scores(token_counts(unseen, VOCABULARY)), scores.numpy(), atol=1e-4)
 
 
 def test_each_node_has_scikit_learns_logistic_regression_over_its_open_rows():
     train, unseen = rows(300, several=True), rows(30, seed=1)
     counts, labels = counted(train), np.array(train["labels"])
-    classifier = lexical.NodeClassifier(ManyNodes(TREE), lexical.token_counts(train, VOCABULARY), labels)
+    classifier = lexical.NodeClassifier(ManyNodes(TREE), token_counts(train, VOCABULARY), labels)
     spread = lexical.log_odds_variance(csr_matrix(counts > 0), labels)
     given, asked = (features(counts, of_rows, spread) for of_rows in (counts, counted(unseen)))
-    scores = classifier.scores(lexical.token_counts(unseen, VOCABULARY))
+    scores = classifier.scores(token_counts(unseen, VOCABULARY))
     for node, parent in enumerate(TREE.parents):
         is_open = np.ones(300, dtype=bool) if parent < 0 else labels[:, parent] == 1
         truth = labels[is_open, node]
@@ -113,7 +114,7 @@ def test_a_node_that_is_never_or_always_true_has_no_lexical_weights():
     labels, (a, b, c, e, f) = np.array(train["labels"]), map(TREE.id, "abcef")
     labels[:, f] = 0
     labels[labels[:, b] == 1, c] = 1
-    classifier = lexical.NodeClassifier(ManyNodes(TREE), lexical.token_counts(train, VOCABULARY), labels)
+    classifier = lexical.NodeClassifier(ManyNodes(TREE), token_counts(train, VOCABULARY), labels)
     weight = classifier.weights()["weight"]
     assert not weight[[f, c]].any()
     assert not classifier.bias[[f, c]].any()
@@ -124,7 +125,7 @@ def test_a_node_that_is_never_or_always_true_has_no_lexical_weights():
 def test_leaves_without_rows_share_the_prior_of_one_row(unseen):
     tree = Taxonomy(["a", {"b": ["c", "d", *(f"never {i}" for i in range(unseen))]}])
     train = rows(300, leaves=3)
-    odds = np.exp(classifier_of(train, tree).scores(lexical.token_counts(train, VOCABULARY)))
+    odds = np.exp(classifier_of(train, tree).scores(token_counts(train, VOCABULARY)))
     assert (odds[:, 3:].sum(1) / odds[:, :3].sum(1)).mean() == pytest.approx(1 / 301)
 
 
@@ -145,7 +146,7 @@ def test_only_classes_and_tokens_of_the_rows_are_fitted(unseen):
     tree = Taxonomy([*"abcdefg", *(f"never {i}" for i in range(unseen))])
     train = datasets.Dataset.from_dict({**rows(60).to_dict(), "labels": np.arange(60) % 7})
     classifier = classifier_of(train, tree, 10 * VOCABULARY)
-    documents = classifier.tfidf.transform(lexical.token_counts(train, 10 * VOCABULARY))
+    documents = classifier.tfidf.transform(token_counts(train, 10 * VOCABULARY))
     expected = LogisticRegression(C=50, max_iter=1000, tol=1e-3).fit(documents, train["labels"])
     weights = classifier.weights()
     assert weights["weight"].shape == (7 + unseen, 10 * VOCABULARY)
@@ -158,7 +159,7 @@ def test_rows_labelled_with_an_inner_node_do_not_affect_the_fit():
     train = rows(200)
     labels = np.array(train["labels"])
     labels[:100] = TREE.id("b")
-    counts = lexical.token_counts(train, VOCABULARY)
+    counts = token_counts(train, VOCABULARY)
     classifier = lexical.LeafClassifier(OnePath(TREE), counts, labels)
     expected = lexical.LeafClassifier(OnePath(TREE), counts[100:], labels[100:])
     np.testing.assert_array_equal(classifier.weight, expected.weight)
@@ -178,7 +179,7 @@ def test_the_model_adds_its_scores_in_each_decision_and_comes_back_the_same(mode
     before = model(**inputs).logits
     model.set_calibration(Calibration(lexical_weight=0.5), classifier.weights())
     after = model(**inputs)
-    words = torch.tensor(classifier.scores(lexical.token_counts(rows(9, seed=1), VOCABULARY))).softmax(1)
+    words = torch.tensor(classifier.scores(token_counts(rows(9, seed=1), VOCABULARY))).softmax(1)
     expected = torch.zeros(9, TREE.num_nodes, dtype=torch.float64)
     for parent in (-1, *range(TREE.num_leaves, TREE.num_nodes)):
         children = TREE.children(parent)
@@ -223,8 +224,8 @@ def test_embeddings_in_place_of_token_ids_are_refused(model):
 def test_there_is_no_lexical_head_if_the_rows_do_not_tell_two_classes_apart(caplog, several):
     caplog.set_level("INFO")
     form, train = (ManyNodesForm if several else OnePathForm)(TREE), rows(20, leaves=2, several=several)
-    counts, labels = lexical.token_counts(train, VOCABULARY), np.array(train["labels"])
-    assert lexical.fit_classifier(form, counts, labels) is not None
-    assert lexical.fit_classifier(form, counts, labels, wanted=False) is None
-    assert lexical.fit_classifier(form, counts, np.zeros_like(labels)) is None
+    counts, labels = token_counts(train, VOCABULARY), np.array(train["labels"])
+    assert form.fit_classifier(counts, labels) is not None
+    assert form.fit_classifier(counts, labels, wanted=False) is None
+    assert form.fit_classifier(counts, np.zeros_like(labels)) is None
     assert "do not tell any two classes apart" in caplog.text

@@ -17,16 +17,14 @@ from hierarchical_clinicalbert.errors import InputError
 from hierarchical_clinicalbert.evaluation.many_nodes import (
     REPEATS,
     STRENGTHS,
+    ManyNodesForm,
     best_threshold,
-    build_multi_label_metrics,
     choose_strength,
     common_threshold,
     fit_node_thresholds,
-    fit_recall_thresholds,
     pair_variance,
     predict_nodes,
     probable_pairs,
-    recall_scores,
     shrunk_thresholds,
 )
 from hierarchical_clinicalbert.evaluation.metrics import FOLDS, bin_index, per_class_report
@@ -196,6 +194,16 @@ def test_the_strength_of_the_shrinkage_is_that_of_the_best_f1_on_other_folds():
 # Guarantee
 
 
+def fit_recall_thresholds(u: np.ndarray, labels: np.ndarray) -> tuple[list[float | None], int]:
+    sets = ManyNodesForm(Taxonomy([f"node {i}" for i in range(u.shape[1])])).fit_sets(u, labels, np.arange(len(u)))
+    return sets["set_thresholds"], sets["num_texts"]
+
+
+def recall_scores(u: np.ndarray, labels: np.ndarray, threshold: float) -> dict[str, float]:
+    flat = ManyNodesForm(Taxonomy([f"node {i}" for i in range(u.shape[1])]))
+    return flat.set_scores(u, labels, np.arange(len(u)), threshold)
+
+
 def risks(p: np.ndarray, labels: np.ndarray) -> dict[Fraction, Fraction]:
     """Compute (Σ loss + 1) / (n + 1) at each probability of a true node, in exact arithmetic."""
     texts = [[float(x) for x in row[true == 1]] for row, true in zip(p, labels, strict=True)]
@@ -302,7 +310,7 @@ def test_the_mean_recall_over_splits_is_the_requested_recall_and_hardly_more(rec
 
 
 def measured(tree: Taxonomy, u: np.ndarray, labels: np.ndarray, thresholds: np.ndarray | None = None) -> dict:
-    return build_multi_label_metrics(ManyNodes(tree), thresholds)(EvalPrediction(predictions=u, label_ids=labels))
+    return ManyNodesForm(tree).measure(u, labels, thresholds=thresholds)
 
 
 @TREES
@@ -391,9 +399,7 @@ def test_without_thresholds_the_common_one_is_taken():
     u = marginal_logits(TREE, z)
     expected = measured(TREE, u, labels, np.full(TREE.num_nodes, common_threshold(u, labels)))
     assert measured(TREE, u, labels) == expected
-    together = build_multi_label_metrics(ManyNodes(TREE))(
-        EvalPrediction(predictions=(u, np.zeros(3)), label_ids=labels)
-    )
+    together = ManyNodesForm(TREE).compute_metrics(EvalPrediction(predictions=(u, np.zeros(3)), label_ids=labels))
     assert together == expected
 
 

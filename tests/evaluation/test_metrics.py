@@ -12,11 +12,10 @@ import pytest
 import scipy.stats
 import sklearn.metrics
 from conftest import complete
-from datasets import Dataset
 from forked import LIBRARIES
+from scipy.sparse import csr_matrix
 from transformers import EvalPrediction
 
-from configuration_hierarchical import HierarchicalConfig
 from hierarchical_clinicalbert.errors import InputError
 from hierarchical_clinicalbert.evaluation.metrics import (
     bootstrap_intervals,
@@ -24,8 +23,8 @@ from hierarchical_clinicalbert.evaluation.metrics import (
     expected_calibration_error,
     one_hot,
 )
-from hierarchical_clinicalbert.evaluation.one_path import any_label_accuracy, build_compute_metrics
-from hierarchical_clinicalbert.evaluation.report import class_scores
+from hierarchical_clinicalbert.evaluation.one_path import OnePathForm
+from hierarchical_clinicalbert.evaluation.report import ScoredSplit, class_scores
 from taxonomy_hierarchical import Taxonomy
 
 MODULE = Path(__file__).resolve().parents[2] / "metrics" / "hierarchical_f1"
@@ -142,7 +141,7 @@ def test_scores_by_hand():
     # label:  a  e  D  c  f  e  (none)
     # answer: a  f  e  h  f  c  c
     labels = np.array([A, E, D, C, F, E, -100])
-    scores = build_compute_metrics(TREE)(EvalPrediction(logits_for([A, F, E, H, F, C, C]), labels))
+    scores = OnePathForm(TREE).measure(logits_for([A, F, E, H, F, C, C]), labels)
     # leaf labels: a-a, e-f, c-h, f-f, e-c, so 2 of 5. F1: a 1, c 0, e 0, f 2/3 (1 of 2 found, 1 of 1 right), h 0
     assert scores["accuracy"] == pytest.approx(2 / 5)
     assert scores["macro_f1"] == pytest.approx((1 + 2 / 3) / 5)
@@ -164,13 +163,18 @@ def test_scores_by_hand():
 
 def test_flat_scores_against_scikit_learn():
     logits, labels = random_case(TREE, 400)
-    scores = build_compute_metrics(TREE)(EvalPrediction(logits, labels))
+    scores = OnePathForm(TREE).measure(logits, labels)
     leaf = (labels >= 0) & (labels < TREE.num_leaves)
     true, predictions = labels[leaf], logits[leaf].argmax(axis=1)
     assert scores["accuracy"] == pytest.approx(sklearn.metrics.accuracy_score(true, predictions))
     assert scores["macro_f1"] == pytest.approx(sklearn.metrics.f1_score(true, predictions, average="macro"))
     assert scores["weighted_f1"] == pytest.approx(sklearn.metrics.f1_score(true, predictions, average="weighted"))
     assert all(type(score) is float for score in scores.values())
+    of_module = evaluate.load(str(MODULE), keep_in_memory=True).compute(
+        predictions=predictions, references=true, parents=TREE.parents
+    )
+    only_leaves = OnePathForm(TREE).compute_metrics(EvalPrediction((logits[leaf], labels[leaf]), labels[leaf]))
+    assert {name: only_leaves[name] for name in of_module} == pytest.approx(of_module)
 
 
 def test_log_loss_of_leaves_against_scikit_learn():
@@ -179,20 +183,24 @@ def test_log_loss_of_leaves_against_scikit_learn():
     expected = sklearn.metrics.log_loss(
         labels[labels >= 0], [softmax(row) for row in logits[labels >= 0]], labels=range(TREE.num_leaves)
     )
-    assert build_compute_metrics(TREE)(EvalPrediction(logits, labels))["log_loss"] == pytest.approx(expected)
+    assert OnePathForm(TREE).measure(logits, labels)["log_loss"] == pytest.approx(expected)
 
 
 def test_log_loss_of_inner_nodes_adds_up_their_leaves():
     probabilities = np.array([[0.1, 0.2, 0.3, 0.15, 0.25]] * 4)  # a c e f h
     # P(B) = c + e + f = 0.65, P(D) = e + f = 0.45, P(G) = h = 0.25, P(e) = 0.3
-    scores = build_compute_metrics(TREE)(EvalPrediction(np.log(probabilities), np.array([B, D, G, E])))
+    scores = OnePathForm(TREE).measure(np.log(probabilities), np.array([B, D, G, E]))
     assert scores["log_loss"] == pytest.approx(-sum(map(math.log, [0.65, 0.45, 0.25, 0.3])) / 4)
 
 
 def test_log_loss_does_not_underflow():
     logits = np.array([[0, -800, 0, 0, 0]], dtype=np.float32)  # exp(-800) is 0 even in float64
-    scores = build_compute_metrics(TREE)(EvalPrediction(logits, np.array([C])))
+    scores = OnePathForm(TREE).measure(logits, np.array([C]))
     assert scores["log_loss"] == pytest.approx(800 + math.log(4))
+
+
+def any_label_accuracy(logits: np.ndarray, labels: np.ndarray, texts: np.ndarray) -> float | None:
+    return OnePathForm(TREE).measure(logits, labels, texts).get("any_label_accuracy")
 
 
 def test_any_label_of_a_repeated_text_counts():
@@ -239,7 +247,7 @@ def truncated_documents(logits: np.ndarray, labels: list[int], level: int) -> li
 def test_ece_of_a_level_is_the_ece_of_the_tree_truncated_below_it(inner):
     logits, labels = random_case(TREE, 500)
     labels[(labels >= TREE.num_leaves) & ~np.isin(labels, [*inner])] = -100
-    scores = build_compute_metrics(TREE)(EvalPrediction(logits, labels))
+    scores = OnePathForm(TREE).measure(logits, labels)
     for level in range(1, TREE.depth + 1):
         expected = plain_ece(truncated_documents(logits, labels.tolist(), level))
         assert scores[f"level_{level}_ece"] == pytest.approx(expected), level
@@ -252,7 +260,7 @@ def test_correct_probabilities_look_calibrated_if_some_labels_are_inner_nodes():
     probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     labels = (probabilities.cumsum(axis=1) < generator.random((20_000, 1))).sum(axis=1)
     labels[np.isin(labels, [C, E, F]) & (generator.random(20_000) < 0.8)] = B
-    scores = build_compute_metrics(TREE)(EvalPrediction(logits, labels))
+    scores = OnePathForm(TREE).measure(logits, labels)
     for name in ("ece", "level_1_ece", "level_2_ece", "level_3_ece"):
         assert scores[name] < 2 * scores[f"{name}_by_chance"], name
 
@@ -260,9 +268,9 @@ def test_correct_probabilities_look_calibrated_if_some_labels_are_inner_nodes():
 def test_a_row_that_is_labelled_with_the_root_hides_no_calibration_error():
     tree = Taxonomy({"root": ["a", "b", "c"]})
     logits, labels = np.tile([5.0, 0.0, 0.0], (1000, 1)), np.random.default_rng(0).integers(3, size=1000)
-    before = build_compute_metrics(tree)(EvalPrediction(logits, labels))
+    before = OnePathForm(tree).measure(logits, labels)
     labels[0] = tree.id("root")
-    after = build_compute_metrics(tree)(EvalPrediction(logits, labels))
+    after = OnePathForm(tree).measure(logits, labels)
     for name in ("ece", "level_2_ece"):
         assert before[name] > 0.6
         assert after[name] == pytest.approx(before[name], abs=0.001)
@@ -272,11 +280,11 @@ def test_the_calibration_error_by_chance_is_that_of_labels_drawn_from_the_probab
     generator = np.random.default_rng(5)
     logits = generator.normal([1, -1, 0, 0, 2], 2, size=(700, TREE.num_leaves))  # leaves at three levels, unalike
     probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
-    score = build_compute_metrics(TREE)
+    score = OnePathForm(TREE).measure
     drawn = []
     for _ in range(60):
         labels = (probabilities.cumsum(axis=1) < generator.random((700, 1))).sum(axis=1)
-        drawn.append(score(EvalPrediction(logits, labels)))
+        drawn.append(score(logits, labels))
     for name in ("ece", *(f"level_{k}_ece" for k in range(1, TREE.depth + 1))):
         simulated = np.mean([scores[name] for scores in drawn])
         assert drawn[0][f"{name}_by_chance"] == pytest.approx(simulated, rel=0.1), name
@@ -293,7 +301,7 @@ def test_calibration_bins_by_hand():
 
 
 def test_scores_without_documents_are_left_out():
-    scores = build_compute_metrics(TREE)(EvalPrediction(logits_for([E, A]), np.array([B, -100])))
+    scores = OnePathForm(TREE).measure(logits_for([E, A]), np.array([B, -100]))
     # {B}, the answer {B, D, e} where the label ends, against {B}
     assert scores["log_loss"] > 0
     right = np.exp(-scores.pop("log_loss"))  # of one document
@@ -312,24 +320,21 @@ def test_scores_without_documents_are_left_out():
 
 def test_scores_do_not_depend_on_the_scale_of_unnormalised_logits():
     logits, labels = random_case(TREE, 100)
-    compute_metrics = build_compute_metrics(TREE)
+    compute_metrics = OnePathForm(TREE).measure
     shifted = logits.astype(np.float64) + np.linspace(-1000, 1000, 100)[:, None]
-    scores = compute_metrics(EvalPrediction(logits, labels))
-    assert compute_metrics(EvalPrediction(shifted, labels)) == pytest.approx(scores)
+    scores = compute_metrics(logits, labels)
+    assert compute_metrics(shifted, labels) == pytest.approx(scores)
 
 
 def test_scores_of_a_training_that_diverged_are_refused():
     with pytest.raises(InputError, match="not finite for 2 of 3 documents: training diverged"):
-        build_compute_metrics(TREE)(EvalPrediction(np.diag([0, np.nan, np.inf, 0, 0])[:3], np.array([A, C, E])))
+        OnePathForm(TREE).measure(np.diag([0, np.nan, np.inf, 0, 0])[:3], np.array([A, C, E]))
 
 
-def rows_of(labels: np.ndarray) -> Dataset:
-    return Dataset.from_dict({"labels": labels[:, None], "text_id": np.arange(len(labels))})
-
-
-def leaf_report(logits: np.ndarray, labels: np.ndarray) -> tuple[list[dict], dict[str, list[float]]]:
-    scores = class_scores(HierarchicalConfig(taxonomy=TREE), {"test": logits}, {"test": rows_of(labels)})
-    return scores.get("per_class", []), scores.get("intervals", {})
+def report_of(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    nothing, rows = np.empty((len(labels), TREE.num_nodes)), np.arange(len(labels))
+    split = ScoredSplit(nothing, logits, labels, rows, rows, csr_matrix(nothing))
+    return class_scores(OnePathForm(TREE), {"test": split}, None)
 
 
 def intervals_of(labels: np.ndarray, predictions: np.ndarray, num_classes: int, **settings) -> dict[str, np.ndarray]:
@@ -344,7 +349,7 @@ def test_per_class_report_against_scikit_learn():
     expected = sklearn.metrics.classification_report(
         labels[leaf], logits[leaf].argmax(axis=1), target_names=["a", "c", "e", "f", "h"], output_dict=True
     )
-    report, _ = leaf_report(logits, labels)
+    report = report_of(logits, labels)["per_class"]
     assert [row["label"] for row in report] == ["a", "c", "e", "f", "h"]
     for row in report:
         of_class = expected[row["label"]]
@@ -355,26 +360,24 @@ def test_per_class_report_against_scikit_learn():
 
 
 def test_per_class_report_of_classes_that_do_not_occur():
-    report, _ = leaf_report(logits_for([A, A]), np.array([A, B]))
+    report = report_of(logits_for([A, A]), np.array([A, B]))["per_class"]
     absent = {"label": "h", "support": 0, "precision": 0, "recall": 0, "f1": 0, "f1_interval": None}
     assert {name: report[0][name] for name in ("support", "precision", "recall", "f1")} == dict.fromkeys(
         ("support", "precision", "recall", "f1"), 1
     )
     assert report[4] == absent
-    assert leaf_report(logits_for([A]), np.array([B])) == ([], {})
+    assert report_of(logits_for([A]), np.array([B])) == {}
 
 
 def test_the_intervals_of_a_report_are_those_of_the_bootstrap():
     logits, labels = random_case(TREE, 200)
     logits, labels = logits[labels >= 0], labels[labels >= 0]
-    rows = {"test": rows_of(labels)}
-    scores = class_scores(HierarchicalConfig(taxonomy=TREE), {"test": logits}, rows)
+    scores = report_of(logits, labels)
     leaf = labels < TREE.num_leaves
     expected = intervals_of(labels[leaf], logits[leaf].argmax(axis=1), TREE.num_leaves)
     assert scores["intervals"] == {f"test_{name}": expected[name].tolist() for name in ("accuracy", "macro_f1")}
     assert [row["f1_interval"] for row in scores["per_class"]] == expected["f1"].T.tolist()
-    only_inner = {"test": rows_of(np.full(len(labels), B))}
-    assert class_scores(HierarchicalConfig(taxonomy=TREE), {"test": logits}, only_inner) == {}
+    assert report_of(logits, np.full(len(labels), B)) == {}
 
 
 def test_the_rows_of_a_text_are_drawn_together():

@@ -53,7 +53,7 @@ def picture_size(path: Path) -> tuple[int, int]:
 
 
 def test_training_curves_hold_the_log():
-    figure = training_curves(LOG)
+    figure = training_curves(LOG, {"macro_f1": "macro F1", "micro_f1": "micro F1"})
     panels = {axes.get_ylabel(): axes for axes in figure.axes}
     lines = {
         (panel, line.get_label()): (line.get_xdata().tolist(), line.get_ydata().tolist())
@@ -70,7 +70,7 @@ def test_training_curves_hold_the_log():
 
 @pytest.mark.parametrize("log", [[], [{"train_runtime": 1.0, "train_loss": 0.5, "step": 3}]])
 def test_no_curve_no_figure(log):
-    assert training_curves(log) is None
+    assert training_curves(log, {"macro_f1": "macro F1"}) is None
 
 
 def test_nothing_to_draw_no_figure():

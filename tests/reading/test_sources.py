@@ -202,7 +202,9 @@ def test_a_file_reports_progress(tmp_path):
 
 def run_alone(folder, code: str, given: bytes = b"") -> str:
     """Run code beside a copy of the package, in a process without access to the repository. Return its standard output."""
-    shutil.copytree(ROOT / "reading", folder / "reading", dirs_exist_ok=True)
+    package = "hierarchical_clinicalbert"
+    shutil.copytree(ROOT / package / "reading", folder / package / "reading", dirs_exist_ok=True)
+    shutil.copy(ROOT / package / "__init__.py", folder / package)
     (folder / "app.py").write_text(code)
     done = subprocess.run([sys.executable, "app.py"], input=given, capture_output=True, cwd=folder)
     assert done.returncode == 0, done.stderr.decode()
@@ -232,6 +234,6 @@ loaded = set(sys.modules)
 more = read_table(find_sources("a.parquet")[0]).columns
 print(json.dumps([find_column(dict.fromkeys(texts, 1.0), None, TEXT_COLUMNS), texts["text"] + more["text"],
                   [name for name in ("pyarrow", "pandas", "numpy") if name in loaded],
-                  [name for name in ("pandas", "torch", "training") if name in sys.modules]]))
+                  [name for name in ("pandas", "torch", "hierarchical_clinicalbert.training") if name in sys.modules]]))
 """
     assert json.loads(run_alone(tmp_path, code)) == ["text", ["a", "b", "a"], [], []]

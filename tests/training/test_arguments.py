@@ -11,8 +11,8 @@ from transformers import Trainer
 from configuration_hierarchical import DEFAULT_ENCODER_REVISION, MULTI_LABEL, SINGLE_LABEL
 from hierarchical_clinicalbert.errors import InputError
 from hierarchical_clinicalbert.evaluation.forms import form_of
-from hierarchical_clinicalbert.evaluation.report import SCORING_ARGUMENTS
-from hierarchical_clinicalbert.training.arguments import check_against_data, parse
+from hierarchical_clinicalbert.training.arguments import fit_to_data, parse
+from hierarchical_clinicalbert.training.score import SCORING_ARGUMENTS
 from taxonomy_hierarchical import Taxonomy
 
 
@@ -151,12 +151,12 @@ def test_a_metric_that_the_validation_rows_cannot_give_selects_no_checkpoint(pro
     for name, one, other, measured in MEASURED[problem_type]:
         nodes = [sorted(map(taxonomy.id, labels)) for labels in (one, other)]
         splits = {split: {"nodes": nodes} for split in ("train", "validation")}
-        given = (parse(["--metric_for_best_model", name]), splits, form_of(taxonomy, problem_type))
+        given = (parse(["--metric_for_best_model", name]).training, splits, form_of(taxonomy, problem_type))
         if measured:
-            check_against_data(*given)
+            fit_to_data(*given)
         else:
             with pytest.raises(InputError, match=f"{name} is not measured on these validation rows; it is one of "):
-                check_against_data(*given)
+                fit_to_data(*given)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)

@@ -130,7 +130,7 @@ def test_texts_among_the_labels_are_not_logged(tmp_path, caplog):
     rows = [(f"text {i}", ("a", "b", text)[i % 3]) for i in range(30)]
     csv_file(tmp_path / "train.csv", rows)
     csv_file(tmp_path / "test.csv", [("another", "Mrs Example was here. Twice")])
-    with caplog.at_level(logging.INFO, logger="training"):
+    with caplog.at_level(logging.INFO, logger="hierarchical_clinicalbert"):
         files = {"train_file": tmp_path / "train.csv", "test_file": tmp_path / "test.csv"}
         load(**files, validation_size=0)
     assert "1 classes without training rows, such as (a value of 27 characters)" in caplog.text
@@ -144,7 +144,7 @@ def test_a_text_belongs_to_one_split_of_those_given(tmp_path, caplog):
         "validation_file": csv_file(tmp_path / "b.csv", [(" one", "a"), ("five", "b"), ("six", "a")]),
         "test_file": csv_file(tmp_path / "c.csv", [("two ", "a"), ("five", "b")]),
     }
-    with caplog.at_level(logging.INFO, logger="training"):
+    with caplog.at_level(logging.INFO, logger="hierarchical_clinicalbert"):
         data = load(**arguments)
     assert data.splits["train"]["text"][:] == ["three", "four"]
     assert data.splits["train"]["row"][:] == [2, 4]
@@ -214,7 +214,7 @@ def test_log_report_shows_the_numbers_and_no_text(tmp_path, caplog):
     rows = [(SECRET, "a/x"), (SECRET, "b"), ("two", "a")] + [(f"text {i}", f"c/{i}") for i in range(20)]
     data = load(train_file=csv_file(tmp_path / "a.csv", rows), validation_size=0)
     data.report["lengths"] = {"train": length_report([5, 5, 9], 8)}
-    with caplog.at_level(logging.INFO, logger="training"):
+    with caplog.at_level(logging.INFO, logger="hierarchical_clinicalbert"):
         log_report(data.report, data.logged_counts)
     assert "train: 23 rows, 0 dropped, 1 duplicates; 1 texts have several labels" in caplog.text
     assert "accuracy is at most 0.9545" in caplog.text  # 21 of 22 rows that have a leaf can be correct

@@ -1,0 +1,75 @@
+"""What both forms of label have in common in evaluation: the base class of `OnePathForm` and `ManyNodesForm`."""
+
+import logging
+from typing import Any
+
+import numpy as np
+from scipy.sparse import csr_matrix
+from transformers import EvalPrediction
+
+from decisions_hierarchical import Decisions
+from hierarchical_clinicalbert.errors import InputError
+from hierarchical_clinicalbert.evaluation.lexical import MAX_WEIGHTS, LexicalClassifier
+from hierarchical_clinicalbert.evaluation.metrics import Metric, of_all_levels
+
+logger = logging.getLogger(__name__)
+
+
+class FormBase:
+    """What differs in evaluation between the two forms of label. Both subclasses have the same methods.
+
+    In all methods, ``logits`` are (num_rows, num_classes), ``labels`` the arrays of `Decisions.targets`, ``texts`` (num_rows,) the
+    same number for the same text, and ``thresholds`` those of `Calibration`.
+
+    Attributes:
+        metrics: the table of metrics.
+        micro_f1: the name of the F1 over all pairs of row and class.
+        plot_titles: titles of the form's plots, by file name.
+    """
+
+    metrics: dict[str, Metric]
+    micro_f1: str
+    plot_titles: dict[str, str]
+    classifier: Any  # a subclass of LexicalClassifier
+    predictions: Any  # what the functions of the table of metrics read
+
+    def __init__(self, decisions: Decisions):
+        self.decisions: Any = decisions
+        self.tree = decisions.tree
+
+    def measure(
+        self, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray | None = None, thresholds: Any = None
+    ) -> dict[str, float]:
+        """Compute all metrics that the rows define. InputError: the logits are not finite."""
+        infinite = np.flatnonzero(~np.isfinite(logits).all(axis=1))
+        if infinite.size:
+            where = f"{infinite.size} of {len(logits)} documents"
+            raise InputError(f"the model's logits are not finite for {where}: training diverged; lower --learning_rate")
+        predictions = self.predictions(self.decisions, logits, labels, texts, thresholds)
+        metrics = of_all_levels(self.metrics, self.tree.depth)
+        measured = {name: metric.compute(predictions) for name, metric in metrics.items()}
+        return {name: float(value) for name, value in measured.items() if value is not None}
+
+    def compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        """Compute the metrics for a Trainer. Predictions are logits, or a tuple that begins with them."""
+        logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+        return self.measure(logits, prediction.label_ids)
+
+    def fit_classifier(
+        self, counts: csr_matrix, labels: np.ndarray, wanted: bool | None = None
+    ) -> LexicalClassifier | None:
+        """Fit the lexical classifier on the training rows; return None if it is not wanted, or there is nothing to tell apart.
+
+        By default it is wanted if it has at most `MAX_WEIGHTS` weights.
+        """
+        vocab_size, num_classes = counts.shape[1], self.decisions.num_classes
+        if wanted is False:
+            return None
+        if wanted is None and vocab_size * num_classes > MAX_WEIGHTS:
+            size = f"{vocab_size:,} tokens times {num_classes:,} classes"
+            logger.info("no lexical head: it would have %s weights; --lexical_head true adds it", size)
+            return None
+        if not self.classifier.can_learn(self.decisions, labels):
+            logger.info("no lexical head: the training rows do not tell any two classes apart")
+            return None
+        return self.classifier(self.decisions, counts, labels)

@@ -1,0 +1,88 @@
+"""Score splits with a Trainer.
+
+Scores are measured on the checkpoint as a user loads it, over a full-precision encoder, not on the quantized model in training.
+"""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, DatasetDict
+from scipy.sparse import csr_matrix
+from torch import nn
+from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
+
+from decisions_hierarchical import DEFAULT_THRESHOLD, Decisions
+from hierarchical_clinicalbert.errors import as_input_error
+from hierarchical_clinicalbert.evaluation.forms import form_of
+from hierarchical_clinicalbert.evaluation.metrics import PREFIXES
+from hierarchical_clinicalbert.evaluation.report import ScoredSplit, measure
+from hierarchical_clinicalbert.training.arguments import HierarchicalTrainingArguments
+from hierarchical_clinicalbert.training.tokens import build_collator
+from hierarchical_clinicalbert.training.trainer import HierarchicalTrainer
+from pipeline_hierarchical import use_cpu_kernels
+
+SCORING_ARGUMENTS: dict[str, Any] = {  # arguments of a Trainer that only scores
+    **dict.fromkeys(("bf16", "fp16", "load_best_model_at_end", "push_to_hub", "enable_jit_checkpoint"), False),
+    "report_to": [],
+    "eval_strategy": "no",
+    "lr_scheduler_type": "linear",  # some schedulers need an evaluation
+    "lr_scheduler_kwargs": None,
+}
+
+
+def scoring_trainer(
+    folder: str,
+    args: HierarchicalTrainingArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    loss_function: nn.Module | None = None,
+) -> HierarchicalTrainer:
+    """Build a Trainer that scores a checkpoint as the pipeline does: loaded by `AutoModel`, without autocast."""
+    with as_input_error(f"cannot load the checkpoint {folder}"):
+        model: PreTrainedModel = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    if args.device.type == "cpu":
+        use_cpu_kernels(model.encoder)
+    return HierarchicalTrainer(
+        model=model,
+        args=dataclasses.replace(args, **SCORING_ARGUMENTS),
+        processing_class=tokenizer,
+        data_collator=build_collator(tokenizer, model.heads.decisions.targets),
+        loss_function=loss_function,
+    )
+
+
+def score_splits(trainer: HierarchicalTrainer, splits: DatasetDict) -> tuple[dict[str, ScoredSplit], dict[str, float]]:
+    """Score the tokenized validation and test rows that are requested.
+
+    The metrics are those of the predictions that the pipeline makes: with the stored thresholds, or 0.5.
+    """
+    config, scored, metrics = trainer.model.config, dict[str, ScoredSplit](), dict[str, float]()
+    form = form_of(config.tree, config.problem_type)
+    ignored = [key for key in config.keys_to_ignore_at_inference if key != "decision_logits"]
+    for name, is_requested in (("validation", trainer.args.do_eval), ("test", trainer.args.do_predict)):
+        if name in splits and is_requested is not False:
+            rows = splits[name]
+            output = trainer.predict(rows, ignored, metric_key_prefix=PREFIXES[name])
+            logits, scores = output.predictions
+            texts, numbers = (np.array(rows[column]) for column in ("text_id", "row"))
+            counts = token_counts(rows, config.text_config.vocab_size)
+            scored[name] = ScoredSplit(scores, logits, label_arrays(form.decisions, rows), texts, numbers, counts)
+            metrics |= output.metrics
+    return scored, metrics | measure(form, scored, config.calibration.thresholds or DEFAULT_THRESHOLD)
+
+
+def label_arrays(decisions: Decisions, rows: Dataset) -> np.ndarray:
+    """Return the labels of tokenized rows as the arrays of `Decisions.targets`."""
+    weights = rows["weights"][:] if "weights" in rows.column_names else None
+    return decisions.targets(rows["labels"][:], weights).numpy()
+
+
+def token_counts(rows: Dataset, vocab_size: int) -> csr_matrix:
+    """Count each token id in each row, special tokens included: (num_rows, vocab_size)."""
+    chunks = rows.with_format("arrow")["input_ids"].chunks
+    lengths = np.concatenate([chunk.value_lengths().to_numpy() for chunk in chunks])
+    ids = np.concatenate([chunk.flatten().to_numpy() for chunk in chunks])
+    pointers = np.concatenate([[0], np.cumsum(lengths)])
+    counts = csr_matrix((np.ones(len(ids)), ids, pointers), shape=(len(rows), vocab_size))
+    counts.sum_duplicates()
+    return counts
