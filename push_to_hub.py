@@ -123,7 +123,7 @@ def read_card(path: Path, model_id: str, merged: bool) -> str:
 
 def space_files(model_id: str) -> Files:
     files: Files = {
-        name: (ROOT if name.startswith("hierarchical_clinicalbert/") else SPACE_FOLDER) / name for name in SPACE_FILES
+        name: next(folder / name for folder in (SPACE_FOLDER, ROOT) if (folder / name).exists()) for name in SPACE_FILES
     }
     readme = RepoCard((SPACE_FOLDER / "README.md").read_text(encoding="utf-8"))
     readme.data.models = [model_id]

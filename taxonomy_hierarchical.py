@@ -1,4 +1,4 @@
-"""Read and query a taxonomy, a forest of named nodes. This file uses no torch and no numpy.
+"""Build and query a taxonomy, a forest of named nodes. This file imports the standard library alone.
 
 Worth knowing:
 
@@ -9,23 +9,14 @@ Worth knowing:
    0, the one below inner node n has id n - num_leaves + 1.
 """
 
-import csv
 import difflib
-import io
-import json
 import re
 import unicodedata
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from graphlib import CycleError, TopologicalSorter
 from itertools import chain
-from pathlib import Path
 from typing import Any
-
-from transformers.utils import logging
-
-logger = logging.get_logger(__name__)
 
 DISEASES = ["neoplasms", "digestive system diseases", "nervous system diseases", "cardiovascular diseases"]
 DEFAULT_TAXONOMY = {"general pathological conditions": None, "specific disease": DISEASES}
@@ -35,9 +26,6 @@ MAX_NAME = 500  # characters
 # the most that a message quotes from a user's file, see `looks_like_name`
 SHOWN_CHARACTERS, SHOWN_WORDS, SHOWN_DIGITS = 60, 5, 4
 LISTED_NAMES = 8
-NEAR = 0.85  # similarity by difflib from which one name may be a misspelling of another
-MAX_COMPARED = 1_000_000  # pairs of names, a few seconds
-NO_VALUE = ("", "null", "~")  # YAML's spellings of null; `read_yaml` keeps all values as text
 UNWRITABLE = ("Cc", "Cs", "Zl", "Zp")  # control characters, halves of surrogate pairs, line and paragraph separators
 
 
@@ -121,75 +109,6 @@ class Taxonomy:
                 if self._ids.setdefault(key, i) != i:
                     problem = f"{quote_name(key)} is both the name of a node and the path to another"
                     raise TaxonomyError(f"{problem}; choose another label separator")
-
-    @classmethod
-    def from_rows(
-        cls,
-        rows: Iterable[tuple[str | None, str]],
-        separator: str = "/",
-        descriptions: dict[str, str] | None = None,
-    ) -> "Taxonomy":
-        """Build a taxonomy from (parent, child) pairs of names, and descriptions of some children.
-
-        A child without a parent is a root. So is a parent that is no node's child; if its name resembles another node's, a
-        warning is logged. TaxonomyError: a cycle, a child with two parents, an empty child.
-        """
-        parent_of: dict[str, str] = {}  # "" for no parent
-        for number, row in enumerate(rows, start=1):
-            parent, child = (to_nfc((name or "").strip()) for name in row)
-            if not child:
-                raise TaxonomyError(f"row {number} of the taxonomy has an empty name (parent {quote_name(parent)})")
-            if parent_of.setdefault(child, parent) != parent:
-                first, second = (quote_name(p) if p else "no parent" for p in (parent_of[child], parent))
-                raise TaxonomyError(f"{quote_name(child)} has two parents: {first} and {second}")
-        try:
-            TopologicalSorter({child: [parent] for child, parent in parent_of.items()}).prepare()
-        except CycleError as error:
-            raise TaxonomyError(f"the taxonomy has a cycle: {' > '.join(map(quote_name, error.args[1]))}") from error
-        children: dict[str, dict] = defaultdict(dict)
-        for child, parent in parent_of.items():
-            children[parent][child] = children[child]
-        first_named = dict.fromkeys(parent or child for child, parent in parent_of.items())
-        roots = [name for name in first_named if not parent_of.get(name)]
-        _warn_of_misspelt_roots([name for name in roots if name not in parent_of], children)
-        return cls({name: children[name] for name in roots}, separator, descriptions)
-
-    @classmethod
-    def from_paths(cls, paths: Iterable[Sequence[str]], separator: str = "/") -> "Taxonomy":
-        tree: dict = {}
-        for path in paths:
-            siblings = tree
-            for name in path:
-                siblings = siblings.setdefault(name, {})
-        return cls(tree, separator)
-
-    @classmethod
-    def from_file(cls, path: str | Path, separator: str = "/") -> "Taxonomy":
-        """Read nested ``.yaml``, ``.yml`` or ``.json``, or rows of ``.csv`` or ``.tsv``, or raise TaxonomyError.
-
-        Rows have a column ``parent``, one called ``child``, ``name`` or ``node``, and possibly one called ``description``.
-        """
-        path = Path(path)
-        suffix = path.suffix.lower()
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-        except OSError as error:
-            raise TaxonomyError(f"cannot read the taxonomy {path}: {error.strerror}") from error
-        except UnicodeDecodeError as error:
-            raise TaxonomyError(f"the taxonomy {path} is not UTF-8 text: save it as UTF-8") from error
-        try:
-            if suffix in (".yaml", ".yml"):
-                return cls(read_yaml(text), separator)
-            if suffix == ".json":
-                return cls(json.loads(text, object_pairs_hook=_unique), separator)
-            if suffix in (".csv", ".tsv"):
-                pairs, descriptions = _read_rows(text, "," if suffix == ".csv" else "\t")
-                return cls.from_rows(pairs, separator, descriptions)
-            raise TaxonomyError(f"expected .yaml, .yml, .json, .csv or .tsv, not {path.suffix!r}")
-        except RecursionError as error:
-            raise TaxonomyError(f"{path} is nested too deeply; at most {MAX_DEPTH} levels are supported") from error
-        except ValueError as error:  # TaxonomyError, or JSONDecodeError
-            raise TaxonomyError(f"{path}: {error}") from error
 
     def to_nested(self, node: int = -1) -> list:
         """Return the forest below a node, or all, as nested lists: leaves are names, inner nodes ``{name: […]}``."""
@@ -302,7 +221,7 @@ def _named(children: Sequence | dict) -> list[tuple[Any, Any]]:
 def _walk(named: list[tuple[Any, Any]], parent: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], bool]]:
     """Check the nodes below a parent; yield each one's path, and whether it has children, in reading order."""
     for name, below in named:
-        name, below = to_nfc(name), None if below in NO_VALUE else below
+        name = to_nfc(name)
         if problem := _problem(name, below, parent):
             raise TaxonomyError(problem)
         path, children = (*parent, name), _named(below or ())
@@ -327,78 +246,3 @@ def _problem(name: Any, below: Any, parent: tuple[str, ...]) -> str | None:
     if len(parent) == MAX_DEPTH:
         return f"{quote_name(name)} is at level {MAX_DEPTH + 1}; at most {MAX_DEPTH} levels are supported"
     return None
-
-
-def _warn_of_misspelt_roots(names: list[str], children: dict[str, dict]) -> None:
-    """Warn of roots whose name resembles another node's. Large taxonomies, where this takes long, are skipped."""
-    if len(names) * len(children) > MAX_COMPARED:
-        return
-    for name in names:
-        others = children.keys() - {name, *children[name]}
-        if near := difflib.get_close_matches(name, sorted(others), n=1, cutoff=NEAR):
-            one, other = quote_name(name), quote_name(near[0])
-            logger.warning(f"{one} occurs only as a parent, so it becomes a root; is it a misspelling of {other}?")
-
-
-def _unique(pairs: list[tuple[str, object]]) -> dict:
-    unique: dict = {}
-    for key, value in pairs:
-        if not isinstance(key, str):  # YAML has lists and mappings as keys
-            raise TaxonomyError(f"a name must be text, not {quote_name(key)}")
-        if key in unique:
-            raise TaxonomyError(f"the name {quote_name(key)} occurs twice in one mapping")
-        unique[key] = value
-    return unique
-
-
-def read_yaml(text: str) -> Any:
-    """Parse YAML in which every scalar is text: a class called ``no`` or ``1`` keeps its name.
-
-    Raises:
-        TaxonomyError: invalid YAML, a name twice in a mapping, or an alias: a few aliases can expand to any number of values.
-    """
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        yaml_implicit_resolvers = {}
-
-        def compose_node(self, parent, index):
-            if self.check_event(yaml.AliasEvent):
-                problem = "an alias (*name) is not supported: write out what the alias stands for"
-                raise yaml.MarkedYAMLError(problem=problem, problem_mark=self.peek_event().start_mark)
-            return super().compose_node(parent, index)
-
-        def construct_mapping(self, node, deep=False):
-            return _unique([(self.construct_object(k, True), self.construct_object(v, True)) for k, v in node.value])
-
-    try:
-        return yaml.load(text, Loader)
-    except yaml.YAMLError as error:  # the parser's message quotes lines of the file
-        mark = getattr(error, "problem_mark", None)
-        problem = getattr(error, "problem", None) or getattr(error, "context", None) or " ".join(str(error).split())
-        raise TaxonomyError(problem if mark is None else f"{problem}, line {mark.line + 1}") from error
-
-
-def _read_rows(text: str, delimiter: str) -> tuple[list[tuple[str, str]], dict[str, str]]:
-    """Return (parent, child) pairs, and the children's descriptions."""
-    try:
-        lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-        header, *rows = [fields for fields in lines if fields]
-    except (csv.Error, ValueError) as error:
-        problem = str(error) if text.strip() else "the file is empty"
-        if problem == "unexpected end of data":
-            problem = "a quotation mark is not closed"
-        raise TaxonomyError(problem) from error
-    header = [name.strip().lower() for name in header]  # else " Description" would be ignored
-    child = next((name for name in ("child", "name", "node") if name in header), "child")
-    if header.count("parent") != 1 or header.count(child) != 1:
-        columns = ", ".join(map(quote_name, header))
-        raise TaxonomyError(f"expected columns 'parent' and 'child' (or 'name', 'node'), once each, found {columns}")
-    for number, fields in enumerate(rows, start=1):
-        if len(fields) != len(header):
-            raise TaxonomyError(f"row {number} has {len(fields)} fields, where the header has {len(header)}")
-    pairs = [(fields[header.index("parent")], fields[header.index(child)]) for fields in rows]
-    if "description" not in header:
-        return pairs, {}
-    texts = [" ".join(fields[header.index("description")].split()) for fields in rows]
-    return pairs, {to_nfc(name.strip()): text for (_, name), text in zip(pairs, texts, strict=True) if text}

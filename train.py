@@ -25,7 +25,10 @@ from transformers import AutoTokenizer, EarlyStoppingCallback, PreTrainedModel, 
 from checkpoint_hierarchical import check_tokenizer
 from configuration_hierarchical import MULTI_LABEL, SINGLE_LABEL, HierarchicalConfig
 from hierarchical_clinicalbert.checkpoint_files import is_checkpoint, read_config
-from hierarchical_clinicalbert.data.splits import LabelledSplits, load_splits, read_sources
+from hierarchical_clinicalbert.data.labels import resolve_labels
+from hierarchical_clinicalbert.data.report import log_report
+from hierarchical_clinicalbert.data.sources import read_rows
+from hierarchical_clinicalbert.data.splits import LabelledSplits, split_rows
 from hierarchical_clinicalbert.errors import (
     InputError,
     as_input_error,
@@ -96,12 +99,11 @@ def run(arguments: Arguments, prepare: Prepare) -> None:
 
     # ── Data: read, map labels to nodes, split ───────────────────────────────────────────────────────────────────────
     with training.main_process_first(desc="reading the data"):
-        rows = read_sources(arguments.data, trains)  # before the Hub is asked for a checkpoint's taxonomy
+        rows = read_rows(arguments.data, trains)  # before the Hub is asked for a checkpoint's taxonomy
         model, folder = pin_model(arguments.model)
         stored = read_config(folder) if is_checkpoint(folder) else None
-        trained_texts = resume.read_earlier_texts(folder, resume_from)
-        taxonomy = stored.tree if stored else None
-        data = load_splits(arguments.data, training.seed, taxonomy, trained_texts, trains, rows)
+        labelled = resolve_labels(rows, arguments.data, stored.tree if stored else None)
+        data = split_rows(labelled, training.seed, resume.read_earlier_texts(folder, resume_from))
     if stored and stored.problem_type != data.problem_type:
         kinds = {SINGLE_LABEL: "one label per text", MULTI_LABEL: "any number of labels per text"}
         ours, theirs = kinds[data.problem_type], kinds[stored.problem_type]
@@ -134,7 +136,8 @@ def train(arguments: Arguments, data: LabelledSplits, resume_from: str | None, p
     if training.push_to_hub:
         check_hub(training, model)
     tokenizer = load_tokenizer(arguments.model, model)
-    splits = tokenize_splits(arguments, data, tokenizer)
+    splits, lengths = tokenize_splits(data.splits, tokenizer, arguments.data.max_length, arguments.loss.consistency > 0)
+    log_report(data.report, lengths)
 
     # ── Run: folder, trainer, initial heads ──────────────────────────────────────────────────────────────────────────
     if training.should_save:
@@ -145,13 +148,13 @@ def train(arguments: Arguments, data: LabelledSplits, resume_from: str | None, p
     resume.start_run(trainer, arguments.model.model_name_or_path, data, resume_from)
     if resume_from is None:
         heads_init = initialise_heads(trainer, splits["train"], arguments.model)
-    report = data.report | {"heads_init": heads_init}
+    data_report = data.report | {"lengths": lengths, "heads_init": heads_init}
     if training.should_save:
         if arguments.data.label_issues:
-            report["label_issues"] = write_label_issues(form, splits["train"], model.config, output)
-        write_json(output / "data_report.json", report)
+            data_report["label_issues"] = write_label_issues(form, splits["train"], model.config, output)
+        write_json(output / "data_report.json", data_report)
     settings = run_settings(arguments, model, tokenizer.model_max_length, heads_init)
-    trainer.write_card = functools.partial(write_card, trainer, settings, report)
+    trainer.write_card = functools.partial(write_card, trainer, settings, data_report)
 
     # ── Fit ──────────────────────────────────────────────────────────────────────────────────────────────────────────
     if training.device.type == "cpu":
@@ -194,7 +197,7 @@ def train(arguments: Arguments, data: LabelledSplits, resume_from: str | None, p
         write_files(output, form, model.config, scored, metrics)
         titles = {name: metric.title for name, metric in form.metrics.items() if metric.is_drawn}
         plots.write(plots.training_curves(trainer.state.log_history, titles), output / "plots" / "training_curves.png")
-        write_card(trainer, settings, report, output, metrics)
+        write_card(trainer, settings, data_report, output, metrics)
         write_json(output / METRICS, metrics | {SCORED_MODEL: hash_model(output)})
         logger.info("checkpoint, metrics and plots are in %s", output)
     log_metrics(scores)
@@ -282,7 +285,9 @@ def score_checkpoint(arguments: Arguments, data: LabelledSplits) -> None:
 
     # ── Score ────────────────────────────────────────────────────────────────────────────────────────────────────────
     config, form = scorer.model.config, form_of(data.taxonomy, data.problem_type)
-    scored, metrics = score_splits(scorer, tokenize_splits(arguments, data, tokenizer))
+    splits, lengths = tokenize_splits(data.splits, tokenizer, arguments.data.max_length)
+    log_report(data.report, lengths)
+    scored, metrics = score_splits(scorer, splits)
     if tokenizer.model_max_length == config.calibration.max_length:
         metrics |= measure_sets(form, scored, config.calibration.set_thresholds)
 
@@ -291,7 +296,7 @@ def score_checkpoint(arguments: Arguments, data: LabelledSplits) -> None:
         output = Path(training.output_dir)
         output.mkdir(parents=True, exist_ok=True)
         delete_scores(output)
-        write_json(output / "data_report.json", data.report)
+        write_json(output / "data_report.json", data.report | {"lengths": lengths})
         all_metrics = metrics | class_scores(form, scored, config.calibration.thresholds)
         write_files(output, form, config, scored, all_metrics)
         write_json(output / METRICS, all_metrics | {SCORED_MODEL: hash_model(Path(source))})

@@ -37,13 +37,15 @@ from cleanlab import filter, multilabel_classification, rank
 
 from decisions_hierarchical import Decisions
 from hierarchical_clinicalbert.data.arguments import DataArguments
-from hierarchical_clinicalbert.data.splits import load_splits
+from hierarchical_clinicalbert.data.labels import resolve_labels
+from hierarchical_clinicalbert.data.sources import read_rows
+from hierarchical_clinicalbert.data.splits import split_rows
 from hierarchical_clinicalbert.evaluation.forms import Form, form_of
 from hierarchical_clinicalbert.evaluation.label_issues import FILTER, judge, out_of_fold
 from hierarchical_clinicalbert.evaluation.lexical import REGULARISATION, LexicalClassifier
 from hierarchical_clinicalbert.evaluation.metrics import one_hot
 from hierarchical_clinicalbert.training.score import token_counts
-from hierarchical_clinicalbert.training.tokens import tokenize
+from hierarchical_clinicalbert.training.tokens import tokenize_splits
 from taxonomy_hierarchical import Taxonomy
 
 SHARES = (0.05, 0.1)
@@ -64,9 +66,10 @@ def load(task: str, data: Path, encoder: str) -> tuple[Form, dict[str, csr_matri
     """Return the form of the labels, the token counts and labels of each split, and the ids of the training texts."""
     names = str(data / "ohsumed" / "labels.csv")
     files = {f"{split}_file": str(next((data / task).glob(f"{split}.*"))) for split in ("train", "test")}
-    loaded = load_splits(DataArguments(**files, class_names=names, taxonomy=names, validation_size=0), seed=0)
+    arguments = DataArguments(**files, class_names=names, taxonomy=names, validation_size=0)
+    loaded = split_rows(resolve_labels(read_rows(arguments), arguments), seed=0)
     tokenizer = AutoTokenizer.from_pretrained(encoder, model_max_length=512)
-    rows, _ = tokenize(loaded.splits, tokenizer)
+    rows, _ = tokenize_splits(loaded.splits, tokenizer)
     counts = {split: token_counts(part, len(tokenizer)) for split, part in rows.items()}
     labels = {split: part["labels"][:] for split, part in rows.items()}
     return form_of(loaded.taxonomy, loaded.problem_type), counts, labels, np.array(rows["train"]["text_id"])

@@ -79,7 +79,10 @@ from multi_label_peers import PEERS, SVM_STRENGTHS, paired_intervals, score_chec
 
 from decisions_hierarchical import build_decisions
 from hierarchical_clinicalbert.data.arguments import DataArguments
-from hierarchical_clinicalbert.data.splits import LabelledSplits, load_splits
+from hierarchical_clinicalbert.data.labels import resolve_labels
+from hierarchical_clinicalbert.data.sources import read_rows
+from hierarchical_clinicalbert.data.splits import LabelledSplits, split_rows
+from hierarchical_clinicalbert.data.taxonomy_files import read_taxonomy
 from hierarchical_clinicalbert.evaluation.metrics import bootstrap_intervals, one_hot
 from hierarchical_clinicalbert.evaluation.one_path import OnePathForm
 from hierarchical_clinicalbert.evaluation.report import MEASURED_TARGET
@@ -171,7 +174,7 @@ class Task:
         if name == "medical_abstracts":
             self.tree = Taxonomy(DEFAULT_TAXONOMY)
         else:
-            self.tree = Taxonomy.from_file(self.labels or folder / "taxonomy.json", self.separator)
+            self.tree = read_taxonomy(self.labels or folder / "taxonomy.json", self.separator)
 
     def has(self, model: str) -> bool:
         """Return whether a model is compared on this task. Variants that equal the task's recipe are not."""
@@ -194,7 +197,7 @@ class Task:
         names = str(self.labels) if self.labels else json.dumps({str(k): v for k, v in classes.items()})
         files = {f"{name}_file": str(file) for name, file in self.files.items()}
         arguments = DataArguments(**files, class_names=names, label_separator=self.separator)
-        return load_splits(arguments, self.seed, self.tree)
+        return split_rows(resolve_labels(read_rows(arguments), arguments, self.tree), self.seed)
 
     def rows(self, split: str) -> tuple[list[str], np.ndarray]:
         """Return texts and labels of a split, the latter as the array of `Decisions.targets`."""

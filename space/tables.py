@@ -27,7 +27,8 @@ if not Path(__file__).with_name("hierarchical_clinicalbert").exists():  # in the
     sys.path.append(str(Path(__file__).parent.parent))
 
 from hierarchical_clinicalbert.reading.columns import TEXT_COLUMNS, find_column, join_labels, text_problem
-from hierarchical_clinicalbert.reading.rows import KINDS, InputError, Limits, Rows, looks_like_name
+from hierarchical_clinicalbert.reading.rows import KINDS, InputError, Limits, RowReader
+from taxonomy_hierarchical import looks_like_name
 
 MAX_BYTES = 10 * 2**20
 MAX_ROWS = 10_000
@@ -129,7 +130,7 @@ def main() -> None:
     """Reply to `read_table`: read the request and the file from standard input, and write lines of JSON."""
     request = json.loads(sys.stdin.buffer.readline())
     if request["kind"] == "parquet":
-        import hierarchical_clinicalbert.reading.parquet  # noqa: F401 (before the limit, which counts from here)
+        import pyarrow.parquet  # noqa: F401 (before the limit, which counts from here)
     limit_memory()
     lines = io.BytesIO()
     try:
@@ -184,7 +185,7 @@ def read(content: bytes, kind: str, column: str | None) -> Iterator[Any]:
         raise Refused("The file has no rows.")
 
 
-def longest_column(rows: Rows) -> str | None:
+def longest_column(rows: RowReader) -> str | None:
     """Return the column with the most characters of text in the first rows, or None without columns."""
     counts = dict.fromkeys(rows.columns, 0)
     for row in islice(rows.read(), SAMPLE):
@@ -194,8 +195,8 @@ def longest_column(rows: Rows) -> str | None:
     return max(counts, key=counts.__getitem__, default=None)
 
 
-def open_rows(content: bytes, kind: str) -> Rows:
-    return Rows(io.BytesIO(content), kind, "The file", LIMITS)
+def open_rows(content: bytes, kind: str) -> RowReader:
+    return RowReader(io.BytesIO(content), kind, "The file", LIMITS)
 
 
 # ── Downloads ────────────────────────────────────────────────────────────────────────────────────────────────────────

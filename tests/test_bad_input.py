@@ -24,6 +24,7 @@ from transformers import AutoModel, GPT2Config, GPT2Model
 import predict
 import push_to_hub
 import train
+from hierarchical_clinicalbert.data.taxonomy_files import read_taxonomy
 from hierarchical_clinicalbert.errors import InputError
 from hierarchical_clinicalbert.training.arguments import parse
 from hierarchical_clinicalbert.training.model import build_model, load_tokenizer
@@ -88,8 +89,8 @@ TRAIN = [
     (("--train_file", "empty.csv"), "empty.csv is empty"),
     (("--train_file", "empty.json"), "empty.json is empty: it has no columns"),
     (("--train_file", "long_header.csv"), "(a value of 50,000 characters): is the header missing?"),
-    (("--train_file", "deep.json"), "deep.json is nested too deeply"),
-    (("--train_file", "digits.json"), "digits.json, row 1: a number has too many digits"),
+    (("--train_file", "deep.json"), "deep.json: nested too deeply"),
+    (("--train_file", "digits.json"), "digits.json: a number has too many digits"),
     (("--train_file", "digits.jsonl"), "digits.jsonl, line 1: a number has too many digits"),
     (("--train_file", "damaged.parquet"), "damaged.parquet"),
     (("--train_file", "doubled.parquet"), "doubled.parquet has two columns called 'text'"),
@@ -99,21 +100,21 @@ TRAIN = [
     (("--data_path", "good.csv", *DATA), "--data_path and --train_file contradict"),
     (("--data_path", "good.csv", "--dataset_name", "b"), "--dataset_name and --data_path contradict"),
     ((*DATA, "--dataset_revision", "v1"), "--dataset_revision needs"),
-    (("--data_path", "good.csv", "--test_size", "-0.1"), "--validation_size and --test_size must be shares"),
-    (("--data_path", "good.csv", "--validation_size", "nan"), "--validation_size and --test_size must be shares"),
+    (("--data_path", "good.csv", "--test_size", "-0.1"), "must be shares of the rows with a sum below 1"),
+    (("--data_path", "good.csv", "--validation_size", "nan"), "must be shares of the rows with a sum below 1"),
     (("--data_path", "good.csv", "--validation_size", "0.5", "--test_size", "0.5"), "with a sum below 1"),
     (("--dataset_name", "../../etc"), "cannot load --dataset_name ../../etc"),
-    (("bad.yaml", *DATA), "the recipe bad.yaml is not YAML"),
+    (("bad.yaml", *DATA), "bad.yaml: expected the node content"),
     (("items.yaml", *DATA), "the recipe items.yaml must be a mapping of flags to values"),
     (("words.yaml", *DATA), "the recipe words.yaml must be a mapping of flags to values"),
-    (("utf16.yaml", *DATA), "the recipe utf16.yaml is not UTF-8 text"),
+    (("utf16.yaml", *DATA), "utf16.yaml is not UTF-8 text"),
     (("key.yaml", *DATA), "the recipe key.yaml has an unknown key 'lora_rr'; did you mean lora_r?"),
     (("number.yaml", *DATA), "--lora_r: invalid int value: 'many'"),
     (("list.yaml", *DATA), "the recipe list.yaml: lora_r takes one value, not a list of 2"),
     (("nested.yaml", *DATA), "label_column takes a plain list"),
     (("twice.yaml", *DATA), "'seed' occurs twice"),
     (("code.yaml", *DATA), "could not determine a constructor for the tag"),
-    (("deep.yaml", *DATA), "the recipe deep.yaml is nested too deeply"),
+    (("deep.yaml", *DATA), "deep.yaml is nested too deeply"),
     (("nowhere.yaml", *DATA), "nowhere.yaml"),
     ((*DATA, "--focal_gama", "1"), "unknown flag --focal_gama; did you mean --focal_gamma"),
     ((*DATA, "--batch_size", "8"), "unknown flag --batch_size; did you mean --per_device_train_batch_size"),
@@ -125,8 +126,8 @@ TRAIN = [
     ((*DATA, "stray"), "stray"),
     ((*DATA, "--max_steps", "0"), "--max_steps must be at least 1; leave it out to train for --num_train_epochs"),
     ((*DATA, "--output_dir", ""), "--output_dir needs the name of a folder"),
-    (("folder.csv", *DATA), "cannot read the recipe folder.csv: Is a directory"),
-    ((*DATA, "--taxonomy", "ragged.csv"), "ragged.csv: row 2 has 3 fields, where the header has 2"),
+    (("folder.csv", *DATA), "cannot read folder.csv: Is a directory"),
+    ((*DATA, "--taxonomy", "ragged.csv"), "ragged.csv, line 3: 3 fields, where the header has 2"),
     ((*DATA, "--taxonomy", "levels.json"), "'a' is at level 17; at most 16 levels are supported"),
     ((*DATA, "--taxonomy", "depths.json"), "depths.json is nested too deeply; at most 16 levels"),
     ((*DATA, "--taxonomy", "name.json"), "has 10,240 characters, at most 500 are supported"),
@@ -136,7 +137,7 @@ TRAIN = [
     ((*DATA, "--taxonomy", "list_key.yaml"), "a name must be text, not a list"),
     ((*DATA, "--taxonomy", "utf16_tree.yaml"), "utf16_tree.yaml is not UTF-8 text"),
     ((*DATA, "--taxonomy", "field.csv"), "a name at the top level has 200,000 characters, at most 500"),
-    ((*DATA, "--taxonomy", "folder.csv"), "cannot read the taxonomy folder.csv: Is a directory"),
+    ((*DATA, "--taxonomy", "folder.csv"), "cannot read folder.csv: Is a directory"),
     ((*DATA, "--label_delimiter", ""), "--label_delimiter must not be empty"),
     ((*DATA, "--label_delimiter", ";", "--label_column", "a", "b"), "--label_delimiter needs one --label_column"),
     ((*DATA, "--problem_type", "x"), "--problem_type"),
@@ -152,7 +153,7 @@ TRAIN = [
     (("null.yaml", *DATA), "the recipe null.yaml: save_total_limit has no value; leave the key out for its default"),
     (("--train_file", "lists.csv"), "lists.csv, line 2, column 'label': the label is a list written as text"),
     (("--train_file", "marks.csv", "--label_column", "a", "b"),
-     "the columns 'a', 'b' hold 0 and 1 alone: give --problem_type multi_label_classification"),
+     "the label columns 'a', 'b' hold 0 and 1 alone: give --problem_type multi_label_classification"),
     ((*DATA, "--optim_args", "beta2=0.9,fast"), "--optim_args must be name=value pairs, separated by commas, not 'beta2=0.9,fast'"),
     ((*DATA, "--num_train_epochs", "0"), "--num_train_epochs must be more than 0"),
     ((*DATA, "--per_device_train_batch_size", "0"), "--per_device_train_batch_size must be at least 1"),
@@ -813,7 +814,7 @@ def test_yaml_aliases_are_refused_without_expanding_them(place):
         f"  {name}: &{name} [{', '.join([f'*{below}'] * 9)}]" for below, name in zip("abcdefg", "bcdefgh", strict=True)
     ]
     (place / "laughs.yaml").write_text("\n".join(lists))
-    for read in (lambda: parse(["laughs.yaml"]), lambda: Taxonomy.from_file("laughs.yaml")):
+    for read in (lambda: parse(["laughs.yaml"]), lambda: read_taxonomy("laughs.yaml")):
         tracemalloc.start()
         try:
             with pytest.raises(ValueError, match=r"laughs\.yaml.* write out what the alias stands for, line 3"):

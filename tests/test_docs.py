@@ -12,11 +12,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, complete, run
 from forked import LIBRARIES
+from labelled_files import load
 
 import predict
 import push_to_hub
-from hierarchical_clinicalbert.data.arguments import DataArguments
-from hierarchical_clinicalbert.data.splits import load_splits
 from hierarchical_clinicalbert.training.arguments import parse
 
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -138,6 +137,6 @@ def test_the_three_rows_of_the_readme_are_training_data(tmp_path):
     assert len(rows) == 3
     more = [row.replace("...", f"in {number} patients") for number in range(20) for row in rows]
     (tmp_path / "your.csv").write_text("\n".join([header, *more]), encoding="utf-8")
-    data = load_splits(DataArguments(data_path=str(tmp_path / "your.csv")), seed=0)
+    data = load(data_path=tmp_path / "your.csv")
     assert set(data.splits) == {"train", "validation", "test"}
     assert {path for row in rows for path in row.rsplit(",", 1)[1].split("/")} == set(data.taxonomy.names)

@@ -10,6 +10,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.svm import LinearSVC
 from transformers import pipeline
 
+from hierarchical_clinicalbert.data.taxonomy_files import read_taxonomy
 from taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -30,7 +31,7 @@ def test_no_text_occurs_twice_within_or_across_files(corpus):
 
 
 def test_every_label_is_a_node_and_every_leaf_is_in_every_split(corpus):
-    taxonomy = Taxonomy.from_file(EXAMPLES / "taxonomy.yaml")
+    taxonomy = read_taxonomy(EXAMPLES / "taxonomy.yaml")
     assert taxonomy == Taxonomy(DEFAULT_TAXONOMY)
     for split, rows in corpus.items():
         ids = rows["label"].map(taxonomy.id)  # raises on a label that is not in the taxonomy

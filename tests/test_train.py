@@ -10,8 +10,8 @@ from conftest import CORPUS, ROOT, clear_rows, predict_here, read_csv, run, run_
 from sklearn.metrics import accuracy_score, f1_score, log_loss
 from transformers import AutoConfig, AutoModel, AutoTokenizer, pipeline
 
+from hierarchical_clinicalbert.data.taxonomy_files import read_taxonomy
 from hierarchical_clinicalbert.errors import InputError
-from taxonomy_hierarchical import Taxonomy
 
 
 def test_a_checkpoint_is_scored_at_its_own_length(tiny_encoder, tmp_path):
@@ -180,7 +180,7 @@ def test_a_warm_start_with_a_grown_taxonomy_keeps_the_known_heads(quickstart_run
         f"r = {own['r']}, alpha = {own['lora_alpha']}, dropout = {own['lora_dropout']}, target modules " in done.stderr
     )
     new = AutoModel.from_pretrained(tmp_path / "results", trust_remote_code=True, merge_adapter=False)
-    before, after = old.config.tree, Taxonomy.from_file(tmp_path / "grown.csv")
+    before, after = old.config.tree, read_taxonomy(tmp_path / "grown.csv")
     assert new.config.tree.descriptions == {"neoplasms": "cancer and benign tumours"}
     for node in range(before.num_nodes):
         torch.testing.assert_close(new.heads.weight[after.id(before.labels[node])], old.heads.weight[node])

@@ -4,8 +4,10 @@
 node ids: with one path a text, of one id.
 """
 
+import re
 from collections import Counter
-from itertools import chain, combinations
+from itertools import chain, combinations, compress
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,28 +15,37 @@ from iterstrat.ml_stratifiers import MultilabelStratifiedShuffleSplit
 
 from configuration_hierarchical import MULTI_LABEL, SINGLE_LABEL
 from decisions_hierarchical import ManyNodes
-from hierarchical_clinicalbert.data.labels import Label, read_label_sets, read_labels
-from hierarchical_clinicalbert.data.report import conflicts, count_by_level, count_labels, texts_by_node
+from hierarchical_clinicalbert.data.report import count_by_level, texts_by_node
+from hierarchical_clinicalbert.data.tables import refuse_rows
 from hierarchical_clinicalbert.errors import InputError
-from hierarchical_clinicalbert.reading.sources import Table
 from taxonomy_hierarchical import Taxonomy, to_nfc
 
 MAX_PAIRS = 20  # of labels that occur together
-RAREST = 20  # classes to list
+MAX_LABEL_LENGTH = 500  # characters; a longer label means that the column holds texts
+ZERO_OR_ONE = {**dict.fromkeys(("0", "0.0", "false"), 0), **dict.fromkeys(("1", "1.0", "true"), 1)}
+WRITTEN_LIST = re.compile(
+    r"""[\[{(]+ (?: ['"].*['"],? )? [\])}]+   # nothing, or items in quotation marks, as Python and JSON write them
+      | [\[{] [^][{}]*,[^][{}]* [\]}]         # several items without quotation marks, as PostgreSQL and Spark do
+      | \[ [\d\s.]+ \]                       # numbers of NumPy""",
+    re.VERBOSE | re.DOTALL,
+)
+
+Label = str | tuple[str, ...]  # a name or path as written, or one name per label column, from the root down
+
+
+# ── The two forms ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class OnePathRows:
     """Rows with one label each. A text may have several rows, with different labels."""
 
     problem_type = SINGLE_LABEL
-    logged_counts = (
-        "%(split)s: %(rows)d rows, %(dropped_rows)d dropped, %(normalised_duplicates)d duplicates; %(conflicting_texts)d texts "
-        "have several labels, accuracy is at most %(accuracy_ceiling).4f; "
-    )
 
-    def read(self, table: Table, columns: list[str], delimiter: str | None) -> list[tuple[Label, ...]]:
-        """Return the label of each row, as a tuple of one."""
-        return [(label,) for label in read_labels(table, columns)]
+    def read(self, table: pd.DataFrame, columns: list[str], delimiter: str | None) -> list[tuple[Label, ...]]:
+        """Return the label of each row, as a tuple of one: the text of a column, or the path from the root in several."""
+        paths: list[Any] = list(zip(*(map(label_text, table[column]) for column in columns), strict=True))
+        refuse_rows(table, columns, map(label_problem, paths))
+        return [(tuple(filter(None, path)),) if len(columns) > 1 else path for path in paths]
 
     def classes_of_columns(self, columns: list[str]) -> list[str]:
         """Return the classes that the label columns name: none, because columns are the levels of a path."""
@@ -44,11 +55,9 @@ class OnePathRows:
         """Return the rows as they are: a text may have several rows."""
         return rows
 
-    def untrained(self, counts: list[int], taxonomy: Taxonomy) -> list[str]:
-        """Return the leaves without a row, from the counts of nodes."""
-        return [
-            label for label, count in zip(taxonomy.labels[: taxonomy.num_leaves], counts, strict=False) if not count
-        ]
+    def num_classes(self, taxonomy: Taxonomy) -> int:
+        """Return how many of the first nodes are classes: the leaves."""
+        return taxonomy.num_leaves
 
     def describe(self, rows: pd.DataFrame, taxonomy: Taxonomy, dropped: int) -> dict:
         """Count the rows, duplicates, conflicting labels and classes of a split, from which rows were ``dropped``.
@@ -56,7 +65,11 @@ class OnePathRows:
         ``accuracy_ceiling`` is the accuracy on rows labelled with a leaf, if each text's most common leaf is predicted.
         """
         counts = count_labels(rows)
-        conflicting = conflicts(counts, taxonomy)
+        several = (
+            counts[counts.duplicated("text_id", keep=False)].groupby("text_id").agg({"nodes": list, "size": "sum"})
+        )
+        on_one_path = several["nodes"].map(lambda nodes: len(taxonomy.deepest(chain(*nodes))) == 1)
+        conflicting = several[~on_one_path.astype(bool)]
         leaves = counts[counts["nodes"].map(max) < taxonomy.num_leaves]
         correct = int(leaves.groupby("text_id")["size"].max().sum())
         return {
@@ -87,11 +100,28 @@ class ManyNodesRows:
     """Rows with any number of labels each. A text has one row in a split."""
 
     problem_type = MULTI_LABEL
-    logged_counts = "%(split)s: %(rows)d texts, %(dropped_rows)d dropped; %(labels_per_text).2f labels per text; "
 
-    def read(self, table: Table, columns: list[str], delimiter: str | None) -> list[tuple[Label, ...]]:
-        """Return the labels of each row."""
-        return list(read_label_sets(table, columns, delimiter))
+    def read(self, table: pd.DataFrame, columns: list[str], delimiter: str | None) -> list[tuple[Label, ...]]:
+        """Return the labels of each row: items of a list, parts of a delimited text, or names of the columns that hold 1.
+
+        A missing list, or an empty cell, means no labels.
+        """
+        if len(columns) > 1:
+            problem = (
+                "the cell is neither 0 nor 1, as each of several label columns must be; join columns of names to one"
+            )
+            for name in columns:
+                refuse_rows(table, [name], (problem if read_indicator(cell) is None else None for cell in table[name]))
+            names = self.classes_of_columns(columns)
+            cells = zip(*(map(read_indicator, table[name]) for name in columns), strict=True)
+            return [tuple(compress(names, row)) for row in cells]
+        rows: list[Any] = []
+        for cell in table[columns[0]]:
+            rows.append(tuple(label for label in map(label_text, split_cell(cell, delimiter)) if label != ""))
+        refuse_rows(
+            table, columns, (next(filter(None, (label_problem((label,)) for label in row)), None) for row in rows)
+        )
+        return rows
 
     def classes_of_columns(self, columns: list[str]) -> list[str]:
         """Return the classes that the label columns name, even if no text has them."""
@@ -106,9 +136,9 @@ class ManyNodesRows:
         rows = rows.drop_duplicates(keys, ignore_index=True)
         return rows.assign(nodes=pd.Series([tuple(sorted(nodes)) for nodes in merged.values()], dtype=object))
 
-    def untrained(self, counts: list[int], taxonomy: Taxonomy) -> list[str]:
-        """Return the nodes without a row, from the counts of nodes."""
-        return [label for label, count in zip(taxonomy.labels, counts, strict=True) if not count]
+    def num_classes(self, taxonomy: Taxonomy) -> int:
+        """Return how many of the first nodes are classes: all."""
+        return taxonomy.num_nodes
 
     def describe(self, rows: pd.DataFrame, taxonomy: Taxonomy, dropped: int) -> dict:
         """Count the texts, labels and classes of a split, from which rows were ``dropped``.
@@ -116,19 +146,15 @@ class ManyNodesRows:
         ``classes`` counts the texts with a node or one below. All other counts are of a text's deepest labels.
         """
         deepest = [taxonomy.deepest(nodes) for nodes in rows["nodes"]]
-        numbers = Counter(map(len, deepest))
-        texts_of = texts_by_node(rows["nodes"], taxonomy)
         pairs = Counter(chain.from_iterable(combinations(nodes, 2) for nodes in deepest)).most_common(MAX_PAIRS)
         names = taxonomy.labels
         return {
             "rows": len(rows),
             "dropped_rows": dropped,
             "labels_per_text": sum(map(len, deepest)) / len(rows),
-            "texts_without_labels": numbers[0],
-            "texts_by_number_of_labels": {str(number): numbers[number] for number in sorted(numbers)},
-            "rarest_classes": {names[i]: texts_of[i] for i in np.argsort(texts_of, kind="stable")[:RAREST]},
+            "texts_without_labels": sum(not nodes for nodes in deepest),
             "pairs": [{"labels": [names[i], names[j]], "texts": count} for (i, j), count in pairs],
-            "classes": count_by_level(taxonomy, texts_of),
+            "classes": count_by_level(taxonomy, texts_by_node(rows["nodes"], taxonomy)),
         }
 
     def hold_out(
@@ -140,6 +166,56 @@ class ManyNodesRows:
 
 
 RowForm = OnePathRows | ManyNodesRows
+
+
+# ── Cells ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def split_cell(cell: Any, delimiter: str | None) -> list[Any]:
+    """Return the labels in a cell. A delimited text that is a written list stays whole, for `resolve_labels`."""
+    if isinstance(cell, str) and delimiter is not None and not is_written_list(cell, delimiter):
+        return cell.split(delimiter)
+    return cell if isinstance(cell, list) else [cell]
+
+
+def read_indicator(cell: Any) -> int | None:
+    """Return 0 or 1, or None for anything else."""
+    return ZERO_OR_ONE.get(str(cell).strip().casefold())
+
+
+def label_text(value: Any) -> str | None:
+    """Return a label as text, "" if it is missing, or None if it is neither text nor a whole number."""
+    # JSON writers store integers as floats if the column has missing values
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if value is None or value != value:  # NaN
+        return ""
+    if not isinstance(value, str | int) or isinstance(value, bool):
+        return None
+    return to_nfc(str(value).strip())
+
+
+def is_written_list(label: Label, delimiter: str | None) -> bool:
+    """Return whether a label is a list written as text. ``[other]``, one bare name in brackets, is a name."""
+    return isinstance(label, str) and bool(WRITTEN_LIST.fullmatch(label.strip().replace(delimiter or ",", ",")))
+
+
+def label_problem(path: tuple[Any, ...]) -> str | None:
+    """Return what is wrong with a row's labels, one per column, or None."""
+    if None in path:
+        return "the label is neither text nor a whole number"
+    if not any(path):
+        return f"the label is missing (texts without labels need --problem_type {MULTI_LABEL})"
+    if any(len(name) > MAX_LABEL_LENGTH for name in path):
+        return f"the label has more than {MAX_LABEL_LENGTH} characters"
+    if "" in path and any(path[path.index("") :]):
+        return "a label column is empty, although the column of a deeper level is filled"
+    return None
+
+
+def count_labels(rows: pd.DataFrame) -> pd.DataFrame:
+    """Count the rows of each text with each of its labels, in columns ``text_id``, ``nodes`` and ``size``."""
+    return rows.groupby(["text_id", "nodes"], as_index=False).size()
 
 
 # ── Stratified samples of texts ──────────────────────────────────────────────────────────────────────────────────────

@@ -3,7 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from itertools import chain, combinations
+from itertools import chain
 
 import numpy as np
 import pandas as pd
@@ -22,23 +22,6 @@ LOGGED_LENGTHS = (
 def rows_by_split(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Group rows by split, in the order of `SPLITS`."""
     return {split: part for split in SPLITS if len(part := rows[rows["split"] == split])}
-
-
-def shared_texts(rows: pd.DataFrame) -> dict[str, int]:
-    """Count the texts that each pair of splits shares."""
-    texts = {split: set(part["text_id"]) for split, part in rows_by_split(rows).items()}
-    return {f"{one}, {other}": len(texts[one] & texts[other]) for one, other in combinations(texts, 2)}
-
-
-def count_labels(rows: pd.DataFrame) -> pd.DataFrame:
-    """Count the rows of each text with each of its labels, in columns ``text_id``, ``nodes`` and ``size``."""
-    return rows.groupby(["text_id", "nodes"], as_index=False).size()
-
-
-def conflicts(counts: pd.DataFrame, taxonomy: Taxonomy) -> pd.DataFrame:
-    """Return the texts of `count_labels` whose labels are not on one path: a list ``nodes`` and a ``size`` per text_id."""
-    several = counts[counts.duplicated("text_id", keep=False)].groupby("text_id").agg({"nodes": list, "size": "sum"})
-    return several[several["nodes"].map(lambda nodes: len(taxonomy.deepest(chain(*nodes))) > 1).astype(bool)]
 
 
 def texts_by_node(label_sets: Iterable[Iterable[int]], taxonomy: Taxonomy) -> list[int]:
@@ -91,7 +74,8 @@ def _listed(rows: dict[str, int]) -> str:
     return " and ".join(f"{count:,} {split} rows" for split, count in rows.items() if count)
 
 
-def log_report(report: dict, logged_counts: str) -> None:
-    """Log a line for each split: ``logged_counts`` of the form of label, filled with its counts, and its lengths."""
+def log_report(report: dict, lengths: dict[str, dict]) -> None:
+    """Log the counts of each split, and its `length_report`."""
     for split, counts in report["splits"].items():
-        logger.info(logged_counts + LOGGED_LENGTHS, {"split": split, **counts, **report["lengths"][split]})
+        numbers = [f"{name.replace('_', ' ')} {value:,.6g}" for name, value in counts.items() if np.isscalar(value)]
+        logger.info("%s: %s; %s", split, ", ".join(numbers), LOGGED_LENGTHS % lengths[split])

@@ -1,7 +1,7 @@
-"""Find the files and data sets of the splits, choose their columns and read their rows."""
+"""Read the rows of the splits from files and data sets: find the sources, choose their columns, read texts and labels."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -15,14 +15,21 @@ from datasets.packaged_modules.csv.csv import CsvConfig
 
 from configuration_hierarchical import MULTI_LABEL, SINGLE_LABEL
 from hierarchical_clinicalbert.connection import find_hub_problem
-from hierarchical_clinicalbert.data.arguments import DataArguments
-from hierarchical_clinicalbert.data.label_forms import ManyNodesRows, OnePathRows, RowForm
-from hierarchical_clinicalbert.data.labels import Label, read_indicator, refuse_rows
+from hierarchical_clinicalbert.data.arguments import SHARE, DataArguments
+from hierarchical_clinicalbert.data.label_forms import (
+    Label,
+    ManyNodesRows,
+    OnePathRows,
+    RowForm,
+    read_indicator,
+    split_cell,
+)
 from hierarchical_clinicalbert.data.report import SPLITS
+from hierarchical_clinicalbert.data.tables import place, read_table, refuse_rows
 from hierarchical_clinicalbert.errors import InputError, as_input_error
 from hierarchical_clinicalbert.files import sha256
 from hierarchical_clinicalbert.reading.columns import LABEL_COLUMNS, TEXT_COLUMNS, choose_columns, text_problem
-from hierarchical_clinicalbert.reading.sources import Source, Table, kind_of, open_rows, read_table
+from hierarchical_clinicalbert.reading.sources import Source, kind_of, open_rows
 from taxonomy_hierarchical import quote_name
 
 logger = logging.getLogger(__name__)
@@ -35,10 +42,62 @@ class SplitSource:
     """A file or data set with the rows of one split or of all splits."""
 
     name: str  # in messages
-    columns: dict[str, float]  # see `reading.rows.Rows.columns`
-    read: Callable[[list[str]], Table]  # takes the names of columns
+    columns: dict[str, float]  # see `RowReader.columns`
+    read: Callable[[list[str]], pd.DataFrame]  # takes the names of columns, see `read_table`
     sha256: dict[str, str]
     dataset: str | None = None  # id on the Hub
+
+
+@dataclass(frozen=True)
+class SourceRows:
+    """The rows of all sources, with usable texts, and labels as written."""
+
+    rows: pd.DataFrame  # columns split, row, text, and labels, tuples of names
+    places: dict[Label, str]  # of each label's first occurrence, for messages
+    form: RowForm
+    columns: list[str]  # the text column, then the label columns
+    sources: list[dict[str, Any]]  # section of data_report.json
+    shares: dict[str, float]  # of the texts, to split off
+
+
+def read_rows(arguments: DataArguments, trains: bool = True) -> SourceRows:
+    """Read and check the rows that the arguments name. Only a data set on the Hub needs the network.
+
+    A run that only scores, without ``trains``, reads no training rows if there are others.
+    """
+    # ── Sources and their columns ────────────────────────────────────────────────────────────────────────────────────
+    sources, single = find_split_sources(arguments)
+    if not trains and len(sources) > 1:
+        sources.pop("train", None)
+    shares = find_shares(arguments, sources.keys(), single)
+    columns = find_columns(list(sources.values()), arguments)
+    first = next(iter(columns.values()))  # other sources may use another case
+    logger.info("columns: text %s, label %s", quote_name(first[0]), ", ".join(map(quote_name, first[1:])))
+
+    # ── Rows ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+    tables = {split: source.read(columns[source.name]) for split, source in sources.items()}
+    cells = chain.from_iterable(table[name] for table in tables.values() for name in [*table][1:])
+    form = choose_form(list(cells), first[1:], arguments)
+    parts, places = [], dict[Label, str]()
+    for split, table in tables.items():
+        text_column, *label_columns = table
+        refuse_rows(table, [text_column], map(text_problem, table[text_column]))
+        labels = form.read(table, label_columns, arguments.label_delimiter)
+        for row, label in ((row, label) for row, of_row in enumerate(labels) for label in of_row):
+            if label not in places:
+                places[label] = place(table, row, label_columns)
+        for name in form.classes_of_columns(label_columns):
+            places.setdefault(name, f"{sources[split].name}, column {quote_name(name)}")
+        rows = pd.DataFrame({"split": split, "row": np.arange(len(table)), "text": table[text_column].array})
+        parts.append(rows.assign(labels=pd.Series(labels, dtype=object)))  # tuples
+    described = [
+        {"split": "all" if single else split, "name": source.name, "dataset": source.dataset, "sha256": source.sha256}
+        for split, source in sources.items()
+    ]
+    return SourceRows(pd.concat(parts, ignore_index=True), places, form, first, described, shares)
+
+
+# ── Sources ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def find_split_sources(arguments: DataArguments) -> tuple[dict[str, SplitSource], bool]:
@@ -106,30 +165,29 @@ def _from_dataset(name: str, dataset: datasets.Dataset, hub_id: str | None = Non
     if not len(dataset):
         raise InputError(f"{name} has no rows")
 
-    def read(names: list[str]) -> Table:
+    def read(names: list[str]) -> pd.DataFrame:
         arrow = dataset.select_columns(names).with_format("arrow")[:]
-        columns = {name: arrow.column(name).to_pylist() for name in names}
-        table = Table(name, columns, [*range(1, len(dataset) + 1)], "row")
-        return _with_class_names(table, dataset.features)
+        cells = {column: arrow.column(column).to_pylist() for column in names}
+        index = pd.RangeIndex(1, len(dataset) + 1, name=f"{name}, row")
+        return _with_class_names(pd.DataFrame(cells, index, dtype=object), dataset.features)
 
     hashes = sha256(Path(file["filename"]) for file in dataset.cache_files)
     return SplitSource(name, dict.fromkeys(dataset.column_names, 1.0), read, hashes, hub_id)
 
 
-def _with_class_names(table: Table, features: Mapping[str, Any]) -> Table:
+def _with_class_names(table: pd.DataFrame, features: Mapping[str, Any]) -> pd.DataFrame:
     """Replace the numbers in columns of ClassLabel by its names."""
-    for column, values in table.columns.items():
+
+    def name_of(value: Any) -> Any:
+        return [*map(name_of, value)] if isinstance(value, list) else None if value is None else classes[value]
+
+    for column in table:
         feature = features.get(column)
         feature = getattr(feature, "feature", feature)  # of the items, if the column holds lists
         if isinstance(feature, datasets.ClassLabel):
-            table.columns[column] = _class_names(values, [*feature.names, None])  # a missing label is stored as -1
+            classes = [*feature.names, None]  # a missing label is stored as -1
+            table[column] = pd.Series(map(name_of, table[column]), table.index, dtype=object)
     return table
-
-
-def _class_names(value: Any, classes: list[str | None]) -> Any:
-    if isinstance(value, list):
-        return [_class_names(item, classes) for item in value]
-    return None if value is None else classes[value]
 
 
 def _from_file(path: str) -> SplitSource:
@@ -140,13 +198,38 @@ def _from_file(path: str) -> SplitSource:
     if source.kind == "parquet" and b"huggingface" in ((schema := pyarrow.parquet.read_schema(path)).metadata or {}):
         features = datasets.Features.from_arrow_schema(schema)  # as `datasets` stored them
 
-    def read(names: list[str]) -> Table:
+    def read(names: list[str]) -> pd.DataFrame:
         return _with_class_names(read_table(source, names), features)
 
     return SplitSource(path, columns, read, sha256([Path(path)]))
 
 
-def find_columns(sources: Iterable[SplitSource], arguments: DataArguments) -> dict[str, list[str]]:
+def find_shares(arguments: DataArguments, splits: Container[str], single: bool) -> dict[str, float]:
+    """Return the share of the texts to split off for each split without a source, or raise InputError.
+
+    Args:
+        splits: the splits with a source.
+        single: whether the only source is to be split into all splits.
+    """
+    given = {"test": arguments.test_size, "validation": arguments.validation_size}
+    sizes = {split: SHARE if size is None else size for split, size in given.items()}
+    if not (min(sizes.values()) >= 0 and sum(sizes.values()) < 1):
+        shares = " and ".join(f"{size:g}" for size in sizes.values())
+        raise InputError(
+            f"--test_size and --validation_size must be shares of the rows with a sum below 1, not {shares}"
+        )
+    can_split = {"test": single, "validation": "train" in splits and "validation" not in splits}
+    for split, size in given.items():
+        if size and not can_split[split]:
+            reason = f"the data have {split} rows" if split in splits else "the data are given by split"
+            raise InputError(f"--{split}_size has no effect here, as {reason}: leave it out")
+    return {split: size for split, size in sizes.items() if size and can_split[split]}
+
+
+# ── Columns ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def find_columns(sources: list[SplitSource], arguments: DataArguments) -> dict[str, list[str]]:
     """Choose the columns of each source: its text column, then its label columns, by the source's name."""
     requested: list[Any] = arguments.label_column or [None]
     if len(set(requested)) < len(requested):
@@ -161,69 +244,27 @@ def find_columns(sources: Iterable[SplitSource], arguments: DataArguments) -> di
     return chosen
 
 
-def read_rows(
-    sources: dict[str, SplitSource], columns: dict[str, list[str]], arguments: DataArguments
-) -> tuple[pd.DataFrame, dict[Label, str], RowForm]:
-    """Read the columns of `find_columns` from all sources.
-
-    Returns:
-        The rows, with columns split, row, text and labels, tuples of names. The place of each distinct label's first
-        occurrence. The form of the labels.
-    """
-    tables = [source.read(columns[source.name]) for source in sources.values()]
-    # the cells of each label column, over all sources
-    cells = [[*chain(*part)] for part in zip(*([*table.columns.values()][1:] for table in tables), strict=True)]
-    form = choose_form({*map(type, chain(*cells))}, arguments)
-    refuse_indicators(cells, next(iter(columns.values()))[1:], arguments)
-    parts, places = [], dict[Label, str]()
-    for (split, source), table in zip(sources.items(), tables, strict=True):
-        text_column, *label_columns = columns[source.name]
-        texts = table.columns[text_column]
-        refuse_rows(table, text_column, map(text_problem, texts))
-        labels = form.read(table, label_columns, arguments.label_delimiter)
-        for i, of_row in enumerate(labels):
-            for label in of_row:
-                if label not in places:
-                    places[label] = f"{table.place(i)}, column {quote_name(' '.join(label_columns))}"
-        for name in form.classes_of_columns(label_columns):
-            places.setdefault(name, f"{table.name}, column {quote_name(name)}")
-        rows = pd.DataFrame({"split": split, "row": np.arange(len(texts))})
-        # dtype object: labels are tuples, and texts are neither converted nor copied
-        rows["text"], rows["labels"] = pd.Series(texts, dtype=object), pd.Series(labels, dtype=object)
-        parts.append(rows)
-    return pd.concat(parts, ignore_index=True), places, form
+# ── Form of the labels ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def refuse_indicators(cells: list[list[Any]], names: list[str], arguments: DataArguments) -> None:
-    """Raise InputError if the label columns hold two values alone, such as 0 and 1, and their meaning is not clear."""
-    shown = ", ".join(map(quote_name, names))
-    delimiter = arguments.label_delimiter
-    split = (
-        cell.split(delimiter) if delimiter and isinstance(cell, str) and cell.strip() else cell
-        for cell in chain(*cells)
-    )
-    lists = [cell for cell in split if isinstance(cell, list) and cell]
-    if len({*map(len, lists)}) == 1 and len(lists[0]) > 1 and None not in map(read_indicator, chain(*lists)):
-        advice = "give lists of the names of a text's labels, or one column per label"
-        raise InputError(f"the lists of the column {shown} hold 0 and 1 alone: {advice}")
-    if None in map(read_indicator, chain(*cells)):
-        return
-    if len(names) > 1 and arguments.problem_type is None:
-        advice = f"give --problem_type {MULTI_LABEL}, or {SINGLE_LABEL} if they name the levels of a path"
-        raise InputError(f"the columns {shown} hold 0 and 1 alone: {advice}")
-    if len(names) == 1 and arguments.problem_type == MULTI_LABEL and not (arguments.class_names or arguments.taxonomy):
-        advice = "give the names of a text's labels, or two or more columns, one per label"
-        raise InputError(f"the column {shown} holds 0 and 1 alone: {advice}")
-
-
-def choose_form(types: set[type], arguments: DataArguments) -> RowForm:
-    """Return the form of the labels, given the types of the cells in the label columns."""
-    has_lists, delimited = list in types, arguments.label_delimiter is not None
-    if arguments.problem_type == SINGLE_LABEL and (has_lists or delimited):
+def choose_form(cells: list[Any], columns: list[str], arguments: DataArguments) -> RowForm:
+    """Return the form of the labels, given the cells of all label columns, or raise InputError if it is not clear."""
+    delimiter, has_lists = arguments.label_delimiter, any(isinstance(cell, list) for cell in cells)
+    if arguments.problem_type == SINGLE_LABEL and (has_lists or delimiter is not None):
         contradiction = "the label column holds lists" if has_lists else "--label_delimiter is given"
-        raise InputError(f"--problem_type {arguments.problem_type} means one label per text, but {contradiction}")
-    if has_lists and delimited and str not in types:
-        raise InputError("the label column holds lists: leave out --label_delimiter")
+        raise InputError(f"--problem_type {SINGLE_LABEL} means one label per text, but {contradiction}")
     if has_lists and arguments.problem_type is None:
         logger.info("the label column holds lists: any number of labels per text (--problem_type %s)", MULTI_LABEL)
-    return ManyNodesRows() if has_lists or delimited or arguments.problem_type == MULTI_LABEL else OnePathRows()
+    is_multi_label = has_lists or delimiter is not None or arguments.problem_type == MULTI_LABEL
+
+    # ── Do 0 and 1 name classes, or do they say yes and no? ──────────────────────────────────────────────────────────
+    advice = None
+    if len(columns) > 1 and arguments.problem_type is None:
+        advice = f"give --problem_type {MULTI_LABEL}, or {SINGLE_LABEL} if they name the levels of a path"
+    elif len(columns) == 1 and is_multi_label and not (arguments.class_names or arguments.taxonomy):
+        advice = "give the names of a text's labels, or two or more columns, one per label"
+    labels = (label for cell in cells for label in split_cell(cell, delimiter) if label not in (None, ""))
+    if advice and {*map(read_indicator, labels)} in ({0}, {1}, {0, 1}):
+        shown = ", ".join(map(quote_name, columns))
+        raise InputError(f"the label columns {shown} hold 0 and 1 alone: {advice}")
+    return ManyNodesRows() if is_multi_label else OnePathRows()

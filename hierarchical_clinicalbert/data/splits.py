@@ -1,4 +1,4 @@
-"""Read texts and labels, and split them into training, validation and test rows.
+"""Split labelled rows into training, validation and test rows.
 
 Worth knowing:
 
@@ -18,15 +18,12 @@ import datasets
 import numpy as np
 import pandas as pd
 
-from hierarchical_clinicalbert.data import report as data_report
-from hierarchical_clinicalbert.data.arguments import SHARE, DataArguments
 from hierarchical_clinicalbert.data.label_forms import RowForm
-from hierarchical_clinicalbert.data.labels import FROM_LABELS, Label, resolve_labels, warn_of_odd_names
-from hierarchical_clinicalbert.data.report import SPLITS, rows_by_split
-from hierarchical_clinicalbert.data.sources import SplitSource, find_columns, find_split_sources, read_rows
+from hierarchical_clinicalbert.data.labels import LabelledRows
+from hierarchical_clinicalbert.data.report import SPLITS, log_splits, rows_by_split, texts_by_node
 from hierarchical_clinicalbert.data.trained_texts import NO_TRAINED_TEXTS, TrainedTexts, normalise_text, text_hash
 from hierarchical_clinicalbert.errors import InputError
-from taxonomy_hierarchical import Taxonomy, quote_name
+from taxonomy_hierarchical import Taxonomy
 
 logger = logging.getLogger(__name__)
 
@@ -52,139 +49,65 @@ class LabelledSplits:
 
     splits: datasets.DatasetDict
     taxonomy: Taxonomy
-    report: dict  # the content of data_report.json
+    report: dict  # for data_report.json
     problem_type: str  # of the configuration
-    logged_counts: str  # see `log_report`
     trained_texts: TrainedTexts  # texts that the initial weights were trained on
 
 
-@dataclass(frozen=True)
-class ReadRows:
-    """The rows of all sources, with usable texts and labels as written."""
+def split_rows(labelled: LabelledRows, seed: int, trained: TrainedTexts = NO_TRAINED_TEXTS) -> LabelledSplits:
+    """Place each text in one split, and split off the splits without a source.
 
-    sources: dict[str, SplitSource]
-    single: bool  # whether the only source is to be split
-    shares: dict[str, float]  # of the texts, to split off
-    columns: list[str]  # the text column, then the label columns
-    rows: pd.DataFrame
-    places: dict[Label, str]  # of each label's first occurrence
-    form: RowForm
-
-
-def read_sources(arguments: DataArguments, trains: bool = True) -> ReadRows:
-    """Read and check the rows that the arguments name. Only a data set on the Hub needs the network.
-
-    A run that only scores, without ``trains``, reads no training rows if there are others.
+    Nothing is split off unless all texts that the checkpoint was ``trained`` on are known.
     """
-    sources, single, shares = _find_sources(arguments, trains)
-    columns = find_columns(sources.values(), arguments)
-    text_column, *label_columns = first = next(iter(columns.values()))  # other sources may use another case
-    logger.info("columns: text %s, label %s", quote_name(text_column), ", ".join(map(quote_name, label_columns)))
-    return ReadRows(sources, single, shares, first, *read_rows(sources, columns, arguments))
-
-
-def load_splits(
-    arguments: DataArguments,
-    seed: int,
-    taxonomy: Taxonomy | None = None,
-    trained: TrainedTexts = NO_TRAINED_TEXTS,
-    trains: bool = True,
-    read: ReadRows | None = None,
-) -> LabelledSplits:
-    """Map the labels of the rows to nodes, and split the rows. Without rows that were ``read``, read them.
-
-    ``arguments.taxonomy`` takes precedence over the ``taxonomy`` of a checkpoint. No rows are split off unless all texts that
-    the checkpoint was trained on are known.
-    """
-    read = read or read_sources(arguments, trains)
-    sources, shares, rows, places, form = read.sources, read.shares, read.rows, read.places, read.form
-    text_column, *label_columns = read.columns
-
-    # ── Map labels to nodes ──────────────────────────────────────────────────────────────────────────────────────────
-    taxonomy, origin, nodes = resolve_labels(places, len(rows), label_columns, arguments, taxonomy)
-    if origin == FROM_LABELS:
-        are_levels = len(label_columns) > 1 and not form.classes_of_columns(label_columns)
-        warn_of_odd_names(label_columns, taxonomy, are_levels)
-    absent = sorted({*range(taxonomy.num_leaves)} - {*nodes.values()})
-    if absent and form.classes_of_columns(label_columns):
-        first = quote_name(taxonomy.labels[absent[0]])
-        logger.warning("%d classes have no column and count as absent, such as %s", len(absent), first)
-    node_ids = [tuple(sorted({nodes[label] for label in labels})) for labels in rows["labels"]]
-    rows = rows.drop(columns="labels").assign(nodes=pd.Series(node_ids, dtype=object))
-    labels_hash = _labels_hash(rows)
+    source, taxonomy, form = labelled.source, labelled.taxonomy, labelled.source.form
+    labels_hash = _labels_hash(labelled.rows)
 
     # ── Repeated texts: trained on before, in several rows, in several splits ────────────────────────────────────────
-    rows["text_id"], texts = pd.factorize(pd.Series(map(normalise_text, rows["text"]), dtype=object))
-    rows, trained_before = _place_trained_rows(rows, texts, trained)
+    text_ids, texts = pd.factorize(pd.Series(map(normalise_text, labelled.rows["text"]), dtype=object))
+    rows, trained_before = _place_trained_rows(labelled.rows.assign(text_id=text_ids), texts, trained)
     counts = rows["split"].value_counts()
     rows = form.merge_repeats(rows)
-    united = counts - rows["split"].value_counts()
+    merged = counts - rows["split"].value_counts()
     rows, dropped = _drop_shared(rows)
 
     # ── Split off ────────────────────────────────────────────────────────────────────────────────────────────────────
-    if not trained.complete:
-        shares = {}
+    shares = source.shares if trained.complete else {}
     rows = _split_off(rows, shares, seed, taxonomy, form)
-    if trains and not rows.loc[rows["split"] == "validation", "nodes"].map(len).max():
+    parts = rows_by_split(rows)
+    if {"train", "validation"} <= parts.keys() and not any(parts["validation"]["nodes"]):
         problem = "no validation text has a label, so nothing can be calibrated"
         raise InputError(f"{problem}: give other validation rows, or label more texts")
 
     # ── Report ───────────────────────────────────────────────────────────────────────────────────────────────────────
-    # a resumed run checks that its labels and training rows are the same
-    method = {
-        "method": "by class, identical texts kept together" if shares else "as given",
-        "split_off": shares,
-        "seed": seed,
-        "labels_sha256": labels_hash,
-        # another test file may leave other rows for training, since no text is in two splits
-        "rows_sha256": {split: _rows_hash(part) for split, part in rows_by_split(rows).items() if split != "test"},
-    }
-    num_dropped = {split: int((dropped["split"] == split).sum()) for split in SPLITS}
+    num_dropped, untrained = dropped["split"].value_counts(), []
+    if "train" in parts:
+        texts_of = texts_by_node(parts["train"]["nodes"], taxonomy)
+        untrained = [taxonomy.labels[node] for node in range(form.num_classes(taxonomy)) if not texts_of[node]]
     report = {
-        "sources": [
-            {"split": "all" if read.single else split, "name": one.name, "dataset": one.dataset, "sha256": one.sha256}
-            for split, one in sources.items()
-        ],
-        "columns": {"text": text_column, "label": label_columns},
-        "taxonomy": origin,
-        "split": method,
+        "sources": source.sources,
+        "columns": {"text": source.columns[0], "label": source.columns[1:]},
+        "taxonomy": labelled.origin,
+        # a resumed run checks that its labels and training rows are the same
+        "split": {
+            "method": "by class, identical texts kept together" if shares else "as given",
+            "split_off": shares,
+            "seed": seed,
+            "labels_sha256": labels_hash,
+            # another test file may leave other rows for training, since no text is in two splits
+            "rows_sha256": {split: _rows_hash(part) for split, part in parts.items() if split != "test"},
+        },
         "splits": {
-            split: form.describe(part, taxonomy, num_dropped[split]) for split, part in rows_by_split(rows).items()
+            split: form.describe(part, taxonomy, int(num_dropped.get(split, 0))) for split, part in parts.items()
         },
         "trained_before": trained_before,
-        "shared_texts": data_report.shared_texts(pd.concat([rows, dropped])),
-        "classes_without_training_rows": untrained_classes(rows, taxonomy, form),
-        "united_rows": {split: int(count) for split, count in united.items()},
+        "classes_without_training_rows": untrained,
+        "united_rows": {split: int(count) for split, count in merged.items()},
     }
-    data_report.log_splits(report)
+    log_splits(report)
     splits = datasets.DatasetDict()
-    for split, part in rows_by_split(rows).items():
+    for split, part in parts.items():
         splits[split] = datasets.Dataset.from_pandas(part[[*FEATURES]], features=FEATURES, preserve_index=False)
-    return LabelledSplits(splits, taxonomy, report, form.problem_type, form.logged_counts, trained_texts=trained)
-
-
-def _find_sources(arguments: DataArguments, trains: bool) -> tuple[dict[str, SplitSource], bool, dict[str, float]]:
-    """Find the sources of `find_split_sources`, and the share of the texts to split off for each split without a source.
-
-    Without ``trains``, training rows are left out if there are others. InputError: a share is out of range or has no effect.
-    """
-    given = {"validation": arguments.validation_size, "test": arguments.test_size}
-    sizes = {split: SHARE if size is None else size for split, size in given.items()}
-    if not (min(sizes.values()) >= 0 and sum(sizes.values()) < 1):
-        numbers = tuple(sizes.values())
-        raise InputError(
-            f"--validation_size and --test_size must be shares of the rows with a sum below 1, not {numbers}"
-        )
-    sources, single = find_split_sources(arguments)
-    if not trains and len(sources) > 1:
-        sources.pop("train", None)
-    can_split = {"validation": "train" in sources and "validation" not in sources, "test": single}
-    for split, size in given.items():
-        if size and not can_split[split]:
-            reason = f"the data have {split} rows" if split in sources else "the data are given by split"
-            raise InputError(f"--{split}_size has no effect here, as {reason}: leave it out")
-    shares = {split: sizes[split] for split in ("test", "validation") if sizes[split] and can_split[split]}
-    return sources, single, shares
+    return LabelledSplits(splits, taxonomy, report, form.problem_type, trained)
 
 
 def _place_trained_rows(
@@ -250,12 +173,6 @@ def _drop_shared(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
             raise InputError(f"no {split} rows are left: every {split} text is also in {' or '.join(SPLITS[place:])}")
         dropped |= shared
     return rows[~dropped].reset_index(drop=True), rows[dropped]
-
-
-def untrained_classes(rows: pd.DataFrame, taxonomy: Taxonomy, form: RowForm) -> list[str]:
-    """Return the classes without a training row, if there are any rows."""
-    train = rows.loc[rows["split"] == "train", "nodes"]
-    return form.untrained(data_report.texts_by_node(train, taxonomy), taxonomy) if len(train) else []
 
 
 def _split_off(

@@ -31,10 +31,10 @@ from hierarchical_clinicalbert.errors import InputError, one_line
 SPACE_FILES = (
     *("README.md", "requirements.txt", "app.py", "style.css"),
     *("attribution.py", "classification.py", "guard.py", "retention.py", "service.py", "tables.py", "views.py"),
-    "hierarchical_clinicalbert/__init__.py",
+    *("taxonomy_hierarchical.py", "hierarchical_clinicalbert/__init__.py"),
     *(
         f"hierarchical_clinicalbert/reading/{name}.py"
-        for name in ("__init__", "columns", "foreign_code", "parquet", "rows")
+        for name in ("__init__", "columns", "delimited", "foreign_code", "rows")
     ),
 )
 SPACE_TAG = "hierarchical-text-classification"  # in the front matter of our Spaces

@@ -1,1 +1,1 @@
-"""Read files, for all commands and the Space. It imports nothing else of this repository, because the Space publishes a copy."""
+"""Read files, for all commands and the Space, which publishes a copy. Of this repository, only the taxonomy is imported."""

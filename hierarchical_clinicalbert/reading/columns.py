@@ -6,7 +6,8 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from hierarchical_clinicalbert.reading.rows import InputError, looks_like_name, quote_name
+from hierarchical_clinicalbert.reading.rows import InputError
+from taxonomy_hierarchical import looks_like_name, quote_name
 
 TEXT_COLUMNS = ("medical_abstract", "abstract", "text", "sentence", "content", "document", "body")
 LABEL_COLUMNS = ("condition_label", "label", "labels", "category", "class", "condition_name")
@@ -18,7 +19,7 @@ def find_column(columns: Mapping[str, float], requested: str | None, candidates:
     """Return the name of the requested column, or None if it is missing.
 
     Args:
-        columns: `Rows.columns`.
+        columns: `RowReader.columns`.
         requested: a name that must match exactly, up to Unicode normalization. None to search for the candidates.
         candidates: names in order of preference, without regard to case and surrounding white space.
     """
@@ -38,7 +39,7 @@ def choose_columns(
     """Return one column for each source: the requested one, or the first candidate that all sources have.
 
     Args:
-        sources: `Rows.columns` of each source, by name.
+        sources: `RowReader.columns` of each source, by name.
         flag: the flag that requests a column, for messages.
 
     Raises:

@@ -3,15 +3,16 @@
 Worth knowing:
 
 1. A row that cannot be read is a `Row` with a problem. The rows before and after it are still read.
-2. `Rows` and its `read` raise `InputError` if the columns are unknown, or the source is damaged or exceeds its `Limits`.
+2. `RowReader` and its `read` raise `InputError` if the columns are unknown, or the source is damaged or exceeds its `Limits`.
 3. Types are never inferred. A CSV cell "NA" or "007" is that text, and an empty cell is an empty text. In JSON and Parquet
    an integer beside nulls stays an integer.
 4. Text is UTF-8, with or without a byte order mark. Lines end with \\n, \\r\\n or \\r. Blank lines are not rows.
 5. CSV and TSV rows are quoted as in RFC 4180. A stray quotation mark swallows rows; the problem names their lines. Many TSV
    files are not quoted at all. So a TSV row of several lines that may as well be several rows is a problem, unless the
-   header is quoted, or other rows prove that cells are (`refuse_swallowed_rows`).
-6. Memory holds a few rows, or up to 1,024 of JSON Lines and TSV. Only a ``json`` file is loaded completely.
-7. Messages show no values. They show the name of a column only if it looks like a name.
+   header is quoted (`refuse_swallowed_rows`).
+6. Of a Parquet file, only the requested columns are read, a few rows at a time.
+7. Memory holds a few rows, or up to 1,024 of JSON Lines. Only a ``json`` file is loaded completely.
+8. Messages show no values. They show the name of a column only if it looks like a name.
 """
 
 import csv
@@ -27,14 +28,29 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, NoReturn
 
+from hierarchical_clinicalbert.reading.delimited import Fields, Line, RowLines, read_delimited, refuse_swallowed_rows
+from taxonomy_hierarchical import looks_like_name, quote_name
+
 KINDS = ("csv", "tsv", "jsonl", "ndjson", "json", "parquet", "txt")
 FIRST_ROWS = 1024  # of JSON Lines, whose names become the columns
-ROWS_AHEAD = 1024  # of TSV, read to decide whether a row is quoted
-TOO_DEEP = "nested too deeply"
+BYTES_AT_ONCE = 2**23  # of a Parquet column; without it, pyarrow reads the column's part of a whole row group
+ROWS_PER_BATCH = (
+    16  # of Parquet: a value that is stored once is decoded for every row, so small batches bound the memory
+)
+
+
+UNREADABLE = object()
+UNREADABLE_ERRORS = (LookupError, OSError, OverflowError, RuntimeError, TypeError, ValueError)  # of pyarrow or Python
 
 
 class InputError(ValueError):
     """User input that cannot be used. The message is one line: what, where, and what to do."""
+
+
+def reason_of(error: Exception) -> str:
+    """Return an error's message on one line. The query of a URL, which may hold a signature, is removed."""
+    message = getattr(error, "strerror", None) or re.sub(r"\?\S+", "", " ".join(str(error).split()))
+    return message or type(error).__name__
 
 
 @dataclass(frozen=True)
@@ -56,8 +72,8 @@ class Limits:
     characters: int = 2**24  # of a row with its line ends; a longer row is a problem. Ignored for JSON and Parquet.
 
 
-class Rows:
-    """The rows of one source. They can be read once.
+class RowReader:
+    """Read the rows of one source, once.
 
     Args:
         stream: a binary stream, which the caller closes. Only read() is called; for Parquet also seekable() and seek().
@@ -84,13 +100,10 @@ class Rows:
         self.unit = "row" if kind in ("json", "parquet") else "line"
         self.columns: dict[str, float] = {}
         self._read: Callable[[list[str]], Iterator[Row]]
-        self._foreign: tuple[type[Exception], ...] = (OSError,)
+        self._parquet_errors: tuple[type[Exception], ...] = ()
         with self._as_input_error():
             if kind == "parquet":
-                from . import parquet  # lazily, because pyarrow is slow to import
-
-                self._foreign = parquet.FOREIGN
-                self._read = parquet.open_file(self, stream)
+                self._read = self._open_parquet(stream)
             else:
                 rows = self._open_text(stream)
                 self._read = lambda requested: rows
@@ -129,14 +142,11 @@ class Rows:
             raise InputError(f"{self.name} does not fit in memory, or is damaged: split it") from error
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise InputError(f"{self.name} is damaged or incomplete: copy or download it again") from error
-        except self._foreign as error:
-            reason = getattr(error, "strerror", None)
-            if reason is None and self.kind == "parquet":
-                raise InputError(f"{self.name} is not a Parquet file, or is damaged: write or copy it again") from error
-            raise InputError(f"cannot read {self.name}: {reason or type(error).__name__}") from error
+        except self._parquet_errors as error:
+            raise InputError(f"{self.name} is not a Parquet file, or is damaged: write or copy it again") from error
 
     def _open_text(self, stream: Any) -> Iterator[Row]:
-        buffered = io.BufferedReader(Raw(stream, lambda count: self.check("bytes", count)), 2**16)
+        buffered = io.BufferedReader(Raw(stream, self.name, lambda count: self.check("bytes", count)), 2**16)
         start = buffered.peek(4)[:4]
         # UTF-16 or UTF-32: a byte order mark, or a zero byte beside the first ASCII character
         if start.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in start:
@@ -154,20 +164,19 @@ class Rows:
         self.set_columns(["text"])
         return (Row(n, {} if problem else {"text": line.rstrip("\r\n")}, problem) for n, line, problem in filled)
 
-    def _open_delimited(self, lines: "RowLines") -> Iterator[Row]:
+    def _open_delimited(self, lines: RowLines) -> Iterator[Row]:
         # The csv module's limit is global to the process. It is only raised, never lowered, because other threads read too.
         csv.field_size_limit(max(csv.field_size_limit(), self.limits.characters))
-        rows: Iterator[Fields] = _delimited(lines, "\t" if self.kind == "tsv" else ",")
+        separator = "\t" if self.kind == "tsv" else ","
+        rows: Iterator[Fields] = read_delimited(lines, separator)
         _, header, problem = next(rows, (0, [], None))
         if lines.problem:
             self._refuse_encoding()
         if problem:
             raise InputError(f"{self.name}: the first line, which names the columns, cannot be read: {problem}")
-        others = {";": "semicolons", "|": "pipes", **({"\t": "tabs"} if self.kind == "csv" else {",": "commas"})}
-        mark = next((mark for mark in others if mark in header[0]), None) if len(header) == 1 else None
-        if mark and all(map(looks_like_name, header[0].split(mark))):
-            expected = "commas" if self.kind == "csv" else "tabs"
-            raise InputError(f"{self.name} is separated by {others[mark]}: a .{self.kind} file needs {expected}")
+        mark = re.search(r"[;|,\t]", header[0]) if len(header) == 1 else None
+        if mark and all(map(looks_like_name, header[0].split(mark[0]))):
+            raise InputError(f"{self.name} is separated by {mark[0]!r}: a .{self.kind} file needs {separator!r}")
         self.set_columns(header)
         if self.kind == "tsv" and len(header) > 1:
             rows = refuse_swallowed_rows(rows, lines)
@@ -178,12 +187,10 @@ class Rows:
             self._refuse_encoding()
         try:
             records = JSON.decode(text)
-        except json.JSONDecodeError as error:
-            lines = error.msg == "Extra data" and error.lineno == 2  # where a second object begins
-            problem = "JSON Lines, an object a line: name it .jsonl" if lines else f"not JSON: {error.msg}"
-            raise InputError(f"{self.name}, line {error.lineno}, is {problem}") from error
-        except RecursionError as error:
-            raise InputError(f"{self.name} is {TOO_DEEP}: give a flat object for each row") from error
+        except (ValueError, RecursionError) as error:
+            line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+            remedy = "; name it .jsonl if it has an object a line" if "Extra data" in str(error) else ""
+            raise InputError(f"{self.name}{line}: {_json_problem(error)}{remedy}") from error
         records = records.get("data") if isinstance(records, dict) else records
         if not isinstance(records, list):
             raise InputError(f'{self.name}: a JSON file must hold a list of objects, or {{"data": [...]}}')
@@ -200,15 +207,43 @@ class Rows:
         self.set_columns(list(counts), [count / readable for count in counts.values()])
         return chain(first, rows)
 
+    def _open_parquet(self, stream: Any) -> Callable[[list[str]], Iterator[Row]]:
+        import pyarrow.parquet  # lazily, because it is slow to import
+
+        self._parquet_errors = (pyarrow.ArrowException, UnicodeDecodeError, OSError)
+        raw = Raw(stream, self.name)
+        if not raw.seekable():
+            raise InputError(f"{self.name}: a Parquet file is read from its end, so save it to a disk first")
+        file = pyarrow.parquet.ParquetFile(io.BufferedReader(raw), pre_buffer=False, buffer_size=BYTES_AT_ONCE)
+        self.set_columns(file.schema_arrow.names)
+        return lambda requested: self._read_parquet(file, requested)
+
+    def _read_parquet(self, file: Any, requested: list[str]) -> Iterator[Row]:
+        import pyarrow
+
+        count, size, total = 0, 0, max(file.metadata.num_rows, 1)
+        self.done = lambda: count / total
+        for batch in file.iter_batches(ROWS_PER_BATCH, columns=requested, use_threads=False):
+            arrays = [batch.column(name) for name in requested]
+            arrays = [a.dictionary_decode() if isinstance(a, pyarrow.DictionaryArray) else a for a in arrays]
+            size += sum(array.nbytes for array in arrays)
+            self.check("bytes", size)
+            for cells in zip(*map(_python_values, arrays), strict=True):
+                count += 1
+                values = dict(zip(requested, cells, strict=True))
+                unreadable = next((name for name, value in values.items() if value is UNREADABLE), None)
+                problem = unreadable and f"the column {quote_name(unreadable)} holds a value that cannot be read"
+                yield Row(count, {} if problem else values, problem)
+
     def _refuse_encoding(self) -> NoReturn:
         raise InputError(f"{self.name} is not UTF-8 text: save it as UTF-8")
 
 
 class Raw(io.RawIOBase):
-    """Wrap the caller's stream for io and pyarrow, which would close the stream itself."""
+    """Wrap a stream for io and pyarrow, which would close the stream itself. ``count`` bytes were read."""
 
-    def __init__(self, stream: Any, check: Callable[[int], None] = lambda count: None):
-        self._stream, self._check, self._count = stream, check, 0
+    def __init__(self, stream: Any, name: str, check: Callable[[int], None] = lambda count: None):
+        self._stream, self._name, self._check, self.count = stream, name, check, 0
 
     def readable(self) -> bool:
         return True
@@ -220,14 +255,16 @@ class Raw(io.RawIOBase):
         return self._stream.seek(offset, whence)
 
     def readinto(self, buffer: Any) -> int:
-        content = self._stream.read(len(buffer))
+        try:
+            content = self._stream.read(len(buffer))
+        except gzip.BadGzipFile:
+            raise
+        except OSError as error:
+            raise InputError(f"cannot read {self._name}: {reason_of(error)}") from error
         buffer[: len(content)] = content
-        self._count += len(content)
-        self._check(self._count)
+        self.count += len(content)
+        self._check(self.count)
         return len(content)
-
-
-Line = tuple[int, str, str | None]  # number from 1, content with its line end, problem
 
 
 def _lines(stream: io.TextIOWrapper, limit: int) -> Iterator[Line]:
@@ -248,141 +285,26 @@ def has_surrogate(text: str) -> bool:
     return not text.isascii() and re.search("[\ud800-\udfff]", text) is not None
 
 
-# ── CSV and TSV ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Values of JSON and Parquet ───────────────────────────────────────────────────────────────────────────────────────
 
 
-Fields = tuple[int, list[str], str | None]  # first line of a row, its fields, problem
-
-
-class RowLines:
-    """Iterate over lines for the csv module, and keep what is asked about the lines of the current row.
-
-    Attributes:
-        begin, number: numbers of the row's first and last line.
-        first, last: these lines.
-        shapes: the number of tabs, and the line end, of each line that is not blank.
-        problem: the first problem of a line.
-    """
-
-    def __init__(self, lines: Iterator[Line], limit: int):
-        self._lines, self._limit, self.number, self.last = lines, limit, 0, ""
-        self.begin_row()
-
-    def begin_row(self) -> None:
-        self.begin, self._characters = self.number + 1, 0
-        self.first = ""
-        self.shapes: set[tuple[int, str]] = set()
-        self.problem: str | None = None
-
-    def __iter__(self) -> "RowLines":
-        return self
-
-    def __next__(self) -> str:
-        self.number, self.last, problem = next(self._lines)
-        self.first = self.first or self.last
-        if self.last.strip(" \r\n"):
-            self.shapes.add((self.last.count("\t"), self.last[len(self.last.rstrip("\r\n")) :]))
-        self._characters += len(self.last)
-        if not self.last or self._characters > self._limit:
-            raise csv.Error(f"{self._limit:,} characters or more")
-        self.problem = self.problem or problem
-        return self.last  # even if it is not UTF-8, because its quotation marks determine where the row ends
-
-
-def _delimited(lines: RowLines, separator: str) -> Iterator[Fields]:
-    """Yield the first line, the fields and the problem of each row. The first row is the header. No fields: not parsed.
-
-    pyarrow.csv is faster, but does not count lines, accepts stray quotation marks, and stops at a cell that is not UTF-8.
-    """
-    reader, width = csv.reader(lines, delimiter=separator, strict=True), 0
-    while True:
-        lines.begin_row()
-        fields: list[str] = []
-        try:
-            fields = next(reader)
-            problem = lines.problem
-        except StopIteration:
-            return
-        except csv.Error as error:
-            problem = str(error)
-            if "expected after" in problem:
-                problem = "a quotation mark is stray or not doubled"
-            elif problem == "unexpected end of data":
-                problem = "a quotation mark is not closed"
-        if not problem and len(fields) < 2 and not lines.last.strip():
-            continue  # a blank line
-        width = width or len(fields)
-        if not problem and len(fields) != width:
-            problem = f"{len(fields)} fields, where the header has {width}"
-        yield lines.begin, fields, problem and problem + _extent(lines)
-
-
-def _extent(lines: RowLines) -> str:
-    return f" (lines {lines.begin} to {lines.number})" if lines.number > lines.begin else ""
-
-
-def refuse_swallowed_rows(rows: Iterator[Fields], lines: RowLines) -> Iterator[Fields]:
-    """Give a problem to TSV rows that may be several rows, the first with a stray quotation mark. ``lines`` are at the header.
-
-    Doubtful are rows of several lines that all have the tabs and the line end of the header. A row with as many fields as the
-    header whose lines have other tabs or line ends is surely quoted. A doubtful row is accepted if the header is quoted, or if
-    both hold for the rows before it and up to `ROWS_AHEAD` rows from it: more of them are surely quoted than doubtful, and no
-    quotation mark is stray, or in a cell that is not quoted.
-    """
-    if '"' in lines.first:
-        yield from rows
-        return
-    ((tabs, end),) = lines.shapes
-    of_header = {(tabs, end), (tabs, "")}  # the last line of the file may have no end
-    num_quoted, num_doubtful, has_stray = 0, 0, False
-    waiting: list[tuple[Fields, str | None]] = []  # each with the problem that it has unless cells are quoted
-
-    def decide() -> Iterator[Fields]:
-        is_quoted = num_quoted > num_doubtful and not has_stray
-        for (begin, fields, problem), doubt in waiting:
-            yield begin, fields, problem if is_quoted else doubt or problem
-        waiting.clear()
-
-    for begin, fields, problem in rows:
-        doubt = None
-        if '"' in lines.first:  # else no cell is quoted
-            if not fields or "\t".join(fields) == lines.first.rstrip("\r\n"):
-                has_stray = True
-            elif not problem and not lines.shapes <= of_header:
-                num_quoted += 1
-            elif not problem and lines.number > lines.begin:
-                num_doubtful += 1
-                doubt = f"a stray quotation mark swallows the rows below it{_extent(lines)}"
-                doubt += "; if these lines are one row, quote the header too"
-        waiting.append(((begin, fields, problem), doubt))
-        first_doubt = waiting[0][1]
-        if not first_doubt or has_stray or num_quoted > num_doubtful or len(waiting) == ROWS_AHEAD:
-            yield from decide()
-    yield from decide()
-
-
-# ── JSON ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class Fault(Exception):
-    """A problem, in place of a value that cannot be read."""
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | Fault:
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        return Fault(f"the name {_first_twice([name for name, _ in pairs])} occurs twice")
+        raise InputError(f"the name {_first_twice([name for name, _ in pairs])} occurs twice")
     return values
 
 
-def _integer(digits: str) -> int | Fault:
-    try:
-        return int(digits)
-    except ValueError:  # Python limits the digits
-        return Fault("a number has too many digits")
+JSON = json.JSONDecoder(object_pairs_hook=_object)
 
 
-JSON = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer)
+def _json_problem(error: Exception) -> str:
+    """Return why `JSON` cannot decode a text."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"not JSON: {error.msg}"
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return str(error) if isinstance(error, InputError) else "a number has too many digits"  # which Python limits
 
 
 def _parsed(number: int, line: str, problem: str | None) -> Row:
@@ -390,43 +312,34 @@ def _parsed(number: int, line: str, problem: str | None) -> Row:
         return Row(number, {}, problem)
     try:
         return _object_row(number, JSON.decode(line))
-    except json.JSONDecodeError as error:
-        return Row(number, {}, f"not JSON: {error.msg}")
-    except RecursionError:
-        return Row(number, {}, TOO_DEEP)
+    except (ValueError, RecursionError) as error:
+        return Row(number, {}, _json_problem(error))
 
 
 def _object_row(number: int, value: Any) -> Row:
-    problem = None if isinstance(value, dict | Fault) else "not a JSON object"
+    problem = None if isinstance(value, dict) else "not a JSON object"
     try:
-        # the encoder visits all values, faster than Python can
-        json.dumps(value, ensure_ascii=False, default=_raise).encode()
-    except Fault as fault:
-        problem = str(fault)
+        json.dumps(value, ensure_ascii=False).encode()  # visits all values, faster than Python can
     except UnicodeEncodeError:  # JSON has an escape for half of a pair, and UTF-8 has no encoding
         problem = "half of a surrogate pair, which is not a character"
-    except RecursionError:
-        problem = TOO_DEEP
+    except RecursionError as error:
+        problem = _json_problem(error)
     return Row(number, {} if problem else value, problem)
 
 
-def _raise(fault: Fault) -> NoReturn:
-    raise fault
+def _python_values(array: Any) -> list[Any]:
+    """Convert an array of pyarrow. A value that Python cannot hold, or text that is not UTF-8, becomes `UNREADABLE`."""
+    try:
+        return array.to_pylist()
+    except UNREADABLE_ERRORS:
+        return list(map(_python_value, array))
 
 
-# ── Names in messages ────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def looks_like_name(text: str) -> bool:
-    """Return whether a text can be the name of a column, which the first row of a file without a header rarely is."""
-    digits = sum(map(str.isdigit, text))
-    short = len(text) <= 60 and len(text.split()) <= 5
-    return short and digits <= max(4, len(text) // 2) and re.search(r"[.?!](\s|$)|[。！？]", text) is None
-
-
-def quote_name(name: str) -> str:
-    """Quote the name of a column for a message, or give its length if it does not look like a name."""
-    return repr(name) if looks_like_name(name) else f"(a value of {len(name):,} characters)"
+def _python_value(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except UNREADABLE_ERRORS:
+        return UNREADABLE
 
 
 def _first_twice(names: Sequence[str]) -> str:

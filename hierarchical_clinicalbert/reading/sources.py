@@ -1,19 +1,19 @@
-"""Open files, patterns, folders, URLs, ``.gz`` files and standard input, and read whole tables.
+"""Open files, patterns, folders, URLs, ``.gz`` files and standard input.
 
-The kind of a file follows from its name. For other sources, such as ``io.BytesIO``, `rows.Rows` reads any binary stream.
+The kind of a file follows from its name. For other sources, such as ``io.BytesIO``, `rows.RowReader` reads any binary stream.
 """
 
 import glob
 import gzip
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hierarchical_clinicalbert.reading.rows import KINDS, InputError, Rows
+from hierarchical_clinicalbert.reading.rows import KINDS, InputError, Raw, RowReader
 from hierarchical_clinicalbert.reading.stores import find_files, is_url, open_stream, without_query
 
 SUFFIXES = tuple(f".{kind}{gz}" for kind in KINDS for gz in ("", ".gz") if (kind, gz) != ("parquet", ".gz"))
@@ -94,10 +94,10 @@ def kind_of(path: str) -> str:
 
 
 @contextmanager
-def open_rows(source: Source) -> Iterator[Rows]:
+def open_rows(source: Source) -> Iterator[RowReader]:
     """Open the rows of a source, and close the source at the end. Raise InputError if it cannot be read."""
     if source.path == "-":
-        yield Rows(sys.stdin.buffer, source.kind, source.name)
+        yield RowReader(sys.stdin.buffer, source.kind, source.name)
         return
     is_packed = without_query(source.path).lower().endswith(".gz")
     if source.filesystem is not None:
@@ -107,35 +107,7 @@ def open_rows(source: Source) -> Iterator[Rows]:
             opened = open(source.path, "rb")  # noqa: SIM115 - closed below; errors of the block are not errors of opening
         except OSError as error:
             raise InputError(f"cannot read {source.name}: {error.strerror}") from error
-    with opened as file, gzip.GzipFile(fileobj=file) if is_packed else nullcontext(file) as stream:
-        yield Rows(stream, source.kind, source.name, progress=lambda: file.tell() / max(source.size, 1))
-
-
-@dataclass(frozen=True)
-class Table:
-    """All rows of a source."""
-
-    name: str
-    columns: dict[str, list[Any]]  # the values by column name; None where a JSON row lacks the name
-    lines: list[int]  # `Row.line` of each row
-    unit: str = "line"  # see `Rows`
-
-    def place(self, row: int) -> str:
-        """Return the position of a row, counted from 0, for a message."""
-        return f"{self.name}, {self.unit} {self.lines[row]}"
-
-
-def read_table(source: Source, requested: Sequence[str] | None = None) -> Table:
-    """Read columns of a source, by default all, into memory. Raise InputError if there are no rows, or a row cannot be read."""
-    lines: list[int] = []
-    with open_rows(source) as rows:
-        columns: dict[str, list[Any]] = {name: [] for name in (rows.columns if requested is None else requested)}
-        for row in rows.read(list(columns)):
-            if row.problem is not None:
-                raise InputError(f"{rows.place(row)}: {row.problem}")
-            lines.append(row.line)
-            for name, values in columns.items():
-                values.append(row.values.get(name))
-    if not lines:
-        raise InputError(f"{source.name} has no rows")
-    return Table(source.name, columns, lines, rows.unit)
+    with opened as file:
+        raw = Raw(file, source.name)
+        stream = gzip.GzipFile(fileobj=raw) if is_packed else raw
+        yield RowReader(stream, source.kind, source.name, progress=lambda: raw.count / max(source.size, 1))

@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 from urllib.parse import quote
 
-from hierarchical_clinicalbert.reading.rows import InputError
+from hierarchical_clinicalbert.reading.rows import InputError, reason_of
 
 READ_AHEAD = 2**23  # bytes of a request
 
@@ -102,40 +102,12 @@ def matches(names: list[str], pattern: list[str]) -> bool:
     return fnmatchcase(names[0], pattern[0]) and matches(names[1:], pattern[1:])
 
 
-@contextmanager
-def open_stream(filesystem: Any, url: str, seekable: bool) -> Iterator["Stream"]:
-    """Open a file for reading, by large sequential requests unless it must be seekable."""
-    path = path_of(url)
+def open_stream(filesystem: Any, url: str, seekable: bool) -> Any:
+    """Open a file of pyarrow for reading, by large sequential requests unless it must be seekable."""
     with store_errors(url):
         if seekable:
-            file = filesystem.open_input_file(path)
-        else:
-            file = filesystem.open_input_stream(path, compression=None, buffer_size=READ_AHEAD)
-    with file:
-        yield Stream(file, url)
-
-
-class Stream:
-    """Wrap a file of pyarrow: its errors become InputErrors that name the URL."""
-
-    def __init__(self, file: Any, url: str):
-        self._file, self._url, self._num_read = file, url, 0
-
-    def tell(self) -> int:
-        """Return the number of bytes read so far, also after a seek."""
-        return self._num_read
-
-    def read(self, size: int = -1) -> bytes:
-        with store_errors(self._url):
-            content = self._file.read(None if size < 0 else size)
-        self._num_read += len(content)
-        return content
-
-    def seekable(self) -> bool:
-        return self._file.seekable()
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        return self._file.seek(offset, whence)
+            return filesystem.open_input_file(path_of(url))
+        return filesystem.open_input_stream(path_of(url), compression=None, buffer_size=READ_AHEAD)
 
 
 @contextmanager
@@ -146,5 +118,4 @@ def store_errors(url: str) -> Iterator[None]:
     except (OSError, ValueError, ImportError) as error:
         if isinstance(error, InputError):
             raise
-        reason = re.sub(r"\?\S+", "", " ".join(str(error).split()))  # without the signature in a query
-        raise InputError(f"{url.partition('?')[0]}: {reason or type(error).__name__}") from error
+        raise InputError(f"{url.partition('?')[0]}: {reason_of(error)}") from error

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from hierarchical_clinicalbert.errors import InputError
-from taxonomy_hierarchical import NO_VALUE, quote_name, read_yaml
+from hierarchical_clinicalbert.files import read_yaml
+from taxonomy_hierarchical import quote_name
 
 # groups of flags; a run uses one group
 SOURCES = (
@@ -41,9 +42,9 @@ def insert_recipe(argv: list[str], flags: Mapping[str, argparse.Action]) -> list
         if key in replaced:
             continue
         takes_list = flags[key].nargs in ("+", "*")
-        if value in NO_VALUE and flags[key].default is None:
+        if value is None and flags[key].default is None:
             continue
-        if value in NO_VALUE:
+        if value is None:
             raise InputError(f"the recipe {path}: {key} has no value; leave the key out for its default")
         if isinstance(value, dict):
             value = json.dumps(value if key == "class_names" else typed(value))
@@ -76,16 +77,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def read_recipe(path: str | Path) -> dict:
     """Read a recipe as a mapping of flags to values, all of them text, or raise InputError."""
-    try:
-        recipe = read_yaml(Path(path).read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise InputError(f"cannot read the recipe {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"the recipe {path} is not UTF-8 text: save it as UTF-8") from error
-    except ValueError as error:
-        raise InputError(f"the recipe {path} is not YAML: {error}") from error
-    except RecursionError as error:
-        raise InputError(f"the recipe {path} is nested too deeply: it must be a mapping of flags to values") from error
+    recipe = read_yaml(path)
     if not isinstance(recipe, dict):
         raise InputError(f"the recipe {path} must be a mapping of flags to values")
     return recipe

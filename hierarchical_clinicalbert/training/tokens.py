@@ -11,10 +11,8 @@ from datasets import DatasetDict
 from torch import Tensor
 from transformers import BatchEncoding, DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from hierarchical_clinicalbert.data.report import length_report, log_report
-from hierarchical_clinicalbert.data.splits import LabelledSplits
+from hierarchical_clinicalbert.data.report import length_report
 from hierarchical_clinicalbert.errors import InputError
-from hierarchical_clinicalbert.training.arguments import Arguments
 from hierarchical_clinicalbert.training.views import PADDING, sentence_numbers
 
 logger = logging.getLogger(__name__)
@@ -22,27 +20,19 @@ logger = logging.getLogger(__name__)
 TOKEN_COLUMNS = ("input_ids", "attention_mask", "token_type_ids")
 
 
-def tokenize_splits(arguments: Arguments, data: LabelledSplits, tokenizer: PreTrainedTokenizerBase) -> DatasetDict:
-    """Lower the tokenizer's limit to ``--max_length``, tokenize the splits and log the data report."""
-    limit = tokenizer.model_max_length
-    max_length = arguments.data.max_length or limit
-    if max_length > limit:
-        logger.info("--max_length %d exceeds the model's limit: texts are truncated at %d tokens", max_length, limit)
-    tokenizer.model_max_length = min(max_length, limit)
-    splits, data.report["lengths"] = tokenize(data.splits, tokenizer, arguments.loss.consistency > 0)
-    log_report(data.report, data.logged_counts)
-    return splits
-
-
-def tokenize(
-    splits: DatasetDict, tokenizer: PreTrainedTokenizerBase, sentences: bool = False
+def tokenize_splits(
+    splits: DatasetDict, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None, sentences: bool = False
 ) -> tuple[DatasetDict, dict[str, dict]]:
-    """Tokenize texts, truncated at ``tokenizer.model_max_length`` and not padded, and measure them by `length_report`.
+    """Lower the tokenizer's limit to ``max_length``, tokenize texts up to this limit, and measure them by `length_report`.
 
     The columns are those of `TOKEN_COLUMNS` that the tokenizer has, ``length`` (of ``input_ids``), ``labels`` (lists of node
-    ids), ``row``, ``text_id`` and ``moved``. If asked for, training rows have ``sentences``, see `training.views.sentence_numbers`. The other
-    splits are sorted by length, to reduce padding.
+    ids), ``row``, ``text_id`` and ``moved``. If asked for, training rows have ``sentences``, see
+    `training.views.sentence_numbers`. The other splits are sorted by length, to reduce padding. Nothing is padded.
     """
+    limit = tokenizer.model_max_length
+    if max_length is not None and max_length > limit:
+        logger.info("--max_length %d exceeds the model's limit: texts are truncated at %d tokens", max_length, limit)
+    tokenizer.model_max_length = min(max_length or limit, limit)
     if not tokenizer.is_fast:  # it has no token offsets
         problem = "is not a fast tokenizer (of the tokenizers library), which serving the checkpoint requires"
         raise InputError(f"{type(tokenizer).__name__} {problem}: use another encoder")

@@ -1,5 +1,6 @@
 """Thresholds, guarantee and metrics for any number of nodes a text, against scikit-learn, exhaustive search and simulation."""
 
+import functools
 import math
 import statistics
 from fractions import Fraction
@@ -80,7 +81,10 @@ def random_forest(generator) -> Taxonomy:
     paths = [(f"root {i}",) for i in range(3)]
     for i in range(60):
         paths.append((*paths[generator.integers(len(paths))][:5], f"node {i}"))
-    return Taxonomy.from_paths(paths)
+    tree: dict = {}
+    for path in paths:
+        functools.reduce(lambda siblings, name: siblings.setdefault(name, {}), path, tree)
+    return Taxonomy(tree)
 
 
 @pytest.mark.parametrize("seed", range(5))

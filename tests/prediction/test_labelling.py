@@ -14,10 +14,10 @@ import pandas as pd
 import pytest
 from conftest import CLEAR, ROOT, run
 from datasets import concatenate_datasets
+from labelled_files import load
 
-from hierarchical_clinicalbert.data.arguments import DataArguments
-from hierarchical_clinicalbert.data.splits import load_splits
-from hierarchical_clinicalbert.reading.sources import find_sources, read_table
+from hierarchical_clinicalbert.data.tables import read_table
+from hierarchical_clinicalbert.reading.sources import find_sources
 from predict import main
 
 NAMES = [name for names in CLEAR.values() for name in names]
@@ -125,7 +125,7 @@ def test_the_export_is_training_data(checkpoint, tmp_path):
     (tmp_path / "export.json").write_text(json.dumps(export), encoding="utf-8-sig")
     lines = run("rows", tmp_path / "export.json", command="examples/label_studio.py").stdout
     (tmp_path / "labelled.jsonl").write_text(lines, encoding="utf-8")
-    data = load_splits(DataArguments(data_path=str(tmp_path / "labelled.jsonl")), seed=0)
+    data = load(data_path=tmp_path / "labelled.jsonl")
     tree, rows = data.taxonomy, concatenate_datasets([*data.splits.values()])
     found = {}
     for text, nodes in zip(rows["text"], rows["nodes"], strict=True):
@@ -252,4 +252,4 @@ def test_a_text_with_a_lone_carriage_return_comes_back_whole(tmp_path, monkeypat
     monkeypatch.setattr(sys, "argv", ["label_next.py", *map(str, words)])
     printed = runpy.run_path(str(ROOT / "examples" / "label_next.py"))["main"]()
     (tmp_path / "next.csv").write_text(printed, newline="")
-    assert read_table(find_sources(str(tmp_path / "next.csv"))[0]).columns["text"] == [text]
+    assert read_table(*find_sources(str(tmp_path / "next.csv")))["text"].tolist() == [text]

@@ -27,14 +27,12 @@ import pyarrow.parquet
 import pytest
 from conftest import CORPUS, ROOT, STRIKE, complete, copy_checkpoint, predict_here, read_csv, run, run_outside, server
 from forked import COMMANDS, Process
+from labelled_files import load
 from safetensors.torch import load_file, save_file
 from scipy.stats import entropy
 from transformers import pipeline
 
 from configuration_hierarchical import HierarchicalConfig
-from hierarchical_clinicalbert.data.arguments import DataArguments
-from hierarchical_clinicalbert.data.splits import load_splits
-from hierarchical_clinicalbert.data.trained_texts import TrainedTexts
 from hierarchical_clinicalbert.errors import InputError
 from hierarchical_clinicalbert.prediction.input import Record, read_records
 from hierarchical_clinicalbert.prediction.int8 import has_int8_products
@@ -796,8 +794,7 @@ def test_answers_for_a_recall_are_the_pipelines_in_every_format_and_the_csv_is_t
 
     pd.read_csv(tmp_path / "out.csv").assign(text=texts).to_csv(tmp_path / "train.csv", index=False)
     settings = {"label_column": ["labels"], "label_delimiter": ";", "validation_size": 0.0}
-    arguments = DataArguments(train_file=str(tmp_path / "train.csv"), **settings)
-    data = load_splits(arguments, 0, classify.tree, TrainedTexts())
+    data = load(train_file=tmp_path / "train.csv", known=classify.tree, **settings)
     read = [{classify.tree.labels[node] for node in nodes} for nodes in data.splits["train"]["nodes"]]
     assert read == [{*row["labels"]} for row in rows]
 

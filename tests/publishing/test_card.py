@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 
 from configuration_hierarchical import Calibration, HierarchicalConfig
 from hierarchical_clinicalbert.data.label_forms import ManyNodesRows, OnePathRows
-from hierarchical_clinicalbert.data.report import length_report, shared_texts
+from hierarchical_clinicalbert.data.report import length_report
 from hierarchical_clinicalbert.evaluation.many_nodes import ManyNodesForm
 from hierarchical_clinicalbert.evaluation.metrics import per_class_report
 from hierarchical_clinicalbert.evaluation.one_path import OnePathForm
@@ -63,7 +63,6 @@ def make_report(tree: Taxonomy, sources: dict[str, str] | None = None) -> dict:
         texts[1] = texts[0]
         part = pd.DataFrame({"split": split, "text": texts, "nodes": [(label,) for label in labels]})
         parts.append(part.assign(text_id=pd.factorize(part["text"])[0] + 10_000 * len(parts)))
-    rows = pd.concat(parts, ignore_index=True)
     return {
         "sources": [
             {"split": split, "name": name, "dataset": None, "sha256": {Path(name).name: "ab" * 32}}
@@ -73,7 +72,6 @@ def make_report(tree: Taxonomy, sources: dict[str, str] | None = None) -> dict:
         "taxonomy": "from /home/alice/taxonomy.yaml",
         "split": {"method": "as given", "split_off": {}, "seed": 42},
         "splits": {part["split"].iloc[0]: OnePathRows().describe(part, tree, 0) for part in parts},
-        "shared_texts": shared_texts(rows),
         "classes_without_training_rows": [tree.labels[0]],
         "trained_before": {"scores": "verified", "moved": {}},
         "lengths": {part["split"].iloc[0]: length_report([10, 20, 300], 256) for part in parts},
@@ -485,7 +483,7 @@ def test_only_methods_that_were_used_are_cited(written, settings, cited):
 
 
 def make_label_sets_report(tree: Taxonomy) -> dict:
-    """Describe label sets as `load_splits` does. Of eight training texts, two have two labels and three have one."""
+    """Describe label sets as `split_rows` does. Of eight training texts, two have two labels and three have one."""
     one, other = (tree.id(name) for name in ("neoplasms", "nervous system diseases"))
     sizes = {"train": 8, "validation": 4, "test": 4}
     rows = pd.DataFrame(
@@ -499,7 +497,6 @@ def make_label_sets_report(tree: Taxonomy) -> dict:
         "taxonomy": "from /home/alice/taxonomy.yaml",
         "split": {"method": "by class, identical texts kept together", "split_off": {"test": 0.1}, "seed": 42},
         "splits": {split: ManyNodesRows().describe(part, tree, 1) for split, part in rows.groupby("split", sort=False)},
-        "shared_texts": shared_texts(rows),
         "united_rows": {"train": 7, "validation": 0, "test": 1},
         "classes_without_training_rows": [],
         "trained_before": {"scores": "verified", "moved": {}},

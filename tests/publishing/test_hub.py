@@ -1239,9 +1239,9 @@ def test_a_space_is_published_pointing_at_the_commit_and_serves_it(hub, checkpoi
     assert len(hub.commits("alice/served")) == 2
     files = hub.files("alice/served-space", repo_type="space")
     ours = {file.name for file in (ROOT / "space").iterdir() if file.is_file()}
-    ours |= {"hierarchical_clinicalbert/__init__.py"} | {
+    ours |= {"taxonomy_hierarchical.py", "hierarchical_clinicalbert/__init__.py"} | {
         f"hierarchical_clinicalbert/reading/{name}.py"
-        for name in ("__init__", "columns", "foreign_code", "parquet", "rows")
+        for name in ("__init__", "columns", "delimited", "foreign_code", "rows")
     }
     assert files.keys() == {".gitattributes", *ours}
     titles = [commit.title for commit in hub.commits("alice/served-space", repo_type="space")]

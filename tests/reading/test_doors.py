@@ -8,10 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, parquet
-from labelled_files import labels_of
+from labelled_files import labels_of, load
 
-from hierarchical_clinicalbert.data.arguments import DataArguments
-from hierarchical_clinicalbert.data.splits import load_splits
 from hierarchical_clinicalbert.errors import InputError
 from hierarchical_clinicalbert.prediction.input import read_records
 from hierarchical_clinicalbert.reading.sources import find_sources
@@ -24,7 +22,7 @@ QUOTES = (
     'id,text,label\n0,zero,a\n1,"Heart" was,b\n2,two,b\n3,"He said ""no""",a\n4,"two\nlines",b\n5,"five,b\n6,six,a\n'
 )
 TABS = 'text\tlabel\n"Heart was\tb\ntwo\tb\nend"\ta\nfour\tb\n"two\nlines"\ta\n'
-NOTES = 'text\tlabel\n"Hb\t12\nNa 140"\ta\n"two\nlines"\tb\n"one\ttab"\tb\n'
+NOTES = '"text"\tlabel\n"Hb\t12\nNa 140"\ta\n"two\nlines"\tb\n"one\ttab"\tb\n'
 
 # by the name of the file: its content, the column of texts, the texts that can be read with the lines where they begin,
 # the lines of the rows that cannot, and the labels that train.py reads once those rows are gone
@@ -59,7 +57,7 @@ CORPUS: dict[str, tuple[bytes, str, list[tuple[int, str]], list[int], list[str]]
 
 
 def train(path: Path):
-    return load_splits(DataArguments(train_file=str(path), validation_size=0.0), 0)
+    return load(train_file=path, validation_size=0.0)
 
 
 @pytest.mark.parametrize("name", CORPUS)

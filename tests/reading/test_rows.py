@@ -6,7 +6,6 @@ import io
 import itertools
 import json
 import os
-import random
 from datetime import date, datetime
 from decimal import Decimal
 
@@ -18,7 +17,7 @@ from fuzzing import fuzz, refused_in_one_line
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hierarchical_clinicalbert.reading.rows import KINDS, InputError, Limits, Row, Rows
+from hierarchical_clinicalbert.reading.rows import KINDS, InputError, Limits, Row, RowReader
 
 SECRET = "Mrs Miller of Nowhere Lane was admitted with chest pain."  # a text, which no message may show
 
@@ -69,7 +68,7 @@ class Endless:
 
 
 def read(content: bytes, kind: str, **limits: int) -> list[Row]:
-    return list(Rows(io.BytesIO(content), kind, "a file", Limits(**limits)).read())
+    return list(RowReader(io.BytesIO(content), kind, "a file", Limits(**limits)).read())
 
 
 def refusal(content: bytes, kind: str, **limits: int) -> str:
@@ -131,9 +130,9 @@ CORPUS: dict[str, tuple[str, bytes, list[tuple[int, dict | str]]]] = {
         (2, {"text": "Hb\t12\nNa 140", "id": "1"}), (4, {"text": 'a\t"b\nc', "id": "2"})]),
     "tabs and other line ends in a TSV cell": ("tsv", b'text\tid\r\n"Hb\t12\nNa 140"\t1\r\n', [
         (2, {"text": "Hb\t12\nNa 140", "id": "1"})]),
-    "rows that prove that TSV is quoted": (
-        "tsv", b'text\tid\n"Hb\t12\nNa 140"\t1\n"two\nlines"\t2\n"a\tb"\t3\n', [
-        (2, {"text": "Hb\t12\nNa 140", "id": "1"}), (4, {"text": "two\nlines", "id": "2"}), (6, {"text": "a\tb", "id": "3"})]),
+    "a TSV row that may as well be two": ("tsv", b'text\tid\n"a\tb\nc"\td\n"two\nlines"\t2\n', [
+        (2, f"{SWALLOWS} (lines 2 to 3); if these lines are one row, quote the header too"),
+        (4, {"text": "two\nlines", "id": "2"})]),
     "a stray mark that swallows a blank line and reaches the end": (
         "tsv", b'text\tyear\n"two\nlines"\t1\nthe "red" one\t2\n"Heart was\t3\n\nend"\t4', [
         (2, {"text": "two\nlines", "year": "1"}), (4, {"text": 'the "red" one', "year": "2"}), (5, f"{SWALLOWS} (lines 5 to 7)")]),
@@ -156,8 +155,8 @@ CORPUS: dict[str, tuple[str, bytes, list[tuple[int, dict | str]]]] = {
         (1, "a number has too many digits"), (2, {"a": int("1" * 4000)})]),
     "nested too deeply": ("jsonl", b'{"a": ' + b"[" * 10**5 + b'\n{"a": ' + b"[" * 10**5 + b"]" * 10**5 + b'}\n{"a": 1}\n', [
         (1, "nested too deeply"), (2, "nested too deeply"), (3, {"a": 1})]),
-    "a list of objects": ("json", b'\xef\xbb\xbf[{"a": 1},\n\n {"b": null}, 7, {"a": 1, "a": 2}]', [
-        (1, {"a": 1}), (2, {"b": None}), (3, "not a JSON object"), (4, "the name 'a' occurs twice")]),
+    "a list of objects": ("json", b'\xef\xbb\xbf[{"a": 1},\n\n {"b": null}, 7]', [
+        (1, {"a": 1}), (2, {"b": None}), (3, "not a JSON object")]),
     "a list called data": ("json", b'{"version": {"n": 1}, "data": [{"a": "\\ud800"}, {"a": 2}]}', [
         (1, "half of a surrogate pair"), (2, {"a": 2})]),
     "integers beside nulls": ("parquet", parquet({"n": pa.array([2**53 + 1, None, -1], pa.int64())}), [
@@ -173,7 +172,7 @@ CORPUS: dict[str, tuple[str, bytes, list[tuple[int, dict | str]]]] = {
         "a": [1, 2, 3], "when": pa.array([0, 10**17, None], pa.timestamp("ms"))}), [
         (1, {"a": 1, "when": datetime(1970, 1, 1)}), (2, "the column 'when' holds a value that cannot be read"), (3, {"a": 3, "when": None})]),
     "bytes taken for text": ("parquet", parquet({"a": pa.array([b"x", b"caf\xe9", b"y"]).view(pa.string())}), [
-        (1, {"a": "x"}), (2, "the column 'a' holds text that is not UTF-8"), (3, {"a": "y"})]),
+        (1, {"a": "x"}), (2, "the column 'a' holds a value that cannot be read"), (3, {"a": "y"})]),
     **{
         f"a value that Python does not have, {column.type}": (
             "parquet", parquet({"text": ["a"], "when": column}), [(1, "the column 'when' holds ")])
@@ -193,7 +192,7 @@ CORPUS: dict[str, tuple[str, bytes, list[tuple[int, dict | str]]]] = {
 def test_odd_files_give_every_row_or_its_problem(name):
     kind, content, expected = CORPUS[name]
     for stream in (io.BytesIO(content), Seekable(content) if kind == "parquet" else Plain(content)):
-        found = list(Rows(stream, kind, "a file").read())
+        found = list(RowReader(stream, kind, "a file").read())
         assert [row.line for row in found] == [line for line, _ in expected]
         for row, (_, content) in zip(found, expected, strict=True):
             if isinstance(content, dict):
@@ -214,9 +213,9 @@ def test_nan_and_infinity_in_json_are_floats():
 @pytest.mark.parametrize(
     ("kind", "content", "message"),
     [
-        ("csv", b"id;text\n1;a\n", "a file is separated by semicolons: a .csv file needs commas"),
-        ("csv", b"id\ttext\n1\ta\n", "a file is separated by tabs: a .csv file needs commas"),
-        ("tsv", b"id,text\n1,a\n", "a file is separated by commas: a .tsv file needs tabs"),
+        ("csv", b"id;text\n1;a\n", "a file is separated by ';': a .csv file needs ','"),
+        ("csv", b"id\ttext\n1\ta\n", "a file is separated by '\\t': a .csv file needs ','"),
+        ("tsv", b"id,text\n1,a\n", "a file is separated by ',': a .tsv file needs '\\t'"),
         ("csv", "text,id\na,1\n".encode("utf-16"), "a file is not UTF-8 text: save it as UTF-8"),
         ("csv", "text,id\na,1\n".encode("utf-16-le"), "a file is not UTF-8 text"),
         ("jsonl", '{"text": "a"}\n'.encode("utf-16-be"), "a file is not UTF-8 text"),
@@ -232,12 +231,16 @@ def test_nan_and_infinity_in_json_are_floats():
         ("csv", b'"text,id\na,1\n', "cannot be read: a quotation mark is not closed (lines 1 to 2)"),
         ("csv", b"text,id,text\na,1,b\n", "a file has two columns called 'text': rename or remove one"),
         ("json", b'[{"a": "\xfc"}]', "a file is not UTF-8 text"),
-        ("json", b'[{"a": 1},\n', "a file, line 2, is not JSON: Expecting value"),
-        ("json", b'{"a": 1}\n{"a": 2}\n', "a file, line 2, is JSON Lines, an object a line: name it .jsonl"),
-        ("json", b"", "a file, line 1, is not JSON"),
+        ("json", b'[{"a": 1},\n', "a file, line 2: not JSON: Expecting value"),
+        (
+            "json",
+            b'{"a": 1}\n{"a": 2}\n',
+            "a file, line 2: not JSON: Extra data; name it .jsonl if it has an object a line",
+        ),
+        ("json", b"", "a file, line 1: not JSON"),
         ("json", b'{"rows": []}', "must hold a list of objects"),
-        ("json", b'{"data": 1, "data": []}', "must hold a list of objects"),
-        ("json", b"[" * 10**5, "a file is nested too deeply"),
+        ("json", b'[{"a": 1}, {"b": 1, "b": 2}]', "a file: the name 'b' occurs twice"),
+        ("json", b"[" * 10**5, "a file: nested too deeply"),
         ("json", b'["x"]', "a file, row 1: not a JSON object"),
         ("jsonl", b'[]\n{"a": 1, "a": 2}\n', "a file, line 1: not a JSON object, and none of the first 2 rows"),
         ("parquet", b"", "a file is not a Parquet file, or is damaged"),
@@ -252,7 +255,7 @@ def test_a_file_that_cannot_be_read_is_named_in_one_line(kind, content, message)
 def test_a_file_without_rows_has_columns_or_none():
     for kind, content, columns in (("csv", b"a,b\n", ["a", "b"]), ("jsonl", b"\n\n", []), ("json", b"[]", []),
                                    ("txt", b"", ["text"]), ("parquet", parquet({"a": pa.array([], pa.string())}), ["a"])):  # fmt: skip
-        rows = Rows(io.BytesIO(content), kind, "a file")
+        rows = RowReader(io.BytesIO(content), kind, "a file")
         assert list(rows.columns) == columns
         assert list(rows.read()) == []
 
@@ -272,7 +275,7 @@ def test_a_damaged_gz_stream_gives_its_rows_and_then_an_error(damage):
         packed = bytearray(b"not packed at all")
     count = 0
     with pytest.raises(InputError, match="a file is damaged or incomplete: copy or download it again"):  # noqa: PT012
-        for _ in Rows(gzip.GzipFile(fileobj=io.BytesIO(packed)), "jsonl", "a file").read():
+        for _ in RowReader(gzip.GzipFile(fileobj=io.BytesIO(packed)), "jsonl", "a file").read():
             count += 1
     assert (count > 1000) == (damage in ("cut", "flipped"))
 
@@ -296,18 +299,18 @@ def test_columns_of_json_lines_are_those_of_its_first_1024_rows():
     def lines(*objects: dict) -> bytes:
         return "".join(json.dumps(one) + "\n" for one in objects).encode()
 
-    rows = Rows(
+    rows = RowReader(
         io.BytesIO(lines({"id": 1}, {"text": "x", "id": 2}, {"note": 3, "text": "y", "id": 4})), "jsonl", "a file"
     )
     assert rows.columns == pytest.approx({"id": 1, "text": 2 / 3, "note": 1 / 3})
     assert next(row.values for row in rows.read()) == {"id": 1}
 
-    rows = Rows(io.BytesIO(lines(*[{"a": 1}] * 1024, {"a": 2, "late": 3})), "jsonl", "a file")
+    rows = RowReader(io.BytesIO(lines(*[{"a": 1}] * 1024, {"a": 2, "late": 3})), "jsonl", "a file")
     assert rows.columns == {"a": 1.0}
     assert list(rows.read())[-1] == Row(1025, {"a": 2, "late": 3})
     # a JSON file is read whole, so all of it counts
     content = json.dumps([{"a": 1}] * 1024 + [{"late": 3}]).encode()
-    assert list(Rows(io.BytesIO(content), "json", "a file").columns) == ["a", "late"]
+    assert list(RowReader(io.BytesIO(content), "json", "a file").columns) == ["a", "late"]
 
 
 def test_the_first_rows_of_an_endless_stream_are_read_from_its_first_megabytes():
@@ -317,7 +320,7 @@ def test_the_first_rows_of_an_endless_stream_are_read_from_its_first_megabytes()
         ("txt", b"", b"a\n"),
     ):
         stream = Endless(head, line)
-        rows = Rows(stream, kind, "a file")
+        rows = RowReader(stream, kind, "a file")
         assert len(list(itertools.islice(rows.read(), 5000))) == 5000
         assert stream.given < 2**20
 
@@ -349,7 +352,7 @@ def test_a_row_that_is_too_long_is_a_problem_and_the_next_is_read():
 
 
 def test_a_quotation_mark_that_is_not_closed_in_an_endless_file_ends_at_the_limit():
-    rows = Rows(Endless(b'text\na\n"b\n', b"c\n"), "csv", "a file", Limits(characters=10_000)).read()
+    rows = RowReader(Endless(b'text\na\n"b\n', b"c\n"), "csv", "a file", Limits(characters=10_000)).read()
     first, second, third = itertools.islice(rows, 3)
     assert first == Row(2, {"text": "a"})
     assert (second.line, second.values) == (3, {})
@@ -381,7 +384,7 @@ def test_more_than_a_limit_is_refused():
     # packed again and again, a few bytes become many
     packed = gzip.GzipFile(fileobj=io.BytesIO(gzip.compress(b"text\n" + b"a\n" * 10**6)))
     with pytest.raises(InputError, match="has more than 10,000 bytes"):
-        list(Rows(packed, "csv", "a file", Limits(bytes=10_000)).read())
+        list(RowReader(packed, "csv", "a file", Limits(bytes=10_000)).read())
 
 
 POOL = pa.proxy_memory_pool(pa.default_memory_pool())  # of one test, kept here since buffers may outlive it
@@ -396,14 +399,14 @@ def test_a_parquet_file_that_unpacks_to_gigabytes_is_refused_before_it_does():
     before = pa.default_memory_pool()
     pa.set_memory_pool(POOL)
     try:
-        rows = Rows(io.BytesIO(content), "parquet", "a file", Limits(bytes=100 * 2**20))
+        rows = RowReader(io.BytesIO(content), "parquet", "a file", Limits(bytes=100 * 2**20))
         with pytest.raises(InputError, match="has more than 104,857,600 bytes"):
             list(rows.read())
     finally:
         pa.set_memory_pool(before)
     assert 2**20 < POOL.max_memory() <= 100 * 2**20
     assert sum(
-        row.values["n"] for row in Rows(io.BytesIO(content), "parquet", "a file", Limits(bytes=2**20)).read(["n"])
+        row.values["n"] for row in RowReader(io.BytesIO(content), "parquet", "a file", Limits(bytes=2**20)).read(["n"])
     ) == (sum(range(10_000)))
 
 
@@ -412,7 +415,7 @@ def test_a_parquet_file_that_unpacks_to_gigabytes_is_refused_before_it_does():
 
 def test_columns_of_parquet_that_are_not_requested_are_not_decoded():
     columns = {"text": ["a", "b"], "when": pa.array([10**17, 10**17], pa.timestamp("ms")), "zone": pa.array([0, 0], pa.timestamp("ms", "No/Where"))}  # fmt: skip
-    rows = Rows(io.BytesIO(parquet(columns)), "parquet", "a file")
+    rows = RowReader(io.BytesIO(parquet(columns)), "parquet", "a file")
     assert list(rows.columns) == ["text", "when", "zone"]
     assert list(rows.read(["text"])) == [Row(1, {"text": "a"}), Row(2, {"text": "b"})]
     assert all(row.problem for row in rows.read(["text", "zone"]))
@@ -423,7 +426,7 @@ def test_damage_affects_neither_earlier_rows_nor_other_columns():
     content = parquet(table, row_group_size=50, compression="none", use_dictionary=False)
     page = pq.read_metadata(io.BytesIO(content)).row_group(1).column(1).data_page_offset
     content = content[:page] + b"\xff" * 20 + content[page + 20 :]
-    rows = Rows(io.BytesIO(content), "parquet", "a file")
+    rows = RowReader(io.BytesIO(content), "parquet", "a file")
     assert [row.values["text"] for row in rows.read(["text"])] == table["text"].to_pylist()
     found = []
     with pytest.raises(InputError, match="a file is not a Parquet file, or is damaged: write or copy it again"):
@@ -432,7 +435,7 @@ def test_damage_affects_neither_earlier_rows_nor_other_columns():
 
 
 def test_a_parquet_file_reports_progress():
-    rows = Rows(io.BytesIO(parquet({"a": list(range(64))})), "parquet", "a file")
+    rows = RowReader(io.BytesIO(parquet({"a": list(range(64))})), "parquet", "a file")
     shares = [rows.done() for _ in rows.read()]
     assert shares == [(i + 1) / 64 for i in range(64)]
 
@@ -440,10 +443,10 @@ def test_a_parquet_file_reports_progress():
 def test_parquet_needs_a_stream_that_can_seek_and_leaves_it_open():
     content = parquet({"a": [1]})
     with pytest.raises(InputError, match="is read from its end, so save it to a disk first"):
-        Rows(Plain(content), "parquet", "a file")
+        RowReader(Plain(content), "parquet", "a file")
     for kind, some in (("parquet", content), ("csv", b"a\n1\n")):
         stream = io.BytesIO(some)
-        rows = Rows(stream, kind, "a file")
+        rows = RowReader(stream, kind, "a file")
         assert len(list(rows.read())) == 1
         del rows
         assert not stream.closed
@@ -479,7 +482,7 @@ def test_any_texts_come_back_from_csv_with_the_lines_they_begin_on(rows, end, ch
     for row in rows:
         expected.append(Row(count_lines(stream.getvalue()) + 1, dict(zip(["a", "b", "text"], row, strict=True))))
         writer.writerow(row)
-    assert list(Rows(Plain(stream.getvalue().encode(), chunk), "csv", "a file").read()) == expected
+    assert list(RowReader(Plain(stream.getvalue().encode(), chunk), "csv", "a file").read()) == expected
 
 
 def tsv(rows: list[list[str]], quoting: int) -> bytes:
@@ -497,17 +500,6 @@ def test_any_texts_come_back_from_tsv(rows):
         read(tsv(rows, csv.QUOTE_MINIMAL), "tsv"), quoted, strict=True
     ):  # each is right, or says why not
         assert SWALLOWS in row.problem if row.problem else row.values == expected
-
-
-@pytest.mark.parametrize("end", ["\n", "\r\n"])
-@pytest.mark.parametrize("width", [2, 3])
-def test_every_row_of_tsv_comes_back_where_many_cells_hold_tabs_and_line_ends(end, width):
-    rng, pieces = random.Random(width), ["Hb 12", '"', "\t", end, "stable", ""]
-    rows = [["".join(rng.choices(pieces, k=5)) for _ in range(width)] for _ in range(3000)]
-    stream = io.StringIO(newline="")
-    csv.writer(stream, delimiter="\t", lineterminator=end).writerows([["a", "b", "c"][:width], *rows])
-    found = read(stream.getvalue().encode(), "tsv")
-    assert [(row.problem, list(row.values.values())) for row in found] == [(None, row) for row in rows]
 
 
 CELL = st.lists(st.sampled_from(['"', "a", "b", " ", '"c"', '"d'])).map("".join)
@@ -549,7 +541,7 @@ def test_any_values_come_back_from_parquet(rows):
     names = ("text", "n", "x")
     types = (pa.string(), pa.int64(), pa.float64())
     table = {name: pa.array([row[i] for row in rows], types[i]) for i, name in enumerate(names)}
-    found = list(Rows(io.BytesIO(parquet(table)), "parquet", "a file").read())
+    found = list(RowReader(io.BytesIO(parquet(table)), "parquet", "a file").read())
     assert found == [Row(i, dict(zip(names, row, strict=True))) for i, row in enumerate(rows, start=1)]
 
 
@@ -567,7 +559,7 @@ def test_a_bad_row_does_not_affect_other_rows(texts, place, bad):
         csv.writer(stream, quoting=csv.QUOTE_ALL).writerow([text, "x"])
         pieces.append(stream.getvalue().encode())
     pieces.insert(place, bad)
-    found = list(Rows(io.BytesIO(b"text,id\n" + b"".join(pieces)), "csv", "a file").read())
+    found = list(RowReader(io.BytesIO(b"text,id\n" + b"".join(pieces)), "csv", "a file").read())
     assert [row.values["text"] for row in found if row.problem is None] == texts
     assert sum(row.problem is not None for row in found) == 1
 
@@ -588,7 +580,7 @@ ODD_BYTES = st.one_of(
 def test_any_bytes_give_rows_or_one_line(kind, content, head, characters):
     content, found = head + content, []
     with refused_in_one_line():
-        rows = Rows(io.BytesIO(content), kind, "a file", Limits(characters=characters))
+        rows = RowReader(io.BytesIO(content), kind, "a file", Limits(characters=characters))
         found = list(rows.read())
     assert all(row.values == {} or row.problem is None for row in found)
     assert all("\n" not in (row.problem or "") for row in found)
@@ -615,7 +607,7 @@ def test_an_error_of_the_stream_is_named():
                 raise TimeoutError(110, "Connection timed out")
             return content
 
-    rows = Rows(Lost(b"text\n" + b"a\n" * 50_000), "csv", "s3://bucket/a.csv").read()
+    rows = RowReader(Lost(b"text\n" + b"a\n" * 50_000), "csv", "s3://bucket/a.csv").read()
     with pytest.raises(InputError, match=r"cannot read s3://bucket/a\.csv: Connection timed out"):
         list(rows)
 
@@ -623,7 +615,7 @@ def test_an_error_of_the_stream_is_named():
 def test_a_large_row_group_is_not_read_at_once():
     texts = [os.urandom(5000).hex() for _ in range(4000)]  # 40 MB that do not compress, in one group
     stream = Counted(parquet({"text": texts}, compression="none", use_dictionary=False), most=2**30)
-    rows = Rows(stream, "parquet", "a file").read()
+    rows = RowReader(stream, "parquet", "a file").read()
     assert next(rows).values == {"text": texts[0]}
     assert stream.given < 20e6
     assert [row.values["text"] for row in rows] == texts[1:]

@@ -18,16 +18,15 @@ import pyarrow.parquet
 import pytest
 from conftest import ROOT
 
+from hierarchical_clinicalbert.data.tables import read_table
 from hierarchical_clinicalbert.prediction.input import read_records
 from hierarchical_clinicalbert.reading.rows import InputError
 from hierarchical_clinicalbert.reading.sources import (
     Source,
-    Table,
     find_all_sources,
     find_sources,
     kind_of,
     open_rows,
-    read_table,
 )
 from hierarchical_clinicalbert.reading.stores import matches
 
@@ -96,8 +95,8 @@ def test_a_signed_url_is_read_and_shown_without_its_signature(tmp_path):
         root = f"http://127.0.0.1:{server.server_port}"
         (source,) = find_sources(f"{root}/a.csv?signature=secret")
         assert source.name == f"{root}/a.csv"
-        assert read_table(source).columns["text"] == ["a", "b"]
-        assert read_table(*find_sources(f"{root}/b.csv.gz?signature=secret")).columns["text"] == ["a", "b"]
+        assert read_table(source)["text"].tolist() == ["a", "b"]
+        assert read_table(*find_sources(f"{root}/b.csv.gz?signature=secret"))["text"].tolist() == ["a", "b"]
         sources = find_all_sources([f"{root}/chunk.csv", f"{root}/a.csv"])
         assert [record.text for record in read_records(sources, None, None)] == ["a", "b", "a", "b"]
         for name in ("none", "fail"):
@@ -151,14 +150,17 @@ def test_a_table_has_the_values_of_each_column_and_the_lines_of_the_rows(tmp_pat
     (tmp_path / "b.CSV.GZ").write_bytes(gzip.compress(CSV))
     for name in ("a.csv", "b.CSV.GZ"):
         source = find_sources(str(tmp_path / name))[0]
-        assert read_table(source) == Table(source.path, {"text": ["a", "b"], "id": ["1", "2"]}, [2, 4])
-        assert read_table(source, ["id"]).columns == {"id": ["1", "2"]}
+        table = read_table(source)
+        assert table.to_dict("list") == {"text": ["a", "b"], "id": ["1", "2"]}
+        assert (table.index.name, table.index.tolist()) == (f"{source.path}, line", [2, 4])
+        assert read_table(source, ["id"]).to_dict("list") == {"id": ["1", "2"]}
     (tmp_path / "a.jsonl").write_text('{"a": 7}\n{"b": null}\n{"a": 2, "b": "x"}\n')
-    assert read_table(Source(str(tmp_path / "a.jsonl"), "jsonl")).columns == {"a": [7, None, 2], "b": [None, None, "x"]}
+    table = read_table(Source(str(tmp_path / "a.jsonl"), "jsonl"))
+    assert table.to_dict("list") == {"a": [7, None, 2], "b": [None, None, "x"]}
     pyarrow.parquet.write_table(pyarrow.table({"a": [1, None], "b": ["x", "y"]}), tmp_path / "a.parquet")
-    assert read_table(Source(str(tmp_path / "a.parquet"), "parquet"), ["b", "a"]) == Table(
-        str(tmp_path / "a.parquet"), {"b": ["x", "y"], "a": [1, None]}, [1, 2], "row"
-    )
+    table = read_table(Source(str(tmp_path / "a.parquet"), "parquet"), ["b", "a"])
+    assert table.to_dict("list") == {"b": ["x", "y"], "a": [1, None]}
+    assert (table.index.name, table.index.tolist()) == (f"{tmp_path / 'a.parquet'}, row", [1, 2])
 
 
 @pytest.mark.parametrize(
@@ -202,9 +204,11 @@ def test_a_file_reports_progress(tmp_path):
 
 def run_alone(folder, code: str, given: bytes = b"") -> str:
     """Run code beside a copy of the package, in a process without access to the repository. Return its standard output."""
-    package = "hierarchical_clinicalbert"
-    shutil.copytree(ROOT / package / "reading", folder / package / "reading", dirs_exist_ok=True)
-    shutil.copy(ROOT / package / "__init__.py", folder / package)
+    for name in ("taxonomy_hierarchical.py", "hierarchical_clinicalbert/__init__.py"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    package = "hierarchical_clinicalbert/reading"
+    shutil.copytree(ROOT / package, folder / package, dirs_exist_ok=True)
     (folder / "app.py").write_text(code)
     done = subprocess.run([sys.executable, "app.py"], input=given, capture_output=True, cwd=folder)
     assert done.returncode == 0, done.stderr.decode()
@@ -228,12 +232,14 @@ def test_a_copy_beside_the_space_needs_nothing_else(tmp_path):
     code = """
 import json, sys
 from hierarchical_clinicalbert.reading.columns import TEXT_COLUMNS, find_column
-from hierarchical_clinicalbert.reading.sources import find_sources, read_table
-texts = read_table(find_sources("a.csv")[0]).columns
+from hierarchical_clinicalbert.reading.sources import find_sources, open_rows
+def read(name):
+    with open_rows(*find_sources(name)) as rows:
+        return find_column(rows.columns, None, TEXT_COLUMNS), [row.values["text"] for row in rows.read()]
+column, texts = read("a.csv")
 loaded = set(sys.modules)
-more = read_table(find_sources("a.parquet")[0]).columns
-print(json.dumps([find_column(dict.fromkeys(texts, 1.0), None, TEXT_COLUMNS), texts["text"] + more["text"],
+print(json.dumps([column, texts + read("a.parquet")[1],
                   [name for name in ("pyarrow", "pandas", "numpy") if name in loaded],
-                  [name for name in ("pandas", "torch", "hierarchical_clinicalbert.training") if name in sys.modules]]))
+                  [name for name in ("pandas", "torch", "transformers") if name in sys.modules]]))
 """
     assert json.loads(run_alone(tmp_path, code)) == ["text", ["a", "b", "a"], [], []]

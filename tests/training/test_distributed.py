@@ -13,10 +13,10 @@ from conftest import ROOT, complete, first_rows, free_port, read_csv, server, st
 from forked import COMMANDS, Process
 from transformers import AutoTokenizer
 
+from hierarchical_clinicalbert.data.taxonomy_files import read_taxonomy
 from hierarchical_clinicalbert.training.arguments import ModelArguments
 from hierarchical_clinicalbert.training.model import build_model
 from hierarchical_clinicalbert.training.resume import find_checkpoint
-from taxonomy_hierarchical import Taxonomy
 
 STEPS = 20
 RECIPES = ROOT / "recipes" / "accelerate"
@@ -65,7 +65,7 @@ def train(words: list, output: Path, processes: int, batch: int, launchers: int 
 
 def save_model(encoder: str, folder: Path, problem_type: str | None = None) -> Path:
     """Save a checkpoint to continue. It has no dropout, because dropout masks depend on the number of processes."""
-    tree = Taxonomy.from_file(ROOT / "examples" / "taxonomy.yaml")
+    tree = read_taxonomy(ROOT / "examples" / "taxonomy.yaml")
     model = build_model(ModelArguments(encoder), tree, seed=0, problem_type=problem_type)
     model.config.head_dropout = 0.0
     model.save_pretrained(folder)

@@ -81,7 +81,7 @@ def test_codes_of_many_digits_beside_missing_ones_stay_as_they_are(tmp_path, kin
 def test_columns_are_found_in_order_of_preference_and_logged(tmp_path, caplog):
     rows = [("title", "first", "x", "n"), ("title", "second", "y", "n")]
     path = csv_file(tmp_path / "a.csv", rows, ("text", "abstract", "label", "category"))
-    with caplog.at_level(logging.INFO, logger="hierarchical_clinicalbert"):
+    with caplog.at_level(logging.INFO):
         data = load(train_file=path, validation_size=0)
     assert data.splits["train"]["text"][:] == ["first", "second"]
     assert data.report["columns"] == {"text": "abstract", "label": ["label"]}
