@@ -190,11 +190,11 @@ class OnePath(Decisions):
     # ── Labels ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def targets(self, nodes: Sequence[Sequence[int]], weights: Sequence[Sequence[float]] | None = None) -> Tensor:
-        """Return the ids of the texts' nodes (B,), -100 for no node; with weights other than 1, weights of leaves (B, num_leaves).
+        """Return the ids of the texts' nodes (B,), -100 for no node; if weights are given, those of leaves (B, num_leaves).
 
         ValueError: a text has several nodes without weights, or a weight of an inner node.
         """
-        if weights is None or all(weight == 1 for of_text in weights for weight in of_text):
+        if weights is None:
             if any(len(ids) > 1 for ids in nodes):
                 raise ValueError("a text has several nodes of equal weight, and this model is for one path a text")
             return torch.tensor([ids[0] if len(ids) else IGNORED_LABEL for ids in nodes])

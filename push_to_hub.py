@@ -16,11 +16,12 @@ import transformers
 from huggingface_hub import CommitInfo, HfApi, RepoCard
 from huggingface_hub.utils import disable_progress_bars
 
-from hierarchical_clinicalbert.checkpoint_files import CHECKPOINT_FILES, published_files, read_checkpoint
+from hierarchical_clinicalbert.checkpoint_files import CARD, published_files, read_checkpoint
 from hierarchical_clinicalbert.errors import (
     ROOT,
     ArgumentParser,
     InputError,
+    as_input_error,
     exit_with_error,
     is_full_disk,
     one_line,
@@ -31,10 +32,9 @@ from hierarchical_clinicalbert.publishing import card
 from hierarchical_clinicalbert.publishing.description import check_description
 from hierarchical_clinicalbert.publishing.export import export_merged, export_onnx
 from hierarchical_clinicalbert.publishing.hub import (
-    HUB_ERRORS,
     SPACE_FILES,
     Target,
-    describe_hub_error,
+    as_hub_error,
     find_target,
     log_in,
     publish,
@@ -59,12 +59,15 @@ def main(argv: list[str]) -> None:
         refuse_local_encoder(config, "give --merge to publish a model that needs no encoder beside it")
     api = HfApi()
     namespaces = log_in(api)
-    branch = {"revision": arguments.revision, "create_pr": arguments.create_pr}
-    target = find_target(api, namespaces, "--repo_id", arguments.repo_id, private=arguments.private, **branch)
+    branch, private = arguments.revision, arguments.private
+    target = find_target(api, namespaces, "--repo_id", arguments.repo_id, revision=branch, private=private)
     space = None
     if arguments.space_id is not None:
-        space = find_target(api, namespaces, "--space_id", arguments.space_id, "space", private=arguments.private)
-    readme = read_card(folder / "README.md", target.repo_id, arguments.merge)
+        space = find_target(api, namespaces, "--space_id", arguments.space_id, "space", private=private)
+    with as_input_error(f"cannot publish the card {folder / CARD}"):
+        readme = (folder / CARD).read_text(encoding="utf-8-sig")
+        RepoCard(readme).validate()  # on the Hub
+        readme = card.update_for_publishing(readme, target.repo_id, arguments.merge)
 
     with tempfile.TemporaryDirectory() as scratch:
         # ── Collect the files, in the requested form ─────────────────────────────────────────────────────────────────
@@ -74,7 +77,7 @@ def main(argv: list[str]) -> None:
         files: Files = published_files(folder)
         if arguments.onnx:
             files |= export_onnx(folder, Path(scratch))
-        files["README.md"] = readme.encode()
+        files[CARD] = readme.encode()
 
         # ── Publish the model in one commit, unless this is a dry run ────────────────────────────────────────────────
         if arguments.dry_run:
@@ -83,8 +86,8 @@ def main(argv: list[str]) -> None:
                 list_changes(space, space_files(target.repo_id))
             print("nothing was published")
             return
-        model = publish(api, target, files, CHECKPOINT_FILES, "Publish a checkpoint", arguments.create_pr)
-    print(f"{target.repo_id}: {model.pr_url or model.commit_url}")
+        model = publish(api, target, files, "Publish a checkpoint")
+    print(f"{target.repo_id}: {model.commit_url}")
 
     # ── Publish the Space, which serves that commit ───────────────────────────────────────────────────────────────────
     if space is not None:
@@ -100,25 +103,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--onnx", action="store_true", help="add onnx/, for other engines such as ONNX Runtime")
     parser.add_argument("--space_id", help="user/name of a Space that serves the model")
     parser.add_argument("--revision", help="the branch to commit to, created if missing; default: main")
-    parser.add_argument("--create_pr", action="store_true", help="open a pull request instead of committing")
     parser.add_argument("--dry_run", action="store_true", help="check everything, list the files, publish nothing")
     arguments = parser.parse_args(argv)
     refuse_undecodable({"revision": arguments.revision})
     return arguments
-
-
-def read_card(path: Path, model_id: str, merged: bool) -> str:
-    """Read the card of a checkpoint, let the Hub validate its metadata, and insert the model's id."""
-    try:
-        readme = path.read_text(encoding="utf-8-sig")
-        RepoCard(readme).validate()
-        return card.update_for_publishing(readme, model_id, merged)
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text: save it as UTF-8") from error
-    except HUB_ERRORS as error:
-        raise InputError(f"cannot ask the Hub whether it accepts {path}: {describe_hub_error(error)}") from error
-    except Exception as error:  # ValueError, or any error of the YAML parser
-        raise InputError(f"{path} cannot be the model's card: {one_line(error)}") from error
 
 
 def space_files(model_id: str) -> Files:
@@ -133,13 +121,11 @@ def space_files(model_id: str) -> Files:
 
 def publish_space(api: HfApi, space: Target, model_target: Target, model: CommitInfo) -> None:
     """Publish the Space, and set its variables to the commit of the model."""
-    published = publish(api, space, space_files(model_target.repo_id), SPACE_FILES, "Publish the Space")
-    try:
+    published = publish(api, space, space_files(model_target.repo_id), "Publish the Space")
+    problem = f"{space.repo_id} is published, but not pointed at the model"
+    with as_hub_error(problem, "run the same command again"):
         for key, value in (("MODEL_ID", model_target.repo_id), ("MODEL_REVISION", model.oid)):
             api.add_space_variable(space.repo_id, key, value)
-    except HUB_ERRORS as error:
-        problem = f"is published, but not pointed at the model: {describe_hub_error(error)}"
-        raise InputError(f"{space.repo_id} {problem}; run the same command again") from error
     print(f"{space.repo_id}: {published.commit_url}")
     if model_target.private:
         print(f"{model_target.repo_id} is private: give the Space a secret HF_TOKEN that may read it")

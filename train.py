@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, EarlyStoppingCallback, PreTrainedModel, 
 
 from checkpoint_hierarchical import check_tokenizer
 from configuration_hierarchical import MULTI_LABEL, SINGLE_LABEL, HierarchicalConfig
-from hierarchical_clinicalbert.checkpoint_files import is_checkpoint, read_config
+from hierarchical_clinicalbert.checkpoint_files import METRICS, is_checkpoint, read_config
 from hierarchical_clinicalbert.data.labels import resolve_labels
 from hierarchical_clinicalbert.data.report import log_report
 from hierarchical_clinicalbert.data.sources import read_rows
@@ -54,7 +54,6 @@ from hierarchical_clinicalbert.evaluation.report import (
 from hierarchical_clinicalbert.files import write_json
 from hierarchical_clinicalbert.machine import keep_memory
 from hierarchical_clinicalbert.publishing.description import (
-    METRICS,
     SCORED_MODEL,
     delete_earlier_description,
     delete_scores,
@@ -66,7 +65,7 @@ from hierarchical_clinicalbert.training.cpu import KEPT_MEMORY
 from hierarchical_clinicalbert.training.losses import FocalLoss
 from hierarchical_clinicalbert.training.model import build_model, fetch_model, load_tokenizer, pin_model, size_report
 from hierarchical_clinicalbert.training.prototypes import initialise_heads
-from hierarchical_clinicalbert.training.publish import check_hub, push, run_facts, run_settings, write_card
+from hierarchical_clinicalbert.training.publish import check_hub, run_facts, run_settings, write_card
 from hierarchical_clinicalbert.training.score import label_arrays, score_splits, scoring_trainer, token_counts
 from hierarchical_clinicalbert.training.tokens import build_collator, tokenize_splits
 from hierarchical_clinicalbert.training.trainer import HierarchicalTrainer
@@ -126,7 +125,7 @@ def train(arguments: Arguments, data: LabelledSplits, resume_from: str | None, p
     form = form_of(data.taxonomy, data.problem_type)
     arguments = arguments._replace(training=fit_to_data(arguments.training, data.splits, form))
     training, output = arguments.training, Path(arguments.training.output_dir)
-    heads_init = resume.check_resumed_data(resume_from, data.taxonomy, data.report) if resume_from else None
+    heads_init = resume.check_resumed_data(resume_from, data.report) if resume_from else None
 
     # ── Model: encoder, adapter, heads, tokenizer ────────────────────────────────────────────────────────────────────
     arguments = arguments._replace(model=fetch_model(arguments.model))  # the data are known to be usable
@@ -202,7 +201,7 @@ def train(arguments: Arguments, data: LabelledSplits, resume_from: str | None, p
         logger.info("checkpoint, metrics and plots are in %s", output)
     log_metrics(scores)
     if training.push_to_hub:
-        push(trainer)
+        trainer.push_to_hub()
 
 
 def build_trainer(
@@ -332,7 +331,8 @@ def user_error_message(error: Exception) -> str | None:
     if is_full_disk(error):
         return f"the disk is full ({one_line(error)}): make room, then --resume_from_checkpoint auto resumes"
     if should_reduce_batch_size(error):
-        return f"{one_line(error)}; give --activation_checkpointing true, or a lower --per_device_train_batch_size"
+        sizes = "a lower --per_device_train_batch_size or --per_device_eval_batch_size"
+        return f"{one_line(error)}; give --activation_checkpointing true, or {sizes}"
     if isinstance(error, ImportError) and "install" in str(error):  # a flag needs a package beyond requirements.txt
         return one_line(error)
     if is_file_error(error):

@@ -20,21 +20,23 @@ from hierarchical_clinicalbert.reading.foreign_code import refuse_foreign_code
 
 logger = logging.getLogger(__name__)
 
+# ── The manifest: paths and glob patterns, relative to a checkpoint's folder ─────────────────────────────────────────
+
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+CARD, METRICS, PLOTS = "README.md", "metrics.json", "plots/*.png"
+ENDPOINT_FILES = ("handler.py", "requirements.txt")  # for Inference Endpoints
 ONNX_FILE, QUANTIZED_ONNX_FILE = "onnx/model.onnx", "onnx/model_quantized.onnx"
 ONNX_WEIGHTS_FILE = "onnx/model.onnx_data"  # the weights of ONNX_FILE, where one file cannot hold them
 TRUNCATION_FILE = "sentence_bert_config.json"  # where text-embeddings-inference reads the length to truncate at
-ENDPOINT_FILES = ("handler.py", "requirements.txt")  # for Inference Endpoints
-# Glob patterns. MODEL_FILES are read to load a checkpoint; CHECKPOINT_FILES are published.
+EXPORTED_FILES = (ONNX_FILE, ONNX_WEIGHTS_FILE, QUANTIZED_ONNX_FILE, TRUNCATION_FILE)
+# files that are read to load a checkpoint, those that are published, and those with the scores of a run
 MODEL_FILES = (
     *("config.json", *SHIPPED_FILES, *TOKENIZER_FILES),
     *(*ADAPTER_FILES, WEIGHTS, WEIGHTS_INDEX, "model-*-of-*.safetensors"),
 )
-CHECKPOINT_FILES = (
-    *(*MODEL_FILES, "README.md", "metrics.json", "plots/*.png"),
-    *(*ENDPOINT_FILES, ONNX_FILE, ONNX_WEIGHTS_FILE, QUANTIZED_ONNX_FILE, TRUNCATION_FILE),
-)
+CHECKPOINT_FILES = (*MODEL_FILES, CARD, METRICS, PLOTS, *ENDPOINT_FILES, *EXPORTED_FILES)
+SCORE_FILES = ("validation_predictions.csv", "test_predictions.csv", PLOTS, METRICS)
 
 
 def list_files(folder: Path, patterns: tuple[str, ...] = CHECKPOINT_FILES) -> list[str]:
@@ -47,10 +49,8 @@ def published_files(folder: Path) -> dict[str, Path | bytes]:
     """Return a checkpoint's files to publish, by path in the repository, plus handler.py and requirements.txt."""
     files: dict[str, Path | bytes] = {name: folder / name for name in list_files(folder)}
     files["handler.py"] = PACKAGE / "publishing" / "handler.py"
-    # loading merges the adapter, so it needs no PEFT
-    needed = [
-        line for line in requirements() if line.startswith(("torch>", "torch<", "transformers>", "transformers<"))
-    ]
+    packages = ("torch>", "torch<", "transformers>", "transformers<")  # loading merges the adapter, so it needs no PEFT
+    needed = [line for line in requirements() if line.startswith(packages)]
     files["requirements.txt"] = "".join(f"{line}\n" for line in needed).encode()
     return files
 
@@ -88,9 +88,8 @@ def find_snapshot(name: str, revision: str | None, flag: str) -> Path | None:
 
 def require_encoder(folder: str | Path) -> None:
     """Raise InputError if the encoder of a checkpoint's adapter is on the Hub, which cannot be reached, and not in the cache."""
-    config = read_json_object(
-        Path(folder) / "config.json"
-    )  # as JSON: the checkpoint's own code may read a newer format
+    # as JSON, because the checkpoint's own code may read a newer format
+    config = read_json_object(Path(folder) / "config.json")
     name, revision = (str(config.get(field)) for field in ("encoder_name_or_path", "encoder_revision"))
     is_pinned = re.fullmatch("[0-9a-f]{40}", revision)  # `load_encoder` refuses other revisions, with its reason
     if config.get("adapter_subfolder") is not None and is_pinned and not Path(name).is_dir():
@@ -151,31 +150,33 @@ def encoder_on_hub(config: HierarchicalConfig) -> str | None:
     return None if revision is None or Path(name).is_absolute() else f"{name} at {revision}"
 
 
-def weights_files(folder: Path, adapter_form: bool) -> list[str]:
+def weights_files(folder: Path) -> list[str]:
     """Return the paths of the files that hold a checkpoint's weights, and of the adapter's configuration, below its folder."""
-    if adapter_form:
+    if read_json_object(folder / "config.json").get("adapter_subfolder") is not None:
         return [*ADAPTER_FILES]
-    index = folder / WEIGHTS_INDEX
-    if not index.is_file():
+    if not (folder / WEIGHTS_INDEX).is_file():
         return [WEIGHTS]
-    return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    shards = {*read_json_object(folder / WEIGHTS_INDEX)["weight_map"].values()}
+    if WEIGHTS not in shards and (folder / WEIGHTS).is_file():
+        raise InputError(f"{WEIGHTS_INDEX} and {WEIGHTS} are both present, and one of them belongs to earlier weights")
+    return sorted(shards)
 
 
-def find_damage(folder: Path, adapter_form: bool) -> str | None:
+def find_damage(folder: Path) -> str | None:
     """Return a message that names the first missing or damaged weights file, or None if all are complete."""
-    name = WEIGHTS_INDEX  # named in the message if the index cannot be read
     try:
-        needed = weights_files(folder, adapter_form)
-        if not adapter_form and WEIGHTS not in needed and (folder / WEIGHTS).is_file():
-            return f"{WEIGHTS_INDEX} and {WEIGHTS} are both present, and one of them belongs to earlier weights"
-        for name in needed:
-            if not (folder / name).is_file():
-                return f"{name} is missing"
+        needed = weights_files(folder)
+    except InputError as error:
+        return str(error)
+    for name in needed:
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        try:
             if name.endswith(".safetensors"):
                 with safe_open(folder / name, "pt"):  # its header holds the sizes, so a truncated file is an error
                     pass
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError):
-        return f"{name} is damaged"
+        except (SafetensorError, OSError):
+            return f"{name} is damaged"
     return None
 
 
@@ -184,9 +185,8 @@ def read_checkpoint(folder: Path) -> HierarchicalConfig:
     if (model_type := read_model_type(folder)) != HierarchicalConfig.model_type:
         reason = f"it holds a {model_type!r} model" if (folder / "config.json").is_file() else "it has no config.json"
         raise InputError(f"{folder} is not a checkpoint of this project: {reason}")
-    config = read_config(folder)
-    needed = (*SHIPPED_FILES, *TOKENIZER_FILES, "README.md")
+    needed = (*SHIPPED_FILES, *TOKENIZER_FILES, CARD)
     missing = next((f"{name} is missing" for name in needed if not (folder / name).is_file()), None)
-    if problem := find_damage(folder, config.adapter_subfolder is not None) or missing:
+    if problem := find_damage(folder) or missing:
         raise InputError(f"{folder} is not a complete checkpoint: {problem}; train.py writes complete ones")
-    return config
+    return read_config(folder)

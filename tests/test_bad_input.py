@@ -146,7 +146,7 @@ TRAIN = [
     ((*DATA, "--lora_dropout", "nan"), "--lora_dropout must be at least 0 and below 1, not nan"),
     ((*DATA, "--learning_rate", "-1"), "--learning_rate must be more than 0, not -1.0"),
     ((*DATA, "--focal_gamma", "nan"), "--focal_gamma must be at least 0, not nan"),
-    ((*DATA, "--remove_unused_columns", "false"), "--remove_unused_columns is not supported"),
+    ((*DATA, "--remove_unused_columns", "true"), "--remove_unused_columns is not supported"),
     ((*DATA, "--dataloader_persistent_workers", "true"), "--dataloader_persistent_workers changes the random numbers"),
     ((*DATA, "--dataloader_multiprocessing_context", "spawn"), "also give --dataloader_num_workers"),
     ((*DATA, *RANDOM, "--lora_target_modules", "query", "word_embeddings"), "embeddings.word_embeddings is an embedding"),
@@ -826,7 +826,7 @@ def test_yaml_aliases_are_refused_without_expanding_them(place):
 
 FAULTS = {
     "the Trainer is set up": (
-        "train.py", "NameError", "import hierarchical_clinicalbert.training.trainer as module; del module.EarlyStoppingCallback"),
+        "train.py", "NameError", "import hierarchical_clinicalbert.training.trainer as module; del module.LossCheck"),
     "flags are read": (
         "train.py", "TypeError", "import hierarchical_clinicalbert.training.arguments as module; module.has_bf16 = None"),
     "a checkpoint is loaded": (

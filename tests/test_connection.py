@@ -10,7 +10,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -142,7 +141,7 @@ def test_without_a_hub_each_command_says_what_to_do(place, closed_port, clear_ch
     assert message.endswith("run `hf download alice/checkpoint --local-dir FOLDER` and give --model FOLDER")
     words = ("--model", clear_checkpoint, "--repo_id", "alice/new", "--merge")
     message = refusal(*words, command="push_to_hub.py", settings=settings | {"HF_TOKEN": "hf_alice"})
-    assert message == f"push_to_hub.py: error: cannot check the token on the Hub: {failed}"
+    assert message == f"push_to_hub.py: error: cannot check the token (of HF_TOKEN or the login) on the Hub: {failed}"
     offline = settings | {"HF_HUB_OFFLINE": "1"}
     assert "folder, HF_HUB_OFFLINE is set, and the cache does not hold it: " in refusal(
         "--train_file", "rows.csv", settings=offline
@@ -213,35 +212,16 @@ def silent_port(accepts: bool) -> Iterator[int]:
         yield server.getsockname()[1]
 
 
-def train_with_limits(limits: str, *words: object, settings: dict[str, str]) -> str:
-    """Run train.py with other limits of `connection`, and return its output."""
+@pytest.mark.parametrize("accepts", [False, True])
+def test_a_hub_that_never_answers_is_given_up(place, accepts):
+    """Run train.py with a limit of one second."""
     command = str(ROOT / "train.py")
-    code = f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r}); import hierarchical_clinicalbert.connection as connection; {limits}; "
-    code += f"sys.argv = {[command, *map(str, words)]!r}; runpy.run_path({command!r}, run_name='__main__')"
-    return complete("-c", code, environment=os.environ | settings, cwd=Path.cwd(), modules=LIBRARIES).stderr
-
-
-@pytest.mark.parametrize(
-    ("accepts", "reason"),
-    [(False, "no connection within 1 seconds"), (True, "no answer within 1 seconds")],
-)
-def test_a_hub_that_never_answers_is_given_up(place, accepts, reason):
-    limit = "connection.CONNECTION_SECONDS = 1" if not accepts else "connection.ANSWER_SECONDS = 1"
+    code = f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r}); import hierarchical_clinicalbert.connection as connection; "
+    code += f"connection.ANSWER_SECONDS = 1; sys.argv = {[command, '--train_file', 'rows.csv']!r}; "
+    code += f"runpy.run_path({command!r}, run_name='__main__')"
     with silent_port(accepts) as port:
-        log = train_with_limits(limit, "--train_file", "rows.csv", settings=unreachable(port, place / "home"))
-    assert f"the connection to http://127.0.0.1:{port} failed ({reason}), and the cache does not hold it" in log
+        settings = unreachable(port, place / "home")
+        log = complete("-c", code, environment=os.environ | settings, cwd=place, modules=LIBRARIES).stderr
+    problem = "failed (no answer within 1 seconds), and the cache does not hold it"
+    assert f"the connection to http://127.0.0.1:{port} {problem}" in log
     assert "thrown while requesting" not in log
-
-
-def test_a_slow_hub_is_used(place):
-    class SlowHub(HubServer):
-        def fault(self, request):
-            time.sleep(1 if request.path == "/" else 0)
-            return super().fault(request)
-
-    with SlowHub() as hub:
-        words = ("--train_file", "rows.csv", "--model_name_or_path", "base/absent")
-        log = train_with_limits("connection.CONNECTION_SECONDS = 0.5", *words, settings=hub.environment(place / "home"))
-        assert hub.requests[0].path == "/"
-        assert len(hub.requests) > 1
-    assert "base/absent is not a local folder and is not a valid model identifier" in log

@@ -19,13 +19,19 @@ import torch
 from safetensors import safe_open
 
 from checkpoint_hierarchical import ADAPTER_SUBFOLDER
-from hierarchical_clinicalbert.checkpoint_files import encoder_on_hub, read_config, read_json_object, weights_files
+from hierarchical_clinicalbert.checkpoint_files import (
+    CARD,
+    METRICS,
+    SCORE_FILES,
+    encoder_on_hub,
+    read_config,
+    read_json_object,
+    weights_files,
+)
 from hierarchical_clinicalbert.errors import InputError
 from hierarchical_clinicalbert.files import write_json
 from hierarchical_clinicalbert.publishing import card
 
-METRICS = "metrics.json"
-SCORE_FILES = ("validation_predictions.csv", "test_predictions.csv", "plots/*.png", METRICS)
 SCORED_MODEL = "scored_model"  # the entry of metrics.json with the hashes
 # Fields that do not change the scores, or that libraries set anew whenever they save a model. The encoder is compared by itself,
 # because a folder may move, and may be published later.
@@ -51,7 +57,7 @@ def hash_model(folder: Path) -> dict[str, str | None]:
     # ── Tensors: name, dtype, shape and bytes ────────────────────────────────────────────────────────────────────────
     tensors = hashlib.sha256()
     with ExitStack() as stack:
-        names = [name for name in weights_files(folder, adapter_form) if name.endswith(".safetensors")]
+        names = [name for name in weights_files(folder) if name.endswith(".safetensors")]
         files = [stack.enter_context(safe_open(folder / name, "pt")) for name in names]
         for name, i in sorted((name, i) for i, file in enumerate(files) for name in file.keys()):  # noqa: SIM118
             tensor = files[i].get_tensor(name)
@@ -119,7 +125,7 @@ def delete_scores(folder: Path) -> None:
 def delete_description(folder: Path) -> None:
     """Delete the scores and the card. A card that a person wrote or edited is renamed."""
     card.keep_edited(folder)
-    (folder / "README.md").unlink(missing_ok=True)
+    (folder / CARD).unlink(missing_ok=True)
     delete_scores(folder)
 
 

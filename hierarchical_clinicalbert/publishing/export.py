@@ -22,6 +22,7 @@ from transformers import AutoTokenizer
 
 from hierarchical_clinicalbert.checkpoint_files import (
     ADAPTER_FILES,
+    EXPORTED_FILES,
     ONNX_FILE,
     ONNX_WEIGHTS_FILE,
     QUANTIZED_ONNX_FILE,
@@ -142,8 +143,7 @@ def export_onnx(folder: Path, output: Path) -> dict[str, Path]:
             raise InputError(f"{exported.name} changes the probabilities by {gap:.1e}; publish without --onnx")
     truncation = output / TRUNCATION_FILE
     truncation.write_text(json.dumps({"max_seq_length": tokenizer.model_max_length}))
-    written = (ONNX_FILE, ONNX_WEIGHTS_FILE, QUANTIZED_ONNX_FILE, TRUNCATION_FILE)
-    return {name: output / name for name in written if (output / name).exists()}
+    return {name: output / name for name in EXPORTED_FILES if (output / name).exists()}
 
 
 def largest_gap(file: Path, model: HierarchicalForSequenceClassification, tokenizer: Any, names: list[str]) -> float:

@@ -9,22 +9,17 @@ Worth knowing:
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, RepoCard, get_token
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    HTTPError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from huggingface_hub.utils import filter_repo_objects, validate_repo_id
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, RepoCard
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.utils import filter_repo_objects
 
 from configuration_hierarchical import HierarchicalConfig
-from hierarchical_clinicalbert.checkpoint_files import encoder_on_hub
+from hierarchical_clinicalbert.checkpoint_files import CHECKPOINT_FILES, encoder_on_hub
 from hierarchical_clinicalbert.connection import find_hub_problem
 from hierarchical_clinicalbert.errors import InputError, one_line
 
@@ -39,19 +34,32 @@ SPACE_FILES = (
 )
 SPACE_TAG = "hierarchical-text-classification"  # in the front matter of our Spaces
 NEUTRAL_FILES = {".gitattributes", ".gitignore", "README.md", "LICENSE"}
-HUB_ERRORS = (HTTPError, OSError)  # error responses and lost connections
 
 
 @dataclass(frozen=True)
 class Target:
-    """The state of a repository before publishing. A repository that does not exist has no commit ``sha``."""
+    """A branch of a repository to publish to. It must still be at the commit ``sha``, unless this is None.
+
+    Without ``sha``, a missing repository is created.
+    """
 
     repo_id: str
     repo_type: str
     revision: str
-    private: bool
+    private: bool | None
     sha: str | None = None
-    files: tuple[str, ...] = ()
+
+
+@contextmanager
+def as_hub_error(what: str, remedy: str | None = None) -> Iterator[None]:
+    """Convert an error of a request to the Hub into an InputError with the message "what: reason; remedy"."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (HTTPError, OSError, ValueError, RuntimeError) as error:  # of the Hub, the connection or the request
+        message = describe_hub_error(error) + (f"; {remedy}" if remedy else "")
+        raise InputError(f"{what}: {message}") from error
 
 
 def refuse_local_encoder(config: HierarchicalConfig, remedy: str) -> None:
@@ -65,21 +73,13 @@ def refuse_local_encoder(config: HierarchicalConfig, remedy: str) -> None:
 def log_in(api: HfApi) -> tuple[str, ...]:
     """Return the namespaces that the token may write to, the user's own first.
 
-    Raises:
-        InputError: there is no token, the Hub does not know it, or it may only read.
+    InputError: there is no token, the Hub does not know it, or it may only read.
     """
-    if (api.token or get_token()) is None:
-        raise InputError("no Hub token: set HF_TOKEN to one that may write, or run `hf auth login`")
+    what = "cannot check the token (of HF_TOKEN or the login) on the Hub"
     if problem := find_hub_problem():
-        raise InputError(f"cannot check the token on the Hub: {problem}")
-    try:
+        raise InputError(f"{what}: {problem}")
+    with as_hub_error(what):
         who = api.whoami()
-    except HUB_ERRORS as error:
-        if isinstance(error, HfHubHTTPError) and error.response.status_code == 401:
-            raise InputError("the Hub does not know the token (of HF_TOKEN or of the login): make a new one") from error
-        raise InputError(f"cannot check the token on the Hub: {describe_hub_error(error)}") from error
-    except UnicodeEncodeError as error:
-        raise InputError("the Hub token has characters that no token has, such as typographic quotes") from error
     token = who.get("auth", {}).get("accessToken", {})
     scopes = token.get("fineGrained", {}).get("scoped", [])
     permissions = {permission for scope in scopes for permission in scope.get("permissions", [])}
@@ -97,7 +97,6 @@ def find_target(
     repo_type: str = "model",
     revision: str | None = None,
     private: bool = False,
-    create_pr: bool = False,
 ) -> Target:
     """Look up the repository that a flag names, and check that it can be published to.
 
@@ -105,14 +104,10 @@ def find_target(
         InputError: the Hub would refuse the commit, or the repository holds something else or is public despite ``private``.
     """
     # ── Check the names ──────────────────────────────────────────────────────────────────────────────────────────────
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise InputError(f"{flag} {repo_id}: {one_line(error)}") from error
     if "/" not in repo_id:
         repo_id = f"{namespaces[0]}/{repo_id}"
     namespace, branch = repo_id.split("/")[0], "main" if revision is None else revision
-    if namespace not in namespaces and not create_pr:
+    if namespace not in namespaces:
         writable = ", ".join(namespaces)
         raise InputError(f"{flag} {repo_id}: the token may not write to {namespace!r}, only to {writable}")
     if re.fullmatch("[0-9a-f]{40}", branch):
@@ -120,97 +115,77 @@ def find_target(
     if not branch or re.search(r"[\s~^:?*\[\\\x00-\x1f\x7f]|\.\.|^[-/.]|[/.]$|\.lock$|//|@\{", branch):
         raise InputError(f"{branch!r} is not a valid name for a branch")
 
-    # ── Look up the repository and the branch ────────────────────────────────────────────────────────────────────────
-    try:
-        info = current = api.repo_info(repo_id, repo_type=repo_type)
-        current = api.repo_info(repo_id, repo_type=repo_type, revision=branch)
-    except RepositoryNotFoundError as error:
-        if create_pr:
-            raise InputError(f"{flag} {repo_id}: there is no such {repo_type} to open a pull request on") from error
-        return Target(repo_id, repo_type, branch, private)
-    except RevisionNotFoundError as error:
-        if create_pr:
-            raise InputError(f"--revision {branch}: {repo_id} has no such branch to open a pull request on") from error
-        # `publish` creates the branch from the default branch, so `current` stays the state of the default branch
-    except HUB_ERRORS as error:
-        raise InputError(f"cannot read the repository {repo_id}: {describe_hub_error(error)}") from error
-
-    # ── Check what the repository holds ──────────────────────────────────────────────────────────────────────────────
-    if private and not info.private:
-        raise InputError(f"{flag} {repo_id} is public already, which --private does not change: use its settings page")
-    files = tuple(sorted(sibling.rfilename for sibling in current.siblings or []))
-    target = Target(repo_id, repo_type, branch, bool(info.private), current.sha, files)
-    specific = [name for name in files if name not in NEUTRAL_FILES]
-    if specific and not is_ours(api, target):
-        raise InputError(f"{flag} {repo_id} already holds something else, such as {specific[0]}: choose another name")
+    # ── Look up the repository and the branch, and check what they hold ──────────────────────────────────────────────
+    with as_hub_error(f"cannot read the repository {repo_id}"):
+        try:
+            info = current = api.repo_info(repo_id, repo_type=repo_type)
+            current = api.repo_info(repo_id, repo_type=repo_type, revision=branch)
+        except RepositoryNotFoundError:
+            return Target(repo_id, repo_type, branch, private)
+        except RevisionNotFoundError:
+            pass  # `publish` creates the branch from the default branch, whose state `current` is
+        if private and not info.private:
+            problem = "is public already, which --private does not change: use its settings page"
+            raise InputError(f"{flag} {repo_id} {problem}")
+        files = sorted(sibling.rfilename for sibling in current.siblings or [])
+        target = Target(repo_id, repo_type, branch, bool(info.private), current.sha)
+        specific = [name for name in files if name not in NEUTRAL_FILES]
+        if specific and not is_ours(api, target, files):
+            problem = f"already holds something else, such as {specific[0]}: choose another name"
+            raise InputError(f"{flag} {repo_id} {problem}")
     return target
 
 
-def is_ours(api: HfApi, target: Target) -> bool:
-    """Return whether a repository holds a model or a Space of this project. Raise InputError if it cannot be read."""
+def is_ours(api: HfApi, target: Target, files: list[str]) -> bool:
+    """Return whether a repository that has these files holds a model or a Space of this project."""
     is_model = target.repo_type == "model"
     name = "config.json" if is_model else "README.md"
-    if name not in target.files:
+    if name not in files:
         return False
+    path = api.hf_hub_download(target.repo_id, name, repo_type=target.repo_type, revision=target.sha)
     try:
-        path = api.hf_hub_download(target.repo_id, name, repo_type=target.repo_type, revision=target.sha)
         text = Path(path).read_text(encoding="utf-8")
         if is_model:
             return json.loads(text).get("model_type") == HierarchicalConfig.model_type
         return SPACE_TAG in (RepoCard(text, ignore_metadata_errors=True).data.get("tags") or [])
     except (ValueError, AttributeError, TypeError):  # not JSON, not a mapping, or not a card
         return False
-    except HUB_ERRORS as error:
-        raise InputError(f"cannot read the repository {target.repo_id}: {describe_hub_error(error)}") from error
 
 
 def publish(
     api: HfApi,
     target: Target,
     files: Mapping[str, Path | bytes],
-    our_patterns: tuple[str, ...],
     message: str,
-    create_pr: bool = False,
+    remedy: str = "run the same command again, which commits nothing twice",
 ) -> CommitInfo:
-    """Publish files in one commit, or none if nothing changed. Arguments are as for `commit_operations`.
-
-    Raises:
-        InputError: the commit was refused, or the connection was lost.
-    """
-    repo = {"repo_id": target.repo_id, "repo_type": target.repo_type}
-    try:
-        if target.sha is None:
-            sdk = "gradio" if target.repo_type == "space" else None
-            api.create_repo(**repo, private=target.private or None, space_sdk=sdk, exist_ok=True)
-        if target.revision != "main" and not create_pr:
-            api.create_branch(**repo, branch=target.revision, exist_ok=True)
-        return api.create_commit(
-            **repo,
-            operations=commit_operations(files, target.files, our_patterns),
-            commit_message=message,
-            revision=target.revision,
-            create_pr=create_pr,
-            parent_commit=target.sha,
-        )
-    except (*HUB_ERRORS, ValueError, RuntimeError) as error:
-        remedy = "run the same command again, which commits nothing twice"
-        if create_pr:
-            remedy = "run the same command again, unless the pull request is on the Hub"
-        raise InputError(f"{target.repo_id}: {describe_hub_error(error)}; {remedy}") from error
-
-
-def commit_operations(
-    files: Mapping[str, Path | bytes], repo_files: Iterable[str], our_patterns: tuple[str, ...]
-) -> list[CommitOperationAdd | CommitOperationDelete]:
-    """Return the operations that add files, and delete stale files of an earlier version.
+    """Publish files in one commit, or none if nothing changed. Stale files of an earlier version are deleted, and no others.
 
     Args:
         files: paths or contents, by path in the repository.
-        repo_files: the paths that the repository holds now.
-        our_patterns: patterns of the paths that this project writes; no other file is deleted.
+        remedy: what to do if the commit was refused or the connection was lost, for the InputError.
     """
-    stale = [name for name in filter_repo_objects(repo_files, allow_patterns=list(our_patterns)) if name not in files]
-    return [CommitOperationAdd(*file) for file in files.items()] + [CommitOperationDelete(name) for name in stale]
+    repo = {"repo_id": target.repo_id, "repo_type": target.repo_type}
+    ours = CHECKPOINT_FILES if target.repo_type == "model" else SPACE_FILES
+    with as_hub_error(target.repo_id, remedy):
+        if target.sha is None:
+            sdk = "gradio" if target.repo_type == "space" else None
+            api.create_repo(**repo, private=target.private or None, space_sdk=sdk, exist_ok=True)
+        if target.revision != "main":
+            api.create_branch(**repo, branch=target.revision, exist_ok=True)
+        present = api.list_repo_files(**repo, revision=target.revision)
+        stale = {*filter_repo_objects(present, allow_patterns=list(ours))} - files.keys()
+        operations = [
+            *(CommitOperationAdd(*file) for file in files.items()),
+            *map(CommitOperationDelete, sorted(stale)),
+        ]
+        return api.create_commit(
+            **repo,
+            operations=operations,
+            commit_message=message,
+            revision=target.revision,
+            parent_commit=target.sha,
+        )
 
 
 def describe_hub_error(error: Exception) -> str:

@@ -9,6 +9,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
-from hierarchical_clinicalbert.checkpoint_files import CHECKPOINT_FILES, list_files, published_files
-from hierarchical_clinicalbert.errors import InputError
+from hierarchical_clinicalbert.checkpoint_files import list_files, published_files
 from hierarchical_clinicalbert.publishing.description import delete_earlier_description
-from hierarchical_clinicalbert.publishing.hub import HUB_ERRORS, commit_operations, describe_hub_error
+from hierarchical_clinicalbert.publishing.hub import Target, publish
 
 logger = logging.getLogger(__name__)
 
@@ -32,39 +32,38 @@ PICKLES = ["*.pt", "*.pth", "*.bin", "*.pkl"]
 class PublishingTrainer(Trainer):
     """Push the files of a checkpoint to the Hub, with the card that ``write_card`` writes into a folder."""
 
-    write_card: Callable[[Path], None]
-
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        self.hub = HfApi(token=token or self.args.hub_token)  # one client, which queues all uploads
-        try:
-            super().init_hf_repo(token, private)
-            if self.args.hub_revision is not None and self.is_world_process_zero():
-                self.hub.create_branch(self.hub_model_id, branch=self.args.hub_revision, exist_ok=True)
-        except HUB_ERRORS as error:
-            raise InputError(f"cannot create the repository of --push_to_hub: {describe_hub_error(error)}") from error
+    def __init__(self, *args: Any, write_card: Callable[[Path], None] = lambda folder: None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.write_card = write_card
+        self.hub = HfApi(token=self.args.hub_token)  # one client, which queues all uploads
 
     def push_to_hub(self, commit_message: str = "End of training", **kwargs: Any) -> CommitInfo | None:
-        """Save the model, and publish its files and card in one commit. Further arguments of the Trainer are ignored."""
+        """Save the model, and publish its files and card in one commit. Further arguments of the Trainer are ignored.
+
+        InputError: the commit failed. The message has the command that repeats it.
+        """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
         self.write_card(Path(self.args.output_dir))
         self._finish_current_push()
-        return self._commit(commit_message, {})
+        branch = f" --revision {self.args.hub_revision}" if self.args.hub_revision else ""
+        command = f"push_to_hub.py --model {self.args.output_dir} --repo_id {self.hub_model_id}{branch}"
+        commit = self.publish(commit_message, {}, f"the run is complete, and only this push is missing: run {command}")
+        logger.info("published as %s", self.hub_model_id)
+        return commit
 
-    def _commit(self, message: str, folders: dict[str, Path]) -> CommitInfo:
+    def publish(self, message: str, folders: dict[str, Path], remedy: str) -> CommitInfo:
         """Commit the output folder's checkpoint, and ``folders`` by path in the repository, to the branch ``--hub_revision``."""
-        output = Path(self.args.output_dir)
-        files = published_files(output)
+        files = published_files(Path(self.args.output_dir))
         for place, folder in folders.items():
             names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
             files |= {f"{place}/{name}": folder / name for name in filter_repo_objects(names, ignore_patterns=PICKLES)}
             if (state := f"{place}/{TRAINER_STATE_NAME}") in files:
                 files[state] = published_state(folder, place)
-        target = {"repo_id": self.hub_model_id, "revision": self.args.hub_revision}
-        operations = commit_operations(files, self.hub.list_repo_files(**target), CHECKPOINT_FILES)
-        return self.hub.create_commit(operations=operations, commit_message=message, **target)
+        target = Target(self.hub_model_id, "model", self.args.hub_revision or "main", self.args.hub_private_repo)
+        return publish(self.hub, target, files, message, remedy)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
@@ -72,7 +71,6 @@ class PublishingTrainer(Trainer):
         running = self.push_in_progress is not None and not self.push_in_progress.is_done()
         if running and not self.args.hub_always_push:
             return
-        self._warn_of_failed_pushes()
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         folder, output = Path(checkpoint_folder), Path(self.args.output_dir)
         delete_earlier_description(output)
@@ -83,20 +81,15 @@ class PublishingTrainer(Trainer):
         places = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: folder.name}
         folders = {place: folder for strategy, place in places.items() if strategy == self.args.hub_strategy}
         message = f"Training in progress, step {self.state.global_step}"
-        job = self.hub.run_as_future(self._commit, message, folders)
+        job = self.hub.run_as_future(self.publish, message, folders, "the next push has all files")
+        job.add_done_callback(warn_of_failed_push)
         self.push_in_progress = PushInProgress([*(self.push_in_progress.jobs if running else []), job])
 
-    def _finish_current_push(self) -> None:
-        super()._finish_current_push()
-        self._warn_of_failed_pushes()
 
-    def _warn_of_failed_pushes(self) -> None:
-        """Warn once of each failed push. Training continues, and the last push uploads everything."""
-        jobs = self.push_in_progress.jobs if getattr(self, "push_in_progress", None) is not None else []
-        for job in [job for job in jobs if job.done()]:
-            jobs.remove(job)
-            if job.exception() is not None:
-                logger.warning("a push during training failed: %s", describe_hub_error(job.exception()))
+def warn_of_failed_push(job: Future) -> None:
+    """Warn of a failed push during training, which continues."""
+    if error := job.exception():
+        logger.warning("a push during training failed: %s", error)
 
 
 def published_state(checkpoint: Path, place: str) -> bytes:

@@ -102,6 +102,7 @@ class HierarchicalTrainingArguments(TrainingArguments):
     )
     report_to: list[str] = flag(["none"], "Services to log to: tensorboard, trackio, ...")
     logging_steps: float = flag(10, "Number of steps between log lines, or, below 1, their share of all steps.")
+    remove_unused_columns: bool = flag(False, "No effect: the collator takes the columns that it needs.")
     bf16: bool | None = flag(None, "bfloat16 autocast. Default: as given to accelerate launch, else true if native.")
 
     def __post_init__(self):
@@ -157,8 +158,8 @@ RANGES = {
 # Flags of transformers that would drop rows from the scores, change the scored model, or remove the scores.
 FIXED_FLAGS = {
     **dict.fromkeys(("batch_eval_metrics", "dataloader_drop_last", "prediction_loss_only"), False),
-    **dict.fromkeys(("bf16_full_eval", "fp16_full_eval"), False),
-    **dict.fromkeys(("eval_do_concat_batches", "remove_unused_columns"), True),
+    **dict.fromkeys(("bf16_full_eval", "fp16_full_eval", "remove_unused_columns"), False),
+    "eval_do_concat_batches": True,
     "label_names": None,
 }
 COMPILE_MODES = ("default", "lite", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")  # of torch.compile

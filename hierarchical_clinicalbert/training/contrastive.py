@@ -37,23 +37,23 @@ def train_contrastively(trainer: HierarchicalTrainer, inputs: list[list[int]], m
         logger.info("no contrastive steps: they need two classes with two training texts each")
         return
     # ── Optimizer ────────────────────────────────────────────────────────────────────────────────────────────────────
-    model, training = trainer.model, trainer.args
-    if training.activation_checkpointing:
-        settings = dict(training.activation_checkpointing_kwargs or {})
+    model, args = trainer.model, trainer.args
+    if args.activation_checkpointing:
+        settings = dict(args.activation_checkpointing_kwargs or {})
         own = {name: settings.pop(name) for name in ("every_n_layers", "offload") if name in settings}
         model.activation_checkpointing_enable(settings or None, **own)
     weights = [weight for weight in model.encoder.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=training.learning_rate, weight_decay=0.0)
-    scheduler = get_cosine_schedule_with_warmup(optimizer, training.get_warmup_steps(steps), steps)
-    scaler = torch.amp.GradScaler(training.device.type, enabled=training.fp16)
-    generator, losses = np.random.default_rng(training.seed), []
-    num_classes = min(len(classes), max(2, training.per_device_train_batch_size // TEXTS_PER_CLASS))
+    optimizer = torch.optim.AdamW(weights, lr=args.learning_rate, weight_decay=0.0)
+    scheduler = get_cosine_schedule_with_warmup(optimizer, args.get_warmup_steps(steps), steps)
+    scaler = torch.amp.GradScaler(args.device.type, enabled=args.fp16)
+    generator, losses = np.random.default_rng(args.seed), []
+    num_classes = min(len(classes), max(2, args.per_device_train_batch_size // TEXTS_PER_CLASS))
 
     # ── Steps ────────────────────────────────────────────────────────────────────────────────────────────────────────
     model.train()
-    silent = training.disable_tqdm or not trainer.is_world_process_zero()
+    silent = args.disable_tqdm or not trainer.is_world_process_zero()
     for _ in tqdm(range(steps), desc="contrastive steps", disable=silent):
-        if trainer.sigterm and trainer.sigterm.is_checkpoint_requested:
+        if trainer.sigterm and trainer.sigterm.requested:
             raise InputError("stopped by SIGTERM in the contrastive steps: the same command starts over")
         chosen = [classes[i] for i in generator.choice(len(classes), num_classes, replace=False)]
         drawn = [generator.choice(texts, min(TEXTS_PER_CLASS, len(texts)), replace=False) for texts in chosen]
@@ -61,8 +61,8 @@ def train_contrastively(trainer: HierarchicalTrainer, inputs: list[list[int]], m
         loss = contrastive_loss(trainer.embed([inputs[row] for row in rows]), members[rows])
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
-        if training.max_grad_norm:
-            torch.nn.utils.clip_grad_norm_(weights, training.max_grad_norm)
+        if args.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(weights, args.max_grad_norm)
         scaler.step(optimizer)
         scaler.update()
         scheduler.step()

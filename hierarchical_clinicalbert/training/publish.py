@@ -1,6 +1,5 @@
 """Collect the settings and facts of a run for its model card, and push its files to the Hub."""
 
-import logging
 import shutil
 import subprocess
 from pathlib import Path
@@ -9,23 +8,14 @@ from typing import Any
 from huggingface_hub import HfApi
 
 from configuration_hierarchical import HierarchicalConfig
-from hierarchical_clinicalbert.checkpoint_files import read_json_object
-from hierarchical_clinicalbert.errors import ROOT, InputError
+from hierarchical_clinicalbert.checkpoint_files import METRICS, read_json_object
+from hierarchical_clinicalbert.errors import ROOT
 from hierarchical_clinicalbert.publishing import card
-from hierarchical_clinicalbert.publishing.description import METRICS
 from hierarchical_clinicalbert.publishing.environment import describe_environment
-from hierarchical_clinicalbert.publishing.hub import (
-    HUB_ERRORS,
-    describe_hub_error,
-    find_target,
-    log_in,
-    refuse_local_encoder,
-)
+from hierarchical_clinicalbert.publishing.hub import find_target, log_in, refuse_local_encoder
 from hierarchical_clinicalbert.training.arguments import Arguments, HierarchicalTrainingArguments
 from hierarchical_clinicalbert.training.trainer import HierarchicalTrainer
 from modeling_hierarchical import HierarchicalForSequenceClassification
-
-logger = logging.getLogger(__name__)
 
 
 def run_settings(
@@ -90,18 +80,3 @@ def check_hub(training: HierarchicalTrainingArguments, model: HierarchicalForSeq
     name = training.hub_model_id or Path(training.output_dir).resolve().name
     private = bool(training.hub_private_repo)
     find_target(api, log_in(api), "--hub_model_id", name, revision=training.hub_revision, private=private)
-
-
-def push(trainer: HierarchicalTrainer) -> None:
-    """Push the finished run to the Hub, or raise InputError with the command that repeats the upload."""
-    try:
-        trainer.push_to_hub()
-    except (*HUB_ERRORS, ValueError, RuntimeError) as error:
-        output, branch = trainer.args.output_dir, trainer.args.hub_revision
-        command = f"push_to_hub.py --model {output} --repo_id {trainer.hub_model_id}"
-        command += f" --revision {branch}" if branch else ""
-        raise InputError(
-            f"{output} is complete, but not on the Hub: {describe_hub_error(error)}; run {command}"
-        ) from error
-    if trainer.is_world_process_zero():
-        logger.info("published as %s", trainer.hub_model_id)

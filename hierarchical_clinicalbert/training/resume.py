@@ -12,20 +12,22 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from accelerate.utils import broadcast_object_list
-from transformers import Trainer
+from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from checkpoint_hierarchical import ADAPTER_SUBFOLDER
 from hierarchical_clinicalbert.checkpoint_files import (
-    ONNX_FILE,
-    QUANTIZED_ONNX_FILE,
-    TRUNCATION_FILE,
+    CARD,
+    EXPORTED_FILES,
+    METRICS,
+    SCORE_FILES,
     find_damage,
     is_checkpoint,
     read_config,
+    read_json_object,
 )
 from hierarchical_clinicalbert.data.splits import LabelledSplits
 from hierarchical_clinicalbert.data.trained_texts import (
@@ -37,14 +39,12 @@ from hierarchical_clinicalbert.data.trained_texts import (
 )
 from hierarchical_clinicalbert.errors import InputError, as_input_error
 from hierarchical_clinicalbert.files import lock
-from hierarchical_clinicalbert.publishing.description import METRICS, SCORE_FILES, delete_description
+from hierarchical_clinicalbert.publishing.description import delete_description
 from hierarchical_clinicalbert.training.arguments import HierarchicalTrainingArguments
 from modeling_hierarchical import HierarchicalForSequenceClassification
-from taxonomy_hierarchical import Taxonomy
 
 logger = logging.getLogger(__name__)
 
-START_ANEW = "or --overwrite_output_dir true without --resume_from_checkpoint"
 # files that a checkpoint needs besides the model, and the message if one is missing
 NEEDED = {
     "optimizer*": "it has no optimizer state (--save_only_model?)",
@@ -55,12 +55,12 @@ LABEL_ISSUES = "label_issues.csv"
 
 
 @contextmanager
-def lock_output_folder(training: HierarchicalTrainingArguments) -> Iterator[None]:
+def lock_output_folder(args: HierarchicalTrainingArguments) -> Iterator[None]:
     """Lock ``--output_dir`` for this run. The first process has the lock, and all processes raise InputError if it is taken."""
-    output = Path(training.output_dir)
+    output = Path(args.output_dir)
     with ExitStack() as stack:
         problem = None
-        if training.process_index == 0:
+        if args.process_index == 0:
             try:
                 stack.enter_context(lock("--output_dir", output, output / ".train.lock"))
             except InputError as error:
@@ -71,30 +71,30 @@ def lock_output_folder(training: HierarchicalTrainingArguments) -> Iterator[None
         yield
 
 
-def check_output_folder(training: HierarchicalTrainingArguments, model: str) -> None:
+def check_output_folder(args: HierarchicalTrainingArguments, model: str) -> None:
     """Raise InputError if ``--output_dir`` already holds a run, the model that this run would delete, or a user's own files.
 
     With ``--resume_from_checkpoint auto``, a new run starts in a folder with neither model nor complete checkpoint.
     """
-    output = Path(training.output_dir)
+    output = Path(args.output_dir)
     checkpoints, has_model = list_checkpoints(output), (output / "config.json").exists()
     has_scores = (output / METRICS).exists()
 
     # ── A folder without a run: whose files are these? ───────────────────────────────────────────────────────────────
     is_started = any((output / name).exists() for name in (TRAINED_TEXTS, "data_report.json"))
     if not (checkpoints or has_model or has_scores or is_started):
-        written = [*SCORE_FILES, *(["README.md", LABEL_ISSUES] if training.do_train else [])]
+        written = [*SCORE_FILES, *([CARD, LABEL_ISSUES] if args.do_train else [])]
         if own := next((file for pattern in written for file in sorted(output.glob(pattern))), None):
             problem = f"{own}, which a run would overwrite or delete, is not from a run"
             raise InputError(f"--output_dir {output}: {problem}: move it, or give another --output_dir")
 
     # ── A folder with a run: resumed, overwritten, or refused ────────────────────────────────────────────────────────
-    may_overwrite = training.do_train or not (checkpoints or has_model)  # scores of a checkpoint replace only scores
+    may_overwrite = args.do_train or not (checkpoints or has_model)  # scores of a checkpoint replace only scores
     resumable = any(find_resume_problem(folder) is None for folder in checkpoints)
-    resumes = training.do_train and continues_run(training.resume_from_checkpoint, output)
-    if resumes and (resumable or training.resume_from_checkpoint != "auto"):
+    resumes = args.do_train and continues_run(args.resume_from_checkpoint, output)
+    if resumes and (resumable or args.resume_from_checkpoint != "auto"):
         return
-    if training.overwrite_output_dir and may_overwrite:
+    if args.overwrite_output_dir and may_overwrite:
         source = Path(model).resolve()
         if any(folder.resolve() in (source, *source.parents) for folder in checkpoints):
             raise InputError(f"--overwrite_output_dir true would delete {model}: give another --output_dir")
@@ -102,7 +102,7 @@ def check_output_folder(training: HierarchicalTrainingArguments, model: str) -> 
         problem = "holds a model and no complete checkpoint to resume from" if resumes else "already holds a run"
         remedies = ["another --output_dir"]
         remedies += ["--overwrite_output_dir true"] if may_overwrite else []
-        remedies += ["--resume_from_checkpoint auto"] if training.do_train and resumable else []
+        remedies += ["--resume_from_checkpoint auto"] if args.do_train and resumable else []
         raise InputError(f"--output_dir {output} {problem}: give {', or '.join(remedies)}")
 
 
@@ -140,45 +140,37 @@ def find_checkpoint(requested: str | None, output_dir: str) -> str | None:
     return None
 
 
-def check_resumed_data(checkpoint: str, taxonomy: Taxonomy, report: dict[str, Any]) -> str | None:
-    """Raise InputError if the run to resume had another taxonomy, or other training or validation rows or labels.
+def check_resumed_data(checkpoint: str, report: dict[str, Any]) -> str | None:
+    """Raise InputError if the run to resume had other training or validation rows or labels than a data report.
 
-    ``report`` is the data report of this run. Return how the run to resume initialised its heads, None if unknown.
+    Return how the run to resume initialised its heads, None if unknown.
     """
-    # ── Taxonomy: another one of the same shape would load silently ──────────────────────────────────────────────────
-    if is_checkpoint(checkpoint):  # shards of FSDP have no configuration
-        stored = read_config(checkpoint).tree
-        if (stored.names, stored.parents) != (taxonomy.names, taxonomy.parents):
-            problem = "it has another taxonomy, or another order of classes; give the same --taxonomy"
-            raise InputError(f"cannot resume from {checkpoint}: {problem}, {START_ANEW}")
-
-    # ── Data: sources, columns and splits ────────────────────────────────────────────────────────────────────────────
     file = Path(checkpoint).parent / "data_report.json"
     if not file.is_file():
         return None
     with as_input_error(f"{file} cannot be read"):
-        stored_report = json.loads(file.read_text(encoding="utf-8"))
-        before, now = (
-            {
-                "split": {name: value for name, value in data["split"].items() if name != "seed"},
-                "columns": data["columns"],
-                "hashes": [
-                    sorted(source["sha256"].values()) for source in data["sources"] if source["split"] != "test"
-                ],
-            }
-            for data in (stored_report, report)
-        )
-    if before != now:
-        problem = "it was trained on other rows or labels; give the same data, columns, names, --seed and split sizes"
-        raise InputError(f"cannot resume from {checkpoint}: {problem}, {START_ANEW}")
-    return stored_report.get("heads_init")
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        is_same = trained_data(stored) == trained_data(report)
+    if not is_same:
+        remedy = "give the same data, columns, names, --seed and split sizes"
+        refuse_to_resume(checkpoint, f"it was trained on other rows or labels; {remedy}")
+    return stored.get("heads_init")
+
+
+def trained_data(report: dict[str, Any]) -> list:
+    """Return what a data report says of the training and validation rows: split, columns, and hashes of the files."""
+    split = {name: value for name, value in report["split"].items() if name != "seed"}
+    hashes = [sorted(source["sha256"].values()) for source in report["sources"] if source["split"] != "test"]
+    return [split, report["columns"], hashes]
 
 
 def check_model(checkpoint: str, model: HierarchicalForSequenceClassification) -> None:
-    """Raise InputError if a checkpoint has another encoder, adapter or pooling, whose weights might load silently."""
-    if not is_checkpoint(checkpoint):
+    """Raise InputError if a checkpoint has another taxonomy, encoder, adapter or pooling, whose weights might load silently."""
+    if not is_checkpoint(checkpoint):  # shards of FSDP have no configuration
         return
     stored, config = read_config(checkpoint), model.config
+    if (stored.tree.names, stored.tree.parents) != (config.tree.names, config.tree.parents):
+        refuse_to_resume(checkpoint, "it has another taxonomy, or another order of classes; give the same --taxonomy")
     pairs = {
         "--tuning": ("lora" if stored.adapter_subfolder else "full", "lora" if model.has_adapter else "full"),
         "--model_name_or_path": tuple(Path(c.encoder_name_or_path).name for c in (stored, config)),
@@ -188,18 +180,40 @@ def check_model(checkpoint: str, model: HierarchicalForSequenceClassification) -
     }
     if model.has_adapter and stored.adapter_subfolder:
         adapter = model.encoder.peft_config["default"]
-        path = Path(checkpoint) / ADAPTER_SUBFOLDER / "adapter_config.json"
-        with as_input_error(f"{path} cannot be read"):
-            settings = json.loads(path.read_text(encoding="utf-8"))
-            pairs |= {
-                "--lora_r": (settings["r"], adapter.r),
-                "--lora_alpha": (settings["lora_alpha"], adapter.lora_alpha),
-                "--lora_target_modules": (sorted(settings["target_modules"]), sorted(adapter.target_modules)),
-            }
+        settings = read_json_object(Path(checkpoint) / ADAPTER_SUBFOLDER / "adapter_config.json")
+        pairs |= {
+            "--lora_r": (settings["r"], adapter.r),
+            "--lora_alpha": (settings["lora_alpha"], adapter.lora_alpha),
+            "--lora_target_modules": (sorted(settings["target_modules"]), sorted(adapter.target_modules)),
+        }
     for flag, (before, now) in pairs.items():
         if before != now:
-            problem = f"it was trained with another {flag}, {before}, not {now}; give the same"
-            raise InputError(f"cannot resume from {checkpoint}: {problem}, {START_ANEW}")
+            refuse_to_resume(checkpoint, f"it was trained with another {flag}, {before}, not {now}; give the same")
+
+
+def refuse_to_resume(checkpoint: str, problem: str) -> NoReturn:
+    remedy = "or --overwrite_output_dir true without --resume_from_checkpoint"
+    raise InputError(f"cannot resume from {checkpoint}: {problem}, {remedy}")
+
+
+def find_best_checkpoint(args: TrainingArguments, state: TrainerState, checkpoint: str) -> str | None:
+    """Return the best checkpoint of a resumed run. Its folder may have moved since its path was stored."""
+    if state.best_model_checkpoint is None:
+        return None
+    stored = Path(state.best_model_checkpoint)
+    best = next((str(path) for path in (Path(checkpoint).parent / stored.name, stored) if path.is_dir()), None)
+    if args.load_best_model_at_end:
+        name = args.metric_for_best_model
+        entries = [entry for entry in state.log_history if entry["step"] == state.best_global_step]
+        if state.best_metric not in [entry.get(f"eval_{name.removeprefix('eval_')}") for entry in entries]:
+            refuse_to_resume(
+                checkpoint, f"--metric_for_best_model {name} did not select its best checkpoint; give the same"
+            )
+        if best is None:
+            problem = f"the best checkpoint of its run, {stored.name}, is not in the same folder"
+            remedy = "move it there, or give --load_best_model_at_end false"
+            raise InputError(f"cannot resume from {checkpoint}: {problem}; {remedy}")
+    return best
 
 
 def start_run(trainer: Trainer, model: str, data: LabelledSplits, resume_from: str | None) -> None:
@@ -207,11 +221,11 @@ def start_run(trainer: Trainer, model: str, data: LabelledSplits, resume_from: s
 
     ``model`` is the folder or id of the initial weights.
     """
-    training, output = trainer.args, Path(trainer.args.output_dir)
+    args, output = trainer.args, Path(trainer.args.output_dir)
     trainer.accelerator.wait_for_everyone()  # until all have read the texts of the earlier run
-    if training.should_save:
-        resumed = resume_from is not None and continues_run(training.resume_from_checkpoint, output)
-        if training.overwrite_output_dir and not resumed:
+    if args.should_save:
+        resumed = resume_from is not None and continues_run(args.resume_from_checkpoint, output)
+        if args.overwrite_output_dir and not resumed:
             delete_run(output, model)
         texts = (data.splits[name]["text"] if name in data.splits else [] for name in ("train", "validation"))
         write_trained_texts(output, data.trained_texts, *texts)
@@ -226,7 +240,7 @@ def delete_run(output: Path, model: str) -> None:
         else:
             shutil.rmtree(folder)
     delete_description(output)
-    for name in (LABEL_ISSUES, ONNX_FILE, QUANTIZED_ONNX_FILE, TRUNCATION_FILE):  # exports of the earlier weights
+    for name in (LABEL_ISSUES, *EXPORTED_FILES):  # exports of the earlier weights
         (output / name).unlink(missing_ok=True)
     if output.resolve() != Path(model).resolve():  # else the earlier weights would pass for those of a killed new run
         (output / "config.json").unlink(missing_ok=True)
@@ -252,7 +266,7 @@ def find_resume_problem(checkpoint: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError):
         return f"{TRAINER_STATE_NAME} cannot be read"
     is_sharded = any(checkpoint.glob("pytorch_model_fsdp*"))
-    damage = None if is_sharded else find_damage(checkpoint, adapter_form=(checkpoint / ADAPTER_SUBFOLDER).is_dir())
+    damage = None if is_sharded else find_damage(checkpoint)
     missing = [problem for pattern, problem in NEEDED.items() if not any(checkpoint.glob(pattern))]
     archives = [*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]  # zip files, whose directory is at the end
     damaged = [f"{file.name} is damaged" for file in archives if not zipfile.is_zipfile(file)]

@@ -72,7 +72,7 @@ def tokenize_splits(
 
 
 class Collator(DataCollatorWithPadding):
-    """Pad a batch. ``row`` and ``sentences`` become NumPy arrays on the CPU, so making halves does not wait for a GPU.
+    """Pad the `TOKEN_COLUMNS` of a batch. ``row`` and ``sentences`` become NumPy arrays, so halves do not wait for a GPU.
 
     ``targets`` turns the lists of node ids in ``labels``, and their ``weights`` if there are any, into an array.
     """
@@ -82,7 +82,7 @@ class Collator(DataCollatorWithPadding):
     def __call__(self, features: list[dict]) -> BatchEncoding:
         names = ("row", "sentences", "labels", "weights")
         own = {name: [row[name] for row in features] for name in names if name in features[0]}
-        batch = super().__call__([{k: v for k, v in row.items() if k not in own} for row in features])
+        batch = super().__call__([{name: row[name] for name in TOKEN_COLUMNS if name in row} for row in features])
         if "labels" in own:
             batch["labels"] = self.targets(own["labels"], own.get("weights"))
         if "row" in own:

@@ -6,49 +6,44 @@ Worth knowing:
    depend on how the batch is split. DDP averages gradients, so the loss is multiplied by the number of processes.
 2. The Trainer resumes and restores the best model by root-level file names. The adapter form has its own loader here.
 3. No ``training_args.bin`` is written, because it is a pickle and can contain a token.
-4. Reading a loss waits for the GPU. Losses are read when the Trainer waits anyway: before it logs, evaluates or saves.
+4. Signals, checks of the losses and the state of a resumed run are callbacks, see `training.callbacks`.
 """
 
 import logging
-import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Sampler, SequentialSampler
-from transformers import EarlyStoppingCallback, TrainerState, trainer_pt_utils
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import ExportableState
-from transformers.trainer_jit_checkpoint import CheckpointManager, JITCheckpointCallback
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
+from transformers import TrainingArguments, trainer_pt_utils
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
+from transformers.trainer_utils import TrainOutput
 
 from checkpoint_hierarchical import ADAPTER_FILES, load_heads_and_adapter
-from decisions_hierarchical import IGNORED_LABEL, average_over_labels, has_labels
-from hierarchical_clinicalbert.errors import InputError, as_input_error
+from decisions_hierarchical import average_over_labels
+from hierarchical_clinicalbert.errors import InputError, as_input_error, one_line
 from hierarchical_clinicalbert.publishing.trainer import PublishingTrainer
 from hierarchical_clinicalbert.training.arguments import METRIC_SCHEDULERS
+from hierarchical_clinicalbert.training.callbacks import LossCheck, ResumedRun, StopAtSigterm
 from hierarchical_clinicalbert.training.cpu import use_training_kernels
-from hierarchical_clinicalbert.training.resume import START_ANEW
 from hierarchical_clinicalbert.training.sampler import LengthGroupedSampler
 from hierarchical_clinicalbert.training.views import halves
 
 logger = logging.getLogger(__name__)
 
 EMBEDDED_AT_ONCE = 8  # texts
-MAX_UNCHECKED = 100  # losses of micro-batches that stay on the device before they are read
-RESUME_HINT = "--resume_from_checkpoint auto continues from the last checkpoint"
+AUTO_FIND_ERRORS = ("No executable batch size found", "Evaluation hit an out-of-memory error")  # of transformers
 
 
 class HierarchicalTrainer(PublishingTrainer):
     """A Trainer whose loss is a `training.losses.FocalLoss`.
 
     Without ``loss_function``, it is the model's own. ``consistency`` weights the divergence of a text's halves,
-    see `training.views`; 0 trains on whole texts.
+    see `training.views`, and needs the columns and collator of `training.tokens`; 0 trains on whole texts.
     """
 
     loss_is_scaled_for_ga = True
@@ -73,19 +68,14 @@ class HierarchicalTrainer(PublishingTrainer):
         self.decisions = self.model.heads.decisions
         self.loss_function: Any = loss_function.to(self.args.device) if loss_function else self.decisions.loss
         self.consistency = consistency
-        self.patience: int | None = None
-        self.sigterm: CheckpointManager | None = None
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, EarlyStoppingCallback):
-                self.patience = callback.early_stopping_patience
-            if isinstance(callback, JITCheckpointCallback):
-                self.sigterm = callback.jit_manager
-                for event in ("step_begin", "pre_optimizer_step", "step_end", "epoch_end"):  # see `_stop_if_terminated`
-                    setattr(callback, f"on_{event}", lambda *args, **kwargs: None)
-        self.tried_batch_size: int | None = None
-        self.best_checkpoint: str | None = None
-        self.had_stopped = False  # whether early stopping ended the run to resume
-        self.unchecked: list[tuple[int, Tensor, Any]] = []  # step, loss, rows
+        self.resumed: ResumedRun | None = None  # in a run that resumes
+        self.sigterm: StopAtSigterm | None = None
+        if (callback := self.pop_callback(JITCheckpointCallback)) is not None:
+            callback.on_train_end(self.args, self.state, self.control)  # resets the handler of the signal
+            self.sigterm = StopAtSigterm()
+            self.add_callback(self.sigterm)
+        self.losses = LossCheck()
+        self.add_callback(self.losses)  # after the callbacks that request a save
         for module in self.model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes would repack 4-bit weights in eval mode
                 module.support_avx512bf16_for_cpu = False
@@ -106,11 +96,10 @@ class HierarchicalTrainer(PublishingTrainer):
         """Compute the loss per labelled text of the accumulated batch, or in evaluation of this batch."""
         inputs = dict(inputs)
         labels, rows, sentences = inputs.pop("labels"), inputs.pop("row", None), inputs.pop("sentences", None)
-        items = num_items_in_batch if model.training else None
+        items = None
+        if model.training and num_items_in_batch is not None:  # the Trainer counts the elements of labels
+            items = num_items_in_batch / labels.shape[1:].numel()
         if self.consistency and model.training:
-            if rows is None or sentences is None or self.processing_class is None:
-                needs = "a processing_class, and the columns of training.tokens.tokenize with its build_collator"
-                raise InputError(f"consistency needs {needs}")
             padding, seed, step = self.processing_class.pad_token_id, self.args.seed, self.state.global_step
             inputs, *pair = halves(inputs, sentences, rows.tolist(), padding, seed, step)
             outputs = model(**inputs)
@@ -122,34 +111,10 @@ class HierarchicalTrainer(PublishingTrainer):
             outputs = model(**inputs)
             loss = self.loss_function(outputs["decision_logits"], labels, num_items_in_batch=items)
         if model.training:
-            self.unchecked.append((self.state.global_step + 1, loss.detach(), rows))
-            if len(self.unchecked) == MAX_UNCHECKED:
-                self.check_losses()
+            self.losses.add(self.state.global_step + 1, loss, rows)
         if items is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
-
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
-        """Count the texts with a known label, not the elements of label arrays."""
-        one_each = [{"labels": torch.where(has_labels(batch["labels"]), 0, IGNORED_LABEL)} for batch in batch_samples]
-        return super()._get_num_items_in_batch(one_each, device)
-
-    def check_losses(self) -> None:
-        """Read the training losses since the last call. Raise InputError if one is not finite."""
-        unchecked, self.unchecked = self.unchecked, []
-        losses = torch.stack([loss for _, loss, _ in unchecked]).tolist() if unchecked else []
-        for (step, _, rows), loss in zip(unchecked, losses, strict=True):
-            if not math.isfinite(loss):
-                where = "" if rows is None else f", rows {', '.join(map(str, rows.tolist()))} of the training data"
-                raise InputError(f"the loss is {loss} at step {step}{where}: lower --learning_rate; {RESUME_HINT}")
-
-    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """Check the losses whenever the Trainer waits for the device anyway."""
-        if self.control.should_log or self.control.should_evaluate or self.control.should_training_stop:
-            self.check_losses()
-        super()._maybe_log_save_evaluate(*args, **kwargs)
-        if not self.control.should_training_stop and self.state.epoch % 1 != 0:  # else another evaluation may follow
-            self._stop_if_terminated()
 
     def embed(self, inputs: Sequence[list[int]]) -> Tensor:
         """Embed texts given as token ids: pooled vectors, (len(inputs), hidden_size)."""
@@ -162,101 +127,35 @@ class HierarchicalTrainer(PublishingTrainer):
             pooled.append(self.model.pool(hidden, batch["attention_mask"]).to(self.model.heads.weight.device))
         return torch.cat(pooled)[torch.tensor(order).argsort()]
 
-    # ── Stop at SIGTERM ──────────────────────────────────────────────────────────────────────────────────────────────
-
-    def _stop_if_terminated(self) -> None:
-        """After SIGTERM (``--enable_jit_checkpoint``), save a checkpoint and raise InputError.
-
-        The callback of transformers saves before the evaluation of a step or epoch. It also causes an evaluation in mid-epoch,
-        which an uninterrupted run does not have. Here the checkpoint is saved after any evaluation, so the resumed run ends with
-        the same weights.
-        """
-        if self.sigterm is None:
-            return
-        # the signal may reach processes at different steps, and all must save at the same one
-        requested = torch.tensor(int(self.sigterm.is_checkpoint_requested), device=self.args.device)
-        if self.accelerator.reduce(requested).item():
-            self._save_checkpoint(self.model, trial=None)
-            steps = f"{self.state.global_step} of {self.state.max_steps} steps"
-            raise InputError(f"stopped by SIGTERM after {steps}, and saved: {RESUME_HINT}")
-
     # ── Resume ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """Train or resume. A run that has reached ``max_steps`` or stopped early takes no further step."""
-        if not isinstance(resume_from_checkpoint, str):
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
-        self.best_checkpoint = self._find_best_checkpoint(state, resume_from_checkpoint)
-        self.args.eval_on_start = False  # early stopping would count this evaluation
-        stopping = state.stateful_callbacks.get(EarlyStoppingCallback.__name__)
-        if stopping and self.patience is not None and self.args.restore_callback_states_from_checkpoint:
-            self.had_stopped = stopping["attributes"]["early_stopping_patience_counter"] >= self.patience
-        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        metrics, step = output.metrics, state.global_step
-        if output.global_step == step:
-            logger.info("nothing left to train: %s is at step %d", resume_from_checkpoint, step)
-            metrics = {"epoch": state.epoch}  # without steps, there is no loss or speed
-        return output._replace(metrics=metrics | {"resumed_from_step": step})
+        if isinstance(resume_from_checkpoint, str):
+            self.resumed = ResumedRun(self, resume_from_checkpoint)
+            self.add_callback(self.resumed)
+            self.args.eval_on_start = False  # early stopping would count this evaluation
+        try:
+            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        except RuntimeError as error:
+            if not str(error).startswith(AUTO_FIND_ERRORS):
+                raise
+            raise InputError(f"--auto_find_batch_size: {one_line(error)} Or lower --max_length.") from error
+        if self.resumed is None:
+            return output
+        metrics, before = output.metrics, self.resumed.state
+        if output.global_step == before.global_step:
+            logger.info("nothing left to train: %s is at step %d", resume_from_checkpoint, before.global_step)
+            metrics = {"epoch": before.epoch}  # without steps, there is no loss or speed
+        return output._replace(metrics=metrics | {"resumed_from_step": before.global_step})
 
-    def _init_training_state(
-        self, max_steps: int, num_update_steps_per_epoch: int, *args: Any, **kwargs: Any
-    ) -> tuple[int, int]:
-        """Restore the state of a resumed run, but with this run's numbers of steps between evaluations, saves and logs.
-
-        Raises InputError if an epoch has another number of steps now: the Trainer would train more or fewer epochs.
-        """
-        trained = super()._init_training_state(max_steps, num_update_steps_per_epoch, *args, **kwargs)
-        step, epoch = self.state.global_step, self.state.epoch
-        if step and epoch and abs(epoch * num_update_steps_per_epoch - step) >= 1:  # less is rounding of batches
-            raise InputError(
-                f"the run to resume had {step / epoch:.0f} steps per epoch, and now there are {num_update_steps_per_epoch}: "
-                "give the same number of processes, --per_device_train_batch_size and --gradient_accumulation_steps"
-            )
-        self.state.compute_steps(self.args, max_steps)
-        return trained
-
-    def _run_epoch(self, *, epoch: int, train_dataloader: Any, **kwargs: Any) -> None:
-        """Train for an epoch, or its remainder. Do nothing if a resumed run had taken all steps or had stopped early."""
-        if self.had_stopped or self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-            return
-        # with several processes, the Trainer does not reach the sampler below the batches that a resumed run skips
-        level = train_dataloader
-        while level is not None:
-            if hasattr(level, "set_epoch"):
-                level.set_epoch(epoch)
-            level = getattr(level, "batch_sampler", None)
-        super()._run_epoch(epoch=epoch, train_dataloader=train_dataloader, **kwargs)
-        self._stop_if_terminated()
-
-    def _find_best_checkpoint(self, state: TrainerState, checkpoint: str) -> str | None:
-        """Return the best checkpoint of a resumed run. Its folder may have moved since its path was stored."""
-        if state.best_model_checkpoint is None:
-            return None
-        if self.args.load_best_model_at_end:
-            name = self.args.metric_for_best_model
-            entries = [entry for entry in state.log_history if entry["step"] == state.best_global_step]
-            if state.best_metric not in [entry.get(f"eval_{name.removeprefix('eval_')}") for entry in entries]:
-                problem = f"its best checkpoint was not selected by --metric_for_best_model {name}; give the same"
-                raise InputError(f"cannot resume from {checkpoint}: {problem}, {START_ANEW}")
-        stored = Path(state.best_model_checkpoint)
-        best = next((str(path) for path in (Path(checkpoint).parent / stored.name, stored) if path.is_dir()), None)
-        if best is None and self.args.load_best_model_at_end:
-            problem = f"the best checkpoint of its run, {stored.name}, is not in the same folder"
-            remedy = "move it there, or give --load_best_model_at_end false"
-            raise InputError(f"cannot resume from {checkpoint}: {problem}; {remedy}")
-        return best
-
-    def _load_callback_state(self) -> None:
-        """Restore the callbacks' states, but keep this run's patience. The checkpoint may lack some states."""
-        self.state.best_model_checkpoint = self.best_checkpoint  # the Trainer drops the path of a moved folder
-        super()._load_callback_state()
-        for stateful in (*self.callback_handler.callbacks, self.control):
-            if isinstance(stateful, EarlyStoppingCallback):
-                stateful.early_stopping_patience = self.patience
-            if isinstance(stateful, ExportableState):  # without a state, the Trainer fails to save
-                self.state.stateful_callbacks.setdefault(type(stateful).__name__, stateful.state())
+    def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> tuple:
+        """Return the numbers of epochs, steps and rows. There are no epochs for a resumed run that had ended."""
+        epochs, steps_per_epoch, *others, max_steps = super().set_initial_training_values(args, dataloader)
+        if self.resumed is not None:
+            self.resumed.check_steps_per_epoch(steps_per_epoch)
+            epochs = 0 if self.resumed.has_ended(max_steps) else epochs
+        return epochs, steps_per_epoch, *others, max_steps
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         with as_input_error(f"cannot resume from {resume_from_checkpoint}"):
@@ -295,45 +194,6 @@ class HierarchicalTrainer(PublishingTrainer):
         load_heads_and_adapter(model, load_file(heads), load_file(adapter))
         return True
 
-    # ── Memory ───────────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def _inner_training_loop(self, batch_size: int, args: Any, **kwargs: Any) -> TrainOutput:
-        """Train, and keep the effective batch size when ``auto_find_batch_size`` lowers the batch size of a step."""
-        self.unchecked = []
-        if not args.auto_find_batch_size:
-            return super()._inner_training_loop(batch_size, args, **kwargs)
-        effective = args.per_device_train_batch_size * args.gradient_accumulation_steps
-        limit = batch_size if self.tried_batch_size is None else self.tried_batch_size - 1
-        size = max(n for n in range(1, limit + 1) if effective % n == 0)
-        if self.tried_batch_size is not None:
-            logger.info("out of memory: continuing with %d texts a step, over %d steps", size, effective // size)
-        self.tried_batch_size = args.per_device_train_batch_size = size
-        args.gradient_accumulation_steps = effective // size
-        try:
-            return super()._inner_training_loop(size, args, **kwargs)
-        except RuntimeError as error:
-            if not should_reduce_batch_size(error):
-                raise
-            if size == 1:
-                problem = "a batch of one text does not fit in memory"
-                raise InputError(f"{problem}: lower --max_length, or --activation_checkpointing true") from error
-            if self.state.global_step == self._initial_global_step:
-                raise
-            smaller = size // 2
-            problem = f"out of memory at step {self.state.global_step + 1}, after earlier steps had fit"
-            fit = f"--per_device_train_batch_size {smaller} --gradient_accumulation_steps {effective // smaller}"
-            raise InputError(f"{problem}: {fit}; {RESUME_HINT}") from error
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """Evaluate. If memory runs out, raise InputError with the flag to lower."""
-        try:
-            return super().evaluation_loop(*args, **kwargs)
-        except RuntimeError as error:
-            if not should_reduce_batch_size(error):
-                raise
-            problem = "out of memory in evaluation: lower --per_device_eval_batch_size"
-            raise InputError(f"{problem}, now {self.args.per_device_eval_batch_size}; {RESUME_HINT}") from error
-
     # ── Optimizer, samplers and files ────────────────────────────────────────────────────────────────────────────────
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -369,20 +229,9 @@ class HierarchicalTrainer(PublishingTrainer):
         """Keep evaluation rows in order. With ``group_by_length`` the Trainer would shuffle them."""
         return SequentialSampler(eval_dataset)
 
-    def _set_signature_columns_if_needed(self) -> None:
-        """Keep the column ``row`` for error messages, ``weights`` of labels, and ``sentences`` for training on halves."""
-        is_new = self._signature_columns is None
-        super()._set_signature_columns_if_needed()
-        if is_new:
-            self._signature_columns += ["row", "weights", *(["sentences"] if self.consistency else [])]
-
     def _save(self, output_dir: str, state_dict: dict[str, Tensor] | None = None) -> None:
         if self.args.should_save:
             model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
             model.save_pretrained(output_dir, state_dict=state_dict)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(output_dir)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self.check_losses()
-        super()._save_checkpoint(model, trial)

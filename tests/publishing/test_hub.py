@@ -400,24 +400,28 @@ def test_what_the_hub_would_refuse_is_reported_in_one_line_before_anything_is_se
 
     good = {"--model": str(checkpoint), "--repo_id": "alice/new"}
     cases = [
-        ({"--model": str(tmp_path / "metadata")}, "hf_alice", "README.md cannot be the model's card: "),
+        ({"--model": str(tmp_path / "metadata")}, "hf_alice", "cannot publish the card "),
         ({"--model": str(tmp_path / "tags"), "--dry_run": None}, "hf_alice", '"tags" must be'),
-        ({"--model": str(tmp_path / "latin")}, "hf_alice", "README.md is not UTF-8 text: save it as UTF-8"),
+        ({"--model": str(tmp_path / "latin")}, "hf_alice", "README.md: 'utf-8' codec can't decode"),
         ({"--model": str(shards)}, "hf_alice", "model-00001-of-00002.safetensors is missing"),
-        ({}, None, "no Hub token: set HF_TOKEN"),
-        ({}, "hf_unknown", "the Hub does not know the token"),
-        ({}, "\u201chf_alice\u201d", "the Hub token has characters that no token has"),
+        ({}, None, "`hf auth login`"),
+        ({}, "hf_unknown", "cannot check the token (of HF_TOKEN or the login) on the Hub: the token may not do this"),
+        ({}, "\u201chf_alice\u201d", "cannot check the token"),
         ({}, "hf_reader", "the Hub token may only read"),
         ({"--repo_id": "nobody/new"}, "hf_alice", "may not write to 'nobody', only to alice, clinic"),
-        ({"--repo_id": "alice/a..b"}, "hf_alice", "--repo_id alice/a..b: "),
-        ({"--repo_id": "alice/new.git"}, "hf_alice", "--repo_id alice/new.git: "),
+        ({"--repo_id": "alice/a..b"}, "hf_alice", "cannot read the repository alice/a..b: "),
+        ({"--repo_id": "alice/new.git"}, "hf_alice", "cannot read the repository alice/new.git: "),
         ({"--repo_id": "alice/" + "n" * 200}, "hf_alice", "maximum length"),
-        ({"--repo_id": "alice/a/b"}, "hf_alice", "--repo_id alice/a/b: "),
+        ({"--repo_id": "alice/a/b"}, "hf_alice", "cannot read the repository alice/a/b: "),
         ({"--repo_id": "alice/cats"}, "hf_alice", "alice/cats already holds something else, such as cats.csv"),
         ({"--repo_id": "alice/bert"}, "hf_alice", "alice/bert already holds something else, such as config.json"),
         ({"--space_id": "alice/chat"}, "hf_alice", "alice/chat already holds something else, such as app.py"),
         ({"--repo_id": "alice/adapter", "--private": None}, "hf_alice", "alice/adapter is public already"),
-        ({"--repo_id": "base/none", "--create_pr": None}, "hf_alice", "no such model to open a pull request on"),
+        (
+            {"--repo_id": "base/none", "--create_pr": None},
+            "hf_alice",
+            "cannot read the repository base/none: the Hub answered 404",
+        ),
         ({"--revision": "a" * 40}, "hf_alice", "is a commit; name a branch"),
         ({"--revision": "a branch"}, "hf_alice", "is not a valid name for a branch"),
         ({"--model": str(local)}, "hf_alice", "which is on this machine only: give --merge"),
@@ -454,7 +458,9 @@ def test_a_refusal_is_one_line_and_exit_code_2(hub, checkpoint, tmp_path, closed
     down = {**hub.environment(tmp_path, "hf_alice"), "HF_ENDPOINT": f"http://127.0.0.1:{closed_port}"}
     done = run(*words, command="push_to_hub.py", check=False, settings=down)
     assert done.returncode == 2
-    assert done.stderr.startswith("push_to_hub.py: error: cannot check the token on the Hub: the connection")
+    assert done.stderr.startswith(
+        "push_to_hub.py: error: cannot check the token (of HF_TOKEN or the login) on the Hub: the connection"
+    )
     assert done.stderr.count("\n") == 1
 
 
@@ -500,7 +506,9 @@ def test_a_failed_push_leaves_the_repository_unchanged(how, existing, checkpoint
         assert broke
         assert whole, again
         assert "\n" not in answer.strip()
-        assert answer.startswith(("cannot read the repository", "cannot check", "cannot ask", "alice/model")), answer
+        assert answer.startswith(("cannot read the repository", "cannot check", "cannot publish", "alice/model")), (
+            answer
+        )
         if not same and "run the same command again" not in answer:  # the client repeated the request
             assert "http" in answer
     assert sum(same for _, _, same, _, _ in found) >= 3

@@ -530,12 +530,12 @@ def test_files_of_an_earlier_save_are_neither_loaded_nor_kept(adapted, tmp_path)
         names = {path.name for path in tmp_path.iterdir()}
         assert ("model.safetensors" in names) == (shards == {})
         assert ("model.safetensors.index.json" in names) == (shards != {})
-        assert find_damage(tmp_path, adapter_form=False) is None
+        assert find_damage(tmp_path) is None
         loaded = AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
         torch.testing.assert_close(loaded(**inputs).logits, whole(**inputs).logits, atol=1e-5, rtol=0)
     adapted.save_pretrained(tmp_path)
     assert not [*tmp_path.glob("model*.safetensors*")]
-    assert find_damage(tmp_path, adapter_form=True) is None
+    assert find_damage(tmp_path) is None
 
 
 def test_an_adapter_over_a_folder_is_not_published_by_the_model_itself(adapted):

@@ -381,7 +381,9 @@ def test_the_best_checkpoint_of_a_run_is_that_of_one_metric(words, tmp_path):
     line = [*words, "--output_dir", tmp_path / "results", "--load_best_model_at_end", "true"]
     line += ["--resume_from_checkpoint", "auto"]
     run(*line, "--max_steps", 4)
-    with pytest.raises(InputError, match="was not selected by --metric_for_best_model log_loss; give the same, or"):
+    with pytest.raises(
+        InputError, match="--metric_for_best_model log_loss did not select its best checkpoint; give the same, or"
+    ):
         train.main(list(map(str, [*line, "--max_steps", 6, "--metric_for_best_model", "log_loss"])))
     run(*line, "--max_steps", 6)
 

@@ -1,0 +1,147 @@
+"""Callbacks of the Trainer: check the losses, stop at SIGTERM, and resume with the settings of this run."""
+
+import logging
+import math
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import reduce
+from torch import Tensor
+from transformers import (
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+)
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
+
+from hierarchical_clinicalbert.errors import InputError
+from hierarchical_clinicalbert.training.resume import find_best_checkpoint
+
+logger = logging.getLogger(__name__)
+
+MAX_UNREAD = 100  # losses of micro-batches that stay on the device before they are read
+RESUME_HINT = "--resume_from_checkpoint auto continues from the last checkpoint"
+
+
+class LossCheck(TrainerCallback):
+    """End a run at a loss that is not finite, before it is logged or saved.
+
+    Reading a loss waits for the GPU. So losses are read when the Trainer waits anyway, and every `MAX_UNREAD`.
+    """
+
+    def __init__(self) -> None:
+        self.unread: list[tuple[int, Tensor, np.ndarray | None]] = []  # step, loss, rows
+
+    def add(self, step: int, loss: Tensor, rows: np.ndarray | None) -> None:
+        self.unread.append((step, loss.detach(), rows))
+        if len(self.unread) == MAX_UNREAD:
+            self.read()
+
+    def read(self) -> None:
+        """Read the losses that were added since the last call. Raise InputError if one is not finite."""
+        unread, self.unread = self.unread, []
+        losses = torch.stack([loss for _, loss, _ in unread]).tolist() if unread else []
+        for (step, _, rows), loss in zip(unread, losses, strict=True):
+            if not math.isfinite(loss):
+                where = "" if rows is None else f", rows {', '.join(map(str, rows.tolist()))} of the training data"
+                raise InputError(f"the loss is {loss} at step {step}{where}: lower --learning_rate; {RESUME_HINT}")
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if control.should_log or control.should_evaluate or control.should_save or control.should_training_stop:
+            self.read()
+
+    on_epoch_end = on_step_end
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self.read()
+
+
+class StopAtSigterm(TrainerCallback):
+    """After SIGTERM (``--enable_jit_checkpoint``), save a checkpoint and raise InputError.
+
+    The checkpoint is saved after any evaluation of the step or epoch, so the resumed run ends with the same weights. The
+    callback of transformers saves before it, and evaluates in mid-epoch, which an uninterrupted run does not.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False  # by a signal to this process
+        self.stops = False  # the same for all processes
+        self.may_raise = False
+        self.earlier_handler = signal.signal(signal.SIGTERM, self.request)
+
+    def request(self, *_: object) -> None:
+        self.requested = True
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        # the signal may reach processes at different steps, and all must save at the same one
+        self.stops = reduce(torch.tensor(float(self.requested), device=args.device)).item() > 0
+        # at the end of an epoch or of training, an evaluation may follow the save of this step
+        self.may_raise = self.stops and not control.should_training_stop and state.epoch % 1 != 0
+        control.should_save |= self.may_raise
+
+    def on_epoch_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.may_raise = self.stops
+        control.should_save |= self.may_raise
+
+    def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if self.may_raise:
+            steps = f"{state.global_step} of {state.max_steps} steps"
+            raise InputError(f"stopped by SIGTERM after {steps}, and saved: {RESUME_HINT}")
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        signal.signal(signal.SIGTERM, self.earlier_handler)
+        if self.requested:  # during the last evaluation
+            signal.raise_signal(signal.SIGTERM)
+
+
+class ResumedRun(TrainerCallback):
+    """Continue a run from a checkpoint, but with this run's patience and numbers of steps between evaluations, saves and logs.
+
+    Attributes:
+        state: the state of the Trainer that the checkpoint holds.
+    """
+
+    def __init__(self, trainer: Trainer, checkpoint: str):
+        self.trainer, self.checkpoint = trainer, checkpoint
+        self.state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+        self.best_checkpoint = find_best_checkpoint(trainer.args, self.state, checkpoint)
+        early_stopping = [one for one in trainer.callback_handler.callbacks if isinstance(one, EarlyStoppingCallback)]
+        self.patience = early_stopping[0].early_stopping_patience if early_stopping else math.inf
+
+    def check_steps_per_epoch(self, now: int) -> None:
+        """Raise InputError if an epoch had another number of steps: the Trainer would train more or fewer epochs."""
+        step, epoch = self.state.global_step, self.state.epoch
+        if step and epoch and abs(epoch * now - step) >= 1:  # less is rounding of batches
+            raise InputError(
+                f"the run to resume had {step / epoch:.0f} steps per epoch, and now there are {now}: give the same "
+                "number of processes, --per_device_train_batch_size and --gradient_accumulation_steps"
+            )
+
+    def has_ended(self, max_steps: int) -> bool:
+        """Return whether the run had taken all steps, or had stopped early."""
+        stored = self.state.stateful_callbacks.get(EarlyStoppingCallback.__name__)
+        restored = stored and self.trainer.args.restore_callback_states_from_checkpoint
+        waited = stored["attributes"]["early_stopping_patience_counter"] if restored else 0
+        return self.state.global_step >= max_steps or waited >= self.patience
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        state.compute_steps(args, state.max_steps)
+        state.best_model_checkpoint = self.best_checkpoint  # the Trainer drops the path of a moved folder
+        for stateful in (*self.trainer.callback_handler.callbacks, control):
+            if isinstance(stateful, EarlyStoppingCallback):
+                stateful.early_stopping_patience = self.patience
+            if isinstance(stateful, ExportableState):  # without a state, the Trainer fails to save
+                state.stateful_callbacks.setdefault(type(stateful).__name__, stateful.state())
+
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Set the epoch of samplers. With several processes, the Trainer reaches none below the batches that it skips."""
+        level = kwargs["train_dataloader"]
+        while level is not None:
+            if hasattr(level, "set_epoch"):
+                level.set_epoch(int(state.epoch))
+            level = getattr(level, "batch_sampler", None)
