@@ -122,7 +122,11 @@ def load_adapter_form(
     encoder = load_encoder(config, **{key: kwargs[key] for key in kwargs if key not in NOT_FOR_THE_ENCODER})
     with init.no_init_weights():  # all weights are loaded below
         model = model_class(copy.deepcopy(config), encoder=encoder)
-    refuse_offloaded(encoder)
+    if offloaded := [
+        name for name, weight in encoder.named_parameters() if weight.is_meta
+    ]:  # PEFT would skip them silently
+        advice = "give the model more memory, or load a checkpoint that was published by push_to_hub.py --merge"
+        raise ValueError(f"the encoder's {offloaded[0]} is offloaded, and the adapter cannot be added to it: {advice}")
     if merge_adapter and is_mergeable(encoder, adapter_config):
         merge_lora(encoder, adapter, adapter_config)
         load_heads(model, heads)
@@ -221,33 +225,22 @@ def share_encoder(model: Any, other: Any) -> None:
     if not (model.has_adapter and other.has_adapter):
         raise ValueError("only encoders whose adapters are separate can be shared: load both with merge_adapter=False")
     own, shared = (
-        {base_name(name): weight for name, weight in one.encoder.named_parameters() if "lora_" not in name}
-        for one in (model, other)
+        {name.replace(".base_layer", ""): (name, weight) for name, weight in weights if "lora_" not in name}
+        for weights in (model.encoder.named_parameters(), other.encoder.named_parameters())
     )
     names = [f"{one.config.encoder_name_or_path} at {one.config.encoder_revision}" for one in (model, other)]
     if names[0] != names[1]:
         raise ValueError(f"the encoders are different: {' and '.join(names)}")
-    if not all(weight.is_floating_point() for weight in (*own.values(), *shared.values())):
-        raise ValueError("quantized encoders cannot be shared: load both without quantization_config")
-    if any((own[name].dtype, own[name].device) != (shared[name].dtype, shared[name].device) for name in own):
-        raise ValueError("the encoders differ in dtype or device: load both with the same arguments")
-    for name, weight in own.items():
-        weight.data = shared[name].data
-    linear = {base_name(name): module for name, module in linear_layers(other.encoder)}
-    for name, _ in linear_layers(model.encoder):
-        parent, _, attribute = name.rpartition(".")
-        setattr(model.encoder.get_submodule(parent), attribute, linear[base_name(name)])
-
-
-def base_name(name: str) -> str:
-    """Return the name that a weight or layer of an encoder has without an adapter."""
-    return name.replace(".base_layer", "")
-
-
-def linear_layers(encoder: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return the names and modules of an encoder's linear layers, without those of adapters."""
-    named = encoder.named_modules(remove_duplicate=False)
-    return [(name, module) for name, module in named if isinstance(module, nn.Linear) and "lora_" not in name]
+    kinds = [[(weight.dtype, weight.device, type(weight)) for _, weight in one.values()] for one in (own, shared)]
+    if kinds[0] != kinds[1] or not all(dtype.is_floating_point for dtype, *_ in kinds[0]):
+        raise ValueError("the encoders differ in dtype or device, or are quantized: load both with the same arguments")
+    for place, (name, weight) in own.items():
+        shared_name, shared_weight = shared[place]
+        weight.data = shared_weight.data
+        (layer, _, _), (shared_layer, _, _) = name.rpartition("."), shared_name.rpartition(".")
+        module = other.encoder.get_submodule(shared_layer)
+        if isinstance(module, nn.Linear):
+            model.encoder.set_submodule(layer, module)
 
 
 def import_peft() -> Any:
@@ -316,13 +309,6 @@ def check_encoder(encoder: PreTrainedModel) -> None:
     raise ValueError(f"{type(encoder).__name__} {problem}")
 
 
-def refuse_offloaded(encoder: nn.Module) -> None:
-    """Raise ValueError if weights of an encoder are not in memory: PEFT would silently omit the adapter."""
-    if offloaded := [name for name, parameter in encoder.named_parameters() if parameter.is_meta]:
-        advice = "give the model more memory, or load a checkpoint that was published by push_to_hub.py --merge"
-        raise ValueError(f"the encoder's {offloaded[0]} is offloaded, and the adapter cannot be added to it: {advice}")
-
-
 def check_tokenizer(tokenizer: Any, model: Any) -> None:
     """Raise ValueError for a tokenizer without padding token or vocabulary, or with ids beyond the encoder's embeddings."""
     name, embeddings = tokenizer.name_or_path, model.get_input_embeddings().num_embeddings
@@ -375,11 +361,15 @@ def read_adapter_config(path: Path) -> dict[str, Any]:
 # ── Merge an adapter ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def is_target(name: str, targets: list[str] | str) -> bool:
-    """Return whether PEFT adapts this module: its name ends with a target, or fully matches the target pattern."""
-    if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
-    return any(name == target or name.endswith(f".{target}") for target in targets)
+def adapted_layers(encoder: nn.Module, targets: list[str] | str) -> dict[str, nn.Module]:
+    """Return the modules that PEFT adapts: their names end with a target, or fully match the pattern of targets."""
+
+    def is_target(name: str) -> bool:
+        if isinstance(targets, str):
+            return re.fullmatch(targets, name) is not None
+        return any(name == target or name.endswith(f".{target}") for target in targets)
+
+    return {name: module for name, module in encoder.named_modules() if is_target(name)}
 
 
 def is_mergeable(encoder: nn.Module, adapter_config: dict[str, Any]) -> bool:
@@ -388,26 +378,26 @@ def is_mergeable(encoder: nn.Module, adapter_config: dict[str, Any]) -> bool:
     for name, value in adapter_config.items():
         if value and name not in HARMLESS_LORA_SETTINGS and value not in plain.get(name, ()):
             return False
-    targets = [module for name, module in encoder.named_modules() if is_target(name, adapter_config["target_modules"])]
     return all(
         type(module) is nn.Linear
         and type(module.weight) is nn.Parameter  # torchao quantizes by a tensor subclass in a plain layer
         and module.weight.is_floating_point()
-        for module in targets
+        for module in adapted_layers(encoder, adapter_config["target_modules"]).values()
     )
 
 
 @torch.no_grad()
 def merge_lora(encoder: nn.Module, adapter: dict[str, Tensor], adapter_config: dict[str, Any]) -> None:
     """Add a stored LoRA adapter to the weights that it adapts: W + (alpha / r) · B · A (Hu et al., 2021, section 4.1)."""
-    targets, r = adapter_config["target_modules"], adapter_config["r"]
+    r, expected = adapter_config["r"], {}
+    layers: dict[str, Any] = adapted_layers(encoder, adapter_config["target_modules"])
+    for name, layer in layers.items():
+        expected[f"{name}.lora_A.weight"] = torch.empty(r, layer.in_features, device="meta")
+        expected[f"{name}.lora_B.weight"] = torch.empty(layer.out_features, r, device="meta")
     adapter = {name.removeprefix(ADAPTER_PREFIX): tensor for name, tensor in adapter.items()}
-    modules = {name: module for name, module in encoder.named_modules() if is_target(name, targets)}
-    expected = {f"{name}.lora_A.weight": torch.empty(r, modules[name].in_features, device="meta") for name in modules}
-    expected |= {f"{name}.lora_B.weight": torch.empty(modules[name].out_features, r, device="meta") for name in modules}
     check_weights("adapter", adapter, expected)
-    for name, module in modules.items():
-        weight = module.weight
+    for name, layer in layers.items():
+        weight = layer.weight
         a, b = (adapter[f"{name}.lora_{part}.weight"].to(weight.device, torch.float32) for part in "AB")
         merged = torch.addmm(weight.float(), b, a, alpha=adapter_config["lora_alpha"] / r)
         weight.data = merged.to(weight.dtype)  # a new tensor: the old one can be a memory map of the weights file
@@ -428,7 +418,7 @@ def save_checkpoint(
     if kwargs.get("push_to_hub"):  # which would publish before the code is written
         raise ValueError("save_pretrained writes a folder; to publish it, run push_to_hub.py on that folder")
     type(model.config).from_dict(model.config.to_dict())  # raises for a changed id2label, which loading would refuse
-    code = read_shipped_files() if is_main_process else {}
+    code = {name: (Path(__file__).parent / name).read_bytes() for name in SHIPPED_FILES}  # before anything is written
     if not model.has_adapter:
         prepare_self_contained(model)
         save_self_contained(folder, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
@@ -439,15 +429,6 @@ def save_checkpoint(
         remove_other_form(folder, model.has_adapter)
         for file, content in code.items():
             (folder / file).write_bytes(content)
-
-
-def read_shipped_files() -> dict[str, bytes]:
-    """Read the code that is saved with a checkpoint. ValueError: it is gone, as after the cache was emptied."""
-    try:
-        return {name: (Path(__file__).parent / name).read_bytes() for name in SHIPPED_FILES}
-    except OSError as error:
-        problem = f"its code {error.filename} cannot be read ({error.strerror})"
-        raise ValueError(f"cannot save the model: {problem}; load the model again") from error
 
 
 def set_auto_map(config: Any) -> None:

@@ -14,7 +14,7 @@ Worth knowing:
 """
 
 import inspect
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
@@ -27,18 +27,19 @@ except ImportError:  # as a top-level module of the repository, not as remote co
 FORMAT_VERSION = 2  # of config.json. Version 1 has other fields for the calibration, and may lack the version
 SINGLE_LABEL, MULTI_LABEL = "single_label_classification", "multi_label_classification"
 ENCODER_FIELDS = ("hidden_size", "num_hidden_layers", "max_position_embeddings", "pad_token_id")
+# ENCODER_FIELDS repeat text_config, and a stored attn_implementation can name a repository of unpinned code
+NOT_READ = (*ENCODER_FIELDS, "attn_implementation", "_attn_implementation", "format_version", "replaced_taxonomy")
 DEFAULT_ENCODER = "emilyalsentzer/Bio_ClinicalBERT"
 DEFAULT_ENCODER_REVISION = "d5892b39a4adaed74b92212a44081509db72f87b"
-# fields of `Calibration`, by their names at the top level of config.json in format 1
+# fields of `Calibration`, and their names at the top level of config.json in format 1
 FORMAT_1_CALIBRATION = {
-    **{
-        "lexical_weight": "lexical_weight",
-        "node_scales": "scales",
-        "node_biases": "biases",
-        "node_thresholds": "thresholds",
-    },
-    **{"conformal_thresholds": "set_thresholds", "recall_thresholds": "set_thresholds"},
-    **{"conformal_max_length": "max_length", "recall_texts": "num_texts"},
+    "lexical_weight": ["lexical_weight"],
+    "scales": ["node_scales"],
+    "biases": ["node_biases"],
+    "thresholds": ["node_thresholds"],
+    "set_thresholds": ["conformal_thresholds", "recall_thresholds"],
+    "max_length": ["conformal_max_length"],
+    "num_texts": ["recall_texts"],
 }
 
 
@@ -121,9 +122,7 @@ class HierarchicalConfig(PretrainedConfig):
         problem_type: str | None = None,
         **kwargs,
     ):
-        tree: Any = taxonomy
-        if not isinstance(tree, Taxonomy):
-            tree = Taxonomy(DEFAULT_TAXONOMY if tree is None else tree, label_separator, descriptions)
+        tree = read_tree(taxonomy, label_separator, descriptions)
         if pooling not in ("mean", "cls", "label_attention"):
             raise ValueError(f"pooling must be 'mean', 'cls' or 'label_attention', not {pooling!r}")
         self.text_config = text_config if isinstance(text_config, PretrainedConfig) else encoder_config(text_config)
@@ -148,14 +147,13 @@ class HierarchicalConfig(PretrainedConfig):
         super().__init__(problem_type=problem_type, **kwargs)
         self.set_taxonomy(tree)
         given = {int(i): to_nfc(label) for i, label in given.items()} if isinstance(given, dict) else given
-        if given not in (None, self.id2label):
-            raise TaxonomyError("id2label is not the list of the taxonomy's classes; change the taxonomy instead")
-        if number not in (None, len(self.id2label)):
-            raise TaxonomyError("num_labels is not the number of the taxonomy's classes; change the taxonomy instead")
+        if given not in (None, self.id2label) or number not in (None, len(self.id2label)):
+            problem = "id2label is not the list of the taxonomy's classes, or num_labels not their number"
+            raise TaxonomyError(f"{problem}; change the taxonomy instead")
 
     def set_taxonomy(self, tree: Taxonomy) -> None:
         """Set the taxonomy, and the fields that follow from it."""
-        self._tree, self.taxonomy = tree, tree.to_nested()
+        self.tree, self.taxonomy = tree, tree.to_nested()
         self.label_separator, self.descriptions = tree.separator, tree.descriptions or None
         classes = tree.labels if self.is_multi_label else tree.labels[: tree.num_leaves]
         self.id2label, self.label2id = dict(enumerate(classes)), {label: i for i, label in enumerate(classes)}
@@ -175,36 +173,25 @@ class HierarchicalConfig(PretrainedConfig):
             problem = f"its format_version is {version!r}, and this code reads versions up to {FORMAT_VERSION}"
             advice = "use a newer release, or trust_remote_code=True, which runs the code that the checkpoint holds"
             raise ValueError(f"{problem}: {advice}")
-        # ENCODER_FIELDS repeat text_config, and a stored attn_implementation can name a repository of unpinned code
-        not_read = ["attn_implementation", "_attn_implementation", *ENCODER_FIELDS]
-        not_read += ["format_version", "replaced_taxonomy"]  # not fields
         config_dict = upgrade_calibration(config_dict)
         own = {*inspect.signature(cls.__init__).parameters, "id2label", "label2id", "num_labels"} - {"text_config"}
         given = {name: kwargs.pop(name) for name in [*kwargs] if name in own}
         if given.get("taxonomy") is not None:
-            stored, new = (read_tree(fields) for fields in (config_dict, {**config_dict, **given}))
-            if stored != new:
+            stored = read_tree(**config_dict)
+            if stored != read_tree(**{**config_dict, **given}):
                 given["replaced_taxonomy"] = stored
                 kept = {"lexical_weight": (config_dict.get("calibration") or {}).get("lexical_weight")}
                 config_dict = {**config_dict, "calibration": kept}  # the stored lexical head has to be read
-        config_dict = {name: value for name, value in config_dict.items() if name not in not_read}
+        config_dict = {name: value for name, value in config_dict.items() if name not in NOT_READ}
         return super().from_dict({**config_dict, **given}, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as stored, with the format's version and `ENCODER_FIELDS` of the encoder."""
         fields = {name: getattr(self.text_config, name, None) for name in ENCODER_FIELDS}
-        fields = {name: value for name, value in fields.items() if value is not None}
-        stored = (
-            super().to_dict() | {"calibration": self.calibration.stored(), "format_version": FORMAT_VERSION} | fields
-        )
-        for name in ("_tree", "replaced_taxonomy"):
+        stored = super().to_dict() | {name: value for name, value in fields.items() if value is not None}
+        for name in ("tree", "replaced_taxonomy"):
             stored.pop(name, None)
-        return stored
-
-    @property
-    def tree(self) -> Taxonomy:
-        """The taxonomy as an object."""
-        return self._tree
+        return stored | {"calibration": self.calibration.stored(), "format_version": FORMAT_VERSION}
 
     @property
     def is_multi_label(self) -> bool:
@@ -214,17 +201,17 @@ class HierarchicalConfig(PretrainedConfig):
     def hidden_size(self) -> int:
         return self.text_config.hidden_size
 
-    @hidden_size.setter
-    def hidden_size(self, value: int) -> None:
-        self.text_config.hidden_size = value
 
-
-def read_tree(fields: dict[str, Any]) -> Taxonomy:
-    """Build the taxonomy of a configuration's fields, without descriptions."""
-    tree = fields.get("taxonomy")
-    if isinstance(tree, Taxonomy):
-        return tree
-    return Taxonomy(DEFAULT_TAXONOMY if tree is None else tree, fields.get("label_separator", "/"))
+def read_tree(
+    taxonomy: "Taxonomy | list | dict | None" = None,
+    label_separator: str = "/",
+    descriptions: dict[str, str] | None = None,
+    **fields: Any,
+) -> Taxonomy:
+    """Build the taxonomy from the fields of a configuration. Other fields are ignored."""
+    if isinstance(taxonomy, Taxonomy):
+        return taxonomy
+    return Taxonomy(DEFAULT_TAXONOMY if taxonomy is None else taxonomy, label_separator, descriptions)
 
 
 def encoder_config(given: dict | None) -> PretrainedConfig:
@@ -236,35 +223,32 @@ def encoder_config(given: dict | None) -> PretrainedConfig:
 
 
 def read_calibration(given: Calibration | dict | None) -> Calibration:
-    """Build a calibration from its fields, or raise ValueError."""
-    if isinstance(given, Calibration):
-        return given
+    """Build a calibration from its fields, or raise ValueError. Code that a checkpoint holds has its own class of this name."""
     try:
-        return Calibration(**(given or {}))
+        return Calibration(**(asdict(given) if is_dataclass(given) else given or {}))
     except TypeError as error:
         raise ValueError(f"calibration has unknown fields: {error}") from error
 
 
 def upgrade_calibration(stored: dict[str, Any]) -> dict[str, Any]:
     """Move the fields of `FORMAT_1_CALIBRATION` into ``calibration``. Other configurations are returned unchanged."""
-    old = {*FORMAT_1_CALIBRATION, "temperatures", "refitted"}
-    calibration = {
-        FORMAT_1_CALIBRATION[name]: stored[name] for name in FORMAT_1_CALIBRATION if stored.get(name) is not None
-    }
+    given = [(field, old) for field, names in FORMAT_1_CALIBRATION.items() for old in names]
+    calibration = {field: stored[old] for field, old in given if stored.get(old) is not None}
     if temperatures := stored.get("temperatures"):
-        tree = Taxonomy(stored.get("taxonomy") or DEFAULT_TAXONOMY, stored.get("label_separator", "/"))
+        tree = read_tree(**stored)
         check_numbers("temperatures", temperatures, len(tree.decisions))
         calibration["scales"] = [1 / temperatures[decision] for decision in tree.decision_of]
     if stored.get("refitted"):  # trained on the validation rows too: its prediction sets guarantee nothing
         calibration.pop("set_thresholds", None)
-    kept = {name: value for name, value in stored.items() if name not in old}
+    removed = {old for _, old in given} | {"temperatures", "refitted"}
+    kept = {name: value for name, value in stored.items() if name not in removed}
     return {**kept, "calibration": calibration} if calibration else kept
 
 
 def check_numbers(name: str, values: Any, count: int, or_none: bool = False) -> None:
     """Raise ValueError unless a field is None, or a list of ``count`` numbers. With ``or_none``, an entry may be None."""
-    given = list(values) if isinstance(values, (list, tuple)) else []
-    numbers = (int, float, type(None)) if or_none else (int, float)
-    are_numbers = all(isinstance(value, numbers) and not isinstance(value, bool) for value in given)
-    if values is not None and (len(given) != count or not are_numbers):
+    if values is None:
+        return
+    allowed = {int, float, type(None)} if or_none else {int, float}
+    if not isinstance(values, (list, tuple)) or len(values) != count or not {*map(type, values)} <= allowed:
         raise ValueError(f"{name} must be a list of {count} numbers")

@@ -12,8 +12,8 @@ Worth knowing:
 import csv
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import repeat
 from numbers import Real
 from typing import Any
 
@@ -34,7 +34,6 @@ ROOT_PARENT_LOGIT = 1e4  # the logit above the roots: its sigmoid is 1
 DEFAULT_THRESHOLD = 0.5  # least probability of a predicted node, before calibration
 MAX_SET_NODES = 3  # maximum nodes in a prediction set
 MAX_COST = 1e300  # the sum of two is finite
-GUARANTEES = {"coverage": "single-path", "recall": "multi-label"}  # of the checkpoints that have each guarantee
 
 
 def segment_logsumexp(scores: Tensor, group: Tensor, num_groups: int) -> Tensor:
@@ -143,9 +142,7 @@ class Decisions(nn.Module):
         """
         given = {name: share for name, share in shares.items() if share is not None}
         for name in given.keys() - {self.guarantee}:
-            raise ValueError(
-                f"{name} is for {GUARANTEES[name]} checkpoints; for a {GUARANTEES[self.guarantee]} checkpoint give {self.guarantee}"
-            )
+            raise ValueError(f"this checkpoint guarantees a {self.guarantee}, no {name}: give {self.guarantee}")
         return guaranteed_threshold(self.guarantee, given[self.guarantee], thresholds) if given else None
 
 
@@ -190,7 +187,7 @@ class OnePath(Decisions):
     # ── Labels ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def targets(self, nodes: Sequence[Sequence[int]], weights: Sequence[Sequence[float]] | None = None) -> Tensor:
-        """Return the ids of the texts' nodes (B,), -100 for no node; if weights are given, those of leaves (B, num_leaves).
+        """Return the ids of the texts' nodes (B,), -100 for no node; with weights, those of the leaves (B, num_leaves).
 
         ValueError: a text has several nodes without weights, or a weight of an inner node.
         """
@@ -271,7 +268,7 @@ class OnePath(Decisions):
         """
         if isinstance(costs, str) and costs == "distance":
             return costs
-        if is_cost_pair(costs) or not isinstance(costs, (str, os.PathLike, Mapping)):
+        if not isinstance(costs, (str, os.PathLike, Mapping)):
             raise ValueError(
                 'for single-path models, costs are "distance", a CSV file, or {correct leaf: {predicted leaf: cost}}'
             )
@@ -279,8 +276,9 @@ class OnePath(Decisions):
         rows = []
         for correct, row in by_leaf(self.tree, table, "rows").items():
             where = f"the row of {correct!r}"  # the checkpoint's own label, of any length
-            predicted = by_leaf(self.tree, row, where)
-            rows.append([read_cost(cost, f"{where}, {leaf!r}") for leaf, cost in predicted.items()])
+            rows.append(
+                [read_cost(cost, f"{where}, {leaf!r}") for leaf, cost in by_leaf(self.tree, row, where).items()]
+            )
         return torch.tensor(rows, dtype=torch.float64)
 
     def prediction_set(self, probabilities: list[float], threshold: float) -> list[int]:
@@ -358,10 +356,10 @@ class ManyNodes(Decisions):
         Without weights the array is of int8, else of float32.
         """
         array = np.zeros((len(nodes), self.num_nodes), dtype=np.int8 if weights is None else np.float32)
-        for row, ids, of_text in zip(array, nodes, repeat(repeat(1)) if weights is None else weights, strict=False):
-            for node, weight in zip(ids, of_text, strict=False):
+        for i, ids in enumerate(nodes):
+            for j, node in enumerate(ids):
                 path = self.tree.path(node)
-                row[path] = np.maximum(row[path], weight)
+                array[i, path] = 1 if weights is None else np.maximum(array[i, path], weights[i][j])
         return torch.from_numpy(array)
 
     @property
@@ -444,7 +442,7 @@ class ManyNodes(Decisions):
 
     def prepare_costs(self, costs: Any) -> float:
         """Check the costs {"missing": a, "inventing": b}; return the `cost_threshold` of all nodes."""
-        if not is_cost_pair(costs) or len(costs) < 2:
+        if not isinstance(costs, Mapping) or costs.keys() != {"missing", "inventing"}:
             raise ValueError('for multi-label models, costs are {"missing": a number, "inventing": a number}')
         return cost_threshold(*(read_cost(costs[name], f"{name} a node") for name in ("missing", "inventing")))
 
@@ -503,10 +501,6 @@ def growing_sets(tree: Taxonomy, leaves: list[int]) -> Iterator[tuple[int, set[i
 # ── Costs of errors ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def is_cost_pair(costs: Any) -> bool:
-    return isinstance(costs, Mapping) and costs.keys() <= {"missing", "inventing"}
-
-
 def expected_costs(tree: Taxonomy, nodes: Tensor, costs: str | Tensor) -> Tensor:
     """Return the expected cost of predicting each leaf, (B, num_leaves), from node probabilities (B, num_nodes).
 
@@ -539,25 +533,18 @@ def read_cost_table(path: str | os.PathLike) -> dict[str, dict[str, str]]:
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             lines = [fields for fields in csv.reader(file) if any(fields)]
-        while lines and not any(fields[-1] for fields in lines):  # spreadsheets append blank columns and rows
-            lines = [fields[:-1] for fields in lines]
-        (_, *predicted), *rows = lines
     except OSError as error:
         raise ValueError(f"cannot read the costs {path}: {error.strerror}") from error
     except (csv.Error, ValueError) as error:
         raise ValueError(f"the costs {path} are not a CSV table in UTF-8") from error
-    if not predicted:
-        raise ValueError(f"the costs {path} have one column: separate the columns by commas")
-    table = {}
-    for number, (correct, *costs) in enumerate(rows, start=2):
-        if len(costs) != len(predicted):
-            hint = "" if costs else "; separate the columns by commas"  # header or names may hold a comma
-            raise ValueError(
-                f"the costs {path}, row {number}: {len(costs)} costs for {len(predicted)} predicted leaves{hint}"
-            )
-        table[correct] = dict(zip(predicted, costs, strict=True))
-    if len(table) < len(rows) or len({*predicted}) < len(predicted):
-        raise ValueError(f"the costs {path} name a leaf twice")
+    while lines and not any(fields[-1] for fields in lines):  # spreadsheets append blank columns
+        lines = [fields[:-1] for fields in lines]
+    leaves = lines[0][1:] if lines else []
+    table = {correct: dict(zip(leaves, costs, strict=False)) for correct, *costs in lines[1:]}
+    # a name with a comma that is not quoted would shift the costs of its row
+    if {len(fields) for fields in lines} != {1 + len({*leaves})} or len(table) != len(lines) - 1:
+        needs = "a name and a cost for each column, separated by commas, and no leaf twice"
+        raise ValueError(f"the costs {path} are not a table: each row needs {needs}")
     return table
 
 
@@ -568,19 +555,17 @@ def by_leaf(tree: Taxonomy, given: Any, where: str) -> dict[str, Any]:
     """
     if not isinstance(given, Mapping):
         raise ValueError(f"costs: {where} must map leaves to costs, not {type(given).__name__}")
-    values: dict[int, Any] = {}
-    for name, value in given.items():
-        try:
-            leaf = tree.id(str(name))
-        except ValueError as error:
-            raise ValueError(f"costs: {where}: {error}") from error
-        if leaf >= tree.num_leaves:
-            raise ValueError(f"costs: {where}: {quote_name(name)} is an inner node, and costs are of leaves")
-        if leaf in values:
-            raise ValueError(f"costs: {where}: {quote_name(name)} occurs twice, once as a path")
-        values[leaf] = value
-    if missing := [tree.labels[leaf] for leaf in range(tree.num_leaves) if leaf not in values]:
-        raise ValueError(f"costs: {where}: the leaf {missing[0]!r} is missing; all leaves need costs")
+    try:
+        nodes = Counter(tree.id(str(name)) for name in given)
+    except ValueError as error:
+        raise ValueError(f"costs: {where}: {error}") from error
+    for node, label in enumerate(tree.labels):
+        if nodes[node] != (node < tree.num_leaves):
+            problem = (
+                "is missing" if node not in nodes else "occurs twice" if node < tree.num_leaves else "is an inner node"
+            )
+            raise ValueError(f"costs: {where}: {label!r} {problem}; each leaf needs costs once")
+    values = dict(zip(nodes, given.values(), strict=True))  # each was counted once, in the given order
     return {tree.labels[leaf]: values[leaf] for leaf in range(tree.num_leaves)}
 
 

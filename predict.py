@@ -13,7 +13,6 @@ Worth knowing:
 import argparse
 import importlib.util
 import sys
-import traceback
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from pathlib import Path
@@ -23,16 +22,7 @@ import torch
 from tqdm import tqdm
 
 from hierarchical_clinicalbert.checkpoint_files import find_snapshot, is_checkpoint, require_encoder
-from hierarchical_clinicalbert.errors import (
-    ArgumentParser,
-    InputError,
-    exit_with_error,
-    is_file_error,
-    is_full_disk,
-    one_line,
-    refuse_undecodable,
-    requested_traceback,
-)
+from hierarchical_clinicalbert.errors import ArgumentParser, InputError, refuse_undecodable, run_command
 from hierarchical_clinicalbert.prediction.input import read_records
 from hierarchical_clinicalbert.prediction.model import DTYPES, Model, read_costs
 from hierarchical_clinicalbert.prediction.output import RestartableOutput
@@ -164,33 +154,8 @@ def open_model(arguments: argparse.Namespace) -> "AbstractContextManager[Model |
     return RayJob(arguments)
 
 
-def resume_hint() -> str:
-    return f"the same command{' without --overwrite' if '--overwrite' in sys.argv else ''} continues from here"
-
-
-def user_error_message(error: Exception) -> str | None:
-    """Return the message for an error that a user can correct, on one line, or None for a bug of this project."""
-    from accelerate.utils.memory import should_reduce_batch_size
-
-    if isinstance(error, InputError):
-        return str(error)
-    if should_reduce_batch_size(error):
-        return "out of memory: start over with a smaller --batch_size and --overwrite"
-    if is_full_disk(error):
-        return f"{one_line(error)}: make room; {resume_hint()}"
-    if is_file_error(error):
-        return f"cannot read or write a file: {one_line(error)}; {resume_hint()}"
-    return None
-
-
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except KeyboardInterrupt:
-        exit_with_error("predict.py", f"stopped; {resume_hint()}", 130)
-    except Exception as error:
-        message = user_error_message(error)
-        if message is None:
-            traceback.print_exc()
-            sys.exit(3)  # 1 says that rows could not be read
-        exit_with_error("predict.py", message, trace=requested_traceback())
+    without = " without --overwrite" if "--overwrite" in sys.argv else ""
+    advice = {"resume": f"the same command{without} continues from here"}
+    advice |= {"disk": f"make room; {advice['resume']}", "memory": "start over with a smaller --batch_size"}
+    run_command("predict.py", main, advice, code_of_bugs=3)  # 1 says that rows could not be read

@@ -22,11 +22,8 @@ from hierarchical_clinicalbert.errors import (
     ArgumentParser,
     InputError,
     as_input_error,
-    exit_with_error,
-    is_full_disk,
-    one_line,
     refuse_undecodable,
-    requested_traceback,
+    run_command,
 )
 from hierarchical_clinicalbert.publishing import card
 from hierarchical_clinicalbert.publishing.description import check_description
@@ -142,12 +139,5 @@ def list_changes(target: Target, files: Files) -> None:
 if __name__ == "__main__":
     transformers.logging.disable_progress_bar()
     disable_progress_bars()
-    try:
-        main(sys.argv[1:])
-    except InputError as error:
-        exit_with_error("push_to_hub.py", str(error), trace=requested_traceback())
-    except Exception as error:
-        if not is_full_disk(error):
-            raise
-        message = f"{one_line(error)}: set TMPDIR to a folder with more room"
-        exit_with_error("push_to_hub.py", message, trace=requested_traceback())
+    advice = {"disk": "set TMPDIR to a folder with more room", "memory": "run it on a larger machine"}
+    run_command("push_to_hub.py", main, advice | {"resume": "run the same command again"})

@@ -6,9 +6,7 @@ validation rows. Then its calibration, its thresholds and the weight of its lexi
 
 import dataclasses
 import functools
-import gc
 import logging
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,6 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 import numpy as np
 import transformers
-from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer, EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
@@ -29,15 +26,7 @@ from hierarchical_clinicalbert.data.labels import resolve_labels
 from hierarchical_clinicalbert.data.report import log_report
 from hierarchical_clinicalbert.data.sources import read_rows
 from hierarchical_clinicalbert.data.splits import LabelledSplits, split_rows
-from hierarchical_clinicalbert.errors import (
-    InputError,
-    as_input_error,
-    exit_with_error,
-    is_file_error,
-    is_full_disk,
-    one_line,
-    requested_traceback,
-)
+from hierarchical_clinicalbert.errors import InputError, as_input_error, run_command
 from hierarchical_clinicalbert.evaluation import plots
 from hierarchical_clinicalbert.evaluation.forms import Form, form_of
 from hierarchical_clinicalbert.evaluation.label_issues import list_label_issues
@@ -69,11 +58,15 @@ from hierarchical_clinicalbert.training.publish import check_hub, run_facts, run
 from hierarchical_clinicalbert.training.score import label_arrays, score_splits, scoring_trainer, token_counts
 from hierarchical_clinicalbert.training.tokens import build_collator, tokenize_splits
 from hierarchical_clinicalbert.training.trainer import HierarchicalTrainer
-from taxonomy_hierarchical import TaxonomyError
 
 logger = logging.getLogger("train")
 
 BEFORE_CALIBRATION = ("_loss", "_ece", "_ece_by_chance")  # suffixes of metrics that may exist before calibration only
+ADVICE = {  # of `run_command`
+    "disk": "make room, then --resume_from_checkpoint auto resumes",
+    "memory": "give --activation_checkpointing true, or a lower --per_device_train_batch_size",
+    "resume": "--resume_from_checkpoint auto resumes",
+}
 Prepare = Callable[[HierarchicalTrainer], HierarchicalTrainer]
 
 
@@ -322,32 +315,5 @@ def set_up_logging(first: bool) -> None:
         transformers.logging.set_verbosity_error()
 
 
-def user_error_message(error: Exception) -> str | None:
-    """Return the message for an error that a user can correct, on one line, or None for a bug of this project."""
-    if isinstance(error, (InputError, TaxonomyError)):
-        return str(error)
-    if isinstance(error, UnicodeEncodeError) and error.encoding != "utf-8":  # a recipe names the file
-        return f"the name of a file is not {error.encoding}, the locale's encoding: set PYTHONUTF8=1"
-    if is_full_disk(error):
-        return f"the disk is full ({one_line(error)}): make room, then --resume_from_checkpoint auto resumes"
-    if should_reduce_batch_size(error):
-        sizes = "a lower --per_device_train_batch_size or --per_device_eval_batch_size"
-        return f"{one_line(error)}; give --activation_checkpointing true, or {sizes}"
-    if isinstance(error, ImportError) and "install" in str(error):  # a flag needs a package beyond requirements.txt
-        return one_line(error)
-    if is_file_error(error):
-        return f"{error.filename or 'cannot read or write a file'}: {error.strerror}"
-    return None
-
-
 if __name__ == "__main__":
-    message = None
-    try:
-        main(sys.argv[1:])
-    except Exception as error:
-        message, trace = user_error_message(error), requested_traceback()
-        if message is None:
-            raise
-    if message is not None:
-        gc.collect()  # destroy the run and its progress bars now, because they write once more
-        exit_with_error("train.py", message, trace=trace)
+    run_command("train.py", main, ADVICE)

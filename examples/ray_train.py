@@ -19,7 +19,15 @@ from transformers import Trainer, TrainerCallback
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from hierarchical_clinicalbert.errors import ArgumentParser, InputError, as_input_error, exit_with_error, one_line
+from hierarchical_clinicalbert.errors import (
+    ArgumentParser,
+    InputError,
+    as_input_error,
+    exit_with_error,
+    one_line,
+    run_command,
+    user_error_message,
+)
 
 try:
     import ray
@@ -29,6 +37,11 @@ except ImportError as error:
     exit_with_error("ray_train.py", f"{error}: pip install 'ray[default,train]'")
 from hierarchical_clinicalbert.prediction.ray_job import refuse_closed_port
 
+ADVICE = {  # of `run_command`
+    "disk": "make room, and run the same command again",
+    "memory": "give --activation_checkpointing true, or a lower --per_device_train_batch_size",
+    "resume": "the same command resumes",
+}
 MAX_FAILURES = 3  # restarts of one run; after more, the same command resumes it
 
 
@@ -64,9 +77,7 @@ def main(argv: list[str]) -> None:
     try:
         trainer.fit()
     except ControllerError as error:
-        import train
-
-        message = train.user_error_message(error.controller_failure)
+        message = user_error_message(error.controller_failure, ADVICE)
         if message is None:
             raise
         raise InputError(message) from error
@@ -102,16 +113,11 @@ class ReportFailures(UserCallback):
     """Print why workers failed. An error that the user must correct ends the run, because restarted workers would fail again."""
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        import train
-
         for rank, error in worker_exceptions.items():
             print(f"worker {rank} failed: {one_line(error)}", file=sys.stderr)
-        if all(train.user_error_message(error) for error in worker_exceptions.values()):
+        if all(user_error_message(error, ADVICE) for error in worker_exceptions.values()):
             raise next(iter(worker_exceptions.values()))
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except InputError as error:
-        exit_with_error("ray_train.py", str(error))
+    run_command("ray_train.py", main, ADVICE)

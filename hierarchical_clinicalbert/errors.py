@@ -2,18 +2,20 @@
 
 import argparse
 import errno
+import gc
 import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn, TypeGuard
+from typing import Any, NoReturn
 
 from hierarchical_clinicalbert.reading.rows import (  # defined there, since `reading` imports no other package
     InputError,
     has_surrogate,
 )
+from taxonomy_hierarchical import TaxonomyError
 
 PACKAGE = Path(__file__).parent
 ROOT = PACKAGE.parent
@@ -87,20 +89,56 @@ def is_full_disk(error: Exception) -> bool:
     return any(message in str(error) for message in messages)
 
 
-def is_file_error(error: Exception) -> TypeGuard[OSError]:
-    """Return whether an error is a failure to open, read or write a file. Only failures to open name the file."""
-    return isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError)
+def user_error_message(error: Exception, advice: Mapping[str, str]) -> str | None:
+    """Return one line for an error that a user can correct, or None for a bug of this project. `run_command` has ``advice``."""
+    from accelerate.utils.memory import should_reduce_batch_size  # slow to import
+
+    if isinstance(error, (InputError, TaxonomyError)):
+        return str(error)
+    if isinstance(error, UnicodeEncodeError) and error.encoding != "utf-8":  # a recipe names the file
+        return f"the name of a file is not {error.encoding}, the locale's encoding: set PYTHONUTF8=1"
+    if is_full_disk(error):
+        return f"the disk is full ({one_line(error)}): {advice['disk']}"
+    if should_reduce_batch_size(error):
+        return f"{one_line(error)}; {advice['memory']}"
+    if isinstance(error, ImportError) and "install" in str(error):  # a flag needs a package beyond requirements.txt
+        return one_line(error)
+    # only failures to open a file name it
+    if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
+        return f"{error.filename or 'cannot read or write a file'}: {error.strerror}; {advice['resume']}"
+    return None
 
 
-def requested_traceback() -> str:
-    """Return the traceback of the current exception if HIERARCHICAL_TRACEBACK is set, else an empty string."""
-    return traceback.format_exc() if os.environ.get("HIERARCHICAL_TRACEBACK") else ""
-
-
-def exit_with_error(command: str, message: str, code: int = 2, trace: str = "") -> NoReturn:
-    """Print one line to standard error, after a traceback from `requested_traceback`, and exit."""
-    print(f"{trace}{command}: error: {message}", file=sys.stderr)
+def exit_with_error(command: str, message: str, code: int = 2) -> NoReturn:
+    """Print one line to standard error, and exit."""
+    print(f"{command}: error: {message}", file=sys.stderr)
     sys.exit(code)
+
+
+def run_command(
+    name: str, main: Callable[[list[str]], int | None], advice: Mapping[str, str], code_of_bugs: int = 1
+) -> NoReturn:
+    """Run a command on its command line, and exit with the code that ``main`` returns.
+
+    An error that the user can correct is one line, and exit code 2, after a traceback if HIERARCHICAL_TRACEBACK is set. Ctrl+C is
+    one line, and exit code 130. A bug of this project is a traceback.
+
+    Args:
+        advice: what the user can do if the "disk" is full or the "memory" too small, and how to "resume" a run.
+    """
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        message, code = f"stopped; {advice['resume']}", 130
+    except Exception as error:
+        known = user_error_message(error, advice)
+        if known is None or os.environ.get("HIERARCHICAL_TRACEBACK"):
+            traceback.print_exc()
+        if known is None:
+            sys.exit(code_of_bugs)
+        message, code = known, 2
+    gc.collect()  # destroy the run and its progress bars now, because they write once more
+    exit_with_error(name, message, code)
 
 
 def print_result(command: str, result: Callable[[], str]) -> None:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,40 +70,27 @@ def unique_names(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
     return mapping
 
 
-def check_writable(flag: str, path: Path) -> None:
-    """Raise InputError unless a folder can be created and written to. Do not create it. ``flag`` is for the message."""
-    try:
-        existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-    except OSError as error:
-        raise InputError(f"{flag} {path}: {error.strerror}") from error
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        problem = "is not writable" if existing.is_dir() else "is not a folder"
-        raise InputError(f"{flag} {path}: {existing} {problem}")
-
-
 @contextmanager
 def lock(flag: str, name: str | Path, file: Path) -> Iterator[None]:
     """Lock the output ``name`` of a ``flag`` for this process, by a lock on ``file``. A killed process holds no lock.
 
     InputError: the folder of ``file`` cannot be written to, or another process has the lock.
     """
-    check_writable(flag, file.parent)
-    existed = file.parent.exists()
+    folder, existed = file.parent, file.parent.exists()
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{flag} {file.parent}: {error.strerror}") from error
-    try:
+        folder.mkdir(parents=True, exist_ok=True)
         held = FileLock(file).acquire(timeout=0)
     except Timeout as error:
         raise InputError(f"{flag} {name}: another process is writing it; give another name") from error
+    except OSError as error:
+        raise InputError(f"{flag} {name}: cannot write to the folder {folder} ({error.strerror})") from error
     with held:
         try:
             yield
         finally:
             file.unlink(missing_ok=True)  # before the release: later it may belong to another process
-            if not existed and not any(file.parent.iterdir()):
-                file.parent.rmdir()
+            if not existed and not any(folder.iterdir()):
+                folder.rmdir()
 
 
 def sha256(files: Iterable[Path]) -> dict[str, str]:

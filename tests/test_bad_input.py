@@ -25,7 +25,7 @@ import predict
 import push_to_hub
 import train
 from hierarchical_clinicalbert.data.taxonomy_files import read_taxonomy
-from hierarchical_clinicalbert.errors import InputError
+from hierarchical_clinicalbert.errors import InputError, user_error_message
 from hierarchical_clinicalbert.training.arguments import parse
 from hierarchical_clinicalbert.training.model import build_model, load_tokenizer
 from taxonomy_hierarchical import Taxonomy
@@ -81,7 +81,7 @@ DATA = ("--train_file", "good.csv")
 RANDOM = ("--quantization", "none", "--validation_size", "0")
 NOWHERE = ("--train_file", "nowhere.csv", "--model_name_or_path", "no/model")  # which would be other errors
 NOT_OURS = "which a run would overwrite or delete, is not from a run: move it, or give another --output_dir"
-NO_FOLDER = "/proc/results: No such file" if os.geteuid() == 0 else "/proc is not writable"
+NO_FOLDER = "/proc/results (No such file" if os.geteuid() == 0 else "/proc/results (Permission denied"
 TRAIN = [
     (("--train_file", "utf16.csv"), "utf16.csv is not UTF-8 text: save it as UTF-8"),
     (("--train_file", "one_class.csv"), "the only label is 'a'; at least two are needed"),
@@ -188,7 +188,7 @@ TRAIN = [
     ((*DATA, *RANDOM, "--lr_scheduler_type", "reduce_lr_on_plateau"), "reduce_lr_on_plateau needs validation rows"),
     ((*DATA, "--accelerator_config", "nowhere.json"), "No such file or directory: 'nowhere.json'"),
     ((*DATA, "--model_revision", "main"), "--model_revision main does not apply to the folder"),
-    ((*DATA, "--output_dir", "good.csv/results"), "good.csv is not a folder"),
+    ((*DATA, "--output_dir", "good.csv/results"), "cannot write to the folder good.csv/results (Not a directory)"),
     ((*DATA, "--output_dir", "/proc/results"), NO_FOLDER),
     ((*DATA, "--output_dir", "n" * 300), "File name too long"),
     ((*NOWHERE, "--output_dir", "project"), f"--output_dir project: project/README.md, {NOT_OURS}"),
@@ -221,7 +221,7 @@ def refusal(main: Callable, *words: object) -> str:
     before = {path for path in Path().rglob("*") if "__pycache__" not in path.parts}
     with pytest.raises(Exception) as refused:  # noqa: PT011 - the types are checked below
         main([str(word) for word in words])
-    message = train.user_error_message(refused.value) if main is train.main else str(refused.value)
+    message = user_error_message(refused.value, train.ADVICE) if main is train.main else str(refused.value)
     assert main is train.main or isinstance(refused.value, InputError), repr(refused.value)
     assert message is not None, repr(refused.value)
     assert len(message) < 1500
@@ -664,7 +664,7 @@ PREDICT = [
     (("--input", "header.jsonl"), "--input header.jsonl has no rows"),
     (("--input", "damaged.parquet"), "damaged.parquet is not a Parquet file, or is damaged"),
     (("--input", "folder.csv"), "--input folder.csv: it contains no file of a known format"),
-    (("--output", "good.csv/out.jsonl"), "--output good.csv: good.csv is not a folder"),
+    (("--output", "good.csv/out.jsonl"), "cannot write to the folder good.csv (File exists)"),
     (("--output", "n" * 250 + ".jsonl"), "the name is too long"),
     (
         ("--output", "there.jsonl"),

@@ -326,7 +326,7 @@ def test_a_bad_request_is_refused_in_one_line_without_its_text(published):
         ({"inputs": secret, "parameters": {"batch_size": 10**9}}, "cannot hold 'batch_size', only top_k"),
         ({"inputs": secret, "parameters": {"top_k": "3"}}, "top_k must be a whole number of at least 1"),
         ({"inputs": secret, "parameters": {"coverage": 2}}, "coverage must be a number above 0 and at most 0.99"),
-        ({"inputs": secret, "parameters": {"recall": 0.9}}, "recall is for multi-label checkpoints"),
+        ({"inputs": secret, "parameters": {"recall": 0.9}}, "this checkpoint guarantees a coverage, no recall"),
         ({"inputs": secret, "parameters": {"stride": 500}}, "leaves no room"),
         ({"inputs": secret, "parameters": {"costs": "/etc/passwd"}}, '"costs" must be "distance" or an object'),
     ]

@@ -186,7 +186,7 @@ def test_the_answer_for_a_recall_holds_the_nodes_from_its_threshold_on(classify)
             "recall 0.97 needs 33 labelled validation texts, and the checkpoint was calibrated on fewer",
         ),
         ({"recall": 1.0}, "recall must be a number above 0 and at most 0.99"),
-        ({"coverage": 0.9}, "coverage is for single-path checkpoints"),
+        ({"coverage": 0.9}, "this checkpoint guarantees a recall, no coverage: give recall"),
         ({"recall": 0.5, "max_length": 64}, "recall needs texts truncated at 512 tokens"),
         ({"recall": 0.5, "stride": 8, "top_k": 2}, "recall needs texts truncated at 512 tokens"),
     ],

@@ -258,13 +258,14 @@ def table_without(row: str, column: str | None = None) -> dict:
 @pytest.mark.parametrize(
     ("costs", "message"),
     [
-        ({"missing": 5, "inventing": 1}, 'for single-path models, costs are "distance", a CSV file, or'),
+        ({"missing": 5, "inventing": 1}, "costs: rows: the label 'missing' is not in the taxonomy"),
         (3, 'for single-path models, costs are "distance", a CSV file, or'),
         ("none.csv", "cannot read the costs none.csv: No such file"),
-        (table_without("d"), "costs: rows: the leaf 'd' is missing"),
-        (table_without("g", "d"), "costs: the row of 'g': the leaf 'd' is missing"),
+        (table_without("d"), "costs: rows: 'd' is missing; each leaf needs costs once"),
+        (table_without("g", "d"), "costs: the row of 'g': 'd' is missing; each leaf needs costs once"),
         (table_without("d") | {"D": {}}, "costs: rows: the label 'D' is not in the taxonomy"),
-        (table_without("d") | {"b": {}}, "costs: rows: 'b' is an inner node, and costs are of leaves"),
+        (table_without("none") | {"b": {}}, "costs: rows: 'b' is an inner node"),
+        (table_without("none") | {"a/b/d": {}}, "costs: rows: 'd' occurs twice"),
         (table_without("d") | {"d": 1.0}, "costs: the row of 'd' must map leaves to costs, not float"),
         (
             table_without("d") | {"d": dict.fromkeys(LEAVES, -1)},
@@ -290,13 +291,14 @@ def test_costs_that_cannot_be_used_are_refused(classify, costs, message):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "are not a CSV table in UTF-8"),
-        ("correct,d,e\nd,0\n", "row 2: 1 costs for 2 predicted leaves"),
-        ("correct;d;e\nd;0;1\n", "have one column: separate the columns by commas"),
-        ("correct;d, e;f\nf;0;1\n", "row 2: 0 costs for 1 predicted leaves; separate the columns by commas"),
-        ("correct,d,d\nd,0,1\n", "name a leaf twice"),
-        ("correct,d\nd,0\nd,1\n", "name a leaf twice"),
-        ("correct,d\nd,0\n", "costs: rows: the leaf 'a/b/c' is missing"),
+        ("", "are not a table: each row needs a name and a cost for each column"),
+        ("correct,d,e\nd,0\n", "are not a table"),
+        ("correct,d,e\nd,0,1,5\n", "are not a table"),
+        ("correct;d;e\nd;0;1\n", "costs: rows: .*'d;0;1' is not in the taxonomy"),
+        ("correct;d, e;f\nf;0;1\n", "are not a table"),
+        ("correct,d,d\nd,0,1\n", "are not a table"),
+        ("correct,d\nd,0\nd,1\n", "are not a table"),
+        ("correct,d\nd,0\n", "costs: rows: 'a/b/c' is missing"),
     ],
 )
 def test_files_of_costs_that_cannot_be_used_are_refused(classify, content, message, tmp_path):
@@ -307,7 +309,7 @@ def test_files_of_costs_that_cannot_be_used_are_refused(classify, content, messa
 
 def test_a_leaf_without_costs_is_named_however_long_its_name_is():
     name = "Female Genital Diseases and Pregnancy Complications"
-    with pytest.raises(ValueError, match=f"the leaf '{name}' is missing"):
+    with pytest.raises(ValueError, match=f"rows: '{name}' is missing"):
         OnePath(Taxonomy(["a", name])).prepare_costs({"a": {"a": 0, name: 1}})
 
 

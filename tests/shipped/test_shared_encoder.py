@@ -83,7 +83,7 @@ def test_encoders_that_differ_are_not_shared(checkpoints):
         merged.share_encoder(other)
     with pytest.raises(ValueError, match="load both with merge_adapter=False"):
         other.share_encoder(merged)
-    with pytest.raises(ValueError, match="differ in dtype or device"):
+    with pytest.raises(ValueError, match="differ in dtype or device, or are quantized"):
         load(checkpoints[0], dtype=torch.bfloat16).share_encoder(other)
     other.config.encoder_revision = "0" * 40
     with pytest.raises(ValueError, match=re.escape(f"are different: {first.config.encoder_name_or_path} at None and")):
