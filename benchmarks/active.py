@@ -12,8 +12,6 @@ random rows. Each round fits a classifier on the labelled rows, scores it on the
 The classifier is a softmax regression over mean vectors of the frozen encoder (`linear`), always with the same
 regularisation. Texts are truncated at 128 tokens. ``--vectors`` is a file that caches the vectors. Three seeds draw the first
 rows; the table has the mean and the standard deviation of macro-F1.
-
-Supports benchmarks/LOG.md, "2026-11-27: What to label next".
 """
 
 import argparse

@@ -9,8 +9,6 @@ The file has the columns ``text`` (or ``medical_abstract``) and ``label`` (or ``
   texts have a second label somewhere. For those, one prediction is counted as correct at most half of the time.
 - Where: the share of the texts seen under several labels that have each class among them; and, with ``--predictions``
   (``test_predictions.csv`` of one or several runs), the share of errors with the class as label or prediction.
-
-Supports benchmarks/LOG.md, "2026-11-25: Contradicting labels".
 """
 
 import argparse

@@ -6,13 +6,13 @@ table. Without ``--model``, the tables of earlier measurements are printed.
 The first table compares methods. The file, on which the model must not have been trained, is split into halves 100 times at
 random. One half calibrates, and the other half is predicted. Methods:
 
-- this project's answers (`OnePath.prediction_set`);
+- this project's prediction sets (`OnePath.prediction_set`);
 - flat conformal sets of leaves, LAC and APS, by MAPIE (``pip install mapie``), over the same leaf probabilities;
 - thresholding, without calibration: the deepest node on the path of the most probable leaf whose probability is at least the
   requested coverage, or all roots.
 
-Coverage is the share of answers that contain the correct leaf. "leaves" is the mean number of leaves below an answer, and
-"nodes" the mean number of its nodes.
+Coverage is the share of sets that contain the correct leaf. "leaves" is the mean number of leaves below a set, and "nodes" the
+mean number of its nodes.
 
 The second table is for the recipes' runs of ``quality.py``, as a checkpoint is published. Thresholds for 90 % are fitted on the
 run's own validation rows, which are fewer and also selected the checkpoint. Coverage is measured on the whole test file.
@@ -25,7 +25,7 @@ fitted in float32:
   on both halves alike, so it does not favour the rows that fit the thresholds. These rows choose the default of ``--dtype``;
 - test rows: the thresholds that are stored in the checkpoint, as a user gets them.
 
-"Changed" counts answers that differ from those in float32. Intervals are 95 % bootstrap intervals over the texts, of changes for
+"Changed" counts sets that differ from those in float32. Intervals are 95 % bootstrap intervals over the texts, of changes for
 the same texts.
 """
 
@@ -367,7 +367,7 @@ def mean_interval(values: np.ndarray) -> list[float]:
 
 
 def print_precisions(rows: list[dict]) -> None:
-    columns = ["processor", "task", "rows", "texts", "precision", "coverage, recall", "change", "changed answers"]
+    columns = ["processor", "task", "rows", "texts", "precision", "coverage, recall", "change", "changed sets"]
     columns += [
         "accuracy, micro-F1",
         "change",

@@ -22,7 +22,7 @@ this machine multiplies 4,096 × 4,096 matrices of the type, measured in the sam
 Each round has new texts, as in a long file: oneDNN compiles products for every new number of tokens, which takes longer than
 the products themselves.
 
-Experiments are in benchmarks/LOG.md, "2026-11-25: Faster inference on CPUs", and profiles in docs/speed.md.
+Tables are in benchmarks/results/inference.md.
 """
 
 import argparse

@@ -11,8 +11,6 @@ anywhere. The two methods have the same cross-validated probabilities of the lex
 
 The corpus's own wrong labels count as false alarms, so precision is a lower bound. Average precision ranks all texts, with texts
 that are not listed at the end. Then the lexical classifier alone is trained on the rows and scored on the test file.
-
-Supports benchmarks/LOG.md, "2026-11-27: Labels that are wrong".
 """
 
 import argparse

@@ -439,14 +439,14 @@ def print_ablation(results: list[dict], names: tuple[str, ...]) -> None:
 
 
 def print_answers(results: list[dict]) -> None:
-    """Print the recall of answers over random splits, beside its bounds (Angelopoulos et al., 2022)."""
+    """Print the recall of prediction sets over random splits, beside its bounds (Angelopoulos et al., 2022)."""
     rows = []
     for run in results:
         recall, nodes, texts = (run[f"splits_answer_{name}"] for name in ("recall", "nodes", "texts"))
         most = MEASURED_TARGET + 2 / (texts + 1)
         cells = f"{100 * MEASURED_TARGET:.0f} | {100 * recall:.2f} | {100 * most:.2f} | {nodes:.2f}"
         rows.append(f"| {run['task']} | {run['model']} | {run['seed']} | {cells} |")
-    header = "| task | model | seed | requested | recall of answers | at most | nodes |"
+    header = "| task | model | seed | requested | measured recall | at most | nodes |"
     print_rows(header, "| --- | --- |" + " ---: |" * 5, rows)
 
 

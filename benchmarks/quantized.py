@@ -4,8 +4,6 @@
 
 FILE is JSON Lines with ``text``. A decision is whether a node reaches its threshold, or for single-path models the most probable
 leaf. The last line counts the operators that ONNX Runtime's optimizer for transformers fuses in the float32 file.
-
-Supports benchmarks/LOG.md, "2026-11-27: ONNX in int8, and fused".
 """
 
 import argparse

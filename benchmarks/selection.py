@@ -4,8 +4,6 @@ All evaluations of a run have the same accuracy on new rows, so the excess of th
 agree on whether a row is predicted correctly for 95 % of the rows. Each row has a probability of being correct, drawn from the
 beta distribution with this mean and this agreement. With less agreement, the excess is larger. The last line shows the measured
 agreement between runs of ``ablation.py``, which differ in one setting.
-
-Supports benchmarks/LOG.md, "2026-11-27: Scores on the rows that selected the checkpoint".
 """
 
 import json

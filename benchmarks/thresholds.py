@@ -6,8 +6,6 @@ RUNS holds finished runs of ``benchmarks/quality.py`` for multi-label models, wi
 thresholds are fitted to the validation texts in 20 random orders, because the order determines the folds. Each line has the mean
 and standard deviation of F1 on the test file over the orders, and the chosen shrinkages. The last line of a run has the one
 threshold of best micro-F1 on the test file itself, which is an upper bound for common thresholds.
-
-Supports benchmarks/LOG.md, "2026-11-27: Repeated cross-validation for thresholds".
 """
 
 import argparse

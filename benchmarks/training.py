@@ -123,7 +123,7 @@ def measure_speed(arguments: argparse.Namespace, _: Path) -> list[dict]:
                 "peak_gigabytes": statistics.median(one["peak_gigabytes"] for one in done),
             }
         )
-    print("\n| tokens | training | documents/s | times the first | share of the peak | memory |")
+    print("\n| tokens | training | documents/s | speed-up over the first | share of the peak | memory |")
     print("| ---: | --- | ---: | ---: | ---: | ---: |")
     for row in rows:
         print(
