@@ -29,12 +29,8 @@ from transformers.utils import cached_file, is_peft_available, logging
 
 try:
     from .configuration_hierarchical import HierarchicalConfig
-    from .taxonomy_hierarchical import list_names
 except ImportError:  # as a top-level module of the repository, not as remote code of a checkpoint
     from configuration_hierarchical import HierarchicalConfig
-    from taxonomy_hierarchical import list_names
-
-logger = logging.get_logger(__name__)
 
 MODEL_CLASS = "modeling_hierarchical.HierarchicalForSequenceClassification"
 AUTO_MAP = {
@@ -90,11 +86,6 @@ def load_checkpoint(
         config, kwargs = HierarchicalConfig.from_pretrained(source, return_unused_kwargs=True, **kwargs)
         kwargs |= removed
     info_wanted = kwargs.pop("output_loading_info", False)
-    taxonomy, stored_taxonomy = None, getattr(config, "replaced_taxonomy", None)
-    if stored_taxonomy is not None:  # the stored heads belong to it
-        taxonomy, config = config.tree, copy.deepcopy(config)
-        del config.replaced_taxonomy
-        config.set_taxonomy(stored_taxonomy)
     with LOADING:  # transformers replaces functions of torch.nn.init, and some of its own, while it loads
         if config.adapter_subfolder is not None:
             model, info = load_adapter_form(model_class, name, config, merge_adapter, **kwargs)
@@ -104,11 +95,6 @@ def load_checkpoint(
             refuse_missing(name, model, info)
             if left_over := [weight for weight in info["unexpected_keys"] if weight.startswith("heads.")]:
                 raise ValueError(f"the weight {min(left_over)!r} of {name} does not fit its config.json")
-    if taxonomy is not None:
-        new, _ = model.change_taxonomy(taxonomy)
-        logger.warning(
-            f"{name} is loaded for another taxonomy, without its calibration; new heads, to be trained: {list_names(new)}"
-        )
     return (model, info) if info_wanted else model
 
 

@@ -28,7 +28,7 @@ FORMAT_VERSION = 2  # of config.json. Version 1 has other fields for the calibra
 SINGLE_LABEL, MULTI_LABEL = "single_label_classification", "multi_label_classification"
 ENCODER_FIELDS = ("hidden_size", "num_hidden_layers", "max_position_embeddings", "pad_token_id")
 # ENCODER_FIELDS repeat text_config, and a stored attn_implementation can name a repository of unpinned code
-NOT_READ = (*ENCODER_FIELDS, "attn_implementation", "_attn_implementation", "format_version", "replaced_taxonomy")
+NOT_READ = (*ENCODER_FIELDS, "attn_implementation", "_attn_implementation", "format_version")
 DEFAULT_ENCODER = "emilyalsentzer/Bio_ClinicalBERT"
 DEFAULT_ENCODER_REVISION = "d5892b39a4adaed74b92212a44081509db72f87b"
 # fields of `Calibration`, and their names at the top level of config.json in format 1
@@ -162,11 +162,8 @@ class HierarchicalConfig(PretrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Read a stored configuration, and check arguments given at loading as if they were stored.
 
-        A given taxonomy that is not the stored one removes the calibration. ``replaced_taxonomy`` then keeps the stored one,
-        to which the stored heads belong.
-
         Raises:
-            ValueError: the configuration has a newer format, or see the class.
+            ValueError: the configuration has a newer format, a given taxonomy is not the stored one, or see the class.
         """
         version = config_dict.get("format_version", 1)
         if not isinstance(version, int) or version > FORMAT_VERSION:
@@ -176,12 +173,9 @@ class HierarchicalConfig(PretrainedConfig):
         config_dict = upgrade_calibration(config_dict)
         own = {*inspect.signature(cls.__init__).parameters, "id2label", "label2id", "num_labels"} - {"text_config"}
         given = {name: kwargs.pop(name) for name in [*kwargs] if name in own}
-        if given.get("taxonomy") is not None:
-            stored = read_tree(**config_dict)
-            if stored != read_tree(**{**config_dict, **given}):
-                given["replaced_taxonomy"] = stored
-                kept = {"lexical_weight": (config_dict.get("calibration") or {}).get("lexical_weight")}
-                config_dict = {**config_dict, "calibration": kept}  # the stored lexical head has to be read
+        if given.get("taxonomy") is not None and read_tree(**{**config_dict, **given}) != read_tree(**config_dict):
+            problem = "the stored heads belong to the stored taxonomy, which cannot be replaced at loading"
+            raise ValueError(f"{problem}: load the model, then call its change_taxonomy")
         config_dict = {name: value for name, value in config_dict.items() if name not in NOT_READ}
         return super().from_dict({**config_dict, **given}, **kwargs)
 
@@ -189,8 +183,7 @@ class HierarchicalConfig(PretrainedConfig):
         """Return the configuration as stored, with the format's version and `ENCODER_FIELDS` of the encoder."""
         fields = {name: getattr(self.text_config, name, None) for name in ENCODER_FIELDS}
         stored = super().to_dict() | {name: value for name, value in fields.items() if value is not None}
-        for name in ("tree", "replaced_taxonomy"):
-            stored.pop(name, None)
+        stored.pop("tree", None)
         return stored | {"calibration": self.calibration.stored(), "format_version": FORMAT_VERSION}
 
     @property

@@ -558,7 +558,7 @@ def by_leaf(tree: Taxonomy, given: Any, where: str) -> dict[str, Any]:
     try:
         nodes = Counter(tree.id(str(name)) for name in given)
     except ValueError as error:
-        raise ValueError(f"costs: {where}: {error}") from error
+        raise ValueError(f"costs are of leaves; {where}: {error}") from error
     for node, label in enumerate(tree.labels):
         if nodes[node] != (node < tree.num_leaves):
             problem = (

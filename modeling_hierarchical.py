@@ -27,12 +27,12 @@ from transformers.utils import can_return_tuple
 
 try:
     from .checkpoint_hierarchical import build_encoder, load_checkpoint, save_checkpoint, share_encoder
-    from .configuration_hierarchical import Calibration, HierarchicalConfig
+    from .configuration_hierarchical import Calibration, HierarchicalConfig, read_tree
     from .decisions_hierarchical import build_decisions, calibrate
     from .taxonomy_hierarchical import Taxonomy
 except ImportError:  # as a top-level module of the repository, not as remote code of a checkpoint
     from checkpoint_hierarchical import build_encoder, load_checkpoint, save_checkpoint, share_encoder
-    from configuration_hierarchical import Calibration, HierarchicalConfig
+    from configuration_hierarchical import Calibration, HierarchicalConfig, read_tree
     from decisions_hierarchical import build_decisions, calibrate
     from taxonomy_hierarchical import Taxonomy
 
@@ -280,11 +280,12 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
             self.config.lexical_vocab_size = len(head.idf)
         self.heads.fill_buffers()
 
-    def change_taxonomy(self, taxonomy: Taxonomy) -> tuple[list[str], list[str]]:
-        """Replace the heads by heads for another taxonomy, and remove the calibration.
+    def change_taxonomy(self, taxonomy: Taxonomy | list | dict) -> tuple[list[str], list[str]]:
+        """Replace the heads by heads for another taxonomy, to be trained, and remove the calibration and the lexical head.
 
         Nodes whose path is in both taxonomies keep their heads. Return the labels of the new nodes and of the dropped nodes.
         """
+        taxonomy = read_tree(taxonomy, self.config.label_separator)
         self.set_calibration(Calibration())
         old, old_heads = self.config.tree, self.heads
         self.config.set_taxonomy(taxonomy)

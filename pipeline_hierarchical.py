@@ -108,18 +108,14 @@ class HierarchicalTextClassificationPipeline(Pipeline):
     _load_tokenizer = True
 
     def __init__(self, model: PreTrainedModel, *args: Any, **kwargs: Any):
-        self.decisions = build_decisions(
-            model.config.tree, model.config.problem_type
-        )  # on the CPU, where the results are
+        self.tree = model.config.tree
+        self.decisions = build_decisions(self.tree, model.config.problem_type)  # on the CPU, where the results are
         super().__init__(model, *args, **kwargs)
-        if not self.tokenizer.is_fast:
-            raise ValueError("this pipeline needs a tokenizer of the `tokenizers` library, to split texts into windows")
         check_tokenizer(self.tokenizer, self.model)
         limit = position_limit(self.model.encoder)
         if limit is not None and self.tokenizer.model_max_length > limit:
             problem = f"{self.tokenizer.model_max_length:,} is beyond the encoder's {limit:,} positions"
             raise ValueError(f"the tokenizer's model_max_length {problem}: set it in tokenizer_config.json")
-        self.tree = self.model.config.tree
         # each core of a CPU computes its own batches, unless weights are offloaded
         self._uses_cpu_threads = self.device.type == "cpu" and not hasattr(self.model, "hf_device_map")
         self._tokenizers: dict[tuple[int, int], Any] = {}
@@ -150,10 +146,10 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         thresholds = self.model.config.calibration.set_thresholds
         threshold = self.decisions.set_threshold(thresholds, coverage=coverage, recall=recall)
         prepared = None if costs is None else self.decisions.prepare_costs(costs)
-        answer = {"top_k": top_k, "threshold": threshold, "costs": prepared}
-        groups = {"max_length": max_length, "stride": stride}, answer
-        truncation, output = ({name: group[name] for name in group if group[name] is not None} for group in groups)
-        return truncation, {}, output
+        truncation = {"max_length": max_length, "stride": stride}
+        output = {"top_k": top_k, "threshold": threshold, "costs": prepared}
+        # arguments that are not given leave those of the pipeline as they are
+        return without_none(truncation), {}, without_none(output)
 
     def __call__(self, inputs: str | Iterable, batch_size: int | None = None, **parameters: Any) -> Any:
         """Classify a text, a list or a stream of texts. The class describes arguments and results."""
@@ -170,7 +166,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         is_stream = isinstance(inputs, Iterable) or (hasattr(inputs, "__getitem__") and hasattr(inputs, "__len__"))
         if isinstance(inputs, (str, bytes, Mapping)) or not is_stream:
             pending = self._submit([read_text(inputs, 0)], batch_size, truncation, None)
-            return next(self._collect(pending, output))
+            return next(self._collect(pending, **output))
         return self._classify(inputs, batch_size, truncation, output)
 
     def _check_together(self, truncation: dict, output: dict) -> None:
@@ -209,7 +205,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
                     waiting.append(self._submit(texts, batch_size, truncation, workers, alone))
                 is_last = not texts or read_error is not None
                 while len(waiting) > (0 if is_last or ahead == 1 else 1):
-                    yield from self._collect(waiting.popleft(), output)
+                    yield from self._collect(waiting.popleft(), **output)
                 if read_error is not None:
                     raise read_error
                 if not texts:
@@ -269,22 +265,23 @@ class HierarchicalTextClassificationPipeline(Pipeline):
                 outputs[-1].set_result(self.forward(inputs))
         return PendingTexts([text_of_window[i] for batch in batches for i in batch], truncated, outputs)
 
-    def _collect(self, pending: PendingTexts, output: dict) -> Iterator:
-        """Yield the results of pending texts in order. The probabilities of windows are combined in float64."""
+    def _collect(self, pending: PendingTexts, costs: Any = None, **output: Any) -> Iterator:
+        """Yield the results of pending texts in order. The probabilities of windows are combined in float64.
+
+        ``costs`` are those of `Decisions.prepare_costs`, and ``output`` are arguments of `postprocess`.
+        """
         text_of_window = torch.tensor(pending.text_of_window)
         windows = torch.cat([batch.result()["node_log_probs"].double().exp() for batch in pending.outputs])
         combined = torch.zeros(len(pending.truncated), self.tree.num_nodes, dtype=torch.float64)
         reduce, index = self.decisions.window_reduction, text_of_window[:, None].expand_as(windows)
         combined.scatter_reduce_(0, index, windows, reduce, include_self=False)
         thresholds = self.model.config.calibration.thresholds
-        predicted, expected_cost = self.decisions.predict(combined, thresholds, output.get("costs"))
-        # one text at a time: a list of floats takes four times the memory of a tensor
-        columns: dict[str, Iterable] = {"nodes": map(Tensor.tolist, combined), "truncated": pending.truncated}
-        columns["predicted"] = (nodes.nonzero().flatten().tolist() for nodes in predicted)
-        if expected_cost is not None:
-            columns["expected_cost"] = expected_cost.tolist()
-        for values in zip(*columns.values(), strict=True):
-            yield self.postprocess(dict(zip(columns, values, strict=True)), **output)
+        predicted, expected_costs = self.decisions.predict(combined, thresholds, costs)
+        for i, truncated in enumerate(pending.truncated):
+            # one text at a time: a list of floats takes four times the memory of a tensor
+            expected_cost = None if expected_costs is None else expected_costs[i].item()
+            nodes = predicted[i].nonzero().flatten().tolist()
+            yield self.postprocess(combined[i].tolist(), nodes, truncated, expected_cost, **output)
 
     def _window(self, max_length: int | None = None, stride: int | None = None) -> int:
         """Return the length of a window in tokens, or raise ValueError if the tokenizer or stride does not allow it."""
@@ -344,37 +341,36 @@ class HierarchicalTextClassificationPipeline(Pipeline):
 
     def postprocess(
         self,
-        classified: dict,
+        probabilities: list[float],
+        predicted: list[int],
+        truncated: bool,
+        expected_cost: float | None,
         top_k: int | None = None,
         threshold: float | None = None,  # of `Decisions.set_threshold`
-        costs: "float | str | Tensor | None" = None,  # read by `_collect`
     ) -> dict | list[dict]:
-        """Build a result, or with ``top_k`` a list of results, from the probabilities of the nodes."""
-        tree, config, probabilities = self.tree, self.model.config, classified["nodes"]
+        """Build a result, or with ``top_k`` a list of results, from the probabilities of all nodes and the predicted nodes."""
+        tree = self.tree
         if math.isnan(sum(probabilities)):
             raise ValueError("the model's probabilities are not numbers: its weights are damaged")
 
         def with_scores(nodes: Iterable[int]) -> list[dict]:
             return [{"label": tree.labels[node], "score": probabilities[node]} for node in nodes]
 
-        def with_paths(nodes: Iterable[int]) -> list[dict]:
-            return [{**with_scores([node])[0], "path": with_scores(tree.path(node))} for node in nodes]
+        def with_paths(nodes: Iterable[int]) -> list[dict]:  # the most probable first
+            by_score = sorted(nodes, key=lambda node: -probabilities[node])[:top_k]
+            return [{**with_scores([node])[0], "path": with_scores(tree.path(node))} for node in by_score]
 
         levels: list[dict[str, float]] = [{} for _ in range(tree.depth)]
         for node in tree.reading_order:
             levels[tree.levels[node] - 1][tree.labels[node]] = probabilities[node]
-        common: dict[str, Any] = {"levels": levels, "truncated": classified["truncated"]}
+        common: dict[str, Any] = {"levels": levels, "truncated": truncated}
         if threshold is not None:
             common["answer"] = with_scores(self.decisions.prediction_set(probabilities, threshold))
-        if "expected_cost" in classified:
-            common["expected_cost"] = classified["expected_cost"]
-
-        def by_score(nodes: Iterable[int]) -> list[int]:
-            return sorted(nodes, key=lambda node: -probabilities[node])
-
+        if expected_cost is not None:
+            common["expected_cost"] = expected_cost
         if top_k is None:
-            return self.decisions.as_result(with_paths(by_score(tree.deepest(classified["predicted"])))) | common
-        return [result | common for result in with_paths(by_score(range(config.num_labels))[:top_k])]
+            return self.decisions.as_result(with_paths(tree.deepest(predicted))) | common
+        return [result | common for result in with_paths(range(self.decisions.num_classes))]
 
 
 def use_cpu_kernels(encoder: PreTrainedModel) -> None:
@@ -424,6 +420,10 @@ def padded_length(longest: int, rows: int, limit: int) -> int:
 
 
 # ── Checks ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def without_none(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in arguments.items() if value is not None}
 
 
 def check_number(name: str, value: Any, minimum: int) -> None:

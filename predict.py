@@ -28,7 +28,7 @@ from hierarchical_clinicalbert.prediction.model import DTYPES, Model, read_costs
 from hierarchical_clinicalbert.prediction.output import RestartableOutput
 from hierarchical_clinicalbert.prediction.rows import OUTPUTS, file_name, output_kind
 from hierarchical_clinicalbert.reading.rows import KINDS
-from hierarchical_clinicalbert.reading.sources import Source, find_all_sources
+from hierarchical_clinicalbert.reading.sources import find_all_sources
 
 if TYPE_CHECKING:
     from hierarchical_clinicalbert.prediction.ray_job import RayJob
@@ -40,7 +40,10 @@ WITHOUT_EFFECT = {"revision", "input", "output", "overwrite", "ray", "ray_cpus_p
 def main(argv: list[str]) -> int:
     """Run the command, and return its exit code."""
     arguments = parse(argv)
-    sources = find_inputs(arguments)
+    try:
+        sources = find_all_sources(arguments.input, arguments.input_format)
+    except InputError as error:
+        raise InputError(f"--input {error}") from error
     arguments.costs, costs_description = read_costs(arguments.costs)
     output = RestartableOutput(arguments.output, output_kind(arguments.output, arguments.output_format))
     sources = output.without_own(sources)  # --input may match the files of a killed run
@@ -113,16 +116,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     # ── Checks that argparse cannot make ─────────────────────────────────────────────────────────────────────────────
     name = file_name(arguments.output)
     refuse_undecodable({flag: value for flag, value in vars(arguments).items() if flag != "input"})
-    if len(Path(name).name.encode()) > 200:  # suffixes are added, and file systems allow 255 bytes
-        raise InputError(f"--output {arguments.output}: the name is too long")
     if output_kind(arguments.output, arguments.output_format) not in OUTPUTS:
         raise InputError(f"--output {arguments.output}: its name must end in one of {suffixes}, or in / for a folder")
     if arguments.output.startswith("hf://"):  # each block would be a commit
         raise InputError(f"--output {arguments.output}: write to a disk or an object store, and upload the result")
     if arguments.revision is not None and Path(arguments.model).is_dir():
         raise InputError(f"--revision {arguments.revision} does not apply to the folder {arguments.model}")
-    if arguments.batch_size is not None and arguments.batch_size < 1:
-        raise InputError(f"--batch_size must be at least 1, not {arguments.batch_size}")
     if arguments.output_format and not name.endswith("/"):
         raise InputError(f"--output_format is for a folder, and --output {arguments.output} is a file: leave it out")
     cpus, gpus = arguments.ray_cpus_per_actor, arguments.ray_gpus_per_actor
@@ -134,13 +133,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if gpus is not None and not (0 <= gpus < 1 or (gpus.is_integer() and gpus > 0)):
         raise InputError(f"--ray_gpus_per_actor must be a number of GPUs, or a fraction of one, not {gpus:g}")
     return arguments
-
-
-def find_inputs(arguments: argparse.Namespace) -> list[Source]:
-    try:
-        return find_all_sources(arguments.input, arguments.input_format)
-    except InputError as error:
-        raise InputError(f"--input {error}") from error
 
 
 def open_model(arguments: argparse.Namespace) -> "AbstractContextManager[Model | RayJob]":

@@ -31,7 +31,6 @@ from hierarchical_clinicalbert.publishing.export import export_merged, export_on
 from hierarchical_clinicalbert.publishing.hub import (
     SPACE_FILES,
     Target,
-    as_hub_error,
     find_target,
     log_in,
     publish,
@@ -120,7 +119,7 @@ def publish_space(api: HfApi, space: Target, model_target: Target, model: Commit
     """Publish the Space, and set its variables to the commit of the model."""
     published = publish(api, space, space_files(model_target.repo_id), "Publish the Space")
     problem = f"{space.repo_id} is published, but not pointed at the model"
-    with as_hub_error(problem, "run the same command again"):
+    with as_input_error(problem, "run the same command again"):
         for key, value in (("MODEL_ID", model_target.repo_id), ("MODEL_REVISION", model.oid)):
             api.add_space_variable(space.repo_id, key, value)
     print(f"{space.repo_id}: {published.commit_url}")

@@ -9,7 +9,6 @@ import functools
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 # silence bitsandbytes before its import: it suggests unpinned kernels from the Hub, and warns of each 8-bit layer's cast
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -20,7 +19,7 @@ from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer, EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from checkpoint_hierarchical import check_tokenizer
-from configuration_hierarchical import MULTI_LABEL, SINGLE_LABEL, HierarchicalConfig
+from configuration_hierarchical import HierarchicalConfig
 from hierarchical_clinicalbert.checkpoint_files import METRICS, is_checkpoint, read_config
 from hierarchical_clinicalbert.data.labels import resolve_labels
 from hierarchical_clinicalbert.data.report import log_report
@@ -31,14 +30,12 @@ from hierarchical_clinicalbert.evaluation import plots
 from hierarchical_clinicalbert.evaluation.forms import Form, form_of
 from hierarchical_clinicalbert.evaluation.label_issues import list_label_issues
 from hierarchical_clinicalbert.evaluation.report import (
-    ScoredSplit,
     calibrate_splits,
     class_scores,
-    draw_plots,
-    draw_reliability,
     log_metrics,
     measure_sets,
-    write_predictions,
+    write_reliability,
+    write_scores,
 )
 from hierarchical_clinicalbert.files import write_json
 from hierarchical_clinicalbert.machine import keep_memory
@@ -62,6 +59,10 @@ from hierarchical_clinicalbert.training.trainer import HierarchicalTrainer
 logger = logging.getLogger("train")
 
 BEFORE_CALIBRATION = ("_loss", "_ece", "_ece_by_chance")  # suffixes of metrics that may exist before calibration only
+SIZES = (  # of `size_report`
+    "trained: {trainable_parameters:,} of {all_parameters:,} parameters; "
+    "encoder: {encoder_bytes:,} bytes, {encoder_bytes_float32:,} in float32"
+)
 ADVICE = {  # of `run_command`
     "disk": "make room, then --resume_from_checkpoint auto resumes",
     "memory": "give --activation_checkpointing true, or a lower --per_device_train_batch_size or --per_device_eval_batch_size",
@@ -97,9 +98,8 @@ def run(arguments: Arguments, prepare: Prepare) -> None:
         labelled = resolve_labels(rows, arguments.data, stored.tree if stored else None)
         data = split_rows(labelled, training.seed, resume.read_earlier_texts(folder, resume_from))
     if stored and stored.problem_type != data.problem_type:
-        kinds = {SINGLE_LABEL: "one label per text", MULTI_LABEL: "any number of labels per text"}
-        ours, theirs = kinds[data.problem_type], kinds[stored.problem_type]
-        raise InputError(f"{source} is for {theirs}, the data for {ours} (--problem_type {data.problem_type})")
+        theirs, ours = stored.problem_type, data.problem_type
+        raise InputError(f"{source} is a checkpoint for {theirs}, the data are for {ours} (--problem_type)")
 
     # ── Train or score ───────────────────────────────────────────────────────────────────────────────────────────────
     arguments = arguments._replace(model=model)
@@ -136,7 +136,9 @@ def train(arguments: Arguments, data: LabelledSplits, resume_from: str | None, p
         output.mkdir(parents=True, exist_ok=True)
     trainer = prepare(build_trainer(arguments, splits, model, tokenizer))
     size = size_report(model)
-    log_set_up(arguments, size)
+    setup = (training.device, training.precision, arguments.model.quantization, arguments.model.tuning)
+    logger.info("device %s, precision %s, encoder %s, tuning %s", *setup)
+    logger.info(SIZES.format_map(size))
     resume.start_run(trainer, arguments.model.model_name_or_path, data, resume_from)
     if resume_from is None:
         heads_init = initialise_heads(trainer, splits["train"], arguments.model)
@@ -158,7 +160,7 @@ def train(arguments: Arguments, data: LabelledSplits, resume_from: str | None, p
     trainer.accelerator.wait_for_everyone()  # all processes load it
 
     # ── Score: the model as trained, and the checkpoint loaded back ──────────────────────────────────────────────────
-    scores, as_trained = dict[str, Any](), dict[str, float]()
+    as_trained: dict[str, float] = {}
     if arguments.model.quantization != "none":
         held_out = DatasetDict({split: rows for split, rows in splits.items() if split == "validation"})
         _, as_trained = score_splits(trainer, held_out)
@@ -169,8 +171,7 @@ def train(arguments: Arguments, data: LabelledSplits, resume_from: str | None, p
     # ── Calibrate: the lexical head and the calibration become part of the checkpoint ────────────────────────────────
     if "validation" in scored:
         if training.should_save:
-            diagram = draw_reliability(form, scored)
-            plots.write(diagram, output / "plots" / "reliability_diagram_uncalibrated.png")
+            write_reliability(form, scored, output / "plots" / "reliability_diagram_uncalibrated.png")
         counts = token_counts(splits["train"], model.config.text_config.vocab_size)
         labels = label_arrays(form.decisions, splits["train"])
         classifier = form.fit_classifier(counts, labels, arguments.model.lexical_head)
@@ -178,15 +179,17 @@ def train(arguments: Arguments, data: LabelledSplits, resume_from: str | None, p
         calibration = dataclasses.replace(calibration, max_length=tokenizer.model_max_length)
         model.set_calibration(calibration, classifier.weights() if classifier and calibration.lexical_weight else None)
         trainer.save_model(_internal_call=True)
-        scores = replace_scores(scores, calibrated) | measure_sets(form, scored, calibration.set_thresholds)
+        scores = replace_scores(scores, calibrated) | measure_sets(form, scored, calibration)
     else:
         logger.info("no validation rows were scored: no lexical head, and the model's probabilities are not calibrated")
 
     # ── Publish: files, model card, Hub ──────────────────────────────────────────────────────────────────────────────
     facts = result.metrics | run_facts(arguments, size, data.report) | {"best_epoch": trainer.best_epoch}
-    metrics = facts | scores | class_scores(form, scored, model.config.calibration.thresholds)
+    thresholds = model.config.calibration.thresholds
+    classes = class_scores(form, scored, thresholds)
+    metrics = facts | scores | classes
     if training.should_save:
-        write_files(output, form, model.config, scored, metrics)
+        write_scores(form, scored, thresholds, classes.get("per_class", []), output)
         titles = {name: metric.title for name, metric in form.metrics.items() if metric.is_drawn}
         plots.write(plots.training_curves(trainer.state.log_history, titles), output / "plots" / "training_curves.png")
         write_card(trainer, settings, data_report, output, metrics)
@@ -225,16 +228,6 @@ def build_trainer(
         loss_function=loss_function,
         consistency=loss.consistency,
     )
-
-
-def log_set_up(arguments: Arguments, size: dict[str, int | float]) -> None:
-    """Log the device, the precision and the sizes of `size_report`."""
-    training, model = arguments.training, arguments.model
-    setup = (training.device, training.precision, model.quantization, model.tuning)
-    logger.info("device %s, precision %s, encoder %s, tuning %s", *setup)
-    sizes = "trained: {trainable_parameters:,} of {all_parameters:,} parameters; "
-    sizes += "encoder: {encoder_bytes:,} bytes, {encoder_bytes_float32:,} in float32"
-    logger.info(sizes.format_map(size))
 
 
 def write_label_issues(form: Form, rows: Dataset, config: HierarchicalConfig, folder: Path) -> int:
@@ -281,7 +274,7 @@ def score_checkpoint(arguments: Arguments, data: LabelledSplits) -> None:
     log_report(data.report, lengths)
     scored, metrics = score_splits(scorer, splits)
     if tokenizer.model_max_length == config.calibration.max_length:
-        metrics |= measure_sets(form, scored, config.calibration.set_thresholds)
+        metrics |= measure_sets(form, scored, config.calibration)
 
     # ── Files ────────────────────────────────────────────────────────────────────────────────────────────────────────
     if training.should_save:
@@ -289,20 +282,11 @@ def score_checkpoint(arguments: Arguments, data: LabelledSplits) -> None:
         output.mkdir(parents=True, exist_ok=True)
         delete_scores(output)
         write_json(output / "data_report.json", data.report | {"lengths": lengths})
-        all_metrics = metrics | class_scores(form, scored, config.calibration.thresholds)
-        write_files(output, form, config, scored, all_metrics)
-        write_json(output / METRICS, all_metrics | {SCORED_MODEL: hash_model(Path(source))})
+        classes = class_scores(form, scored, config.calibration.thresholds)
+        write_scores(form, scored, config.calibration.thresholds, classes.get("per_class", []), output)
+        write_json(output / METRICS, metrics | classes | {SCORED_MODEL: hash_model(Path(source))})
         logger.info("metrics and plots are in %s", output)
     log_metrics(metrics)
-
-
-def write_files(
-    output: Path, form: Form, config: HierarchicalConfig, scored: dict[str, ScoredSplit], metrics: dict[str, Any]
-) -> None:
-    """Write the plots and the predictions of the scored splits into the folder ``output``."""
-    for name, figure in draw_plots(form, scored, metrics.get("per_class", [])).items():
-        plots.write(figure, output / "plots" / f"{name}.png")
-    write_predictions(form, scored, config.calibration.thresholds, output)
 
 
 def set_up_logging(first: bool) -> None:

@@ -39,7 +39,7 @@ from hierarchical_clinicalbert.data.labels import resolve_labels
 from hierarchical_clinicalbert.data.sources import read_rows
 from hierarchical_clinicalbert.data.splits import split_rows
 from hierarchical_clinicalbert.evaluation.forms import Form, form_of
-from hierarchical_clinicalbert.evaluation.label_issues import FILTER, judge, out_of_fold
+from hierarchical_clinicalbert.evaluation.label_issues import FILTER, find_issues, out_of_fold
 from hierarchical_clinicalbert.evaluation.lexical import REGULARISATION, LexicalClassifier
 from hierarchical_clinicalbert.evaluation.metrics import one_hot
 from hierarchical_clinicalbert.training.score import token_counts
@@ -97,8 +97,8 @@ def per_decision(
 
     The quality is the probability of the label. Without ``ranked``, it is the probability of the label's worst decision.
     """
-    judged = pd.concat(judge(form, scores, labels, texts))
-    issues = form.rank_issues(judged, scores, labels) if ranked else judged
+    found = pd.concat(find_issues(form, scores, labels, texts)).sort_values("probability_of_label", kind="stable")
+    issues = form.rank_issues(found, scores, labels, texts) if ranked else found
     lowest = issues.groupby("index")["probability_of_label"].min()
     listed, quality = np.zeros(len(texts), dtype=bool), np.ones(len(texts))
     listed[lowest.index], quality[lowest.index] = True, lowest
@@ -136,7 +136,8 @@ def fit(form: Form, counts: dict[str, csr_matrix], labels: np.ndarray, weights: 
     rows = form.decisions, counts["train"][kept], labels[kept]
     if labels.ndim == 1:
         return WeightedClassifier(*rows, weights[kept]).scores(counts["test"])
-    scores = form.classifier(*rows).decision_scores(counts["test"]) + form.removed_prior(labels[kept])
+    classifier = form.classifier(*rows)
+    scores = classifier.decision_scores(counts["test"]) + classifier.removed_prior
     return form.decisions(torch.from_numpy(scores))[0].exp().numpy()
 
 

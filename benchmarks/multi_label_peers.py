@@ -8,7 +8,6 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -330,13 +329,12 @@ def answers(tree: Taxonomy, scores: np.ndarray, labels: np.ndarray, num_fitted: 
         texts to which the thresholds were fitted.
     """
     generator, by_split, form = np.random.default_rng(0), [], form_of(tree, MULTI_LABEL)
-    fit = partial(fit_calibration, form)
     for _ in range(SPLITS):
         fitted, scored = np.split(generator.permutation(len(scores)), [num_fitted])
         inputs = (scores[fitted], None, labels[fitted])
-        calibrated = calibrate_out_of_fold(fit, form.decisions, *inputs, fitted)
+        calibrated = calibrate_out_of_fold(form, *inputs, fitted)
         sets = form.fit_sets(calibrated, labels[fitted], fitted)
-        u = calibrated_logits(form.decisions, fit(*inputs), scores[scored], None)
+        u = calibrated_logits(form.decisions, fit_calibration(form, *inputs), scores[scored], None)
         threshold = sets["set_thresholds"][threshold_index(MEASURED_TARGET)]
         measured = form.set_scores(u, labels[scored], scored, threshold)
         by_split.append((measured["recall"], measured["nodes"], sets["num_texts"]))

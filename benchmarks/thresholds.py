@@ -11,7 +11,6 @@ threshold of best micro-F1 on the test file itself, which is an upper bound for 
 import argparse
 import sys
 from collections import Counter
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -52,9 +51,9 @@ def study(task: Task, file: Path) -> None:
         for split, z in np.load(file).items()
     }
     form, texts = form_of(tree, MULTI_LABEL), np.arange(len(scores["validation"]))
-    fit, validation = partial(fit_calibration, form), (scores["validation"], None, labels["validation"])
-    u = calibrate_out_of_fold(fit, form.decisions, *validation, texts)
-    test = calibrated_logits(form.decisions, fit(*validation), scores["test"], None)
+    validation = scores["validation"], None, labels["validation"]
+    u = calibrate_out_of_fold(form, *validation, texts)
+    test = calibrated_logits(form.decisions, fit_calibration(form, *validation), scores["test"], None)
     for repeats in REPEATS:
         scores_by_order, chosen = [], Counter[float]()
         for order in range(ORDERS):

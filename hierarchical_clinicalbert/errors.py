@@ -48,6 +48,19 @@ def one_line(error: object) -> str:
 
 def describe_error(error: BaseException) -> str:
     """Return an error's message on one line, after its type if the message may not be readable without it."""
+    from huggingface_hub import errors  # here, because few commands end in an error
+
+    explained = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError)  # by their messages
+    if isinstance(error, errors.HfHubHTTPError) and not isinstance(error, explained):
+        detail = f" ({one_line(error.server_message)})" if error.server_message else ""
+        status = error.response.status_code
+        if status in (401, 403):
+            return f"the token may not do this{detail}"
+        return "the repository has changed meanwhile" if status == 412 else f"the Hub answered {status}{detail}"
+    if isinstance(error, errors.HTTPError):
+        return f"the connection failed ({one_line(error)})"
+    if isinstance(error, ConnectionError) and "xet" in str(error):  # hf_xet does not fall back to LFS
+        return "the Hub refused an upload by Xet: set HF_HUB_DISABLE_XET=1 to upload by LFS"
     is_plain = isinstance(error, (OSError, ValueError, ImportError)) or not str(error)
     return one_line(error) if is_plain else f"{type(error).__name__}: {one_line(error)}"
 
@@ -64,8 +77,8 @@ def is_own_bug(error: Exception) -> bool:
 
 
 @contextmanager
-def as_input_error(what: str) -> Iterator[None]:
-    """Convert any exception in the block into an InputError with the message "what: reason".
+def as_input_error(what: str, remedy: str = "") -> Iterator[None]:
+    """Convert any exception in the block into an InputError with the message "what: reason", and "; remedy" if given.
 
     The block calls a library on files or settings of the user. Libraries document no errors for these, and raise, say, KeyError.
     A bug of this project passes through, see `is_own_bug`.
@@ -77,7 +90,7 @@ def as_input_error(what: str) -> Iterator[None]:
     except Exception as error:
         if is_own_bug(error):
             raise
-        raise InputError(f"{what}: {describe_error(error)}") from error
+        raise InputError(f"{what}: {describe_error(error)}" + (f"; {remedy}" if remedy else "")) from error
 
 
 def is_full_disk(error: Exception) -> bool:

@@ -35,34 +35,22 @@ LFS_NAMES = re.compile(
 )
 ATTRIBUTES = b"*.bin filter=lfs diff=lfs merge=lfs -text\n*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
 
-# The schema of the front matter of a README.md. str: any string; "a|b": a or b; (pattern, advice): a string that matches;
-# [form]: a list; {form}: one value or a list; object: anything. A name that ends in `!` is required.
-SDKS, COLORS = "gradio|docker|static|streamlit", "red|yellow|green|blue|indigo|purple|pink|gray"
-LICENSES = (  # the common ones of the Hub's list
-    r"apache-2\.0|mit|isc|wtfpl|unlicense|zlib|bsd(-[23]-clause)?|[al]?gpl(-[23]\.[01])?|mpl-2\.0|epl-2\.0|eupl-1\.2"
-    r"|cc0-1\.0|cc-by(-nc)?(-sa|-nd)?-[234]\.0|odbl|odc-by|pddl|cdla-permissive-2\.0|gemma|llama[234]|llama3\.[123]"
-    r"|(bigscience-|bigcode-|creativeml-)?openrail(-m)?|unknown|other"
-)
-REPO_ID = r"(\w[\w.-]*/)?\w[\w.-]*"
-LANGUAGE = "It must be an ISO 639-1, 639-2 or 639-3 code (two/three letters), or a special value"
+# The schema of the front matter of a README.md. str: any string; "a|b": a or b; [form]: a list; {form}: one value or a list;
+# object: anything. A name that ends in `!` is required.
+SDKS = "gradio|docker|static|streamlit"
 RESULT = {
     "task!": {"type!": str, "name": str},
-    "dataset!": {"name!": str, "type!": str, "config": str, "split": str, "revision": str},
-    "metrics!": [{"type!": str, "value!": object, "name": str, "config": str}],
-    "source": {"url!": str, "name": str},
+    "dataset!": {"name!": str, "type!": str, "split": str},
+    "metrics!": [{"type!": str, "value!": object, "name": str}],
 }
 CARD = {
-    **dict.fromkeys(["pipeline_tag", "library_name", "license_name", "license_link", "thumbnail"], str),
+    **dict.fromkeys(["pipeline_tag", "library_name", "license"], str),
     "tags": {str},
-    "metrics": {str},
-    "license": {LICENSES},
-    "language": {("[a-z]{2,3}|code|multilingual", LANGUAGE)},
-    "base_model": {(REPO_ID, "Use a model id from https://hf.co/models.")},
+    "base_model": {str},
     "base_model_relation": "adapter|merge|quantized|finetune",
-    "datasets": {(REPO_ID, "If possible, use a dataset id from https://hf.co/datasets.")},
     "model-index": [{"name!": str, "results!": [RESULT]}],
 }
-SPACE_CARD = {"sdk!": SDKS, "title": str, "app_file": str, "colorFrom": COLORS, "colorTo": COLORS}
+SPACE_CARD = {"sdk!": SDKS, "title": str, "app_file": str}
 
 
 class HubError(Exception):
@@ -117,7 +105,6 @@ class Blob:
 class Commit:
     sha: str
     title: str
-    message: str
     author: str
     parent: str | None
     files: dict[str, Blob]
@@ -156,11 +143,11 @@ class Repo:
             yield commit
             commit = self.commits.get(commit.parent)
 
-    def commit(self, ref: str, files: dict[str, Blob], title: str, author: str, message: str = "") -> Commit:
+    def commit(self, ref: str, files: dict[str, Blob], title: str, author: str) -> Commit:
         parent = self.refs.get(ref)
-        made = Commit("", title, message, author, parent, files)
+        made = Commit("", title, author, parent, files)
         names = sorted((path, blob.oid) for path, blob in files.items())
-        identity = json.dumps([self.kind, self.id, ref, parent, names, title, message, len(self.commits)])
+        identity = json.dumps([self.kind, self.id, ref, parent, names, title, len(self.commits)])
         made.sha = self.refs[ref] = hashlib.sha1(identity.encode()).hexdigest()
         self.commits[made.sha] = made
         return made
@@ -202,17 +189,17 @@ class Call:
             raise HubError(403, "Forbidden: this token has no write permission")
 
     def repo(self, kind: str, repo_id: str, access: str) -> Repo:
-        """Return a repository, or raise HubError if the user lacks the access "read", "propose" or "write". "" needs no rights."""
+        """Return a repository, or raise HubError if the user lacks the access "read" or "write". "" needs no rights."""
         repo = self.hub.repos.get((kind, repo_id))
         mine = repo is not None and self.belongs(repo.namespace)
         if repo is None or (repo.private and access and not mine):
             if self.user is None:
                 raise HubError(401, "Invalid username or password.", "RepoNotFound")
             raise HubError(404, "Repository not found", "RepoNotFound")
-        if access in ("propose", "write"):
+        if access == "write":
             self.need_write_token()
-        if access == "write" and not mine:
-            raise HubError(403, "Forbidden: pass `create_pr=1` as a query parameter to create a Pull Request")
+            if not mine:
+                raise HubError(403, "Forbidden: you may not write to this repository")
         return repo
 
     def arguments(self, matched: dict[str, str | None], access: str) -> dict[str, Any]:
@@ -245,15 +232,13 @@ def card_data(commit: Commit) -> dict:
     return data if isinstance(data, dict) else {}
 
 
-def card_problems(content: str, kind: str) -> tuple[list[str], list[str]]:
-    """Return the errors and the warnings of a README.md."""
+def card_errors(content: str, kind: str) -> list[str]:
+    """Return the errors of a README.md."""
     try:
-        data = front_matter(content)
+        data = front_matter(content) or {}
     except yaml.YAMLError as error:
-        return [f"YAML Metadata Error: {' '.join(str(error).split())}"], []
-    if not data:
-        return [], ["empty or missing yaml metadata in repo card"]
-    return list(schema_errors(data, CARD | (SPACE_CARD if kind == "spaces" else {}), "")), []
+        return [f"YAML Metadata Error: {' '.join(str(error).split())}"]
+    return list(schema_errors(data, CARD | (SPACE_CARD if kind == "spaces" else {}), ""))
 
 
 def schema_errors(value: Any, form: Any, where: str) -> Iterator[str]:
@@ -277,8 +262,6 @@ def schema_errors(value: Any, form: Any, where: str) -> Iterator[str]:
         yield f'"{where}" must be a string'
     elif isinstance(form, str) and not re.fullmatch(form, value):
         yield f'"{where}" must be one of [{form}]'
-    elif isinstance(form, tuple) and not re.fullmatch(form[0], value):
-        yield f'"{where}" with value "{value}" is not valid. {form[1]}'
 
 
 # --- routes ---
@@ -288,8 +271,8 @@ PIECES = {
     "{kind}": "(?P<kind>models|spaces)",
     "{prefix}": "(?:(?P<kind>spaces)/)?",
     "{repo}": "(?P<repo>[^/]+(?:/[^/]+)??)",
-    "{rev}": "(?P<rev>refs/pr/[^/]+|[^/]+)",
-    "{ref}": "(?P<ref>refs/pr/[^/]+|[^/]+)",
+    "{rev}": "(?P<rev>[^/]+)",
+    "{ref}": "(?P<ref>[^/]+)",
     "{oid}": "(?P<oid>[0-9a-f]{64})",
     "{path}": "(?P<path>.*)",
 }
@@ -349,12 +332,10 @@ def whoami(call: Call) -> Answer:
 
 @route("POST", "/api/validate-yaml")
 def validate_yaml(call: Call) -> Answer:
-    errors, warnings = card_problems(call.payload["content"], KINDS[call.payload.get("repoType", "model")])
-    status = 400 if errors else 200
+    errors = card_errors(call.payload["content"], KINDS[call.payload.get("repoType", "model")])
     if call.headers.get("accept") == "text/plain":
-        lines = [f"- Error: {line}" for line in errors] + [f"- Warning: {line}" for line in warnings]
-        return Answer("\n".join(lines).encode(), status)
-    return Answer({"errors": [{"message": m} for m in errors], "warnings": [{"message": m} for m in warnings]}, status)
+        return Answer("\n".join(f"- Error: {line}" for line in errors).encode(), 400 if errors else 200)
+    return Answer({"errors": [{"message": line} for line in errors], "warnings": []}, 400 if errors else 200)
 
 
 @route("POST", "/api/repos/create")
@@ -396,10 +377,8 @@ def variables(call: Call, repo: Repo) -> Answer:
 # --- commits ---
 
 
-@route("POST", "/api/{kind}/{repo}/preupload/{rev}", "propose")
+@route("POST", "/api/{kind}/{repo}/preupload/{rev}", "write")
 def preupload(call: Call, repo: Repo, commit: Commit) -> Answer:
-    if "create_pr" not in call.query:
-        call.repo(repo.kind, repo.id, "write")
     files = []
     for file in call.payload["files"]:
         lfs = is_lfs(file["path"], file["size"], base64.b64decode(file.get("sample", "")))
@@ -410,41 +389,27 @@ def preupload(call: Call, repo: Repo, commit: Commit) -> Answer:
     return Answer({"files": files, "commitOid": commit.sha})
 
 
-@route("POST", "/api/{kind}/{repo}/commit/{ref}", "propose")
+@route("POST", "/api/{kind}/{repo}/commit/{ref}", "write")
 def make_commit(call: Call, repo: Repo, ref: str) -> Answer:
-    proposed = "create_pr" in call.query
-    if not proposed and not ref.startswith("refs/pr/"):
-        call.repo(repo.kind, repo.id, "write")
-    ref = ref if ref.startswith("refs/") else f"refs/heads/{ref}"
+    ref = f"refs/heads/{ref}"
     head = repo.at(ref)
     header, *changes = [json.loads(line) for line in call.body.splitlines() if line.strip()]
-    if header["key"] != "header" or not header["value"]["summary"]:
-        raise HubError(400, "A commit must begin with a header that has a summary")
-    title, message = header["value"]["summary"], header["value"].get("description", "")
     if header["value"].get("parentCommit") not in (None, head.sha):
         raise HubError(412, "A commit has happened since. Please refresh and try again.")
     files = dict(head.files)
     for line in changes:
         change(repo, files, line["key"], line["value"])
     if files.get("README.md") not in (None, head.files.get("README.md")):
-        errors, _ = card_problems(files["README.md"].data.decode(), repo.kind)
+        errors = card_errors(files["README.md"].data.decode(), repo.kind)
         if errors:
             raise HubError(400, "Invalid metadata in README.md: " + "; ".join(errors))
-    answer = {"success": True, "hookOutput": ""}
-    if proposed:
-        number = 1 + sum(name.startswith("refs/pr/") for name in repo.refs)
-        ref = f"refs/pr/{number}"
-        repo.refs[ref] = head.sha
-        answer["pullRequestUrl"] = f"{call.hub.endpoint}{repo.url}/discussions/{number}"
-    sha = repo.commit(ref, files, title, call.user.name, message).sha
-    return Answer({**answer, "commitOid": sha, "commitUrl": f"{call.hub.endpoint}{repo.url}/commit/{sha}"})
+    sha = repo.commit(ref, files, header["value"]["summary"], call.user.name).sha
+    return Answer({"success": True, "commitOid": sha, "commitUrl": f"{call.hub.endpoint}{repo.url}/commit/{sha}"})
 
 
 def change(repo: Repo, files: dict[str, Blob], key: str, value: dict) -> None:
     """Apply one line of a commit to `files`."""
     path = value["path"]
-    if {"", ".", "..", ".git"} & set(path.split("/")):
-        raise HubError(400, f"Invalid path: {path}")
     if key == "file":
         data = value["content"].encode()
         files[path] = Blob(base64.b64decode(data, validate=True) if value.get("encoding") == "base64" else data, False)
@@ -453,11 +418,8 @@ def change(repo: Repo, files: dict[str, Blob], key: str, value: dict) -> None:
         if data is None or value.get("size", len(data)) != len(data):
             raise HubError(400, f"LFS pointer pointed to a file that does not exist: {path}")
         files[path] = Blob(data, True)
-    elif key == "deletedFile":
-        if files.pop(path, None) is None:
-            raise HubError(404, f"A file with this name doesn't exist: {path}", "EntryNotFound")
-    else:
-        raise HubError(400, f"Unknown key in a commit: {key}")
+    elif files.pop(path, None) is None:  # the key is deletedFile
+        raise HubError(404, f"A file with this name doesn't exist: {path}", "EntryNotFound")
 
 
 # --- large files ---
@@ -522,22 +484,13 @@ def content(data: bytes, headers: dict[str, str]) -> Answer:
 
 @route("GET", "/api/{kind}/{repo}/tree/{rev}(?:/{path})?", "read")
 def tree(call: Call, repo: Repo, commit: Commit, path: str | None) -> Answer:
+    """List files recursively, without folders."""
     folder = f"{path.strip('/')}/" if path else ""
-    rests = [name.removeprefix(folder).split("/") for name in commit.files if name.startswith(folder)]
-    if folder and not rests:
+    blobs = {name: blob for name, blob in commit.files.items() if name.startswith(folder)}
+    if folder and not blobs:
         raise HubError(404, f"{path} does not exist", "EntryNotFound", {"X-Repo-Commit": commit.sha})
-    depth = max(map(len, rests), default=0) if call.query.get("recursive") == ["true"] else 1
-    names = sorted({folder + "/".join(rest[: i + 1]) for rest in rests for i in range(min(depth, len(rest)))})
-    return Answer([entry(commit, name) for name in names])
-
-
-def entry(commit: Commit, path: str) -> dict:
-    blob = commit.files.get(path)
-    if blob is None:
-        return {"type": "directory", "path": path, "oid": hashlib.sha1(path.encode()).hexdigest(), "size": 0}
-    found = {"type": "file", "path": path, "oid": blob.oid, "size": len(blob.data)}
-    lfs = {"oid": blob.sha256, "size": len(blob.data), "pointerSize": len(blob.pointer)}
-    return found | ({"lfs": lfs} if blob.lfs else {})
+    kind = {"type": "file"}
+    return Answer([{**kind, "path": name, "oid": blob.oid, "size": len(blob.data)} for name, blob in blobs.items()])
 
 
 # last, because "/api/models/a/b" matches many paths

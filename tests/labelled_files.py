@@ -1,5 +1,7 @@
 """Write and load files of labelled texts, for the tests of labels, sources and splits."""
 
+import json
+
 import datasets
 import pandas as pd
 
@@ -10,6 +12,7 @@ from hierarchical_clinicalbert.data.splits import split_rows
 from hierarchical_clinicalbert.data.trained_texts import NO_TRAINED_TEXTS
 
 SECRET = "patient Miller"  # stands for a text that must not be shown
+MANY = "multi_label_classification"
 
 datasets.disable_progress_bars()
 
@@ -34,11 +37,23 @@ def csv_file(path, rows, header=("text", "label")):
     return path
 
 
+def json_lines(path, labels):
+    """Write texts with these labels, called "text 0" and so on."""
+    rows = ({"text": f"text {i}", "label": label} for i, label in enumerate(labels))
+    return write(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
 def nodes_of(data, split="train"):
     """Return the node of each row of a split with one path a text."""
     return [node for (node,) in data.splits[split]["nodes"]]
 
 
-def labels_of(data, split):
+def labels_of(data, split="train"):
     """Return the labels of a split with one path a text."""
     return [data.taxonomy.labels[node] for node in nodes_of(data, split)]
+
+
+def label_sets(data, split="train"):
+    """Return the set of labels of each text of a split."""
+    rows = data.splits[split]
+    return {text: {data.taxonomy.labels[i] for i in ids} for text, ids in zip(rows["text"], rows["nodes"], strict=True)}

@@ -76,19 +76,16 @@ UNUSABLE = {
 }
 
 
-@pytest.mark.parametrize("case", UNUSABLE)
-def test_the_hub_is_not_asked_for_the_encoder_of_unusable_data(hub, place, case):
+@pytest.mark.parametrize(
+    ("case", "model"),
+    [(case, None) for case in UNUSABLE]
+    + [(case, "alice/checkpoint") for case in ("no file", "no column", "no label", "a run")],
+)
+def test_the_hub_is_not_asked_for_an_encoder_or_a_taxonomy_if_rows_are_unusable(hub, place, case, model):
     words, message = UNUSABLE[case]
     num_requests = len(hub.requests)
-    assert message in refusal(*words, settings=hub.environment())
-    assert hub.requests[num_requests:] == []
-
-
-@pytest.mark.parametrize("case", ["no file", "no column", "no label", "a run"])
-def test_the_hub_is_not_asked_for_the_taxonomy_of_a_checkpoint_if_rows_are_unusable(hub, place, case):
-    words, message = UNUSABLE[case]
-    num_requests = len(hub.requests)
-    assert message in refusal(*words, "--model_name_or_path", "alice/checkpoint", settings=hub.environment())
+    flags = ("--model_name_or_path", model) if model else ()
+    assert message in refusal(*words, *flags, settings=hub.environment())
     assert hub.requests[num_requests:] == []
 
 

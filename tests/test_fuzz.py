@@ -7,7 +7,7 @@ inputs. The process may use at most 2 GiB more than at the start.
 import gzip
 import json
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +38,6 @@ JSON = st.recursive(
     SCALARS,
     lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(TEXT, inner, max_size=4)),
     max_leaves=12,
-)
-GOOD = NAMES.map(str.strip).filter(bool)
-FORESTS = st.dictionaries(  # taxonomies as people write them; a name may occur under several parents
-    GOOD,
-    st.recursive(st.none(), lambda inner: st.dictionaries(GOOD, inner, max_size=4), max_leaves=12),
-    min_size=2,
-    max_size=4,
 )
 TREES = st.recursive(
     st.one_of(NAMES, st.none()),
@@ -98,20 +91,6 @@ def built(make: Callable[..., Taxonomy], *arguments: Any) -> Taxonomy | None:
     except (TaxonomyError, InputError) as error:
         assert "\n" not in str(error)  # noqa: PT017
         return None
-
-
-@fuzz
-@given(FORESTS)
-def test_any_nested_mapping_is_a_taxonomy_with_its_paths(tree):
-    taxonomy = Taxonomy(tree, " > ")
-    assert_sound(taxonomy)
-    assert sorted(taxonomy.path_names(node) for node in range(taxonomy.num_nodes)) == sorted(paths_of(tree))
-
-
-def paths_of(tree: dict[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    for name, below in tree.items():
-        yield (*above, name)
-        yield from paths_of(below or {}, (*above, name))
 
 
 @fuzz

@@ -30,16 +30,16 @@ def test_a_checkpoint_is_scored_at_its_own_length(tiny_encoder, tmp_path):
     assert other["test_log_loss"] == pytest.approx(one["test_log_loss"], abs=1e-6)
 
 
-def test_the_log_names_columns_precision_and_sizes(quickstart_run):
+def test_the_log_names_columns_precision_sizes_and_scores(quickstart_run):
     _, log = quickstart_run
-    assert "'text'" in log
-    assert "'label'" in log
-    assert "encoder 4bit, tuning lora" in log
-    assert "in float32" in log
+    for words in ("'text'", "'label'", "encoder 4bit, tuning lora", "in float32"):
+        assert words in log
+    assert "calibrated on the validation rows: scales of the scores from" in log
     table = re.split(r"validation +test\n", log)[1]
     for name in ("log_loss", "accuracy", "macro_f1", "ece", "level_2_ece"):
         assert re.search(rf"^{name} +\d\.\d{{4}} +\d\.\d{{4}}$", table, re.MULTILINE), name
     assert re.search(r"^answer_coverage +\d\.\d{4}$", table, re.MULTILINE)  # of the test rows alone
+    assert "runtime" not in table
 
 
 def test_metrics_have_the_promised_names_and_agree_with_scikit_learn(quickstart_run):
@@ -53,15 +53,10 @@ def test_metrics_have_the_promised_names_and_agree_with_scikit_learn(quickstart_
     assert {"uncalibrated_eval_loss", "uncalibrated_test_loss"} <= metrics.keys()
     assert {"trainable_parameters", "trainable_share", "encoder_bytes", "encoder_bytes_float32"} <= metrics.keys()
     rows = read_csv(output / "test_predictions.csv")
-    truth, answers = [row["label"] for row in rows], [row["prediction"] for row in rows]
-    assert metrics["test_accuracy"] == pytest.approx(accuracy_score(truth, answers))
-    assert metrics["test_macro_f1"] == pytest.approx(f1_score(truth, answers, average="macro"))
-
-
-def test_calibration_and_the_lexical_head_lower_the_log_loss(quickstart_run):
-    output, log_text = quickstart_run
-    assert "calibrated on the validation rows: scales of the scores from" in log_text
-    metrics = json.loads((output / "metrics.json").read_text())
+    truth, predicted = [row["label"] for row in rows], [row["prediction"] for row in rows]
+    assert metrics["test_accuracy"] == pytest.approx(accuracy_score(truth, predicted))
+    assert metrics["test_macro_f1"] == pytest.approx(f1_score(truth, predicted, average="macro"))
+    # calibration and the lexical head lower the log loss
     assert metrics["lexical_weight"] > 0
     assert metrics["eval_log_loss"] < metrics["uncalibrated_eval_log_loss"]
     assert metrics["eval_log_loss"] < metrics["without_lexical_head_eval_log_loss"]
@@ -69,13 +64,10 @@ def test_calibration_and_the_lexical_head_lower_the_log_loss(quickstart_run):
     assert (output / "plots" / "reliability_diagram_uncalibrated.png").is_file()
 
 
-def test_the_saved_tokenizer_knows_the_encoders_limit_and_pads_at_the_end(quickstart_run):
-    tokenizer = AutoTokenizer.from_pretrained(quickstart_run[0], trust_remote_code=True)
-    assert (tokenizer.model_max_length, tokenizer.padding_side) == (128, "right")
-
-
-def test_the_only_pickles_of_a_run_are_the_optimizer_states_to_resume_from(quickstart_run):
+def test_the_saved_tokenizer_knows_the_encoders_limit_and_files_hold_no_other_pickle_than_the_states(quickstart_run):
     output, _ = quickstart_run
+    tokenizer = AutoTokenizer.from_pretrained(output, trust_remote_code=True)
+    assert (tokenizer.model_max_length, tokenizer.padding_side) == (128, "right")
     pickles = {path for suffix in ("bin", "pkl", "pt", "pth") for path in output.rglob(f"*.{suffix}")}
     assert {path.name for path in pickles} <= {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
     assert all(path.parent.name.startswith("checkpoint-") for path in pickles)
@@ -105,7 +97,7 @@ print(json.dumps([logits.tolist(), scores, [label for _, label in sorted(model.c
 
 
 @pytest.mark.parametrize("several", [False, True], ids=["one path", "many nodes"])
-def test_predictions_and_measured_answers_are_those_of_the_pipeline(quickstart_run, tiny_encoder, tmp_path, several):
+def test_predictions_and_measured_sets_are_those_of_the_pipeline(quickstart_run, tiny_encoder, tmp_path, several):
     output, rows = quickstart_run[0], read_csv(CORPUS / "test.csv")
     if several:
         output = tmp_path / "results"
@@ -122,11 +114,11 @@ def test_predictions_and_measured_answers_are_those_of_the_pipeline(quickstart_r
         predicted = [node["label"] for node in (result["labels"] if several else [result])]
         for column, expected in ((f"label{plural}", labels), (f"prediction{plural}", predicted)):
             assert {*filter(None, one[column].split("; "))} == {*expected}
-        # of one path, a leaf counts as held if the answer has it or a node above
-        answer = {tree.id(node["label"]) for node in result["answer"]}
+        # of one path, a leaf counts as held if the set has it or a node above
+        predicted_set = {tree.id(node["label"]) for node in result["answer"]}
         true = tree.with_ancestors(map(tree.id, labels))
         if true:
-            shares.append(len(true & answer) / len(true) if several else float(bool(true & answer)))
+            shares.append(len(true & predicted_set) / len(true) if several else float(bool(true & predicted_set)))
     metrics = json.loads((output / "metrics.json").read_text())
     assert metrics[f"test_answer_{guarantee}"] == pytest.approx(np.mean(shares))
 
@@ -138,18 +130,17 @@ def test_a_checkpoint_is_scored_without_training_as_it_was_after_training(quicks
     run("--do_train", "false", "--do_predict", *flags)
     scored = json.loads((tmp_path / "scores" / "metrics.json").read_text())
     trained = json.loads((output / "metrics.json").read_text())
-    answers = ("test_answer_coverage", "test_answer_nodes")
-    for name in ("test_accuracy", "test_macro_f1", "test_log_loss", "test_ece", "test_level_1_accuracy", *answers):
+    of_sets = ("test_answer_coverage", "test_answer_nodes")
+    for name in ("test_accuracy", "test_macro_f1", "test_log_loss", "test_ece", "test_level_1_accuracy", *of_sets):
         assert scored[name] == pytest.approx(trained[name], abs=1e-6), name
     assert not (tmp_path / "scores" / "config.json").exists()
-    again = run("--do_train", "false", "--do_predict", *flags, check=False)
-    assert "scores already holds a run: give another --output_dir, or --overwrite_output_dir true" in again.stderr
-    train_anew = run("--train_file", test_file, *flags, check=False)
-    assert "scores already holds a run: give another --output_dir, or --overwrite_output_dir true" in train_anew.stderr
+    for words in (("--do_train", "false", "--do_predict"), ("--train_file", test_file)):
+        again = run(*words, *flags, check=False)
+        assert "scores already holds a run: give another --output_dir, or --overwrite_output_dir true" in again.stderr
     run("--do_train", "false", "--do_predict", *flags, "--overwrite_output_dir", "true", "--max_length", 48)
     scored = json.loads((tmp_path / "scores" / "metrics.json").read_text())
     assert "test_log_loss" in scored
-    assert not {*answers} & {*scored}  # the answers' thresholds are for another length
+    assert not {*of_sets} & {*scored}  # the thresholds of sets are for another length
 
 
 def test_a_warm_start_with_a_grown_taxonomy_keeps_the_known_heads(quickstart_run, tmp_path):

@@ -40,7 +40,7 @@ class DataArguments:
     label_separator: str | None = flag(
         None, "Separator between the names in the path of a label. Default: the checkpoint's, for an encoder '/'."
     )
-    class_names: str | None = flag(None, "Names of coded labels: .csv or .tsv file of code,name rows, or JSON object.")
+    class_names: str | None = flag(None, "Names of coded labels: table with columns code and name, or JSON object.")
     max_length: int | None = flag(
         None, "Texts are truncated to this number of tokens. Default: 512, or the limit of the checkpoint to score."
     )

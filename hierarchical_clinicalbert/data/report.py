@@ -8,12 +8,11 @@ from itertools import chain
 import numpy as np
 import pandas as pd
 
-from taxonomy_hierarchical import Taxonomy, quote_name
+from taxonomy_hierarchical import Taxonomy, list_names
 
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
-LOGGED_CLASSES = 8
 LOGGED_LENGTHS = (
     "%(p50)d tokens per text in the median, %(max)d at most; %(truncated)d texts truncated at %(max_length)d"
 )
@@ -55,22 +54,22 @@ def log_splits(report: dict) -> None:
     if split_off := report["split"]["split_off"]:
         shares = " and ".join(f"{share:g} for {split}" for split, share in split_off.items())
         logger.info("split off the training texts, identical texts kept together: %s", shares)
-    if dropped := _listed({split: counts["dropped_rows"] for split, counts in report["splits"].items()}):
+    if dropped := list_rows({split: counts["dropped_rows"] for split, counts in report["splits"].items()}):
         logger.warning("dropped, since a later split has the texts: %s", dropped)
-    if united := _listed(report.get("united_rows", {})):
+    if united := list_rows(report.get("united_rows", {})):
         logger.info("merged with another row of the same text: %s", united)
     before = report["trained_before"]
     for action, counts in (("moved to the training rows", before["moved"]), ("left out", before["left_out"])):
-        if held_out := _listed(counts):
+        if held_out := list_rows(counts):
             logger.warning("%s, since the checkpoint was trained or calibrated on the texts: %s", action, held_out)
     if before["scores"] == "unverified":
         logger.warning("the checkpoint's training texts are unknown: no rows are split off, and scores are unverified")
     if untrained := report["classes_without_training_rows"]:
-        names = ", ".join(map(quote_name, untrained[:LOGGED_CLASSES]))
-        logger.warning("%d classes without training rows, such as %s", len(untrained), names)
+        logger.warning("%d classes without training rows: %s", len(untrained), list_names(untrained))
 
 
-def _listed(rows: dict[str, int]) -> str:
+def list_rows(rows: dict[str, int]) -> str:
+    """Join the numbers of rows of each split that has any."""
     return " and ".join(f"{count:,} {split} rows" for split, count in rows.items() if count)
 
 

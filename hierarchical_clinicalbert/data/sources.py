@@ -179,7 +179,9 @@ def _with_class_names(table: pd.DataFrame, features: Mapping[str, Any]) -> pd.Da
     """Replace the numbers in columns of ClassLabel by its names."""
 
     def name_of(value: Any) -> Any:
-        return [*map(name_of, value)] if isinstance(value, list) else None if value is None else classes[value]
+        if isinstance(value, list):
+            return [name_of(item) for item in value]
+        return None if value is None else classes[value]
 
     for column in table:
         feature = features.get(column)
@@ -212,18 +214,17 @@ def find_shares(arguments: DataArguments, splits: Container[str], single: bool) 
         single: whether the only source is to be split into all splits.
     """
     given = {"test": arguments.test_size, "validation": arguments.validation_size}
-    sizes = {split: SHARE if size is None else size for split, size in given.items()}
-    if not (min(sizes.values()) >= 0 and sum(sizes.values()) < 1):
-        shares = " and ".join(f"{size:g}" for size in sizes.values())
-        raise InputError(
-            f"--test_size and --validation_size must be shares of the rows with a sum below 1, not {shares}"
-        )
     can_split = {"test": single, "validation": "train" in splits and "validation" not in splits}
     for split, size in given.items():
         if size and not can_split[split]:
-            reason = f"the data have {split} rows" if split in splits else "the data are given by split"
-            raise InputError(f"--{split}_size has no effect here, as {reason}: leave it out")
-    return {split: size for split, size in sizes.items() if size and can_split[split]}
+            raise InputError(f"--{split}_size has no effect here, as the data are given by split: leave it out")
+    sizes = {split: SHARE if size is None else size for split, size in given.items() if can_split[split]}
+    if not (all(size >= 0 for size in sizes.values()) and sum(sizes.values()) < 1):
+        shown = " and ".join(f"{size:g}" for size in sizes.values())
+        raise InputError(
+            f"--test_size and --validation_size must be shares of the rows with a sum below 1, not {shown}"
+        )
+    return {split: size for split, size in sizes.items() if size}
 
 
 # ── Columns ──────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -32,8 +32,6 @@ from hierarchical_clinicalbert.evaluation.metrics import FOLDS
 PRIOR_STD = 0.25  # standard deviation of every prior
 SCALE_BOUNDS = (0.05, 20.0)
 
-Fit = Callable[[np.ndarray, np.ndarray | None, np.ndarray], Calibration]
-
 
 def calibrated_logits(
     decisions: Decisions, calibration: Calibration, scores: np.ndarray, lexical_scores: np.ndarray | None
@@ -44,19 +42,29 @@ def calibrated_logits(
     return decisions(torch.from_numpy(calibrated))[1].numpy()
 
 
+def map_estimate(
+    neg_log_likelihood: Callable[[np.ndarray], tuple[float, np.ndarray]], mean: np.ndarray, bounds: list
+) -> np.ndarray:
+    """Minimise a function that returns its value and gradient, plus the negative log of a normal prior with this mean."""
+
+    def neg_log_posterior(parameters: np.ndarray) -> tuple[float, np.ndarray]:
+        shift = (parameters - mean) / PRIOR_STD
+        value, slope = neg_log_likelihood(parameters)
+        return value + (shift**2).sum() / 2, slope + shift / PRIOR_STD
+
+    return minimize(neg_log_posterior, x0=mean, jac=True, bounds=bounds, method="L-BFGS-B").x
+
+
 def fit_calibration(
     form: Form,
     scores: np.ndarray,
     lexical_scores: np.ndarray | None,
     labels: np.ndarray,
     log_prior: np.ndarray | float = 0.0,
-    prior: float = PRIOR_STD,
-    bias_prior: float = PRIOR_STD,
 ) -> Calibration:
     """Return the MAP estimate of the lexical head's weight, at least 0, and of scales, in [0.05, 20], and biases.
 
-    A decision without rows has the prior means. An infinite standard deviation of a prior gives maximum likelihood, and a
-    ``bias_prior`` of 0 no biases. ``log_prior`` is that of `LexicalClassifier`, (num_nodes,).
+    A decision without rows has the prior means. ``log_prior`` is that of `LexicalClassifier`, (num_nodes,).
     """
     parts = [scores.astype(np.float64)]
     if lexical_scores is not None:
@@ -71,50 +79,43 @@ def fit_calibration(
     for nodes, features, targets in per_decision:
         by_size[len(nodes)].append((features, targets))
     taken = [tuple(map(np.concatenate, zip(*same, strict=True))) for same in by_size.values()]
-    mean = np.array([1.0, 0.0])[: len(parts)]
-    bounds = [SCALE_BOUNDS, (0.0, SCALE_BOUNDS[1])][: len(parts)]
 
-    def neg_log_posterior(factors: np.ndarray) -> tuple[float, np.ndarray]:
-        shift = (factors - mean) / prior
-        value, slope = (shift**2).sum() / 2, shift / prior
+    def of_common(factors: np.ndarray) -> tuple[float, np.ndarray]:
+        value, slope = 0.0, np.zeros(len(factors))
         for features, targets in taken:
             loss, errors = neg_log_likelihood(form, features @ factors, targets)
             value, slope = value + loss, slope + np.einsum("rc,rcp->p", errors, features)
         return value, slope
 
-    factors = minimize(neg_log_posterior, x0=mean, jac=True, bounds=bounds, method="L-BFGS-B").x
+    bounds = [SCALE_BOUNDS, (0.0, SCALE_BOUNDS[1])]
+    factors = map_estimate(of_common, np.array([1.0, 0.0])[: len(parts)], bounds[: len(parts)])
     common, weights = float(factors[0]), factors / factors[0]  # common · (encoder's scores + weight · lexical scores)
 
     # ── Each decision's own ──────────────────────────────────────────────────────────────────────────────────────────
     scales, biases = np.full(scores.shape[1], common), np.zeros(scores.shape[1])
     for nodes, features, targets in per_decision:
-        scales[nodes], biases[nodes] = fit_decision(form, features @ weights, targets, prior, bias_prior, common)
+        scales[nodes], biases[nodes] = fit_decision(form, features @ weights, targets, common)
     if lexical_scores is None:
         return Calibration(scales=scales.tolist(), biases=biases.tolist())
     biases -= scales * weights[1] * log_prior
     return Calibration(lexical_weight=float(weights[1]), scales=scales.tolist(), biases=biases.tolist())
 
 
-def fit_decision(
-    form: Form, scores: np.ndarray, targets: np.ndarray, prior: float, bias_prior: float, common: float = 1.0
-) -> tuple[float, np.ndarray]:
-    """Return the MAP estimates of one decision's scale and biases, with prior means ``common`` and 0.
+def fit_decision(form: Form, scores: np.ndarray, targets: np.ndarray, common: float) -> tuple[float, np.ndarray]:
+    """Return the MAP estimate of one decision's scale and biases, with prior means ``common`` and 0.
 
     Scores and targets are (num_rows, num_children).
     """
+    num_children = scores.shape[1]
     if not len(targets):
-        return common, np.zeros(scores.shape[1])
-    mean = np.array([common, *[0.0] * scores.shape[1]])
-    deviations = np.array([prior, *[bias_prior or np.inf] * scores.shape[1]])
-    bounds = [SCALE_BOUNDS, *[(None, None) if bias_prior else (0.0, 0.0)] * scores.shape[1]]
+        return common, np.zeros(num_children)
 
-    def neg_log_posterior(parameters: np.ndarray) -> tuple[float, np.ndarray]:
-        shift = (parameters - mean) / deviations
+    def of_decision(parameters: np.ndarray) -> tuple[float, np.ndarray]:
         loss, errors = neg_log_likelihood(form, parameters[0] * scores + parameters[1:], targets)
-        slope = np.array([(errors * scores).sum(), *errors.sum(0)]) + shift / deviations
-        return loss + (shift**2).sum() / 2, slope
+        return loss, np.array([(errors * scores).sum(), *errors.sum(0)])
 
-    scale, *biases = minimize(neg_log_posterior, x0=mean, jac=True, bounds=bounds, method="L-BFGS-B").x
+    bounds = [SCALE_BOUNDS, *[(None, None)] * num_children]
+    scale, *biases = map_estimate(of_decision, np.array([common, *[0.0] * num_children]), bounds)
     return float(scale), np.array(biases)
 
 
@@ -125,24 +126,25 @@ def neg_log_likelihood(form: Form, logits: np.ndarray, targets: np.ndarray) -> t
 
 
 def calibrate_out_of_fold(
-    fit: Fit,
-    decisions: Decisions,
+    form: Form,
     scores: np.ndarray,
     lexical_scores: np.ndarray | None,
     labels: np.ndarray,
     texts: np.ndarray,
+    log_prior: np.ndarray | float = 0.0,
 ) -> np.ndarray:
-    """Calibrate each fifth of the texts with parameters that ``fit`` estimates on the other fifths (cross-conformal: Vovk, 2015).
+    """Calibrate each fifth of the texts by `fit_calibration` on the other fifths (cross-conformal: Vovk, 2015).
 
     With fewer than five texts there is one fold per text. A single text is calibrated by its own fit. Returns logits
     (num_rows, num_classes), in float64.
     """
     folds = min(FOLDS, len(np.unique(texts)))
     if folds == 1:
-        return calibrated_logits(decisions, fit(scores, lexical_scores, labels), scores, lexical_scores)
-    calibrated = np.empty((len(scores), decisions.num_classes))
+        calibration = fit_calibration(form, scores, lexical_scores, labels, log_prior)
+        return calibrated_logits(form.decisions, calibration, scores, lexical_scores)
+    calibrated = np.empty((len(scores), form.decisions.num_classes))
     for fitted, scored in GroupKFold(folds, shuffle=True, random_state=0).split(scores, groups=texts):
         lexical = (None, None) if lexical_scores is None else (lexical_scores[fitted], lexical_scores[scored])
-        calibration = fit(scores[fitted], lexical[0], labels[fitted])
-        calibrated[scored] = calibrated_logits(decisions, calibration, scores[scored], lexical[1])
+        calibration = fit_calibration(form, scores[fitted], lexical[0], labels[fitted], log_prior)
+        calibrated[scored] = calibrated_logits(form.decisions, calibration, scores[scored], lexical[1])
     return calibrated

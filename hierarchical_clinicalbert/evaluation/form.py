@@ -69,7 +69,7 @@ class FormBase:
             size = f"{vocab_size:,} tokens times {num_classes:,} classes"
             logger.info("no lexical head: it would have %s weights; --lexical_head true adds it", size)
             return None
-        if not self.classifier.can_learn(self.decisions, labels):
+        if not self.classifier.learnable(self.decisions, labels).size:
             logger.info("no lexical head: the training rows do not tell any two classes apart")
             return None
         return self.classifier(self.decisions, counts, labels)

@@ -4,13 +4,13 @@ Worth knowing:
 
 1. Each row is scored by a lexical classifier that was fitted on other texts. The encoder is not used.
 2. Confident learning (Northcutt, Jiang and Chuang, 2021, "Confident Learning: Estimating Uncertainty in Dataset Labels") then
-   judges each decision of the taxonomy, over the rows whose path takes it. In multi-label data, each node is a decision,
+   is applied to each decision of the taxonomy, over the rows whose path takes it. In multi-label data, each node is a decision,
    over the texts with its parent. So labels may be inner nodes.
-3. A node with fewer than `FOLDS` texts has too few examples. Its rows are not judged in that decision.
+3. A node with fewer than `FOLDS` texts has too few examples. Its rows are left out in that decision.
 4. Rows are ranked by the probability of the label. Many listed labels are correct: `benchmarks/label_issues.py`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import pandas as pd
@@ -37,20 +37,20 @@ def list_label_issues(
         moved: which rows are of another file, (num_rows,). They are not listed.
     """
     scores, tree = out_of_fold(form, counts, labels, texts), form.tree
-    judged = [] if scores is None else [*judge(form, scores, labels, texts)]
-    if not judged:
+    found = [] if scores is None else [*find_issues(form, scores, labels, texts)]
+    if not found:
         return pd.DataFrame(columns=COLUMNS)
-    issues = form.rank_issues(pd.concat(judged), scores, labels)
-    issues = issues[~moved[issues["index"]]]
+    by_probability = pd.concat(found).sort_values("probability_of_label", kind="stable")
+    issues = form.rank_issues(by_probability[~moved[by_probability["index"]]], scores, labels, texts)
     index = issues["index"].to_numpy()
-    better, why = form.describe_issues(issues, labels, texts)
+
+    def join_deepest(nodes: Iterable[int]) -> str:
+        return join_labels(tree.labels[node] for node in tree.deepest(nodes))
+
     columns = {
         "row": rows[index],
-        "label": [
-            join_labels(tree.labels[node] for node in tree.deepest(nodes)) for nodes in form.nodes_of(labels[index])
-        ],
-        "better_label": [join_labels(tree.labels[node] for node in tree.deepest(nodes)) for nodes in better],
-        "why": why,
+        "label": [*map(join_deepest, form.nodes_of(labels[index]))],
+        "better_label": [*map(join_deepest, issues["better"])],
         "decision": [tree.labels[node] if node >= 0 else "" for node in issues["decision"]],
     }
     return issues.assign(**columns)[[*COLUMNS]]
@@ -65,10 +65,10 @@ def out_of_fold(form: Form, counts: csr_matrix, labels: np.ndarray, texts: np.nd
     scores = np.empty((len(labels), form.decisions.num_nodes))
     for held_out in np.unique(fold):
         fitted, scored = fold != held_out, fold == held_out
-        if not form.classifier.can_learn(form.decisions, labels[fitted]):
+        if not form.classifier.learnable(form.decisions, labels[fitted]).size:
             return None
         classifier = form.classifier(form.decisions, counts[fitted], labels[fitted])
-        scores[scored] = classifier.decision_scores(counts[scored]) + form.removed_prior(labels[fitted])
+        scores[scored] = classifier.decision_scores(counts[scored]) + classifier.removed_prior
     return scores
 
 
@@ -81,7 +81,7 @@ def assign_folds(labels: np.ndarray, texts: np.ndarray) -> np.ndarray:
     return (np.argsort(order) % FOLDS)[text_of]
 
 
-def judge(form: Form, scores: np.ndarray, labels: np.ndarray, texts: np.ndarray) -> Iterator[pd.DataFrame]:
+def find_issues(form: Form, scores: np.ndarray, labels: np.ndarray, texts: np.ndarray) -> Iterator[pd.DataFrame]:
     """Yield each decision's rows that confident learning considers mislabelled.
 
     Their columns are those of `rank_issues`, with the decision's best other choice, and probabilities given the parent.
@@ -94,8 +94,8 @@ def judge(form: Form, scores: np.ndarray, labels: np.ndarray, texts: np.ndarray)
         kept = np.flatnonzero(num_texts >= FOLDS)
         if len(kept) < 2:
             continue
-        judged = np.isin(given, kept)
-        label, probabilities = np.searchsorted(kept, given[judged]), softmax(logits[judged][:, kept], axis=1)
+        is_kept = np.isin(given, kept)
+        label, probabilities = np.searchsorted(kept, given[is_kept]), softmax(logits[is_kept][:, kept], axis=1)
 
         # ── The mislabelled rows, and their best other choice ──
         issues = np.flatnonzero(find_label_issues(label, probabilities, filter_by=FILTER, n_jobs=1))
@@ -105,7 +105,7 @@ def judge(form: Form, scores: np.ndarray, labels: np.ndarray, texts: np.ndarray)
         better = others.argmax(axis=1)
         yield pd.DataFrame(
             {
-                "index": rows[judged][issues],
+                "index": rows[is_kept][issues],
                 "decision": decision,
                 "better": choices[kept][better],
                 "probability_of_label": probabilities[places, label],

@@ -35,11 +35,13 @@ class LexicalClassifier:
             thousands of classes an array (num_classes, V) would take too much memory.
         bias: (num_classes,).
         log_prior: what the decision scores of the classifier hold of the classes' frequencies, (num_nodes,) or 0.
+        removed_prior: what they lack of these frequencies, (num_nodes,) or 0.
     """
 
     weight: np.ndarray
     classes: np.ndarray
-    log_prior: np.ndarray | float
+    log_prior: np.ndarray | float = 0.0
+    removed_prior: np.ndarray | float = 0.0
 
     def __init__(self, decisions: Decisions, counts: csr_matrix, outcomes: np.ndarray):
         self.decisions = decisions
@@ -98,52 +100,38 @@ class LeafClassifier(LexicalClassifier):
             self.bias[unseen] = np.log(share * len(labels)) - logsumexp(-total)
 
     @staticmethod
-    def can_learn(decisions: OnePath, labels: np.ndarray) -> bool:
-        """Return whether the labels tell any two leaves apart."""
-        return len(np.unique(labels[labels < decisions.num_leaves])) >= 2
+    def learnable(decisions: OnePath, labels: np.ndarray) -> np.ndarray:
+        """Return the labelled leaves if there are several, else none: the classes that the labels tell apart."""
+        leaves = np.unique(labels[labels < decisions.num_leaves])
+        return leaves if len(leaves) > 1 else leaves[:0]
 
 
 class NodeClassifier(LexicalClassifier):
     """A binary regression for each node, over the rows in which its decision is open.
 
     ``counts`` are (num_rows, V), and ``labels`` 1 or 0, (num_rows, num_nodes). A node whose open rows do not hold both labels
-    has weights of 0. The node's log-odds in these rows are subtracted: the encoder's head starts from them, and they would
-    count twice. So ``log_prior`` is 0.
+    has weights of 0. The node's log-odds in these rows (`ManyNodes.initial_biases`) are subtracted: the encoder's head starts from
+    them, and they would count twice. They are the ``removed_prior``.
     """
 
     def __init__(self, decisions: ManyNodes, counts: csr_matrix, labels: np.ndarray):
         super().__init__(decisions, counts, labels)
-        self.log_prior = 0.0
-        is_open, priors = open_decisions(decisions, labels), prior_log_odds(decisions, labels)
-        self.classes = np.flatnonzero(is_learnable(decisions, labels))
+        is_open = decisions.open_decisions(torch.from_numpy(labels)).numpy()
+        self.removed_prior = decisions.initial_biases(decisions.count_outcomes(torch.from_numpy(labels))).numpy()
+        self.classes = self.learnable(decisions, labels)
         self.weight = np.empty((len(self.classes), len(self.tokens)))
         for weight, node in zip(self.weight, self.classes, strict=True):
             rows = is_open[:, node]
-            model = LogisticRegression(C=REGULARISATION, max_iter=1000).fit(
-                self.documents[rows], labels[rows, node] == 1
-            )
-            weight[:], self.bias[node] = model.coef_[0], model.intercept_[0] - priors[node]
+            model = LogisticRegression(C=REGULARISATION, max_iter=1000)
+            model.fit(self.documents[rows], labels[rows, node] == 1)
+            weight[:], self.bias[node] = model.coef_[0], model.intercept_[0] - self.removed_prior[node]
 
     @staticmethod
-    def can_learn(decisions: ManyNodes, labels: np.ndarray) -> bool:
-        """Return whether the labels tell any text with a node from one without it."""
-        return bool(is_learnable(decisions, labels).any())
-
-
-def open_decisions(decisions: ManyNodes, labels: np.ndarray) -> np.ndarray:
-    """Return which decisions are open for each row: it has the parent, or the node is a root. (num_rows, num_nodes) of bool."""
-    return decisions.open_decisions(torch.from_numpy(labels)).numpy()
-
-
-def is_learnable(decisions: ManyNodes, labels: np.ndarray) -> np.ndarray:
-    """Return which nodes some of their open rows have, and others lack, (num_nodes,)."""
-    present = decisions.count_outcomes(torch.from_numpy(labels))[: decisions.num_nodes]
-    return ((present > 0) & (present < decisions.of_parents(present[None], len(labels))[0])).numpy()
-
-
-def prior_log_odds(decisions: ManyNodes, labels: np.ndarray) -> np.ndarray:
-    """Return each node's log-odds given its parent, (num_nodes,); see `ManyNodes.initial_biases`."""
-    return decisions.initial_biases(decisions.count_outcomes(torch.from_numpy(labels))).numpy()
+    def learnable(decisions: ManyNodes, labels: np.ndarray) -> np.ndarray:
+        """Return the nodes that some of their open rows have, and others lack."""
+        present = decisions.count_outcomes(torch.from_numpy(labels))[: decisions.num_nodes]
+        with_parent = decisions.of_parents(present[None], len(labels))[0]
+        return np.flatnonzero((present > 0) & (present < with_parent))
 
 
 def log_odds_variance(present: csr_matrix, labels: np.ndarray) -> np.ndarray:

@@ -16,7 +16,8 @@ sigmoid is P(node). Both are (num_texts, num_nodes), and ``thresholds`` are prob
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
 from decimal import ROUND_FLOOR, Context
 from itertools import accumulate
 from typing import Any
@@ -32,15 +33,15 @@ from sklearn.model_selection import RepeatedKFold
 from decisions_hierarchical import DEFAULT_THRESHOLD, ManyNodes
 from hierarchical_clinicalbert.evaluation import plots
 from hierarchical_clinicalbert.evaluation.form import FormBase
-from hierarchical_clinicalbert.evaluation.lexical import NodeClassifier, open_decisions, prior_log_odds
+from hierarchical_clinicalbert.evaluation.lexical import NodeClassifier
 from hierarchical_clinicalbert.evaluation.metrics import (
+    ECE,
+    ECE_BY_CHANCE,
     FOLDS,
     Metric,
     bin_index,
     calibration_bins,
-    calibration_error_by_chance,
     confusion_counts,
-    expected_calibration_error,
     macro_f1,
     micro_f1,
     node_f1,
@@ -50,7 +51,6 @@ from taxonomy_hierarchical import Taxonomy
 
 SIX_DIGITS_DOWN = Context(prec=6, rounding=ROUND_FLOOR)
 MIN_PROBABILITY = 0.1  # pairs below it are not in the calibration error: nearly all pairs have a probability near 0
-PAIRS_AT_ONCE = 256  # of a text, compared with all its pairs: tens of thousands at once would take many gigabytes
 STRENGTHS = (math.inf, 100, 50, 20, 10, 5, 2, 0)  # of the shrinkage of thresholds, in positives
 REPEATS = 6  # of the cross-validation that chooses the strength; a single one is too noisy
 
@@ -63,16 +63,6 @@ def predict_nodes(
 ) -> np.ndarray:
     """Return the predicted nodes and their ancestors, (num_texts, num_nodes) bool; see `ManyNodes.predict`."""
     return decisions.predict(torch.from_numpy(expit(u.astype(np.float64))), thresholds)[0].numpy()
-
-
-def siblings_by_level(taxonomy: Taxonomy) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Yield, from the deepest level upwards, a level's inner nodes, their children, and where each one's children start."""
-    parents, levels = np.array(taxonomy.parents), np.array(taxonomy.levels)
-    for level in range(taxonomy.depth, 1, -1):
-        children = np.flatnonzero(levels == level)
-        children = children[np.argsort(parents[children], kind="stable")]
-        above, starts = np.unique(parents[children], return_index=True)
-        yield above, children, starts
 
 
 def best_threshold(scores: np.ndarray, true: np.ndarray, forced: int = 0, forced_true: int = 0) -> float | None:
@@ -97,17 +87,6 @@ def best_threshold(scores: np.ndarray, true: np.ndarray, forced: int = 0, forced
     return float(padded[best] + padded[best + 1]) / 2
 
 
-def fit_node_thresholds(decisions: ManyNodes, u: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Fit one threshold per node, a probability (num_nodes,); 0.5 for all if no label is 1.
-
-    A node's own threshold has the best F1, given the predictions below it. The common threshold has the best micro-F1. The result
-    is their weighted mean in logits. The weights are the node's number of positives, and the strength of `choose_strength`. The
-    logits must be calibrated by parameters that were fitted to other texts.
-    """
-    strength = choose_strength(decisions, u, labels)
-    return shrunk_thresholds(decisions.tree, u, labels, (strength,))[strength]
-
-
 def choose_strength(decisions: ManyNodes, u: np.ndarray, labels: np.ndarray, repeats: int = REPEATS) -> float:
     """Return the value of `STRENGTHS` with the greatest sum of micro- and macro-F1 in repeated cross-validation.
 
@@ -127,14 +106,16 @@ def choose_strength(decisions: ManyNodes, u: np.ndarray, labels: np.ndarray, rep
 def shrunk_thresholds(
     taxonomy: Taxonomy, u: np.ndarray, labels: np.ndarray, strengths: tuple[float, ...]
 ) -> dict[float, np.ndarray]:
-    """Fit the thresholds of all nodes for each strength of the shrinkage, see `fit_node_thresholds`."""
+    """Fit the thresholds of all nodes for each strength of the shrinkage, see `ManyNodesForm.fit_thresholds`."""
     u, labels = np.asfortranarray(u), np.asfortranarray(labels)  # columns are read one by one
-    true = labels == 1
+    true, positives = labels == 1, (labels == 1).sum(axis=0)
     common = best_threshold(u.ravel(), true.ravel())
     if common is None:
         return dict.fromkeys(strengths, np.full(taxonomy.num_nodes, DEFAULT_THRESHOLD))
 
     def own_threshold(node: int, forced: np.ndarray) -> float | None:
+        if not positives[node]:
+            return None
         free = ~forced
         counts = np.count_nonzero(forced), np.count_nonzero(true[forced, node])
         return best_threshold(u[free, node], true[free, node], *counts)
@@ -142,24 +123,20 @@ def shrunk_thresholds(
     def shrunk(node: int, own: float | None, strength: float) -> float:
         return common if own is None else (positives[node] * own + strength * common) / (positives[node] + strength)
 
-    positives, none = true.sum(axis=0), np.zeros(len(u), dtype=bool)
-    # a node without positives has no threshold of its own
-    with_positives = np.flatnonzero(positives[: taxonomy.num_leaves])
-    of_leaves = {leaf: own_threshold(leaf, none) for leaf in with_positives}  # the same for all strengths
-    levels, fitted = [*siblings_by_level(taxonomy)], {}
+    none = np.zeros(len(u), dtype=bool)
+    of_leaves = [own_threshold(leaf, none) for leaf in range(taxonomy.num_leaves)]  # the same for all strengths
+    inner_nodes = [node for node in reversed(taxonomy.reading_order) if node >= taxonomy.num_leaves]
+    fitted = {}
     for strength in strengths:
         thresholds = np.full(taxonomy.num_nodes, common)
         if math.isfinite(strength):
-            for leaf, own in of_leaves.items():
-                thresholds[leaf] = shrunk(leaf, own, strength)
-            chosen = u >= thresholds  # of the nodes below the level that is fitted
-            for parents, children, starts in levels:
+            thresholds[: taxonomy.num_leaves] = [shrunk(leaf, own, strength) for leaf, own in enumerate(of_leaves)]
+            chosen = u >= thresholds
+            for node in inner_nodes:  # each after the nodes below it
                 # the parent of a chosen node is chosen, too
-                forced = np.logical_or.reduceat(chosen[:, children], starts, axis=1)
-                for i in np.flatnonzero(positives[parents]):
-                    own = own_threshold(parents[i], forced[:, i])
-                    thresholds[parents[i]] = shrunk(parents[i], own, strength)
-                chosen[:, parents] = forced | (u[:, parents] >= thresholds[parents])
+                forced = chosen[:, taxonomy.children(node)].any(axis=1)
+                thresholds[node] = shrunk(node, own_threshold(node, forced), strength)
+                chosen[:, node] = forced | (u[:, node] >= thresholds[node])
         fitted[strength] = expit(thresholds)
     return fitted
 
@@ -185,10 +162,12 @@ class NodePredictions:
         self.num_leaves, self.levels = decisions.num_leaves, np.array(decisions.tree.levels)
         thresholds = common_threshold(self.u, labels) if thresholds is None else thresholds
         self.chosen = predict_nodes(decisions, self.u, thresholds)
-        self.counts, self.pairs = (
-            confusion_counts(labels, self.chosen),
-            probable_pairs(decisions.tree, self.u, labels),
-        )
+        self.counts = confusion_counts(labels, self.chosen)
+        self.pairs = probable_pairs(decisions.tree, self.u, labels)
+
+    def calibration_bins(self, level: int | None) -> pd.DataFrame | None:
+        """Return the `calibration_bins` of the probable pairs, or None if there are none."""
+        return calibration_bins(*self.pairs) if len(self.pairs[0]) else None
 
 
 def example_f1(p: NodePredictions) -> float:
@@ -207,11 +186,6 @@ def level_micro_f1(p: NodePredictions, level: int) -> float | None:
     """Compute micro-F1 over the nodes of a level that some label reaches."""
     of_level = p.levels == level
     return micro_f1(p.counts[:, of_level]) if p.true[:, of_level].any() else None
-
-
-def calibration_error(error: Callable[[pd.DataFrame], float]) -> Callable[[NodePredictions], float | None]:
-    """Return the function that computes `expected_calibration_error` or `calibration_error_by_chance` over probable pairs."""
-    return lambda p: error(calibration_bins(*p.pairs)) if len(p.pairs[0]) else None
 
 
 METRICS = {
@@ -234,19 +208,8 @@ METRICS = {
         is_compared=True,
     ),
     # a model without probable nodes has no calibration error, so it cannot select a checkpoint
-    "ece": Metric(
-        calibration_error(expected_calibration_error),
-        "expected calibration error",
-        "ece",
-        direction=0,
-        is_compared=True,
-    ),
-    "ece_by_chance": Metric(
-        calibration_error(calibration_error_by_chance),
-        "expected calibration error if perfectly calibrated",
-        "ece",
-        direction=0,
-    ),
+    "ece": replace(ECE, direction=0),
+    "ece_by_chance": ECE_BY_CHANCE,
     "level_{}_micro_f1": Metric(level_micro_f1, "micro F1", "f1"),
 }
 
@@ -260,36 +223,26 @@ def common_threshold(u: np.ndarray, labels: np.ndarray) -> float:
 def probable_pairs(taxonomy: Taxonomy, u: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Select the pairs of text and node with a probability of at least 0.1.
 
-    Returns:
-        The probability, whether the label is 1, and the `pair_variance`: (num_pairs,) each.
-    """
-    u = u.astype(np.float64)
-    probable = expit(u) >= MIN_PROBABILITY
-    return expit(u[probable]), labels[probable] == 1, pair_variance(taxonomy, u, probable)
-
-
-def pair_variance(taxonomy: Taxonomy, u: np.ndarray, probable: np.ndarray) -> np.ndarray:
-    """Return each probable pair's contribution to the variance of the number of correct pairs in its bin, (num_pairs,).
-
     P is taken to be correct, and decisions to be independent given their parents. Let k be the lowest node on the paths of both
     i and j, nodes of one text. Their covariance is P(i) P(j) (1 / P(k) - 1), and 0 in different trees. With i = j it is P(i)
-    (1 - P(i)). A pair's contribution is the sum of its covariances with the pairs of its text in its bin.
+    (1 - P(i)). The variance of the number of correct pairs in a bin is the sum over all pairs i and j of a text in the bin. The
+    part of i is  P(i) · Σ (1 / P(k) - 1 / P(parent of k)) · Σ P(j),  over k on the path of i and j at or below k. Above a root,
+    P is 1.
+
+    Returns:
+        The probability, whether the label is 1, and the part of the variance: (num_pairs,) each.
     """
-    ancestors = np.array(taxonomy.padded_paths)
-    ancestors = np.pad(ancestors, ((0, 0), (1, 0)), constant_values=taxonomy.num_nodes)  # above all trees, with P = 1
-    probabilities = np.pad(expit(u), ((0, 0), (0, 1)), constant_values=1.0)
-    parts = []
-    for of_text, nodes in zip(probabilities, map(np.flatnonzero, probable), strict=True):
-        if not len(nodes):
-            continue
-        paths, bins = ancestors[nodes], bin_index(of_text[nodes])
-        for start in range(0, len(nodes), PAIRS_AT_ONCE):
-            rows = slice(start, start + PAIRS_AT_ONCE)
-            shared = (paths[rows, None] == paths) & (paths < taxonomy.num_nodes)  # (rows, pairs, depth + 1)
-            lowest = np.take_along_axis(paths[rows], shared.sum(axis=2), axis=1)
-            covariance = np.outer(of_text[nodes[rows]], of_text[nodes]) * (1 / of_text[lowest] - 1)
-            parts.append((covariance * (bins[rows, None] == bins)).sum(axis=1))
-    return np.concatenate(parts) if parts else np.empty(0)
+    probabilities = expit(u.astype(np.float64))
+    texts, nodes = np.nonzero(probabilities >= MIN_PROBABILITY)
+    confidence = probabilities[texts, nodes]
+    pairs = pd.DataFrame({"text": texts, "bin": bin_index(confidence), "p": confidence})
+    variance, above = np.zeros(len(pairs)), np.ones(len(pairs))
+    for ancestors in np.array(taxonomy.padded_paths)[nodes].T:  # of one level
+        at_or_below = pairs.groupby(["text", "bin", ancestors])["p"].transform("sum").to_numpy()
+        exists = ancestors < taxonomy.num_nodes
+        inverse = np.where(exists, 1 / probabilities[texts, np.where(exists, ancestors, 0)], above)
+        variance, above = variance + confidence * at_or_below * (inverse - above), inverse
+    return confidence, labels[texts, nodes] == 1, variance
 
 
 # ── The form ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -316,8 +269,9 @@ class ManyNodesForm(FormBase):
 
     def decisions_of(self, labels: np.ndarray) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
         """Yield each decision's node, the rows in which it is open, and whether the text has the node: (num_rows, 1)."""
-        for node, is_open in enumerate(open_decisions(self.decisions, labels).T):
-            rows = np.flatnonzero(is_open)
+        is_open = self.decisions.open_decisions(torch.from_numpy(labels)).numpy()
+        for node in range(self.tree.num_nodes):
+            rows = np.flatnonzero(is_open[:, node])
             yield [node], rows, labels[rows, node, None] == 1
 
     def normalise(self, logits: np.ndarray) -> tuple[float, np.ndarray]:
@@ -325,8 +279,14 @@ class ManyNodesForm(FormBase):
         return np.logaddexp(0, logits).sum(), expit(logits)
 
     def fit_thresholds(self, logits: np.ndarray, labels: np.ndarray) -> list[float]:
-        """Return the thresholds of predicted nodes, (num_nodes,)."""
-        return fit_node_thresholds(self.decisions, logits, labels).tolist()
+        """Fit one threshold per node, a probability; 0.5 for all if no label is 1.
+
+        A node's own threshold has the best F1, given the predictions below it. The common threshold has the best micro-F1. The
+        result is their weighted mean in logits. The weights are the node's number of positives, and the strength of
+        `choose_strength`. The logits must be calibrated by parameters that were fitted to other texts.
+        """
+        strength = choose_strength(self.decisions, logits, labels)
+        return shrunk_thresholds(self.tree, logits, labels, (strength,))[strength].tolist()
 
     def fit_sets(self, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray) -> dict[str, Any]:
         """Return the fields of `Calibration` for prediction sets, from logits whose calibration was fitted to other texts.
@@ -336,25 +296,23 @@ class ManyNodesForm(FormBase):
         1 - recall: the recall needs more texts. The sum changes at probabilities of true nodes only, and is computed in integers,
         so that t is exact. It is rounded down to 6 significant digits, which misses no more.
         """
-        true = labels == 1
-        sizes = true.sum(axis=1)
+        sizes = np.count_nonzero(labels == 1, axis=1)
         num_texts = int(np.count_nonzero(sizes))  # Python's integers below have no limit
-        rows, nodes = np.nonzero(true)
+        rows, nodes = np.nonzero(labels == 1)
         probabilities = expit(logits[rows, nodes].astype(np.float64))
         order = np.argsort(probabilities)
         # in integers, so that sums are exact: a text that misses all its s nodes costs `whole`, and each of them whole // s
         whole = math.lcm(*np.unique(sizes[sizes > 0]).tolist())
-        losses = list(
-            accumulate(whole // size for size in sizes[rows[order]].tolist())
-        )  # at t just above each probability
+        costs = [whole // size for size in sizes[rows[order]].tolist()]
+        losses = list(accumulate(costs))  # at t just above each probability
 
         thresholds: list[float | None] = []
         for percent in range(1, 100):
             allowed = ((100 - percent) * (num_texts + 1) - 100) * whole // 100  # the greatest sum of losses
-            place = bisect_right(losses, allowed)  # of the first node that must not be missed
             threshold = None
             if allowed >= 0:
-                threshold = float(SIX_DIGITS_DOWN.create_decimal_from_float(float(probabilities[order[place]])))
+                exact = probabilities[order[bisect_right(losses, allowed)]]  # of the first node that must not be missed
+                threshold = float(SIX_DIGITS_DOWN.create_decimal_from_float(float(exact)))
             thresholds.append(threshold)
         return {"set_thresholds": thresholds, "num_texts": num_texts}
 
@@ -382,10 +340,6 @@ class ManyNodesForm(FormBase):
 
     # ── Labels that may be wrong: see `evaluation.label_issues` ──────────────────────────────────────────────────────────
 
-    def removed_prior(self, labels: np.ndarray) -> np.ndarray:
-        """Return what the lexical classifier's decision scores lack of the classes' frequencies: the log-odds, (num_nodes,)."""
-        return prior_log_odds(self.decisions, labels)
-
     def choices_of(self, scores: np.ndarray, labels: np.ndarray) -> Iterator[tuple]:
         """Yield each node, the choices, the rows in which it is open, the rows' given choices and scores.
 
@@ -396,29 +350,23 @@ class ManyNodesForm(FormBase):
             logits = np.stack([np.zeros(len(rows)), scores[rows, node]], axis=1)
             yield node, np.array([-1, node]), rows, given[:, 0].astype(int), logits
 
-    def rank_issues(self, judged: pd.DataFrame, scores: np.ndarray, labels: np.ndarray) -> pd.DataFrame:
-        """Return one line per listed row, from the rows of `evaluation.label_issues.judge`, by ``probability_of_label``.
+    def rank_issues(
+        self, found: pd.DataFrame, scores: np.ndarray, labels: np.ndarray, texts: np.ndarray
+    ) -> pd.DataFrame:
+        """Return one line per row of `evaluation.label_issues.find_issues`, by ``probability_of_label``.
 
         Columns:
             index: of the row.
             decision: the node whose label is least probable, given its parent.
-            better: the node if the text should have it, else -1.
-            questioned: all listed nodes of the text.
+            better: the nodes of the text with those that are missing, and without those that are unlikely and the nodes below.
+            why: whether the text should have the node of the decision.
         """
-        issues = judged.sort_values("probability_of_label", kind="stable")
-        listed = issues.drop_duplicates("index").reset_index(drop=True)
-        questioned = issues.groupby("index")["decision"].agg(set)
-        return listed.assign(questioned=questioned[listed["index"]].to_numpy())
-
-    def describe_issues(
-        self, issues: pd.DataFrame, labels: np.ndarray, texts: np.ndarray
-    ) -> tuple[list[set[int]], np.ndarray]:
-        """Return the better labels of the rows of `rank_issues`, and why they are listed."""
-        given = self.nodes_of(labels[issues["index"]])
-        better = [
-            corrected(self.tree, {*nodes}, wrong) for nodes, wrong in zip(given, issues["questioned"], strict=True)
-        ]
-        return better, np.where(issues["better"] < 0, "unlikely label", "missing label")
+        listed = found.drop_duplicates("index").reset_index(drop=True)
+        wrong = found.groupby("index")["decision"].agg(set)[listed["index"]]
+        pairs = zip(self.nodes_of(labels[listed["index"]]), wrong, strict=True)
+        changed = [{*given} ^ nodes for given, nodes in pairs]
+        better = [{node for node in nodes if nodes.issuperset(self.tree.path(node))} for nodes in changed]
+        return listed.assign(why=np.where(listed["better"] < 0, "unlikely label", "missing label"), better=better)
 
     # ── What a reader sees ───────────────────────────────────────────────────────────────────────────────────────────
 
@@ -444,9 +392,3 @@ class ManyNodesForm(FormBase):
             columns["predictions"].append(join_labels(tree.labels[node] for node in predicted))
             columns["probabilities"].append("; ".join(f"{of_nodes[node]:.6f}" for node in predicted))
         return columns
-
-
-def corrected(taxonomy: Taxonomy, nodes: set[int], questioned: set[int]) -> set[int]:
-    """Add the questioned nodes that a text lacks, and remove those that it has, with the nodes below them."""
-    changed = nodes ^ questioned
-    return {node for node in changed if changed.issuperset(taxonomy.path(node))}

@@ -130,13 +130,14 @@ def per_class_report(
     counts, intervals = confusion_counts(labels, chosen), bootstrap_intervals(labels, chosen, texts)
     precision, recall = counts[0] / np.maximum(counts[1:], 1)
     columns = {
-        **{"label": names, "support": counts[2], "precision": precision, "recall": recall},
+        "label": names,
+        "support": counts[2],
+        "precision": precision,
+        "recall": recall,
         "f1": np.nan_to_num(node_f1(counts)),
-        "f1_interval": [ends.tolist() if np.isfinite(ends).all() else None for ends in intervals["f1"].T],
+        "f1_interval": [ends.tolist() if np.isfinite(ends).all() else None for ends in intervals.pop("f1").T],
     }
-    return pd.DataFrame(columns).to_dict("records"), {
-        name: intervals[name].tolist() for name in ("micro_f1", "macro_f1")
-    }
+    return pd.DataFrame(columns).to_dict("records"), {name: ends.tolist() for name, ends in intervals.items()}
 
 
 def calibration_bins(confidence: np.ndarray, correct: np.ndarray, variance: np.ndarray | float = 0.0) -> pd.DataFrame:
@@ -166,3 +167,20 @@ def calibration_error_by_chance(bins: pd.DataFrame) -> float:
     the normal approximation.
     """
     return np.sqrt(2 * bins["variance"].clip(lower=0) / np.pi).sum() / bins["count"].sum()
+
+
+def of_bins(error: Callable[[pd.DataFrame], float]) -> Callable[..., float | None]:
+    """Return the function that computes an error from predictions' ``calibration_bins``; None if there are no bins."""
+
+    def compute(p: Any, level: int | None = None) -> float | None:
+        bins = p.calibration_bins(level)
+        return None if bins is None else error(bins)
+
+    return compute
+
+
+# rows of both tables
+ECE = Metric(of_bins(expected_calibration_error), "expected calibration error", "ece", direction=-1, is_compared=True)
+ECE_BY_CHANCE = Metric(
+    of_bins(calibration_error_by_chance), "expected calibration error if perfectly calibrated", "ece", direction=0
+)

@@ -14,17 +14,16 @@ In this file ``splits`` are `ScoredSplit`s by name, ``validation`` and ``test``,
 import dataclasses
 import logging
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 from scipy.sparse import csr_matrix
 
 from configuration_hierarchical import Calibration
 from decisions_hierarchical import threshold_index
+from hierarchical_clinicalbert.evaluation import plots
 from hierarchical_clinicalbert.evaluation.calibration import calibrate_out_of_fold, calibrated_logits, fit_calibration
 from hierarchical_clinicalbert.evaluation.forms import Form
 from hierarchical_clinicalbert.evaluation.lexical import LexicalClassifier
@@ -71,14 +70,12 @@ def calibrate_splits(
         without the lexical head if there is one (``without_lexical_head_…``).
     """
     lexical = (
-        {}
-        if classifier is None
-        else {name: classifier.decision_scores(split.token_counts) for name, split in splits.items()}
+        {name: classifier.decision_scores(split.token_counts) for name, split in splits.items()} if classifier else {}
     )
-    log_prior = 0.0 if classifier is None else classifier.log_prior
+    log_prior = classifier.log_prior if classifier else 0.0
     calibration, calibrated = _calibrate(form, splits, lexical, log_prior)
-    weight = calibration.lexical_weight or None
-    sets = form.fit_sets(*_arrays(calibrated["validation"]), calibrated["validation"].texts)
+    weight, validation = calibration.lexical_weight or None, calibrated["validation"]
+    sets = form.fit_sets(validation.logits, validation.labels, validation.texts)
     scales = calibration.scales or [1.0]
     shown = f"scales of the scores from {min(scales):.2f} to {max(scales):.2f}"
     logger.info("calibrated on the validation rows: %s; weight of the lexical head %.2f", shown, weight or 0)
@@ -94,21 +91,17 @@ def _calibrate(
     form: Form, splits: dict[str, ScoredSplit], lexical: dict[str, np.ndarray], log_prior: np.ndarray | float
 ) -> tuple[Calibration, dict[str, ScoredSplit]]:
     """Fit a calibration with its thresholds, and calibrate the splits. ``lexical`` are decision scores of each split, or empty."""
-    fit, validation = partial(fit_calibration, form, log_prior=log_prior), splits["validation"]
+    validation = splits["validation"]
     rows = validation.scores, lexical.get("validation"), validation.labels
-    calibration = fit(*rows)
+    calibration = fit_calibration(form, *rows, log_prior)
     logits = {
         name: calibrated_logits(form.decisions, calibration, split.scores, lexical.get(name))
         for name, split in splits.items()
     }
-    logits["validation"] = calibrate_out_of_fold(fit, form.decisions, *rows, validation.texts)
+    logits["validation"] = calibrate_out_of_fold(form, *rows, validation.texts, log_prior)
     thresholds = form.fit_thresholds(logits["validation"], validation.labels)
     calibrated = {name: dataclasses.replace(split, logits=logits[name]) for name, split in splits.items()}
     return dataclasses.replace(calibration, thresholds=thresholds), calibrated
-
-
-def _arrays(split: ScoredSplit) -> tuple[np.ndarray, np.ndarray]:
-    return split.logits, split.labels
 
 
 # ── Measure ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -118,18 +111,23 @@ def measure(form: Form, splits: dict[str, ScoredSplit], thresholds: Any) -> dict
     """Compute each split's metrics, ``eval_…`` and ``test_…``."""
     metrics = {}
     for name, split in splits.items():
-        measured = form.measure(*_arrays(split), split.texts, thresholds)
+        measured = form.measure(split.logits, split.labels, split.texts, thresholds)
         metrics |= {f"{PREFIXES[name]}_{metric}": value for metric, value in measured.items()}
     return metrics
 
 
-def measure_sets(form: Form, splits: dict[str, ScoredSplit], set_thresholds: list | None) -> dict[str, float]:
+def measured_threshold(calibration: Calibration) -> float | None:
+    """Return the threshold of prediction sets for `MEASURED_TARGET`; None if validation rows were too few."""
+    return (calibration.set_thresholds or [None] * 99)[threshold_index(MEASURED_TARGET)]
+
+
+def measure_sets(form: Form, splits: dict[str, ScoredSplit], calibration: Calibration) -> dict[str, float]:
     """Measure the prediction sets for `MEASURED_TARGET` on the test rows, from calibrated logits: ``test_answer_…``."""
-    # None if there were too few validation rows for the target
-    threshold = (set_thresholds or [None] * 99)[threshold_index(MEASURED_TARGET)]
+    threshold = measured_threshold(calibration)
     if "test" not in splits or threshold is None:
         return {}
-    scores = form.set_scores(*_arrays(splits["test"]), splits["test"].texts, threshold)
+    test = splits["test"]
+    scores = form.set_scores(test.logits, test.labels, test.texts, threshold)
     return {f"test_answer_{name}": value for name, value in scores.items()}
 
 
@@ -143,43 +141,48 @@ def class_scores(form: Form, splits: dict[str, ScoredSplit], thresholds: Any) ->
     if not splits:
         return {}
     name = reported_split(splits)
-    outcomes = form.class_outcomes(*_arrays(splits[name]), splits[name].texts, thresholds)
-    rows, intervals = per_class_report(form.tree.labels[: form.decisions.num_classes], *outcomes)
-    prefixed = {f"{PREFIXES[name]}_{key.replace('micro_f1', form.micro_f1)}": ends for key, ends in intervals.items()}
+    split, prefix, names = splits[name], PREFIXES[name], form.tree.labels[: form.decisions.num_classes]
+    outcomes = form.class_outcomes(split.logits, split.labels, split.texts, thresholds)
+    rows, intervals = per_class_report(names, *outcomes)
+    prefixed = {f"{prefix}_{key.replace('micro_f1', form.micro_f1)}": ends for key, ends in intervals.items()}
     return {"per_class": rows, "intervals": prefixed} if rows else {}
 
 
 # ── Show ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def draw_plots(form: Form, splits: dict[str, ScoredSplit], per_class: list[dict]) -> dict[str, Figure | None]:
-    """Draw the figures of the `reported_split`, by file name."""
-    if not splits:
-        return {}
-    figures = form.plots(*_arrays(splits[reported_split(splits)]), per_class)
-    return figures | {"reliability_diagram": draw_reliability(form, splits)}
+def write_reliability(form: Form, splits: dict[str, ScoredSplit], file: Path) -> None:
+    """Write the reliability diagram of the `reported_split`, if its rows define one."""
+    split = splits[reported_split(splits)]
+    plots.write(form.reliability_diagram(split.logits, split.labels), file)
 
 
-def draw_reliability(form: Form, splits: dict[str, ScoredSplit]) -> Figure | None:
-    """Draw the reliability diagram of the `reported_split`."""
-    return form.reliability_diagram(*_arrays(splits[reported_split(splits)]))
+def write_scores(
+    form: Form, splits: dict[str, ScoredSplit], thresholds: Any, per_class: list[dict], folder: Path
+) -> None:
+    """Write the plots of the `reported_split`, and ``<split>_predictions.csv`` of all.
 
-
-def write_predictions(form: Form, splits: dict[str, ScoredSplit], thresholds: Any, folder: Path) -> None:
-    """Write ``<split>_predictions.csv``: each scored row's number in its source, labels, predictions and probabilities."""
+    The latter has each row's number in its source, labels, predictions and probabilities. ``per_class`` are the rows of `class_scores`.
+    """
     for name, split in splits.items():
-        columns = form.prediction_columns(*_arrays(split), thresholds)
+        columns = form.prediction_columns(split.logits, split.labels, thresholds)
         table = pd.DataFrame({"row": split.rows, **columns}).sort_values("row", kind="stable")
         table.to_csv(folder / f"{name}_predictions.csv", index=False, float_format="%.6f")
+    if splits:
+        split = splits[reported_split(splits)]
+        for name, figure in form.plots(split.logits, split.labels, per_class).items():
+            plots.write(figure, folder / "plots" / f"{name}.png")
+        write_reliability(form, splits, folder / "plots" / "reliability_diagram.png")
 
 
 def log_metrics(metrics: dict[str, float]) -> None:
     """Log a table of the metrics, with one column per scored split."""
-    split_of = {prefix: split for split, prefix in PREFIXES.items() if f"{prefix}_log_loss" in metrics}
-    table: dict[str, dict[str, float]] = {split: {} for split in split_of.values()}
-    for key, value in metrics.items():
-        prefix, _, name = key.partition("_")
-        if prefix in split_of and not name.endswith(("_per_second", "_time", "runtime")):
-            table[split_of[prefix]][name] = value
+    table = {}
+    for split, prefix in PREFIXES.items():
+        of_split = {
+            name.removeprefix(f"{prefix}_"): value for name, value in metrics.items() if name.startswith(f"{prefix}_")
+        }
+        if "log_loss" in of_split:
+            table[split] = pd.Series(of_split).filter(regex="^(?!.*(_per_second|_time|runtime)$)")
     if table:  # rows were scored
         logger.info("scores\n%s", pd.DataFrame(table).to_string(float_format="%.4f", na_rep=""))

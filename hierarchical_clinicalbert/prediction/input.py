@@ -10,7 +10,7 @@ from hierarchical_clinicalbert.reading.sources import Source, open_rows
 
 
 @dataclass(frozen=True)
-class Record:
+class InputRow:
     """A row of the input."""
 
     source: str  # name of the row's file
@@ -21,7 +21,7 @@ class Record:
     done: float | None  # share of all files read so far; None for standard input
 
 
-def read_records(sources: Sequence[Source], text_column: str | None, id_column: str | None) -> Iterator[Record]:
+def read_records(sources: Sequence[Source], text_column: str | None, id_column: str | None) -> Iterator[InputRow]:
     """Yield a record for each row of all sources, in order. Without a text column, find one by its name in each source.
 
     Raises:
@@ -42,7 +42,7 @@ def read_records(sources: Sequence[Source], text_column: str | None, id_column: 
                 record_id, id_problem = json_id(raw_id)
                 problem = row.problem or text_problem(text) or id_problem
                 done = (bytes_before + size * (rows.done() or 0)) / total if total else None
-                yield Record(source.name, row.line, record_id, None if problem else text, problem, done)
+                yield InputRow(source.name, row.line, record_id, None if problem else text, problem, done)
         bytes_before += size
 
 

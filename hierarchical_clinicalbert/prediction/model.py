@@ -20,7 +20,7 @@ from hierarchical_clinicalbert.errors import InputError, as_input_error, describ
 from hierarchical_clinicalbert.files import sha256
 from hierarchical_clinicalbert.machine import give_back_memory, has_bf16, keep_memory
 from hierarchical_clinicalbert.prediction.int8 import has_int8_products, quantize
-from hierarchical_clinicalbert.prediction.output import Block, Rows
+from hierarchical_clinicalbert.prediction.output import Block, OutputRows
 from hierarchical_clinicalbert.prediction.rows import SEPARATORS, TASKS, RowFormat, output_kind
 from hierarchical_clinicalbert.reading.foreign_code import refuse_foreign_code
 from taxonomy_hierarchical import quote_name
@@ -45,7 +45,9 @@ class Model:
     """
 
     def __init__(self, arguments: Namespace, gpu: bool):
-        dtype = choose_dtype(gpu) if arguments.dtype == "auto" else arguments.dtype
+        # the fastest dtype that loses no accuracy on this machine; int8 does (`benchmarks/coverage.py`)
+        fastest = "bf16" if has_bf16(cpu=not gpu) else "fp32"
+        dtype = fastest if arguments.dtype == "auto" else arguments.dtype
         self._pipeline = load(arguments, dtype, gpu)
         config = self._pipeline.model.config
         encoder = None if config.adapter_subfolder is None else Path(config.encoder_name_or_path)
@@ -69,7 +71,7 @@ class Model:
         if arguments.backend == "openvino":
             self.description["openvino"] = version("openvino")
 
-    def predict(self, block: Block) -> Rows:
+    def predict(self, block: Block) -> OutputRows:
         """Classify the readable records of a block, and return one output row for each."""
         numbered = enumerate(block.records, start=block.first)
         readable = [(number, record) for number, record in numbered if record.problem is None]
@@ -84,7 +86,7 @@ class Model:
         finally:
             give_back_memory()
 
-    def predict_blocks(self, blocks: Iterable[Block]) -> Iterator[tuple[Block, Rows]]:
+    def predict_blocks(self, blocks: Iterable[Block]) -> Iterator[tuple[Block, OutputRows]]:
         """Yield each block with its output rows."""
         for block in blocks:
             yield block, self.predict(block)
@@ -165,11 +167,6 @@ def describe_load_error(error: Exception) -> str:
     if "See the original errors" in str(error):
         return str(error).strip().splitlines()[-1].partition(": ")[2]
     return describe_error(error)
-
-
-def choose_dtype(gpu: bool) -> str:
-    """Return the name of the fastest dtype that loses no accuracy on this machine: int8 does (`benchmarks/coverage.py`)."""
-    return "bf16" if has_bf16(cpu=not gpu) else "fp32"
 
 
 def operation_dtype(dtype: str) -> torch.dtype:

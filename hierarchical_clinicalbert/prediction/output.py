@@ -27,7 +27,7 @@ from typing import Any
 from tqdm import tqdm
 
 from hierarchical_clinicalbert.errors import InputError
-from hierarchical_clinicalbert.prediction.input import Record
+from hierarchical_clinicalbert.prediction.input import InputRow
 from hierarchical_clinicalbert.prediction.rows import file_name
 from hierarchical_clinicalbert.prediction.storage import Bucket, Disk
 from hierarchical_clinicalbert.reading.sources import Source
@@ -36,7 +36,7 @@ from hierarchical_clinicalbert.reading.stores import connect, is_url
 ROWS = 1024  # per block: read, classified and written together
 BLOCKS_PER_FILE = 97  # in a folder: 99,328 rows
 OWN_PARTS = r"\d{9}\.jsonl|part\.new|output\..+|errors\.jsonl"  # names of files in the folder of blocks
-Rows = list[dict[str, Any]]
+OutputRows = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Block:
     """At most `ROWS` consecutive records of the input."""
 
     index: int
-    records: list[Record]
+    records: list[InputRow]
 
     @property
     def first(self) -> int:
@@ -126,9 +126,9 @@ class RestartableOutput:
 
     def write_blocks(
         self,
-        records: Iterator[Record],
+        records: Iterator[InputRow],
         options: dict[str, Any],
-        predict_blocks: Callable[[Iterator[Block]], Iterable[tuple[Block, Rows]]],
+        predict_blocks: Callable[[Iterator[Block]], Iterable[tuple[Block, OutputRows]]],
         bar: tqdm,
     ) -> None:
         """Predict and write the blocks that are missing.
@@ -207,9 +207,11 @@ class RestartableOutput:
             self.store.delete(self.errors)
         if not self.num_rows:
             self.store.delete_folder(self.parts)
-            raise self._no_rows_error(num_problems, json.loads(first_problem)["problem"])
+            problem = json.loads(first_problem)["problem"]
+            remedy = "save it as UTF-8" if "UTF-8" in problem else "correct it, or give another --text_column"
+            counted = f"none of the {num_problems:,} rows of --input can be read"
+            raise InputError(f"{counted} (the first: {problem}; all: {self.errors}): {remedy}; then --overwrite")
         self.store.put(new, self.marker)  # the output itself, or the manifest of a folder
-        self.store.sync(str(Path(self.marker).parent))
         self.store.delete_folder(self.parts)
         return num_problems
 
@@ -222,17 +224,10 @@ class RestartableOutput:
     def _exists_error(self) -> InputError:
         return InputError(f"--output {self.name} already exists: give another name, or --overwrite")
 
-    def _no_rows_error(self, num_problems: int, first_problem: str) -> InputError:
-        reasons = f"the first: {first_problem}; all: {self.errors}"
-        remedy = "save it as UTF-8" if "UTF-8" in first_problem else "correct it, or give another --text_column"
-        return InputError(
-            f"none of the {num_problems:,} rows of --input can be read ({reasons}): {remedy}; then --overwrite"
-        )
-
     def _block_file(self, index: int) -> str:
         return f"{self.parts}/{block_name(index)}"
 
-    def _write_block(self, block: Block, rows: Rows) -> None:
+    def _write_block(self, block: Block, rows: OutputRows) -> None:
         problems = [
             {"row": block.first + i, "source": record.source, "line": record.line, "problem": record.problem}
             for i, record in enumerate(block.records)

@@ -31,7 +31,7 @@ from transformers.utils.hub import HF_MODULES_CACHE
 from hierarchical_clinicalbert.errors import ROOT, InputError, as_input_error, describe_error, one_line
 from hierarchical_clinicalbert.machine import give_back_memory
 from hierarchical_clinicalbert.prediction.model import Model
-from hierarchical_clinicalbert.prediction.output import Block, Rows
+from hierarchical_clinicalbert.prediction.output import Block, OutputRows
 from hierarchical_clinicalbert.prediction.rows import RowFormat
 
 BLOCKS_PER_ACTOR = 2
@@ -62,7 +62,7 @@ class Classifier:
             raise InputError(f"node {node}: {error}") from error
         return node, self.model.description, self.model.row_format
 
-    def predict(self, block: Block) -> Rows:
+    def predict(self, block: Block) -> OutputRows:
         return self.model.predict(block)
 
 
@@ -112,7 +112,7 @@ class RayJob:
     def __exit__(self, *error: Any) -> None:
         ray.shutdown()
 
-    def predict_blocks(self, blocks: Iterator[Block]) -> Iterator[tuple[Block, Rows]]:
+    def predict_blocks(self, blocks: Iterator[Block]) -> Iterator[tuple[Block, OutputRows]]:
         """Yield each block with its output rows as soon as it is finished. The blocks of lost actors go to other actors."""
         while True:
             for depth in range(BLOCKS_PER_ACTOR):  # first one block for every actor, then a second one
@@ -139,7 +139,7 @@ class RayJob:
         self._actors[actor].append((task, block))
         self._tasks[task] = actor
 
-    def _receive(self) -> Iterator[tuple[Block, Rows]]:
+    def _receive(self) -> Iterator[tuple[Block, OutputRows]]:
         """Wait for tasks. Yield the blocks and rows of finished tasks, and record the actors that started or died."""
         finished, _ = ray.wait([*self._tasks, *self._starting], timeout=POLL_SECONDS)
         for task in finished:

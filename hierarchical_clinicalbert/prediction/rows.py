@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from hierarchical_clinicalbert.prediction.input import Record
+from hierarchical_clinicalbert.prediction.input import InputRow
 from hierarchical_clinicalbert.reading.stores import is_url
 
 TASKS = ".tasks.json"
@@ -59,7 +59,7 @@ class RowFormat:
         if self.classes:
             self.types["probabilities"] = pyarrow.struct([(label, number) for label in self.classes])
 
-    def row(self, number: int, record: Record, prediction: dict[str, Any]) -> dict[str, Any]:
+    def row(self, number: int, record: InputRow, prediction: dict[str, Any]) -> dict[str, Any]:
         """Build the row, or the task, of a record from the pipeline's prediction."""
         row = {"id": record.id, "row": number, "truncated": prediction["truncated"]}
         row["answer"] = [node["label"] for node in prediction.get("answer", [])]

@@ -45,14 +45,10 @@ class Disk:
         return Path(name).read_bytes()
 
     def put(self, new: Path, name: str) -> None:
-        """Rename a complete file to its final name."""
+        """Move a complete file to its final name, on disk when this returns."""
         os.makedirs(os.path.dirname(name) or ".", exist_ok=True)
         flush_to_disk(new)
-        new.replace(name)
-
-    def sync(self, folder: str) -> None:
-        """Flush the names in a folder to disk."""
-        flush_to_disk(Path(folder))
+        flush_to_disk(new.replace(name).parent)  # the name, too
 
     def delete(self, name: str) -> None:
         Path(name).unlink(missing_ok=True)
@@ -117,9 +113,6 @@ class Bucket:
         with as_input_error(f"--output {name}"):
             copy_files(str(new), path_of(name), LocalFileSystem(), self._filesystem, chunk_size=2**23)
         new.unlink()
-
-    def sync(self, folder: str) -> None:
-        pass  # a visible object is already stored
 
     def delete(self, name: str) -> None:
         if self.exists(name):

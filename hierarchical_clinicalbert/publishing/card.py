@@ -13,7 +13,6 @@ Worth knowing:
 import hashlib
 import logging
 import re
-from collections.abc import Iterable, Sequence
 from itertools import count
 from pathlib import Path
 from statistics import median
@@ -23,11 +22,11 @@ import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from configuration_hierarchical import HierarchicalConfig
-from decisions_hierarchical import threshold_index
 from hierarchical_clinicalbert.checkpoint_files import encoder_on_hub
+from hierarchical_clinicalbert.data.report import list_rows
 from hierarchical_clinicalbert.evaluation.forms import form_of
 from hierarchical_clinicalbert.evaluation.metrics import PREFIXES, of_all_levels
-from hierarchical_clinicalbert.evaluation.report import MEASURED_TARGET
+from hierarchical_clinicalbert.evaluation.report import measured_threshold
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +42,6 @@ PLOTS = {
     "reliability_diagram_uncalibrated": "The same before calibration",
 }
 HUB_METRICS = ("accuracy", "f1", "precision", "recall")  # the types that hf.co/metrics lists
-NODES_SHOWN = 200  # in the drawn taxonomy
 
 EXAMPLE = "Colonoscopy was performed in 120 patients with suspected inflammatory bowel disease."
 SIGNATURE = "\n<!-- sha256 of the text above as it was generated: {} -->\n"
@@ -77,9 +75,10 @@ def write(
         model_id: id on the Hub; None for a placeholder in the snippets.
     """
     facts = collect_facts(folder, config, settings, data_report, metrics)
-    facts |= {"model_id": model_id or MODEL_PLACEHOLDER, "licence": LICENCE}
-    facts["placeholder_note"] = "" if model_id else PLACEHOLDER_NOTE
-    facts |= {"escape": escape, "table": table, "count": "{:,}".format, "score": format_score, "example": EXAMPLE}
+    facts |= {"model_id": model_id or MODEL_PLACEHOLDER, "placeholder_note": "" if model_id else PLACEHOLDER_NOTE}
+    facts |= {"licence": LICENCE, "example": EXAMPLE}
+    facts |= {"escape": escape, "count": "{:,}".format, "score": "{:.4f}".format, "median": median}
+    facts["source_name"] = source_name
     card = ModelCard.from_template(metadata(facts), template_path=str(TEMPLATE), **facts)
     keep_edited(folder)
     (folder / "README.md").write_text(sign(f"{str(card).rstrip()}\n"), encoding="utf-8")
@@ -143,14 +142,13 @@ def collect_facts(
     folder: Path, config: HierarchicalConfig, settings: dict[str, Any], report: dict[str, Any], metrics: dict[str, Any]
 ) -> dict[str, Any]:
     """Collect the template's variables."""
-    tree, calibration, splits = config.tree, config.calibration, report["splits"]
-    parts_template = TEMPLATE.with_name(f"card.{config.problem_type}.md.jinja")
+    tree, form = config.tree, form_of(config.tree, config.problem_type)
 
-    # ── Model and training ───────────────────────────────────────────────────────────────────────────────────────────
-    local = encoder_on_hub(config) is None
-    adapter = LOCAL_ADAPTER_SENTENCE if local else ADAPTER_SENTENCE
-    drawn = tree.draw().split("\n")
-    start = settings.get("model_name_or_path")
+    # ── Model, data and training ─────────────────────────────────────────────────────────────────────────────────────
+    parts_template = TEMPLATE.with_name(f"card.{config.problem_type}.md.jinja")
+    drawn, is_local = tree.draw(), encoder_on_hub(config) is None
+    adapter = LOCAL_ADAPTER_SENTENCE if is_local else ADAPTER_SENTENCE
+    start, origin = settings.get("model_name_or_path"), report["taxonomy"]
     shown = {name: value for name, value in settings.items() if value is not None and name not in NOT_SHOWN}
     facts = {
         "config": config,
@@ -158,67 +156,38 @@ def collect_facts(
         "report": report,
         "metrics": metrics,
         "tree": tree,
-        "encoder": None if local else config.encoder_name_or_path,
+        "encoder": None if is_local else config.encoder_name_or_path,
         "form": adapter if config.adapter_subfolder else WHOLE_MODEL_SENTENCE,
-        "drawn": "\n".join(drawn[:NODES_SHOWN]),
-        "hidden_nodes": len(drawn) - NODES_SHOWN,
-        "fence": "`" * max(3, 1 + max(map(len, re.findall("`+", "\n".join(drawn))), default=0)),
+        "drawn": drawn.split("\n"),
+        "fence": "`" * max(3, 1 + max(map(len, re.findall("`+", drawn)), default=0)),
         "parts_template": jinja2.Template(parts_template.read_text(encoding="utf-8")),
-        "offers_sets": (calibration.set_thresholds or [None] * 99)[threshold_index(MEASURED_TARGET)] is not None,
+        "offers_sets": measured_threshold(config.calibration) is not None,
         "continued": start and config.encoder_name_or_path not in (start, str(Path(start).resolve()), Path(start).name),
         "settings_shown": {name: format_setting(value) for name, value in shown.items()},
-    }
-
-    # ── Data ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-    origin, before, united = report["taxonomy"], report["trained_before"], report.get("united_rows", {})
-    conflicting = {split: counts.get("conflicting_texts", 0) for split, counts in splits.items()}
-    facts |= {
-        "sources": [{**source, "name": source_name(source)} for source in report["sources"]],
         "taxonomy_source": f"from {Path(origin[5:]).name}" if origin.startswith("from ") else origin,
-        "moved": " and ".join(f"{rows:,} {split} rows" for split, rows in before["moved"].items() if rows),
-        "united": " and ".join(f"{rows:,} {split} rows" for split, rows in united.items() if rows),
-        "conflicting": ", ".join(f"{texts:,} {split}" for split, texts in conflicting.items() if texts),
+        "moved": list_rows(report["trained_before"]["moved"]),
+        "united": list_rows(report.get("united_rows", {})),
     }
 
     # ── Results ──────────────────────────────────────────────────────────────────────────────────────────────────────
-    form = form_of(tree, config.problem_type)
+    scored = {split: prefix for split, prefix in PREFIXES.items() if f"{prefix}_log_loss" in metrics}
     table = of_all_levels(form.metrics, tree.depth)
-    scores = {
-        split: {name: metrics[f"{prefix}_{name}"] for name in table if f"{prefix}_{name}" in metrics}
-        for split, prefix in PREFIXES.items()
-        if f"{prefix}_log_loss" in metrics
-    }
-    best_split = "test" if "test" in scores else "validation"
-    classes = sorted(metrics.get("per_class", []), key=lambda row: -row["support"])
-    leaf_rows = sum(row["support"] for row in classes) if "accuracy" in table else 0
     titles = {
-        f"{prefix}_{name}": f"{split} {metric.title}"
-        for split, prefix in PREFIXES.items()
-        for name, metric in table.items()
+        f"{scored[split]}_{name}": f"{split} {metric.title}" for split in scored for name, metric in table.items()
     }
     compared = {key: title for key, title in titles.items() if table[key.partition("_")[2]].is_compared}
+    before = ["uncalibrated_", *(["without_lexical_head_"] if metrics.get("lexical_weight") else [])]
+    best_split = "test" if "test" in scored else "validation"
     return facts | {
-        "scores": scores,
+        "scores": {
+            split: {name: metrics[f"{prefix}_{name}"] for name in table if f"{prefix}_{name}" in metrics}
+            for split, prefix in scored.items()
+        },
         "metrics_table": table,
-        "unverified": before["scores"] == "unverified",
         "best_split": best_split,
-        "scored_rows": ", ".join(f"{splits[split]['rows']:,} {split} rows" for split in scores),
-        "leaf_rows": leaf_rows if leaf_rows and leaf_rows != splits[best_split]["rows"] else 0,
-        "score_rows": [
-            [metric.title, *(format_score(values.get(name)) for values in scores.values())]
-            for name, metric in table.items()
-            if any(name in values for values in scores.values())
-        ],
-        "intervals": "; ".join(
-            f"{titles[name]} {format_score(low)} – {format_score(high)}"
-            for name, (low, high) in metrics.get("intervals", {}).items()
-        ),
-        "classes": classes,
-        "thresholds": [pick(calibration.thresholds) for pick in (min, median, max)] if calibration.thresholds else [],
-        "measured_sets": any(name.startswith("test_answer_") for name in metrics),
-        "quantized_rows": quantized_rows(metrics, compared),
-        "uncalibrated": any(name.startswith("uncalibrated_") for name in metrics),
-        "calibration_rows": calibration_rows(metrics, compared),
+        "intervals": {titles[name]: ends for name, ends in metrics.get("intervals", {}).items()},
+        "quantized_rows": compare(metrics, compared, ["quantized_", "uncalibrated_"]),
+        "calibration_rows": compare(metrics, compared, [*before, ""]),
         "plots": {
             name: title.format(split=best_split, level=k)
             for pattern, title in (form.plot_titles | PLOTS).items()
@@ -226,6 +195,12 @@ def collect_facts(
             if (folder / "plots" / f"{(name := pattern.format(level=k))}.png").is_file()
         },
     }
+
+
+def compare(metrics: dict[str, Any], titles: dict[str, str], stages: list[str]) -> list[list]:
+    """Return a row for each score that was measured at all stages, given by their prefixes: its title, then the scores."""
+    rows = [[title, *(metrics.get(stage + name) for stage in stages)] for name, title in titles.items()]
+    return [row for row in rows if None not in row]
 
 
 def source_name(source: dict[str, Any]) -> str:
@@ -241,26 +216,6 @@ def format_setting(setting: Any) -> str:
     if isinstance(setting, str) and Path(setting).is_absolute():
         return Path(setting).name
     return f"{setting:g}" if isinstance(setting, float) else str(setting)
-
-
-def quantized_rows(metrics: dict[str, Any], titles: dict[str, str]) -> list[list[str]]:
-    """Compare scores over the quantized encoder in training with scores over the encoder in full precision."""
-    rows = []
-    for name, title in titles.items():
-        trained, full = metrics.get(f"quantized_{name}"), metrics.get(f"uncalibrated_{name}", metrics.get(name))
-        if trained is not None and full is not None:
-            rows.append([title, format_score(trained), format_score(full), f"{full - trained:+.4f}"])
-    return rows
-
-
-def calibration_rows(metrics: dict[str, Any], titles: dict[str, str]) -> list[list[str]]:
-    """Compare scores before and after calibration, and without the lexical head if there is one."""
-    steps = ["uncalibrated_", *(["without_lexical_head_"] if metrics.get("lexical_weight") else [])]
-    return [
-        [title, *(format_score(metrics.get(f"{step}{name}")) for step in (*steps, ""))]
-        for name, title in titles.items()
-        if name in metrics and f"uncalibrated_{name}" in metrics
-    ]
 
 
 # ── Metadata ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -291,7 +246,7 @@ def metadata(facts: dict[str, Any]) -> ModelCardData:
 def eval_results(facts: dict[str, Any]) -> list[EvalResult]:
     """Build the entries of ``model-index``. Each names the source of its split, or of the rows that the split was taken from."""
     sources = {source["split"]: source for source in facts["report"]["sources"]}
-    results = []
+    unverified, results = facts["report"]["trained_before"]["scores"] == "unverified", []
     for split, values in facts["scores"].items():
         source = sources.get(split) or sources.get("all") or sources["train"]
         results += [
@@ -301,7 +256,7 @@ def eval_results(facts: dict[str, Any]) -> list[EvalResult]:
                 dataset_name=source_name(source),
                 dataset_split=split,
                 metric_type=facts["metrics_table"][metric].hub_type,
-                metric_name=f"{metric} (unverified)" if facts["unverified"] else metric,
+                metric_name=f"{metric} (unverified)" if unverified else metric,
                 metric_value=value,
             )
             for metric, value in values.items()
@@ -313,17 +268,7 @@ def eval_results(facts: dict[str, Any]) -> list[EvalResult]:
 # ── Markdown ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Format a Markdown table, with any text in its cells. The columns after the first hold numbers."""
-    lines = [map(escape, header), ["---"] + ["---:"] * (len(header) - 1), *(map(escape, row) for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def escape(text: str) -> str:
     """Replace characters with a meaning in Markdown or HTML by numeric entities, and put the text on one line."""
     special = r"[\\`*\[\]<>|&$~#!]|(?<![^\W_])_|_(?![^\W_])"  # an underscore inside a word has no meaning
     return re.sub(special, lambda matched: f"&#{ord(matched[0])};", " ".join(text.split()))
-
-
-def format_score(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"

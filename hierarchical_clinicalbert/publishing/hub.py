@@ -9,19 +9,18 @@ Worth knowing:
 
 import json
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, RepoCard
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 
 from configuration_hierarchical import HierarchicalConfig
 from hierarchical_clinicalbert.checkpoint_files import CHECKPOINT_FILES, encoder_on_hub
 from hierarchical_clinicalbert.connection import find_hub_problem
-from hierarchical_clinicalbert.errors import InputError, one_line
+from hierarchical_clinicalbert.errors import InputError, as_input_error
 
 SPACE_FILES = (
     *("README.md", "requirements.txt", "app.py", "style.css"),
@@ -50,18 +49,6 @@ class Target:
     sha: str | None = None
 
 
-@contextmanager
-def as_hub_error(what: str, remedy: str | None = None) -> Iterator[None]:
-    """Convert an error of a request to the Hub into an InputError with the message "what: reason; remedy"."""
-    try:
-        yield
-    except InputError:
-        raise
-    except (HTTPError, OSError, ValueError, RuntimeError) as error:  # of the Hub, the connection or the request
-        message = describe_hub_error(error) + (f"; {remedy}" if remedy else "")
-        raise InputError(f"{what}: {message}") from error
-
-
 def refuse_local_encoder(config: HierarchicalConfig, remedy: str) -> None:
     """Raise InputError if an adapter's encoder is a folder on this machine."""
     if encoder_on_hub(config) is None:
@@ -78,7 +65,7 @@ def log_in(api: HfApi) -> tuple[str, ...]:
     what = "cannot check the token (of HF_TOKEN or the login) on the Hub"
     if problem := find_hub_problem():
         raise InputError(f"{what}: {problem}")
-    with as_hub_error(what):
+    with as_input_error(what):
         who = api.whoami()
     token = who.get("auth", {}).get("accessToken", {})
     scopes = token.get("fineGrained", {}).get("scoped", [])
@@ -116,19 +103,18 @@ def find_target(
         raise InputError(f"{branch!r} is not a valid name for a branch")
 
     # ── Look up the repository and the branch, and check what they hold ──────────────────────────────────────────────
-    with as_hub_error(f"cannot read the repository {repo_id}"):
+    with as_input_error(f"cannot read the repository {repo_id}"):
         try:
-            info = current = api.repo_info(repo_id, repo_type=repo_type)
-            current = api.repo_info(repo_id, repo_type=repo_type, revision=branch)
+            info = api.repo_info(repo_id, repo_type=repo_type, revision=branch)
         except RepositoryNotFoundError:
             return Target(repo_id, repo_type, branch, private)
-        except RevisionNotFoundError:
-            pass  # `publish` creates the branch from the default branch, whose state `current` is
+        except RevisionNotFoundError:  # `publish` creates the branch, from the default branch
+            info = api.repo_info(repo_id, repo_type=repo_type)
         if private and not info.private:
             problem = "is public already, which --private does not change: use its settings page"
             raise InputError(f"{flag} {repo_id} {problem}")
-        files = sorted(sibling.rfilename for sibling in current.siblings or [])
-        target = Target(repo_id, repo_type, branch, bool(info.private), current.sha)
+        files = sorted(sibling.rfilename for sibling in info.siblings or [])
+        target = Target(repo_id, repo_type, branch, bool(info.private), info.sha)
         specific = [name for name in files if name not in NEUTRAL_FILES]
         if specific and not is_ours(api, target, files):
             problem = f"already holds something else, such as {specific[0]}: choose another name"
@@ -167,7 +153,7 @@ def publish(
     """
     repo = {"repo_id": target.repo_id, "repo_type": target.repo_type}
     ours = CHECKPOINT_FILES if target.repo_type == "model" else SPACE_FILES
-    with as_hub_error(target.repo_id, remedy):
+    with as_input_error(target.repo_id, remedy):
         if target.sha is None:
             sdk = "gradio" if target.repo_type == "space" else None
             api.create_repo(**repo, private=target.private or None, space_sdk=sdk, exist_ok=True)
@@ -186,18 +172,3 @@ def publish(
             revision=target.revision,
             parent_commit=target.sha,
         )
-
-
-def describe_hub_error(error: Exception) -> str:
-    """Describe in one line why a request to the Hub failed."""
-    if isinstance(error, HfHubHTTPError):
-        detail = f" ({one_line(error.server_message)})" if error.server_message else ""
-        status = error.response.status_code
-        if status in (401, 403):
-            return f"the token may not do this{detail}"
-        return "the repository has changed meanwhile" if status == 412 else f"the Hub answered {status}{detail}"
-    if isinstance(error, ConnectionError) and "xet" in str(error):  # hf_xet does not fall back to LFS
-        return "the Hub refused an upload by Xet: set HF_HUB_DISABLE_XET=1 to upload by LFS"
-    if isinstance(error, HTTPError):
-        return f"the connection to the Hub failed ({one_line(error)})"
-    return one_line(error)

@@ -7,11 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from hierarchical_clinicalbert.reading.rows import InputError
-from taxonomy_hierarchical import looks_like_name, quote_name
+from taxonomy_hierarchical import list_names, looks_like_name, quote_name
 
 TEXT_COLUMNS = ("medical_abstract", "abstract", "text", "sentence", "content", "document", "body")
 LABEL_COLUMNS = ("condition_label", "label", "labels", "category", "class", "condition_name")
-MAX_LISTED = 20
 MIN_SHARE = 0.5  # of the rows that must have a column, for a candidate name to match it
 
 
@@ -89,10 +88,9 @@ def is_blank(text: str) -> bool:
 
 
 def listed(names: Iterable[str]) -> str:
-    """Format column names for a message: the first `MAX_LISTED`, or none if one of them looks like a text."""
+    """Format column names for a message: the first ones, or none if one of them looks like a text."""
     names = list(names)
     text = next((name for name in names if not looks_like_name(name)), None)
     if text is not None:
         return f"{len(names):,} columns that are not shown, as one is called {quote_name(text)}: is the header missing?"
-    rest = f", and {len(names) - MAX_LISTED:,} more" if len(names) > MAX_LISTED else ""
-    return ", ".join(map(quote_name, names[:MAX_LISTED])) + rest
+    return list_names(names)

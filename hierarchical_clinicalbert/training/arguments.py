@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from transformers.trainer_utils import SaveStrategy
 from configuration_hierarchical import DEFAULT_ENCODER, DEFAULT_ENCODER_REVISION
 from hierarchical_clinicalbert.checkpoint_files import is_local
 from hierarchical_clinicalbert.data.arguments import DataArguments, flag
-from hierarchical_clinicalbert.errors import InputError, is_own_bug, one_line, refuse_undecodable
+from hierarchical_clinicalbert.errors import ArgumentParser, InputError, is_own_bug, one_line, refuse_undecodable
 from hierarchical_clinicalbert.evaluation.forms import Form, direction_of
 from hierarchical_clinicalbert.evaluation.metrics import of_all_levels
 from hierarchical_clinicalbert.machine import has_bf16
@@ -168,15 +168,14 @@ METRIC_SCHEDULERS = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)  # t
 
 def parse(argv: list[str]) -> Arguments:
     """Parse ``[recipe.yaml] [--flag value …]``, or raise InputError."""
-    # ── Parser: a bare switch means true, an error is one line ───────────────────────────────────────────────────────
+    # ── Parser: a bare switch means true ─────────────────────────────────────────────────────────────────────────────
     classes, usage = [*Arguments.__annotations__.values()], "train.py [recipe.yaml] [--flag value ...]"
-    parser = HfArgumentParser(classes, prog="train.py", usage=usage, allow_abbrev=False, formatter_class=HelpFormatter)
+    parser = Parser(dataclass_types=classes, prog="train.py", usage=usage, formatter_class=HelpFormatter)
     for action in parser._actions:
         if action.type is string_to_bool:
             action.nargs, action.const = "?", True
         if action.dest in FIXED_FLAGS:
             action.help = argparse.SUPPRESS
-    parser.error = raise_parser_error  # argparse prints the usage of all 150 flags
 
     # ── Arguments: flags override the recipe ─────────────────────────────────────────────────────────────────────────
     if argv and not argv[0].startswith("-"):
@@ -213,16 +212,15 @@ def parse(argv: list[str]) -> Arguments:
     return arguments
 
 
+class Parser(HfArgumentParser, ArgumentParser):
+    """A parser of dataclasses whose errors are one line."""
+
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Show defaults, but not None: the help of such a flag says what it means."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default is None else super()._get_help_string(action)
-
-
-def raise_parser_error(message: str) -> NoReturn:
-    """Raise the message of argparse as an InputError, with one spelling of the flag."""
-    raise InputError(re.sub(r"^argument (--\w+)(/--[\w-]+)?: ", r"\1: ", message))
 
 
 def check_values(arguments: Arguments) -> None:

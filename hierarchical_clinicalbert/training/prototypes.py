@@ -28,15 +28,11 @@ MAX_TEXTS = 4096  # that are embedded
 
 
 class Names(NamedTuple):
-    """A phrase for each class, for its prototype. ``weights`` are the numbers of texts that the phrases count as.
-
-    ``directions`` are those of the phrases' embeddings, see `embed_phrases`.
-    """
+    """A phrase for each class, for its prototype. ``weights`` are the numbers of texts that the phrases count as."""
 
     source: str
     phrases: list[str]
     weights: list[float]
-    directions: Tensor
 
 
 def initialise_heads(trainer: HierarchicalTrainer, rows: Dataset, arguments: ModelArguments) -> str | None:
@@ -59,19 +55,14 @@ def initialise_heads(trainer: HierarchicalTrainer, rows: Dataset, arguments: Mod
     few_rows = len(rows) < FEW_ROWS * tree.num_leaves
     chosen = arguments.heads_init or ("prototypes" if few_rows else "random")
     some = rows.select(np.sort(np.random.default_rng(0).permutation(len(rows))[:MAX_TEXTS]))
-    # before contrastive training: after it, prototypes without names would seem to fit these texts best
-    names, vectors = None, None
-    if chosen == "prototypes":
+    if chosen == "prototypes":  # after contrastive steps, prototypes without names would seem to fit these texts best
         vectors = embed_texts(trainer, some)
         names = choose_names(trainer, some, vectors)
     if arguments.contrastive_steps:
         members = class_members(trainer, rows)[:, : tree.num_leaves]
         train_contrastively(trainer, rows["input_ids"][:], members, arguments.contrastive_steps)
-        if names:  # the encoder has changed
-            vectors = embed_texts(trainer, some)
-            names = names._replace(directions=embed_phrases(trainer, names.phrases))
-    if names:
-        set_prototypes(trainer, some, vectors, names)
+    if chosen == "prototypes":
+        set_prototypes(trainer, some, embed_texts(trainer, some) if arguments.contrastive_steps else vectors, names)
     return chosen
 
 
@@ -88,16 +79,14 @@ def choose_names(trainer: HierarchicalTrainer, rows: Dataset, vectors: Tensor) -
     phrases = [label.replace(tree.separator, " ") for label in tree.labels[:classes]]
     descriptions = [tree.descriptions.get(label) for label in tree.labels[:classes]]
     texts_only = "the training texts alone: the class names do not fit them; --class_names gives better ones"
-    directions = embed_phrases(trainer, phrases)
     candidates = [
-        Names(texts_only, phrases, [0.0] * classes, directions),
-        Names("the training texts and the class names", phrases, [NAME_WEIGHT] * classes, directions),
+        Names(texts_only, phrases, [0.0] * classes),
+        Names("the training texts and the class names", phrases, [NAME_WEIGHT] * classes),
     ]
     if tree.descriptions:
         described = [f"{name}: {text}" if text else name for name, text in zip(phrases, descriptions, strict=True)]
         weights = [DESCRIPTION_WEIGHT if text else NAME_WEIGHT for text in descriptions]
-        source = "the training texts, the class names and their descriptions"
-        candidates.append(Names(source, described, weights, embed_phrases(trainer, described)))
+        candidates.append(Names("the training texts, the class names and their descriptions", described, weights))
 
     # ── Likelihood of the labels ─────────────────────────────────────────────────────────────────────────────────────
     offsets, *_ = standardise(vectors)
@@ -105,7 +94,7 @@ def choose_names(trainer: HierarchicalTrainer, rows: Dataset, vectors: Tensor) -
     text_sums = members.T @ offsets
 
     def likelihood(names: Names) -> float:
-        name_sums = NAME_WEIGHT * names.directions if any(names.weights) else 0
+        name_sums = NAME_WEIGHT * embed_phrases(trainer, names.phrases) if any(names.weights) else 0
         own = left_out_scores(offsets, members, text_sums + name_sums)
         scores = pad(own, (0, tree.num_nodes - classes)) + heads.bias
         return float(heads.decisions.log_likelihood(heads.decisions.inclusive(scores), labels).sum())
@@ -129,7 +118,8 @@ def set_prototypes(trainer: HierarchicalTrainer, rows: Dataset, vectors: Tensor,
     heads, classes = trainer.model.heads, trainer.model.config.num_labels
     offsets, mean, rms_distance = standardise(vectors)
     weights = offsets.new_tensor(names.weights)[:, None]
-    prototypes = normalize(class_members(trainer, rows).T @ offsets + weights * names.directions)
+    directions = embed_phrases(trainer, names.phrases)
+    prototypes = normalize(class_members(trainer, rows).T @ offsets + weights * directions)
     heads.weight.zero_()
     heads.weight[:classes] = TYPICAL_SCORE / rms_distance * prototypes
     heads.bias[:classes] -= heads.weight[:classes] @ mean

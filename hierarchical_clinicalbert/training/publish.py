@@ -1,17 +1,20 @@
 """Collect the settings and facts of a run for its model card, and push its files to the Hub."""
 
+import os
+import platform
 import shutil
 import subprocess
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import HfApi
 
 from configuration_hierarchical import HierarchicalConfig
 from hierarchical_clinicalbert.checkpoint_files import METRICS, read_json_object
 from hierarchical_clinicalbert.errors import ROOT
 from hierarchical_clinicalbert.publishing import card
-from hierarchical_clinicalbert.publishing.environment import describe_environment
 from hierarchical_clinicalbert.publishing.hub import find_target, log_in, refuse_local_encoder
 from hierarchical_clinicalbert.training.arguments import Arguments, HierarchicalTrainingArguments
 from hierarchical_clinicalbert.training.trainer import HierarchicalTrainer
@@ -52,6 +55,30 @@ def run_facts(arguments: Arguments, size: dict[str, int | float], data_report: d
         **size,
         "environment": {**describe_environment(arguments.training.device), "commit": source_commit(), "data": hashes},
     }
+
+
+def describe_environment(device: torch.device | str) -> dict[str, Any]:
+    """Describe the machine as ``hardware`` (text) and ``versions`` (by library), without names of hosts or users.
+
+    Args:
+        device: the device of training. With data parallelism, all processes are assumed to have equal devices.
+    """
+    device = torch.device(device)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    hardware = f"{torch.cpu.get_capabilities()['cpu_name']}, {cores} cores"
+    if device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(device)
+        gpus = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        hardware = f"{gpus} × {gpu.name} ({gpu.total_memory / 2**30:.0f} GiB); {hardware}"
+    elif device.type != "cpu":
+        hardware = f"{device.type} device; {hardware}"
+    versions = {"python": platform.python_version()}
+    for library in ("torch", "transformers", "peft", "bitsandbytes"):
+        try:
+            versions[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    return {"hardware": hardware, "versions": versions}
 
 
 def source_commit() -> str | None:

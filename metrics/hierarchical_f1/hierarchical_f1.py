@@ -72,13 +72,21 @@ class HierarchicalF1(evaluate.Metric):
     def _compute(self, predictions: np.ndarray, references: np.ndarray, parents: Sequence[int]) -> dict[str, float]:
         if len(references) == 0:
             raise ValueError("there are no predictions and references to compare")
-        parents = _checked_parents(parents)
-        for name, ids in (("predictions", predictions), ("references", references)):
-            invalid = np.flatnonzero((ids < 0) | (ids >= len(parents)))
+        parents = np.asarray(parents)
+        if parents.ndim != 1 or parents.size == 0 or parents.dtype.kind not in "iu":
+            raise ValueError(
+                "parents must be a non-empty list of integers: the parent's id of each node, -1 for a root"
+            )
+        parents = parents.astype(np.int64)
+        for name, ids, least in (
+            ("parents", parents, -1),
+            ("predictions", predictions, 0),
+            ("references", references, 0),
+        ):
+            invalid = np.flatnonzero((ids < least) | (ids >= len(parents)))
             if invalid.size:
-                raise ValueError(
-                    f"{name}[{invalid[0]}] is {ids[invalid[0]]}, but the nodes are numbered 0 to {len(parents) - 1}"
-                )
+                where = f"{name}[{invalid[0]}] is {ids[invalid[0]]}"
+                raise ValueError(f"{where}: nodes are numbered 0 to {len(parents) - 1}, and only a parent can be -1")
         paths = _paths(parents)
         predicted, true = paths[predictions], paths[references]  # (num_rows, depth) each
         shared = int(np.count_nonzero((predicted == true) & (true >= 0)))
@@ -86,24 +94,6 @@ class HierarchicalF1(evaluate.Metric):
         recall = shared / int(np.count_nonzero(true >= 0))
         f1 = 2 * precision * recall / (precision + recall) if shared else 0.0
         return {"hierarchical_precision": precision, "hierarchical_recall": recall, "hierarchical_f1": f1}
-
-
-def _checked_parents(parents: Sequence[int]) -> np.ndarray:
-    """Convert parents to int64.
-
-    Raises:
-        ValueError: parents are not integers, or not nodes.
-    """
-    parents = np.asarray(parents)
-    if parents.ndim != 1 or parents.size == 0 or parents.dtype.kind not in "iu":
-        raise ValueError("parents must be a non-empty list of integers: the parent's id of each node, -1 for a root")
-    parents = parents.astype(np.int64)
-    invalid = np.flatnonzero((parents < -1) | (parents >= len(parents)))
-    if invalid.size:
-        raise ValueError(
-            f"parents[{invalid[0]}] is {parents[invalid[0]]}, but a parent is -1 or a node from 0 to {len(parents) - 1}"
-        )
-    return parents
 
 
 def _paths(parents: np.ndarray) -> np.ndarray:

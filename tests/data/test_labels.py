@@ -1,17 +1,35 @@
-"""Test labels in one or several columns, codes and names, against taxonomies written by hand."""
+"""Test how labels are read and mapped to nodes, with one path and with any number of nodes a text, against cases worked by hand."""
 
 import json
+import logging
 
+import datasets
 import numpy as np
 import pandas as pd
 import pytest
 from conftest import ROOT
-from labelled_files import csv_file, labels_of, load, nodes_of, write
+from labelled_files import MANY, SECRET, csv_file, json_lines, label_sets, labels_of, load, nodes_of, write
+from sklearn.preprocessing import MultiLabelBinarizer
 
 from hierarchical_clinicalbert.data.labels import read_class_names
 from hierarchical_clinicalbert.errors import InputError
 from hierarchical_clinicalbert.training.arguments import parse
 from taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy, quote_name
+
+TREE = {"a": ["x", "y"], "b": ["z", {"c": ["u", "v"]}]}
+SETS = [["x"], ["x", "z"], [], ["y", "u"], ["c", "a"], ["v"]]
+
+
+@pytest.fixture
+def taxonomy(tmp_path):
+    return write(tmp_path / "taxonomy.json", json.dumps(TREE))
+
+
+def expected(sets):
+    return {f"text {i}": set(labels) for i, labels in enumerate(sets)}
+
+
+# ── One path a text ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("kind", ["json", "parquet"])
@@ -19,108 +37,357 @@ def test_whole_numbers_are_labels(tmp_path, kind):
     frame = pd.DataFrame({"text": ["a", "b", "c"], "label": [3.0, 10.0, 3.0]})
     path = tmp_path / f"a.{kind}"
     frame.to_parquet(path) if kind == "parquet" else frame.to_json(path, orient="records")
-    data = load(train_file=path, validation_size=0)
-    assert labels_of(data, "train") == ["3", "10", "3"]
+    assert labels_of(load(train_file=path, validation_size=0)) == ["3", "10", "3"]
 
 
 def test_several_label_columns_name_the_path_from_the_root(tmp_path):
-    rows = [("one", "body", "heart", "valve"), ("two", "body", "lung", ""), ("three", "mind", "", "")]
-    rows += [("four", "body", "", "")]
-    path = csv_file(tmp_path / "a.csv", rows, ("text", "l1", "l2", "l3"))
-    data = load(train_file=path, label_column=["l1", "l2", "l3"], validation_size=0)
+    header, columns = ("text", "l1", "l2", "l3"), {"label_column": ["l1", "l2", "l3"]}
+    rows = [
+        ("one", "body", "heart", "valve"),
+        ("two", "body", "lung", ""),
+        ("three", "mind", "", ""),
+        ("four", "body", "", ""),
+    ]
+    data = load(train_file=csv_file(tmp_path / "a.csv", rows, header), validation_size=0, **columns)
     names = [data.taxonomy.path_names(node) for node in nodes_of(data)]
     assert names == [("body", "heart", "valve"), ("body", "lung"), ("mind",), ("body",)]
-    # a document counts at every level of its path
-    assert data.report["splits"]["train"]["classes"] == {
-        "1": {"mind": 1, "body": 3},
-        "2": {"lung": 1, "heart": 1},
-        "3": {"valve": 1},
-    }
-    gap = csv_file(tmp_path / "b.csv", [("one", "body", "", ""), ("two", "", "", "")], ("text", "l1", "l2", "l3"))
-    with pytest.raises(InputError, match="line 3, column 'l1 l2 l3': the label is missing"):
-        load(train_file=gap, label_column=["l1", "l2", "l3"])
-    gap = csv_file(tmp_path / "b.csv", [("one", "body", "", "valve")], ("text", "l1", "l2", "l3"))
-    with pytest.raises(
-        InputError,
-        match="line 2, column 'l1 l2 l3': a label column is empty, although the column of a deeper level is filled",
+    classes = {"1": {"mind": 1, "body": 3}, "2": {"lung": 1, "heart": 1}, "3": {"valve": 1}}
+    assert data.report["splits"]["train"]["classes"] == classes
+    for row, message in (
+        (("one", "", "", ""), "line 2, column 'l1 l2 l3': the label is missing"),
+        (
+            ("one", "body", "", "valve"),
+            "line 2, column 'l1 l2 l3': a label column is empty, although the column of a deeper",
+        ),
+        (("one", "heart", "", ""), r"must name the path from the root, and \('heart'\) is none"),
     ):
-        load(train_file=gap, label_column=["l1", "l2", "l3"])
-    # one column holds names, several hold paths: "heart" alone is not a path from a root
-    wrong = csv_file(tmp_path / "c.csv", [("one", "heart", "", "")], ("text", "l1", "l2", "l3"))
-    with pytest.raises(
-        InputError,
-        match=r"c\.csv, line 2, column 'l1 l2 l3': .*must name the path from the root, and \('heart'\) is none",
-    ):
-        load(known=data.taxonomy, test_file=wrong, label_column=["l1", "l2", "l3"])
-    names_only = csv_file(tmp_path / "d.csv", [("one", "heart")])
+        with pytest.raises(InputError, match=message):
+            load(known=data.taxonomy, test_file=csv_file(tmp_path / "b.csv", [row], header), **columns)
+    names_only = csv_file(tmp_path / "d.csv", [("one", "heart")])  # one column holds names, several hold paths
     assert labels_of(load(known=data.taxonomy, test_file=names_only), "test") == ["heart"]
 
 
-def test_codes_are_names_only_where_the_user_says_so(tmp_path):
-    rows = [(str(i), f"text {i}") for i in range(1, 4)]
-    path = csv_file(tmp_path / "a.csv", rows, ("condition_label", "medical_abstract"))
-    assert load(train_file=path, validation_size=0).taxonomy == Taxonomy(["1", "2", "3"])
-    with pytest.raises(InputError, match=r"line 2, .*'1' is not in the taxonomy"):
-        load(test_file=path, known=Taxonomy(DEFAULT_TAXONOMY))
+# ── Any number of nodes a text ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_recipe_of_the_medical_abstracts_corpus_names_its_codes(tmp_path):
-    # the corpus's own names, from its data card
-    classes = ["neoplasms", "digestive system diseases", "nervous system diseases", "cardiovascular diseases",
-               "general pathological conditions"]  # fmt: skip
-    rows = [(str(i), f"text {i}") for i in range(1, 6)]
-    path = csv_file(tmp_path / "a.csv", rows, ("condition_label", "medical_abstract"))
-    words = [str(ROOT / "recipes" / "medical_abstracts.yaml"), "--train_file", str(path), "--validation_size", "0"]
-    _, arguments, _, _ = parse(words)
-    data = load(**vars(arguments))
-    assert data.taxonomy == Taxonomy(DEFAULT_TAXONOMY)
-    assert labels_of(data, "train") == classes
+def as_jsonl(folder, rows):
+    return {"train_file": write(folder / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))}
+
+
+def as_parquet(folder, rows):
+    pd.DataFrame(rows).to_parquet(folder / "a.parquet")
+    return {"train_file": folder / "a.parquet"}
+
+
+def as_sequence_of_class_label(folder, rows):
+    names = datasets.ClassLabel(names=["x", "y", "z", "c", "u", "v", "a"])
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.List(names)})
+    datasets.Dataset.from_list(rows, features=features).save_to_disk(folder / "saved")
+    return {"data_path": folder / "saved", "test_size": 0.0}
+
+
+def as_parquet_of_class_label(folder, rows):
+    datasets.load_from_disk(as_sequence_of_class_label(folder, rows)["data_path"]).to_parquet(folder / "a.parquet")
+    return {"train_file": folder / "a.parquet"}
+
+
+def as_delimited(folder, rows):
+    lines = [(row["text"], " ; ".join(row["label"])) for row in rows]
+    return {"train_file": csv_file(folder / "a.csv", lines), "label_delimiter": ";"}
+
+
+def as_columns(folder, rows, dtype=int):
+    binarizer = MultiLabelBinarizer()
+    marks = binarizer.fit_transform([row["label"] for row in rows]).astype(dtype)
+    table = pd.DataFrame(marks, columns=binarizer.classes_).assign(text=[row["text"] for row in rows])
+    table.to_csv(folder / "a.csv", index=False)
+    return {"train_file": folder / "a.csv", "problem_type": MANY, "label_column": list(binarizer.classes_)}
+
+
+def as_booleans(folder, rows):
+    return as_columns(folder, rows, bool)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        as_jsonl,
+        as_parquet,
+        as_parquet_of_class_label,
+        as_sequence_of_class_label,
+        as_delimited,
+        as_columns,
+        as_booleans,
+    ],
+    ids=lambda form: form.__name__,
+)
+def test_every_form_of_labels_gives_the_same_sets(tmp_path, taxonomy, form):
+    rows = [{"text": f"text {i}", "label": labels} for i, labels in enumerate(SETS)]
+    data = load(**form(tmp_path, rows), taxonomy=taxonomy, validation_size=0.0)
+    assert label_sets(data) == expected(SETS)
+    assert data.problem_type == MANY
+    assert data.splits["train"]["row"][:] == [*range(len(SETS))]
+    assert all(ids == sorted(set(ids)) for ids in data.splits["train"]["nodes"])
+
+
+def test_a_missing_list_a_null_and_an_empty_cell_mean_no_labels(tmp_path, taxonomy, caplog):
+    rows = [
+        {"text": "p", "label": None},
+        {"text": "q", "label": ["x", None, " "]},
+        {"text": "r"},
+        {"text": "s", "label": []},
+    ]
+    with caplog.at_level(logging.INFO):
+        data = load(**as_jsonl(tmp_path, rows), taxonomy=taxonomy, validation_size=0.0)
+    assert label_sets(data) == {"p": set(), "q": {"x"}, "r": set(), "s": set()}
+    assert "the label column holds lists: any number of labels per text" in caplog.text
+    file = csv_file(tmp_path / "a.csv", [("p", ""), ("q", "x;;"), ("r", ";")])
+    data = load(train_file=file, label_delimiter=";", taxonomy=taxonomy, validation_size=0.0)
+    assert label_sets(data) == {"p": set(), "q": {"x"}, "r": set()}
+    file = json_lines(tmp_path / "b.jsonl", [[], []])
+    assert load(test_file=file, known=Taxonomy(TREE)).splits["test"]["nodes"][:] == [[], []]
+
+
+def test_lists_in_one_file_and_text_between_delimiters_in_another_are_the_same_labels(tmp_path, taxonomy):
+    train = json_lines(tmp_path / "a.jsonl", [["x", "c"], ["y"], []])
+    test = csv_file(tmp_path / "b.csv", [("p", "x; c"), ("q", "y"), ("r", "")])
+    data = load(train_file=train, test_file=test, taxonomy=taxonomy, validation_size=0.0, label_delimiter=";")
+    assert label_sets(data) == expected([["x", "c"], ["y"], []])
+    assert label_sets(data, "test") == {"p": {"x", "c"}, "q": {"y"}, "r": set()}
+
+
+def test_a_long_table_with_one_label_a_row_is_merged_within_each_split(tmp_path, taxonomy):
+    train = csv_file(tmp_path / "a.csv", [("P", "x"), ("q", "z"), ("p", "u"), ("p ", "x"), ("q", "")])
+    test = csv_file(tmp_path / "b.csv", [("r", "y"), ("r", "b")])
+    data = load(train_file=train, test_file=test, problem_type=MANY, taxonomy=taxonomy, validation_size=0.0)
+    assert label_sets(data) == {"P": {"x", "u"}, "q": {"z"}}
+    assert label_sets(data, "test") == {"r": {"y", "b"}}
+    assert data.splits["train"]["row"][:] == [0, 1]
+    assert data.report["united_rows"] == {"train": 3, "test": 1}
+
+
+def test_a_column_that_no_text_has_is_a_class(tmp_path):
+    header = ("text", "x", "y", "never")
+    file = csv_file(tmp_path / "a.csv", [("p", 1, 0, 0), ("q", 0, 1, 0)], header)
+    data = load(train_file=file, label_column=["x", "y", "never"], problem_type=MANY, validation_size=0.0)
+    assert data.taxonomy.labels == ["never", "x", "y"]
+    assert data.report["classes_without_training_rows"] == ["never"]
+
+
+# ── Paths and names ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_names_with_slashes_and_names_under_two_parents_are_read_by_another_separator(tmp_path):
+    sets = [["g > cell cycle", "h > cell cycle"], ["Glycolysis/Warburg effect"], ["g > s/t"], ["h"], ["> g > s/t", "g"]]
+    data = load(train_file=json_lines(tmp_path / "a.jsonl", sets), label_separator=" > ", validation_size=0.0)
+    names = {"g", "h", "s/t", "Glycolysis/Warburg effect", "g > cell cycle", "h > cell cycle"}
+    assert set(data.taxonomy.labels) == names
+    assert label_sets(data) == expected([*sets[:2], ["s/t"], ["h"], ["s/t", "g"]])
+
+
+def test_names_that_are_not_unique_need_their_path(tmp_path):
+    rows = [("one", "other"), ("two", "body/other"), ("three", "body/heart")]
+    with pytest.raises(InputError, match=r"line 2, .*'other' is ambiguous: it names .*'/other'.*write the path"):
+        load(train_file=csv_file(tmp_path / "a.csv", rows))
+    rows[0] = ("one", "/other")  # a leading separator marks the root
+    path = csv_file(tmp_path / "a.csv", rows)
+    data = load(train_file=path, validation_size=0)
+    paths = [data.taxonomy.path_names(node) for node in nodes_of(data)]
+    assert paths == [("other",), ("body", "other"), ("body", "heart")]
+    assert nodes_of(load(test_file=path, known=data.taxonomy), "test") == nodes_of(data)
+    tree = write(tmp_path / "t.json", json.dumps({"cell cycle": ["p", "q"], "h": ["cell cycle", "r"]}))
+    sets = [[" > cell cycle"], ["h > cell cycle"], ["p"]]
+    file = json_lines(tmp_path / "b.jsonl", sets)
+    assert label_sets(load(train_file=file, taxonomy=tree, label_separator=" > ", validation_size=0.0)) == expected(
+        sets
+    )
+    # case tells names apart
+    cased = csv_file(tmp_path / "b.csv", [("one", "neoplasms/Neoplasms"), ("two", "neoplasms"), ("three", "flu")])
+    assert labels_of(load(train_file=cased, validation_size=0)) == ["Neoplasms", "neoplasms", "flu"]
 
 
 def test_a_name_is_one_class_however_its_letters_are_composed(tmp_path):
     composed, decomposed = "caf\u00e9", "cafe\u0301"
-    assert composed != decomposed
     rows = [("one", composed), ("two", decomposed), ("three", "tea")]
     data = load(train_file=csv_file(tmp_path / "a.csv", rows), validation_size=0)
     assert data.taxonomy == Taxonomy([composed, "tea"])
     assert nodes_of(data) == [0, 0, 1]
     tree = write(tmp_path / "tree.yaml", f"drinks: [{decomposed}, tea]\nfood:\n")
-    rows = [("one", f"drinks/{composed}"), ("two", composed), ("three", "food")]
-    data = load(train_file=csv_file(tmp_path / "b.csv", rows), taxonomy=tree, validation_size=0)
-    assert nodes_of(data) == [0, 0, 2]
     levels = csv_file(tmp_path / "c.csv", [("one", "drinks", composed), ("two", "food", "")], ("text", "a", "b"))
-    data = load(train_file=levels, taxonomy=tree, label_column=["a", "b"], validation_size=0)
-    assert nodes_of(data) == [0, 2]
+    assert nodes_of(load(train_file=levels, taxonomy=tree, label_column=["a", "b"], validation_size=0)) == [0, 2]
     names = json.dumps({composed: composed, "2": "tea"})
     coded = csv_file(tmp_path / "d.csv", [("one", decomposed), ("two", "2")])
     assert load(train_file=coded, class_names=names, validation_size=0).taxonomy == Taxonomy([composed, "tea"])
+
+
+# ── The taxonomy ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_names_of_the_default_taxonomy_choose_it(tmp_path):
     rows = [("one", "neoplasms"), ("two", "specific disease"), ("three", "specific disease/nervous system diseases")]
     data = load(train_file=csv_file(tmp_path / "a.csv", rows), validation_size=0)
     assert data.taxonomy == Taxonomy(DEFAULT_TAXONOMY)
-    assert labels_of(data, "train") == ["neoplasms", "specific disease", "nervous system diseases"]
-    assert data.report["classes_without_training_rows"] == [
-        "general pathological conditions",
-        "digestive system diseases",
-        "cardiovascular diseases",
-    ]
-    # one other label, and the labels span their own taxonomy
-    rows[2] = ("three", "flu")
-    assert load(train_file=csv_file(tmp_path / "a.csv", rows), validation_size=0).taxonomy.labels == [
-        "flu", "neoplasms", "specific disease",
-    ]  # fmt: skip
+    assert labels_of(data) == ["neoplasms", "specific disease", "nervous system diseases"]
+    rest = ["general pathological conditions", "digestive system diseases", "cardiovascular diseases"]
+    assert data.report["classes_without_training_rows"] == rest
+    rows[2] = ("three", "flu")  # one other label, and the taxonomy is built from the labels
+    data = load(train_file=csv_file(tmp_path / "a.csv", rows), validation_size=0)
+    assert data.taxonomy.labels == ["flu", "neoplasms", "specific disease"]
 
 
-def test_taxonomy_of_the_labels_does_not_depend_on_row_order(tmp_path):
+def test_the_taxonomy_of_the_labels_depends_on_neither_row_order_nor_split(tmp_path):
     rows = [("one", "b / y"), ("two", "a"), ("three", "b/x")]
-    one = load(train_file=csv_file(tmp_path / "a.csv", rows), validation_size=0)
-    other = load(train_file=csv_file(tmp_path / "b.csv", rows[::-1]), validation_size=0)
-    assert one.taxonomy == other.taxonomy == Taxonomy(["a", {"b": ["x", "y"]}])
-    assert labels_of(one, "train") == ["y", "a", "x"]
+    files = [csv_file(tmp_path / f"{i}.csv", part) for i, part in enumerate((rows, rows[::-1], rows[:2], rows[2:]))]
+    one, other = (load(train_file=file, validation_size=0) for file in files[:2])
+    split = load(train_file=files[2], test_file=files[3], validation_size=0)
+    assert one.taxonomy == other.taxonomy == split.taxonomy == Taxonomy(["a", {"b": ["x", "y"]}])
+    assert labels_of(one) == ["y", "a", "x"]
+    assert split.report["classes_without_training_rows"] == ["x"]
     custom = csv_file(tmp_path / "c.csv", [("one", "a > b"), ("two", "a > c/d")])
     assert load(train_file=custom, validation_size=0, label_separator=">").taxonomy.labels == ["b", "c/d", "a"]
+
+
+def test_labels_may_be_inner_nodes_and_a_given_taxonomy_replaces_that_of_a_checkpoint(tmp_path):
+    tree = write(tmp_path / "tree.yaml", "body: [heart, lung]\nmind:\n")
+    rows = csv_file(tmp_path / "a.csv", [("one", "body"), ("two", "body/lung"), ("three", "mind"), ("four", " heart ")])
+    data = load(train_file=rows, taxonomy=tree, validation_size=0)
+    assert labels_of(data) == ["body", "lung", "mind", "heart"]
+    assert nodes_of(data)[0] >= data.taxonomy.num_leaves
+    mine = Taxonomy({"body": ["lung", "heart"], "mind": None, "soul": None})
+    assert load(known=mine, test_file=rows).taxonomy == mine
+    assert load(known=mine, test_file=rows, taxonomy=tree).taxonomy == data.taxonomy
+
+
+def test_a_checkpoint_keeps_its_separator(tmp_path):
+    known = Taxonomy({"heart": ["valve"], "mind": []}, " > ")
+    rows = csv_file(tmp_path / "a.csv", [("one", "heart > valve")])
+    assert labels_of(load(known=known, test_file=rows), "test") == ["valve"]
+    for separator in ({"label_separator": " > "}, {"known": known}):
+        with pytest.raises(InputError, match="--label_delimiter must differ from --label_separator, which is ' > '"):
+            load(train_file=rows, **separator, label_delimiter=">")
+
+
+# ── Codes ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_codes_are_names_only_where_the_user_says_so(tmp_path):
+    rows = [(str(i), f"text {i}") for i in range(1, 6)]
+    path = csv_file(tmp_path / "a.csv", rows, ("condition_label", "medical_abstract"))
+    assert load(train_file=path, validation_size=0).taxonomy == Taxonomy(["1", "2", "3", "4", "5"])
+    with pytest.raises(InputError, match=r"line 2, .*'1' is not in the taxonomy"):
+        load(test_file=path, known=Taxonomy(DEFAULT_TAXONOMY))
+    # the corpus's own names, from its data card
+    classes = ["neoplasms", "digestive system diseases", "nervous system diseases", "cardiovascular diseases",
+               "general pathological conditions"]  # fmt: skip
+    words = [str(ROOT / "recipes" / "medical_abstracts.yaml"), "--train_file", str(path), "--validation_size", "0"]
+    data = load(**vars(parse(words)[1]))
+    assert data.taxonomy == Taxonomy(DEFAULT_TAXONOMY)
+    assert labels_of(data) == classes
+
+
+def test_one_file_as_taxonomy_and_as_class_names(tmp_path):
+    names = write(tmp_path / "labels.csv", "label,name,parent\nC1,Heart,body\nC2,Lung,body\nC3,Sleep,mind\n")
+    rows = csv_file(tmp_path / "a.csv", [("one", "C2"), ("two", "C3"), ("three", "body"), ("four", "Heart")])
+    data = load(train_file=rows, taxonomy=names, class_names=names, validation_size=0)
+    assert labels_of(data) == ["Lung", "Sleep", "body", "Heart"]
+
+
+def test_codes_may_be_named_by_paths_or_level_by_level(tmp_path):
+    rows = csv_file(tmp_path / "a.csv", [("one", "1"), ("two", "2"), ("three", "flu")])
+    data = load(train_file=rows, class_names='{"1": "body/heart", "2": "body", "3": "flu"}', validation_size=0)
+    assert [data.taxonomy.path_names(node) for node in nodes_of(data)] == [("body", "heart"), ("body",), ("flu",)]
+    with pytest.raises(InputError, match=r"a\.csv, line 4, .*'flu' is neither a code nor a name of --class_names"):
+        load(train_file=rows, class_names='{"1": "body/heart", "2": "body"}')
+    rows = csv_file(tmp_path / "a.csv", [("one", "B", "1"), ("two", "M", ""), ("three", "B", "")], ("text", "l1", "l2"))
+    names = '{"B": "body", "M": "mind", "1": "heart"}'
+    data = load(train_file=rows, label_column=["l1", "l2"], validation_size=0, class_names=names)
+    assert labels_of(data) == ["heart", "mind", "body"]
+
+
+def test_class_names_are_read_from_json_and_from_tables_of_any_column_order(tmp_path):
+    tables = (
+        "note,Code,name\nx,1,one\ny,02,two\n",
+        "name,label\none,1\ntwo,02\n",
+        "condition_label,condition_name\n1,one\n02,two\n",
+    )
+    files = [str(write(tmp_path / f"{i}.csv", table)) for i, table in enumerate(tables)]
+    for given in ('{"1": "one", "02": " two "}', *files):
+        assert read_class_names(given) == {"1": "one", "02": "two"}
+    for given, message in (
+        ('{"1": ', "is not JSON"),
+        ('{"1": 2}', "the code '1' needs a name"),
+        ('{"1": "a", "1": "b"}', "the code '1' has two names: 'a' and 'b'"),
+        ("none.csv", "cannot read none.csv: No such file or directory"),
+        (
+            str(write(tmp_path / "n.csv", "id,what\n1,one\n")),
+            r"expected columns code \(or label\) and name, found 'id', 'what'",
+        ),
+    ):
+        with pytest.raises(InputError, match=message):
+            read_class_names(given)
+
+
+# ── Errors ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+LIST = "line 2, column 'label': the label is a list written as text: save"
+NO_LABEL = "line 1, column 'label': the label is neither text nor a whole number"
+NO_TREE = {"taxonomy": None}
+
+
+@pytest.mark.parametrize(
+    ("labels", "flags", "message"),
+    [
+        ([None, "x"], {}, "line 1, column 'label': the label is missing"),
+        ([float("nan"), "x", ""], {}, "line 1, column 'label': the label is missing .*; 2 rows cannot be used"),
+        ([1.5, 2.0], {}, NO_LABEL),
+        ([True, 2], {}, NO_LABEL),
+        ([{"x": "y"}, "x"], {}, NO_LABEL),
+        ([["x", ["y"]], "x"], {}, NO_LABEL),
+        ([["x", 1.5], ["x"]], {}, NO_LABEL),
+        ([SECRET * 50, "y"], {}, "line 1, column 'label': the label has more than 500 characters"),
+        ([[SECRET * 50], ["y"]], {}, "line 1, column 'label': the label has more than 500 characters"),
+        (["x", "Y"], {}, "line 2, column 'label': the label 'Y' is not in the taxonomy; did you mean 'y'"),
+        ([["x"], ["x", "nope"]], {}, "line 2, column 'label': the label 'nope' is not in the taxonomy; it has 'x', 'y', "),
+        ([[], []], NO_TREE, "column 'label': no row has a label"),
+        (["a/b", "a/"], NO_TREE, "line 2, .*has an empty name in its path"),
+        (["a > b", "a > ", "c"], {"label_separator": " > ", "taxonomy": None}, "line 2, .*has an empty name in its path"),
+        # 0 and 1 may name classes, or say yes and no
+        ([[1.0, 0.0], [], [0, 1]], NO_TREE, "the label columns 'label' hold 0 and 1 alone: give the names"),
+        (["1;0", "", "0;1"], {"label_delimiter": ";", "taxonomy": None}, "'label' hold 0 and 1 alone: give the names"),
+        ([1, 0], {"problem_type": MANY, "taxonomy": None}, "'label' hold 0 and 1 alone: give the names"),
+        # a list written as text
+        (["x", "['a; b', 'c']"], {"label_delimiter": ";"}, LIST),
+        (["x", "{'x', 'y'}"], {"label_delimiter": ","}, LIST),
+        (["x", "[x;y]"], {"label_delimiter": ";"}, LIST),
+        (["x", " {x,y} "], {"problem_type": MANY, "taxonomy": None}, LIST),
+        # contradictions
+        ([["x"]], {"problem_type": "single_label_classification"}, "means one label per text, but the label column holds"),
+        (["x"], {"problem_type": "single_label_classification", "label_delimiter": ";"}, "but --label_delimiter is given"),
+    ],
+)  # fmt: skip
+def test_a_bad_label_is_one_clear_line(tmp_path, taxonomy, labels, flags, message):
+    file = json_lines(tmp_path / "a.jsonl", labels)
+    with pytest.raises(InputError, match=message) as refused:
+        load(train_file=file, **{"taxonomy": taxonomy, "validation_size": 0.0} | flags)
+    assert "\n" not in str(refused.value)
+    assert SECRET not in str(refused.value)
+
+
+def test_columns_of_0_and_1_are_refused_unless_their_meaning_is_clear(tmp_path):
+    rows, header = [("p", 1, 0), ("q", 0, 1), ("r", 1, 1)], ("text", "x", "y")
+    given = {"train_file": csv_file(tmp_path / "a.csv", rows, header), "label_column": ["x", "y"], "validation_size": 0}
+    with pytest.raises(InputError, match="the label columns 'x', 'y' hold 0 and 1 alone: give --problem_type multi"):
+        load(**given)
+    assert label_sets(load(**given, problem_type=MANY)) == {"p": {"x"}, "q": {"y"}, "r": {"x", "y"}}
+    one = load(**given, problem_type="single_label_classification")
+    assert [one.taxonomy.path_names(node) for node in nodes_of(one)] == [("1", "0"), ("0", "1"), ("1", "1")]
+    given["train_file"] = csv_file(tmp_path / "b.csv", [*rows, ("s", "", 2)], header)
+    with pytest.raises(
+        InputError, match=r"line 5, column 'x': the cell is neither 0 nor 1.*join columns of names to one"
+    ):
+        load(**given, problem_type=MANY)
+    classes = csv_file(tmp_path / "c.csv", [("p", 1), ("q", 0)])
+    assert labels_of(load(train_file=classes, validation_size=0)) == ["1", "0"]
 
 
 NAMES_IN_BRACKETS = [
@@ -146,172 +413,32 @@ WRITTEN_LISTS = [  # by Python, JSON, NumPy, PostgreSQL and Spark
 ]
 
 
-@pytest.mark.parametrize("name", NAMES_IN_BRACKETS)
-def test_a_name_in_brackets_that_cannot_be_a_list_is_a_class(name, tmp_path):
-    file = csv_file(tmp_path / "a.csv", [("one", name), ("two", "other")])
-    assert labels_of(load(train_file=file, validation_size=0), "train") == [name, "other"]
-
-
-@pytest.mark.parametrize("label", WRITTEN_LISTS)
-def test_a_list_written_as_text_is_refused_unless_the_taxonomy_has_that_name(label, tmp_path):
-    file = csv_file(tmp_path / "a.csv", [("one", "other"), ("two", label)])
-    tree = write(tmp_path / "tree.json", json.dumps(["other", "third"]))
-    for flags in ({}, {"taxonomy": tree}):
-        with pytest.raises(
-            InputError, match="line 3, column 'label': the label is a list written as text: save"
-        ) as refused:
-            load(train_file=file, validation_size=0, **flags)
-        assert "\n" not in str(refused.value)
-    if "\n" not in label:  # which no name may hold
-        tree = write(tmp_path / "tree.json", json.dumps(["other", label]))
-        assert labels_of(load(train_file=file, validation_size=0, taxonomy=tree), "train") == ["other", label]
-
-
-@pytest.mark.parametrize(("separator", "label"), [("/", "a/"), ("/", "a//b"), (" > ", "a > ")])
-def test_a_path_with_an_empty_name_is_refused(separator, label, tmp_path):
-    rows = [("one", separator.join("ab")), ("two", label), ("three", "c")]
-    with pytest.raises(InputError, match=r"line 3, .*has an empty name in its path"):
-        load(train_file=csv_file(tmp_path / "a.csv", rows), label_separator=separator, validation_size=0)
-
-
-@pytest.mark.parametrize(
-    ("label", "advice"),
-    [
-        ("Mind", "did you mean 'mind'"),
-        ("skin", "it has 'valve', 'mind', 'heart', …"),
-    ],
-)
-def test_a_label_that_is_not_in_the_taxonomy_is_named_with_the_nearest_one(label, advice, tmp_path):
-    tree = write(tmp_path / "tree.yaml", "heart: [valve]\nmind:\n")
-    with pytest.raises(InputError, match=rf"a\.csv, line 2, column 'label': .* is not in the taxonomy; .*{advice}"):
-        load(train_file=csv_file(tmp_path / "a.csv", [("one", label)]), taxonomy=tree, validation_size=0)
-
-
-def test_a_checkpoint_keeps_its_classes_and_its_separator(tmp_path):
-    known, rows = (
-        Taxonomy({"heart": ["valve"], "mind": []}, " > "),
-        csv_file(tmp_path / "a.csv", [("one", "heart > valve")]),
-    )
-    assert labels_of(load(known=known, test_file=rows), "test") == ["valve"]
-    with pytest.raises(InputError, match="the label 'skin' is not in the taxonomy"):
-        load(known=known, test_file=csv_file(tmp_path / "b.csv", [("one", "skin")]))
-
-
-def test_labels_of_every_split_span_the_taxonomy(tmp_path):
-    data = load(
-        train_file=csv_file(tmp_path / "a.csv", [("one", "a"), ("two", "b")]),
-        validation_file=csv_file(tmp_path / "b.csv", [("three", "a")]),
-        test_file=csv_file(tmp_path / "c.csv", [("four", "c")]),
-    )
-    assert data.taxonomy.labels == ["a", "b", "c"]
-    assert data.report["classes_without_training_rows"] == ["c"]
-
-
-def test_labels_may_be_inner_nodes_and_a_given_taxonomy_replaces_that_of_a_checkpoint(tmp_path):
-    tree = write(tmp_path / "tree.yaml", "body: [heart, lung]\nmind:\n")
-    rows = csv_file(tmp_path / "a.csv", [("one", "body"), ("two", "body/lung"), ("three", "mind"), ("four", " heart ")])
-    data = load(train_file=rows, taxonomy=tree, validation_size=0)
-    assert labels_of(data, "train") == ["body", "lung", "mind", "heart"]
-    assert nodes_of(data)[0] >= data.taxonomy.num_leaves
-    # --taxonomy is stronger than the parameter, a checkpoint's taxonomy
-    mine = Taxonomy({"body": ["lung", "heart"], "mind": None, "soul": None})
-    assert load(known=mine, test_file=rows).taxonomy == mine
-    assert load(known=mine, test_file=rows, taxonomy=tree).taxonomy == data.taxonomy
-
-
-def test_names_that_are_not_unique_need_their_path(tmp_path):
-    # "other" is a root and a child: alone it could be either, in training as in scoring
-    rows = [("one", "other"), ("two", "body/other"), ("three", "body/heart")]
-    with pytest.raises(InputError, match=r"line 2, .*'other' is ambiguous: it names .*'/other'.*write the path"):
-        load(train_file=csv_file(tmp_path / "a.csv", rows))
-    rows[0] = ("one", "/other")
-    path = csv_file(tmp_path / "a.csv", rows)
-    data = load(train_file=path, validation_size=0)
-    assert [data.taxonomy.path_names(node) for node in nodes_of(data)] == [
-        ("other",), ("body", "other"), ("body", "heart"),
-    ]  # fmt: skip
-    again = load(test_file=path, known=data.taxonomy)
-    assert nodes_of(again, "test") == nodes_of(data)
-    # case tells names apart
-    cased = csv_file(tmp_path / "b.csv", [("one", "neoplasms/Neoplasms"), ("two", "neoplasms"), ("three", "flu")])
-    assert labels_of(load(train_file=cased, validation_size=0), "train") == ["Neoplasms", "neoplasms", "flu"]
-
-
-NAMES_AND_PARENTS = "label,name,parent\nC1,Heart,body\nC2,Lung,body\nC3,Sleep,mind\n"
-
-
-def test_one_file_as_taxonomy_and_as_class_names(tmp_path):
-    names = write(tmp_path / "labels.csv", NAMES_AND_PARENTS)
-    rows = csv_file(tmp_path / "a.csv", [("one", "C2"), ("two", "C3"), ("three", "body"), ("four", "Heart")])
-    arguments = {"train_file": rows, "taxonomy": names, "class_names": names, "validation_size": 0}
-    data = load(**arguments)
-    assert labels_of(data, "train") == ["Lung", "Sleep", "body", "Heart"]
-    rows = csv_file(tmp_path / "a.csv", [("one", "C2"), ("two", "C4")])
-    with pytest.raises(InputError, match=r"a\.csv, line 3, .*'C4' is not in the taxonomy"):
-        load(**arguments)
-
-
-def test_codes_may_be_named_by_paths(tmp_path):
-    rows = csv_file(tmp_path / "a.csv", [("one", "1"), ("two", "2"), ("three", "flu")])
-    data = load(train_file=rows, class_names='{"1": "body/heart", "2": "body", "3": "flu"}', validation_size=0)
-    assert [data.taxonomy.path_names(node) for node in nodes_of(data)] == [
-        ("body", "heart"),
-        ("body",),
-        ("flu",),
-    ]
-    with pytest.raises(InputError, match=r"a\.csv, line 4, .*'flu' is neither a code"):
-        load(train_file=rows, class_names='{"1": "body/heart", "2": "body"}')
-
-
-def test_codes_in_several_columns_are_named_level_by_level(tmp_path):
-    rows = csv_file(tmp_path / "a.csv", [("one", "B", "1"), ("two", "M", ""), ("three", "B", "")], ("text", "l1", "l2"))
-    data = load(
-        train_file=rows, label_column=["l1", "l2"], validation_size=0,
-        class_names='{"B": "body", "M": "mind", "1": "heart"}',
-    )  # fmt: skip
-    assert labels_of(data, "train") == ["heart", "mind", "body"]
-
-
-def test_class_names_are_read_from_json_and_from_tables_of_any_column_order(tmp_path):
-    expected = {"1": "one", "02": "two"}
-    assert read_class_names('{"1": "one", "02": " two "}') == expected
-    assert read_class_names(str(write(tmp_path / "a.csv", "note,Code,name\nx,1,one\ny,02,two\n"))) == expected
-    assert read_class_names(str(write(tmp_path / "a.tsv", "name\tlabel\none\t1\ntwo\t02\n"))) == expected
-    corpus = write(tmp_path / "b.csv", "condition_label,condition_name\n1,one\n02,two\n")
-    assert read_class_names(str(corpus)) == expected
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ('{"1": ', "is not JSON"),
-        ('{"1": 2}', "the code '1' needs a name"),
-        ('{"1": "a", "1": "b"}', "the code '1' has two names: 'a' and 'b'"),
-        ("names.csv", "cannot read names.csv: No such file or directory"),
-    ],
-)
-def test_class_names_that_cannot_be_read_are_refused(given, message):
-    with pytest.raises(InputError, match=message):
-        read_class_names(given)
+@pytest.mark.parametrize("flags", [{}, {"label_delimiter": ";"}])
+def test_a_list_written_as_text_is_refused_and_a_name_in_brackets_is_not(tmp_path, flags):
+    for name in NAMES_IN_BRACKETS:
+        data = load(
+            train_file=csv_file(tmp_path / "a.csv", [("one", name), ("two", "other")]), validation_size=0, **flags
+        )
+        assert label_sets(data) == {"one": {name}, "two": {"other"}}
+    for label in WRITTEN_LISTS:
+        file = csv_file(tmp_path / "a.csv", [("one", "other"), ("two", label)])
+        tree = write(tmp_path / "tree.json", json.dumps(["other", "third"]))
+        for taxonomy in ({}, {"taxonomy": tree}):
+            with pytest.raises(InputError, match="line 3, column 'label': the label is a list written as text: save"):
+                load(train_file=file, validation_size=0, **flags, **taxonomy)
+        if "\n" not in label:  # which no name may hold
+            write(tree, json.dumps(["other", label]))
+            data = load(train_file=file, validation_size=0, taxonomy=tree, **flags)
+            assert label_sets(data) == {"one": {"other"}, "two": {label}}
 
 
 @pytest.mark.parametrize(
     ("name", "shown"),
     [
-        ("neoplasms", True),
-        ("general pathological conditions", True),
-        ("specific disease/digestive system diseases", True),
-        ("C34.1", True),
-        ("D012345", False),
-        ("1.10", True),
-        ("icd_10_2019_code", True),
-        ("2019-07-31", False),
-        ("555 0123 456", False),
-        ("He was sent home.", False),
-        ("胸痛。入院", False),
-        ("pain in the chest for three days", False),
-        ("x" * 61, False),
+        *((name, True) for name in ("neoplasms", "specific disease/digestive system diseases", "C34.1", "1.10", "icd_10_2019_code")),
+        *((name, False) for name in ("D012345", "2019-07-31", "555 0123 456", "He was sent home.", "胸痛。入院")),
+        *((name, False) for name in ("pain in the chest for three days", "x" * 61)),
     ],
-)
+)  # fmt: skip
 def test_what_looks_like_a_name_is_shown(name, shown):
     assert quote_name(name) == (repr(name) if shown else f"(a value of {len(name)} characters)")

@@ -1,105 +1,138 @@
-"""Test the splits and the data report against cases worked by hand."""
+"""Test the splits and the data report, with one path and with any number of nodes a text, against cases worked by hand."""
 
 import hashlib
 import json
 import logging
 import random
-import re
 from collections import Counter
+from itertools import combinations
 
 import numpy as np
 import pytest
-from labelled_files import SECRET, csv_file, labels_of, load
+from iterstrat.ml_stratifiers import MultilabelStratifiedShuffleSplit
+from labelled_files import MANY, SECRET, csv_file, json_lines, label_sets, load
+from sklearn.preprocessing import MultiLabelBinarizer
 
+from decisions_hierarchical import ManyNodes
+from hierarchical_clinicalbert.data.label_forms import _sample_by_labels
 from hierarchical_clinicalbert.data.report import length_report, log_report
+from hierarchical_clinicalbert.data.trained_texts import TrainedTexts, normalise_text, text_hash
 from hierarchical_clinicalbert.errors import InputError
 from taxonomy_hierarchical import Taxonomy
 
+TREE = Taxonomy({"a": ["x", "y"], "b": ["z", {"c": ["u", "v"]}]})
+FORMS = pytest.mark.parametrize("flags", [{}, {"problem_type": MANY}], ids=["one path", "many nodes"])
 
-def normalised(text):
-    return re.sub(r"\s+", " ", text).strip().casefold()
 
-
-def corpus(rows, seed):
+def skewed(rows, seed):
     """Draw rows of skewed classes. A fifth of the texts repeat with other spelling, some with another label."""
     draw = random.Random(seed)
     made = [(f"Case {i} of the disease", draw.choices("abcde", (50, 25, 15, 8, 2))[0]) for i in range(rows)]
     for text, label in draw.sample(made, rows // 5):
-        made.append(
-            (draw.choice((text.upper(), f" {text}\n", text.replace(" ", "  "), text)), draw.choice((label, "a")))
-        )
+        spelt = draw.choice((text.upper(), f" {text}\n", text.replace(" ", "  "), text))
+        made.append((spelt, draw.choice((label, "a"))))
     draw.shuffle(made)
     return made
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_one_file_is_split_by_class_with_identical_texts_together(tmp_path, seed):
-    rows = corpus(1500, seed)
+def draw_sets(count, seed=0):
+    """Draw dependent labels of different frequencies. Some texts have none."""
+    generator = np.random.default_rng(seed)
+    names, rates = np.array(["x", "y", "z", "u", "v"]), [0.4, 0.2, 0.3, 0.1, 0.05]
+    return [names[generator.random(5) < rates].tolist() for _ in range(count)]
+
+
+def texts_of(data):
+    return {split: {normalise_text(text) for text in part["text"]} for split, part in data.splits.items()}
+
+
+# ── Split off ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@FORMS
+@pytest.mark.parametrize("seed", range(3))
+def test_one_file_is_split_by_class_with_identical_texts_together(tmp_path, seed, flags):
+    rows = skewed(1500, seed)
     path = csv_file(tmp_path / "a.csv", rows)
-    data = load(seed=seed, data_path=path, validation_size=0.15, test_size=0.1)
-    assert list(data.splits) == ["train", "validation", "test"]
-    # every row is in exactly one split, and says which it was
-    placed = sorted(
-        (row, text) for part in data.splits.values() for row, text in zip(part["row"], part["text"], strict=True)
-    )
-    assert placed == list(enumerate(text for text, _ in rows))
-    texts = {split: {normalised(text) for text in part["text"]} for split, part in data.splits.items()}
-    assert not texts["train"] & texts["validation"]
-    assert not texts["train"] & texts["test"]
-    assert not texts["validation"] & texts["test"]
+    data = load(seed=seed, data_path=path, validation_size=0.15, test_size=0.1, **flags)
+    texts = texts_of(data)
+    assert list(texts) == ["train", "validation", "test"]
+    assert set.union(*texts.values()) == {normalise_text(text) for text, _ in rows}
+    assert all(not texts[one] & texts[other] for one, other in combinations(texts, 2))
     # exact shares of the distinct texts: 0.15 and 0.1 of 1500
-    assert (len(texts["validation"]), len(texts["test"])) == (225, 150)
-    # each class to within a few rows of its share (duplicated texts have more than one)
-    everywhere = Counter(label for _, label in rows)
+    assert len(texts["validation"]) == pytest.approx(225, abs=8 if flags else 0)
+    assert len(texts["test"]) == pytest.approx(150, abs=8 if flags else 0)
+    # each class to within a few rows of its share (repeated texts have more than one)
+    counts = {
+        s: Counter(data.taxonomy.labels[n] for ids in part["nodes"] for n in ids) for s, part in data.splits.items()
+    }
+    everywhere = sum(counts.values(), Counter())
     for split, share in (("validation", 0.15), ("test", 0.1)):
-        found = Counter(labels_of(data, split))
         for label, count in everywhere.items():
-            assert abs(found[label] - share * count) <= 3 + 0.15 * share * count, (split, label)
+            assert abs(counts[split][label] - share * count) <= 3 + 0.15 * share * count, (split, label)
+    again, other = (
+        load(seed=s, data_path=path, validation_size=0.15, test_size=0.1, **flags) for s in (seed, seed + 1)
+    )
+    assert again.splits["test"]["row"][:] == data.splits["test"]["row"][:] != other.splits["test"]["row"][:]
+
+
+def test_hashes_of_the_report_are_those_by_which_runs_resume(tmp_path):
+    data = load(data_path=csv_file(tmp_path / "a.csv", skewed(300, 0)), validation_size=0.15, test_size=0.1)
     everything = sorted((row["row"], row["nodes"]) for split in data.splits.values() for row in split)
     labels = json.dumps([False, [nodes for _, nodes in everything]])
+    rows = {split: np.sort(np.array(data.splits[split]["row"], dtype=np.int64)) for split in ("train", "validation")}
     assert data.report["split"] == {
-        "method": "by class, identical texts kept together", "split_off": {"test": 0.1, "validation": 0.15}, "seed": seed,
+        "method": "by class, identical texts kept together", "split_off": {"test": 0.1, "validation": 0.15}, "seed": 0,
         "labels_sha256": hashlib.sha256(labels.encode()).hexdigest(),
-        "rows_sha256": {
-            split: hashlib.sha256(np.sort(np.array(data.splits[split]["row"], dtype=np.int64)).tobytes()).hexdigest()
-            for split in ("train", "validation")
-        },
+        "rows_sha256": {split: hashlib.sha256(numbers.tobytes()).hexdigest() for split, numbers in rows.items()},
     }  # fmt: skip
 
 
-def test_splits_are_decided_by_the_seed(tmp_path):
-    path = csv_file(tmp_path / "a.csv", corpus(300, 0))
-    one, same, other = (load(seed=seed, data_path=path).splits["test"]["row"][:] for seed in (1, 1, 2))
-    assert one == same
-    assert one != other
-
-
-def test_rare_classes_give_their_share_too(tmp_path):
+@FORMS
+def test_rare_classes_give_their_share_too(tmp_path, flags):
     rows = [(f"text {i}", "common") for i in range(1000)]
     rows += [(f"text {i}", f"rare {i % 200}") for i in range(1000, 1600)]  # of three texts each
-    data = load(data_path=csv_file(tmp_path / "a.csv", rows), validation_size=0.1, test_size=0.1)
+    data = load(data_path=csv_file(tmp_path / "a.csv", rows), validation_size=0.1, test_size=0.1, **flags)
     for split in ("validation", "test"):
-        found = Counter(label.split()[0] for label in labels_of(data, split))
+        found = Counter(label.split()[0] for (label,) in label_sets(data, split).values())
         assert found["common"] == pytest.approx(100, abs=1)
         assert found["rare"] == pytest.approx(60, abs=1)
     assert data.report["classes_without_training_rows"] == []
 
 
-@pytest.mark.parametrize("share", [0.3, 0.5, 0.6])
-def test_a_class_keeps_a_text_to_train_on(tmp_path, share):
-    rows = [(f"text {i}", f"class {i % 60}") for i in range(60 + 60 + 30)]  # two or three a class
+@FORMS
+def test_a_class_keeps_a_text_to_train_on(tmp_path, flags):
+    rows = [(f"text {i}", "common") for i in range(50)] + [("single", "rare")]
     path = csv_file(tmp_path / "a.csv", rows)
     for seed in range(5):
-        data = load(seed=seed, train_file=path, validation_size=share)
+        assert "single" in label_sets(load(seed=seed, data_path=path, validation_size=0.3, test_size=0.3, **flags))
+    path = csv_file(
+        tmp_path / "b.csv", [(f"text {i}", f"class {i % 60}") for i in range(60 + 60 + 30)]
+    )  # two or three each
+    for share in (0.3, 0.5, 0.6) if not flags else ():
+        data = load(train_file=path, validation_size=share)
         assert data.report["classes_without_training_rows"] == []
         assert len(data.splits["validation"]) == round(share * 150)
 
 
-def test_a_class_of_one_text_stays_in_training(tmp_path):
-    rows = [(f"text {i}", "common") for i in range(50)] + [("single", "rare")]
-    for seed in range(5):
-        data = load(seed=seed, data_path=csv_file(tmp_path / "a.csv", rows), validation_size=0.3, test_size=0.3)
-        assert "rare" in labels_of(data, "train")
+@FORMS
+@pytest.mark.parametrize("left", [5, 60])
+def test_texts_of_an_earlier_run_are_never_split_off(tmp_path, left, flags):
+    rows = [(f"text {i}", "xyz"[i % 3]) for i in range(100)]
+    earlier = TrainedTexts(earlier=frozenset(text_hash(normalise_text(text)) for text, _ in rows[left:]))
+    file = csv_file(tmp_path / "a.csv", rows)
+    split_off = load(train_file=file, validation_size=0.2, trained=earlier, **flags).splits["validation"]["row"][:]
+    assert set(split_off) <= set(range(left))
+    assert len(split_off) == pytest.approx(min(20, left), abs=3)
+
+
+@FORMS
+def test_too_few_texts_to_split_are_refused(tmp_path, flags):
+    path = csv_file(tmp_path / "a.csv", [("one", "a"), ("two", "b"), ("three", "a")])
+    with pytest.raises(InputError, match=r"cannot split off test rows: 0 of 3 .*--test_size, or 0 for no test rows"):
+        load(data_path=path, **flags)
+    with pytest.raises(InputError, match="cannot split off validation rows: 3 of 3"):
+        load(train_file=path, validation_size=0.9, **flags)
 
 
 def test_nothing_is_split_off_for_a_size_of_zero_or_where_a_file_is_given(tmp_path):
@@ -109,54 +142,87 @@ def test_nothing_is_split_off_for_a_size_of_zero_or_where_a_file_is_given(tmp_pa
     assert list(load(data_path=path, test_size=0).splits) == ["train", "validation"]
     assert list(load(train_file=path).splits) == ["train", "validation"]
     assert list(load(train_file=path, test_file=test).splits) == ["train", "validation", "test"]
-    assert load(train_file=path, test_file=test).splits["test"]["text"][:] == ["test"]
     for flag in ("validation_file", "test_file"):
         data = load(known=Taxonomy(["a", "b"]), **{flag: test})
         assert list(data.splits) == [flag.removesuffix("_file")]
         assert data.report["classes_without_training_rows"] == []
         assert data.report["split"]["split_off"] == {}
+    for files, flag in (({"train_file": path, "validation_file": test}, "validation"), ({"train_file": path}, "test")):
+        with pytest.raises(InputError, match=f"--{flag}_size has no effect here, as the data are given by split"):
+            load(**files, **{f"{flag}_size": 0.2})
 
 
-def test_too_few_rows_to_split_are_refused(tmp_path):
-    path = csv_file(tmp_path / "a.csv", [("one", "a"), ("two", "b"), ("three", "a")])
-    with pytest.raises(InputError, match=r"cannot split off test rows: 0 of 3 .*--test_size, or 0 for no test rows"):
-        load(data_path=path)
-    with pytest.raises(InputError, match="cannot split off validation rows: 2 of 3"):
-        load(train_file=path, validation_size=0.7)
+def test_validation_texts_without_any_label_are_refused(tmp_path):
+    files = {"train_file": csv_file(tmp_path / "a.csv", [("p", "x"), ("q", "y")])}
+    files["validation_file"] = csv_file(tmp_path / "b.csv", [("r", ""), ("s", "")])
+    with pytest.raises(InputError, match=r"no validation text has a label.* or label more texts"):
+        load(**files, label_delimiter=";")
+    scored = load(**files, label_delimiter=";", known=Taxonomy(["x", "y"]), trains=False)  # calibrated before
+    assert scored.splits.keys() == {"validation"}
 
 
-def test_texts_among_the_labels_are_not_logged(tmp_path, caplog):
-    text = "Mrs Example of Nowhere Lane 7 was admitted with chest pain"
-    rows = [(f"text {i}", ("a", "b", text)[i % 3]) for i in range(30)]
-    csv_file(tmp_path / "train.csv", rows)
-    csv_file(tmp_path / "test.csv", [("another", "Mrs Example was here. Twice")])
-    with caplog.at_level(logging.INFO):
-        files = {"train_file": tmp_path / "train.csv", "test_file": tmp_path / "test.csv"}
-        load(**files, validation_size=0)
-    assert "1 classes without training rows, such as (a value of 27 characters)" in caplog.text
-    assert "Example" not in caplog.text
+def test_sets_of_labels_are_split_as_the_package_splits_them_closed_upwards(tmp_path):
+    sets = draw_sets(200)
+    data = load(train_file=json_lines(tmp_path / "a.jsonl", sets), known=TREE, validation_size=0.3)
+    marks = ManyNodes(TREE).targets([[TREE.id(label) for label in labels] for labels in sets]).numpy()
+    splitter = MultilabelStratifiedShuffleSplit(n_splits=1, test_size=60, random_state=0)
+    _, expected = next(splitter.split(np.zeros(200), marks))
+    assert sorted(data.splits["validation"]["row"]) == sorted(expected.tolist())
+    # the rates of all labels
+    binarizer = MultiLabelBinarizer(classes=["x", "y", "z", "u", "v"])
+    found, all_counts = (
+        binarizer.fit_transform(part).sum(0) for part in (label_sets(data, "validation").values(), sets)
+    )
+    np.testing.assert_allclose(found, all_counts * 0.3, atol=2.5)
 
 
-def test_a_text_belongs_to_one_split_of_those_given(tmp_path, caplog):
-    train = [("One", "a"), ("two", "b"), ("three", "a"), ("ONE", "b"), ("four", "b")]
-    arguments = {
-        "train_file": csv_file(tmp_path / "a.csv", train),
+def test_one_of_few_texts_is_split_off(tmp_path):
+    for seed in (5, 21):
+        has = np.random.default_rng(seed).random((12, 5)) < 0.3
+        sets = [[name for name, has_it in zip("xyzuv", row, strict=True) if has_it] for row in has]
+        marks = ManyNodes(TREE).targets([[TREE.id(label) for label in labels] for labels in sets]).numpy()
+        drawn = MultilabelStratifiedShuffleSplit(n_splits=1, test_size=1, random_state=0)
+        assert not len(next(drawn.split(marks, marks))[1])  # the package would split off none
+        data = load(train_file=json_lines(tmp_path / "a.jsonl", sets), known=TREE, validation_size=0.1)
+        assert len(data.splits["validation"]) >= 1
+
+
+def test_classes_without_texts_do_not_change_the_split():
+    generator = np.random.default_rng(0)
+    labels = (generator.random((1500, 40)) < np.geomspace(0.02, 0.3, 40)).astype(np.int8)  # none is rare
+    wide = np.zeros((1500, 120), dtype=np.int8)
+    wide[:, np.sort(generator.permutation(120)[:40])] = labels
+    trained = np.zeros(1500, dtype=bool)
+    narrow, with_empty = (_sample_by_labels(each, 150, "test", 0, trained) for each in (labels, wide))
+    np.testing.assert_array_equal(narrow, with_empty)
+
+
+# ── A text in several splits ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+@FORMS
+def test_a_text_belongs_to_one_split_of_those_given(tmp_path, caplog, flags):
+    files = {
+        "train_file": csv_file(
+            tmp_path / "a.csv", [("One", "a"), ("two", "b"), ("three", "a"), ("ONE", "a"), ("four", "b")]
+        ),
         "validation_file": csv_file(tmp_path / "b.csv", [(" one", "a"), ("five", "b"), ("six", "a")]),
         "test_file": csv_file(tmp_path / "c.csv", [("two ", "a"), ("five", "b")]),
     }
     with caplog.at_level(logging.INFO):
-        data = load(**arguments)
+        data = load(**files, **flags)
     assert data.splits["train"]["text"][:] == ["three", "four"]
     assert data.splits["train"]["row"][:] == [2, 4]
     assert data.splits["validation"]["text"][:] == [" one", "six"]  # nothing is fitted on a text of the test file
     assert data.splits["test"]["text"][:] == ["two ", "five"]
-    dropped = {split: found["dropped_rows"] for split, found in data.report["splits"].items()}
-    assert dropped == {"train": 3, "validation": 1, "test": 0}
-    assert "since a later split has the texts: 3 train rows and 1 validation rows" in caplog.text
+    num_rows = 2 if flags else 3  # with any number of nodes, both rows of "one" were merged before
+    dropped = {split: counts["dropped_rows"] for split, counts in data.report["splits"].items()}
+    assert dropped == {"train": num_rows, "validation": 1, "test": 0}
+    assert f"since a later split has the texts: {num_rows} train rows and 1 validation rows" in caplog.text
     with pytest.raises(InputError, match="no train rows are left: every train text is also in validation or test"):
-        load(train_file=arguments["train_file"], test_file=arguments["train_file"])
+        load(train_file=files["train_file"], test_file=files["train_file"], **flags)
     with pytest.raises(InputError, match="no validation rows are left: every validation text is also in test"):
-        load(**{**arguments, "validation_file": arguments["test_file"]})
+        load(**{**files, "validation_file": files["test_file"]}, **flags)
 
 
 @pytest.mark.parametrize(
@@ -165,13 +231,11 @@ def test_a_text_belongs_to_one_split_of_those_given(tmp_path, caplog):
      "ca\u200bf\u00e9 au\u00a0lait,\u2060 5\u00b5g", "ca\u00adfe\u200d\u0301 au lait, \uff15\u03bcg", "CAF\u00c9  AU\tLAIT, 5\u00b5G"],
 )  # fmt: skip
 def test_unicode_variants_of_a_text_are_that_text(tmp_path, variant):
-    plain = "caf\u00e9 au lait, 5\u03bcg"
-    train = csv_file(tmp_path / "a.csv", [(variant, "a"), ("cafe au lait, 5\u03bcg", "b")])
-    data = load(
-        train_file=train, test_file=csv_file(tmp_path / "b.csv", [(plain, "a"), ("more", "b")]), validation_size=0
-    )
-    assert data.splits["train"]["text"][:] == ["cafe au lait, 5\u03bcg"]  # a different word that looks the same
-    assert data.report["splits"]["train"]["dropped_rows"] == 1
+    plain, other = "caf\u00e9 au lait, 5\u03bcg", "cafe au lait, 5\u03bcg"
+    train = csv_file(tmp_path / "a.csv", [(variant, "a"), (other, "b")])
+    test = csv_file(tmp_path / "b.csv", [(plain, "a"), ("more", "b")])
+    data = load(train_file=train, test_file=test, validation_size=0)
+    assert data.splits["train"]["text"][:] == [other]  # a different word that looks the same
 
 
 def test_split_off_validation_has_no_text_of_the_test_file(tmp_path):
@@ -180,10 +244,10 @@ def test_split_off_validation_has_no_text_of_the_test_file(tmp_path):
     test = csv_file(tmp_path / "b.csv", [(text.upper(), label) for text, label in rows[:20]])
     data = load(train_file=train, test_file=test, validation_size=0.5)
     assert {split: len(part) for split, part in data.splits.items()} == {"train": 20, "validation": 20, "test": 20}
-    assert not {t.lower() for t in data.splits["test"]["text"]} & set(data.splits["validation"]["text"])
+    assert not texts_of(data)["test"] & texts_of(data)["validation"]
 
 
-# ── report ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Report ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_duplicates_conflicts_and_the_ceiling_by_hand(tmp_path):
@@ -200,24 +264,46 @@ def test_duplicates_conflicts_and_the_ceiling_by_hand(tmp_path):
         "classes": {"1": {"a": 4, "b": 2, "c": 2}},
     }
     assert json.loads(json.dumps(data.report)) == data.report
-
-
-def test_a_parent_and_its_child_are_no_conflict(tmp_path):
+    # a parent and its child are no conflict
     rows = [("p", "a"), ("p", "a/x"), ("q", "a"), ("q", "a/x"), ("q", "a/y"), ("r", "b")]
     found = load(train_file=csv_file(tmp_path / "a.csv", rows), validation_size=0).report["splits"]["train"]
     assert (found["conflicting_texts"], found["conflicting_rows"]) == (1, 3)
     assert found["accuracy_ceiling"] == 3 / 4  # of p's x, q's x and y, r's b
 
 
-def test_log_report_shows_the_numbers_and_no_text(tmp_path, caplog):
+def test_labels_and_pairs_of_sets_by_hand(tmp_path):
+    sets = [
+        ["x", "z"],
+        ["z", "x", "a"],
+        ["u"],
+        [],
+        ["c", "x"],
+    ]  # of a text with an ancestor, only the deepest label counts
+    data = load(train_file=json_lines(tmp_path / "a.jsonl", sets), known=TREE, validation_size=0.0)
+    assert data.report["splits"]["train"] == {
+        "rows": 5,
+        "dropped_rows": 0,
+        "labels_per_text": 7 / 5,
+        "texts_without_labels": 1,
+        "pairs": [{"labels": ["x", "z"], "texts": 2}, {"labels": ["x", "c"], "texts": 1}],
+        "classes": {"1": {"a": 3, "b": 4}, "2": {"x": 3, "y": 0, "z": 2, "c": 2}, "3": {"u": 1, "v": 0}},
+    }
+    assert data.report["classes_without_training_rows"] == ["y", "v"]
+
+
+def test_the_log_shows_the_numbers_and_no_text(tmp_path, caplog):
+    text = "Mrs Example of Nowhere Lane 7 was admitted with chest pain"
     rows = [(SECRET, "a/x"), (SECRET, "b"), ("two", "a")] + [(f"text {i}", f"c/{i}") for i in range(20)]
-    data = load(train_file=csv_file(tmp_path / "a.csv", rows), validation_size=0)
+    test = csv_file(tmp_path / "test.csv", [("another", text)])
     with caplog.at_level(logging.INFO):
-        log_report(data.report, {"train": length_report([5, 5, 9], 8)})
+        data = load(train_file=csv_file(tmp_path / "a.csv", rows), test_file=test, validation_size=0)
+        log_report(data.report, {split: length_report([5, 5, 9], 8) for split in data.splits})
     assert "train: rows 23, dropped rows 0, normalised duplicates 1, conflicting texts 1" in caplog.text
     assert "accuracy ceiling 0.954545" in caplog.text  # 21 of 22 rows that have a leaf can be correct
     assert "5 tokens per text in the median, 9 at most; 1 texts truncated at 8" in caplog.text
+    assert f"1 classes without training rows: (a value of {len(text)} characters)" in caplog.text
     assert SECRET not in caplog.text
+    assert "Example" not in caplog.text
 
 
 def test_length_report_by_hand():

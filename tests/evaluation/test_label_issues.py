@@ -29,29 +29,30 @@ VOCABULARY = 40
 ONE_PATH, MANY_NODES = OnePathForm(TREE), ManyNodesForm(TREE)
 
 
-def texts_of(leaves: list[list[int]], seed: int = 0, factor: float = 8) -> list[list[int]]:
-    """Draw token ids of texts, in which the tokens 4i to 4i + 3 are more frequent if leaf i is among its leaves."""
+def texts_of(leaves, seed: int = 0, factor: float = 8) -> list[list[int]]:
+    """Draw token ids of texts, in which the tokens 4i to 4i + 3 are more frequent if leaf i is its leaf, or among them."""
     generator, ids = np.random.default_rng(seed), []
     for few in leaves:
         odds = np.ones(VOCABULARY)
-        for leaf in few:
+        for leaf in np.atleast_1d(list(few) if isinstance(few, set) else few):
             odds[4 * leaf : 4 * leaf + 4] = factor
         ids.append(generator.choice(VOCABULARY, size=25, p=odds / odds.sum()).tolist())
     return ids
 
 
-def dataset(ids: list[list[int]], labels, texts: list[int] | None = None) -> datasets.Dataset:
-    """Tokenized training rows, whose numbers in the source are 100, 101, … ``labels`` are a node of each, or several."""
+def listed_issues(form: Form, ids: list[list[int]], labels, texts=None, moved=()) -> pd.DataFrame:
+    """List the issues of rows by number. ``labels`` are a node of each row, or several."""
     numbers, nodes = np.arange(len(ids)), [[label] if np.isscalar(label) else sorted(label) for label in labels]
-    columns = {"input_ids": ids, "labels": nodes, "row": 100 + numbers, "text_id": numbers if texts is None else texts}
-    return datasets.Dataset.from_dict({**columns, "moved": [False] * len(ids)})
+    rows = datasets.Dataset.from_dict({"input_ids": ids, "labels": nodes})
+    counts, labels = token_counts(rows, VOCABULARY), label_arrays(form.decisions, rows)
+    texts = numbers if texts is None else texts
+    found = label_issues.list_label_issues(form, counts, labels, texts, 100 + numbers, np.isin(numbers, moved))
+    assert found["row"].is_unique
+    return found.assign(row=found["row"] - 100).set_index("row")
 
 
-def list_label_issues(form: Form, rows: datasets.Dataset, vocab_size: int) -> pd.DataFrame:
-    columns = (np.array(rows[column]) for column in ("text_id", "row", "moved"))
-    return label_issues.list_label_issues(
-        form, token_counts(rows, vocab_size), label_arrays(form.decisions, rows), *columns
-    )
+def ids_of(labels) -> list[int]:
+    return [TREE.id(label) for label in labels]
 
 
 @pytest.fixture
@@ -63,17 +64,15 @@ def test_exchanged_labels_are_first_and_the_better_label_is_the_true_one(leaves)
     given = leaves.copy()
     wrong = [3, 50, 120, 121, 200, 299]
     given[wrong] = (given[wrong] + 2) % TREE.num_leaves
-    listed = list_label_issues(ONE_PATH, dataset(texts_of([[leaf] for leaf in leaves]), given), VOCABULARY)
+    listed = listed_issues(ONE_PATH, texts_of(leaves), given)
     first = listed.head(len(wrong))
-    assert list(listed.columns) == list(COLUMNS)
-    assert sorted(first["row"] - 100) == wrong
-    assert [TREE.id(label) for label in first["label"]] == given[first["row"] - 100].tolist()
-    assert [TREE.id(label) for label in first["better_label"]] == leaves[first["row"] - 100].tolist()
-    assert listed["row"].is_unique
+    assert ["row", *listed.columns] == list(COLUMNS)
+    assert sorted(first.index) == wrong
+    assert ids_of(first["label"]) == given[first.index].tolist()
+    assert ids_of(first["better_label"]) == leaves[first.index].tolist()
     assert listed["probability_of_label"].is_monotonic_increasing
-    paths = [[*map(TREE.labels.__getitem__, TREE.path(TREE.id(one)))] for one in first["label"]]
-    others = [[*map(TREE.labels.__getitem__, TREE.path(TREE.id(one)))] for one in first["better_label"]]
-    for decision, path, other in zip(first["decision"], paths, others, strict=True):
+    for decision, label, better in zip(first["decision"], first["label"], first["better_label"], strict=True):
+        path, other = ([TREE.labels[node] for node in TREE.path(TREE.id(one))] for one in (label, better))
         part = path.index(decision) + 1 if decision else 0  # the paths differ below the decision
         assert path[:part] == other[:part]
         assert path[part] != other[part]
@@ -82,8 +81,8 @@ def test_exchanged_labels_are_first_and_the_better_label_is_the_true_one(leaves)
 def test_a_decision_is_cleanlab_over_scikit_learns_probabilities(leaves):
     given = leaves.copy()
     given[:40] = (given[:40] + 1) % TREE.num_leaves
-    ids, texts = texts_of([[leaf] for leaf in leaves], factor=3), np.arange(len(leaves))
-    listed = list_label_issues(ONE_PATH, dataset(ids, given), VOCABULARY)
+    ids, texts = texts_of(leaves, factor=3), np.arange(len(leaves))
+    listed = listed_issues(ONE_PATH, ids, given)
 
     counts = np.array([np.bincount(one, minlength=VOCABULARY) for one in ids])
     probabilities, fold = np.empty((len(leaves), TREE.num_leaves)), assign_folds(given, texts)
@@ -105,10 +104,10 @@ def test_a_decision_is_cleanlab_over_scikit_learns_probabilities(leaves):
     issues = find_label_issues(chosen, conditional, filter_by="both", n_jobs=1)
 
     ours = listed[listed["decision"] == "b"]
-    elsewhere = listed.loc[listed["decision"] != "b", "row"]  # rows that another decision finds less probable
+    elsewhere = listed.index[listed["decision"] != "b"]  # rows that another decision finds less probable
     assert len(ours) >= 5
-    assert {*ours["row"]} == {*(100 + rows[issues])} - {*elsewhere}
-    expected = probabilities[ours["row"] - 100, given[ours["row"] - 100]]
+    assert {*ours.index} == {*rows[issues]} - {*elsewhere}
+    expected = probabilities[ours.index, given[ours.index]]
     np.testing.assert_allclose(ours["probability_of_label"], expected, atol=2e-3)
 
 
@@ -126,38 +125,27 @@ def test_identical_texts_are_in_one_fold_and_classes_are_spread_evenly():
         assert sizes.max() - sizes.min() <= 1
 
 
-def test_a_duplicate_with_another_label_is_distinguished_from_an_unlikely_label(leaves):
-    ids, texts, given = texts_of([[leaf] for leaf in leaves]), np.arange(len(leaves)), leaves.copy()
+def test_conflicting_duplicates_are_marked_and_rows_of_another_file_left_out(leaves):
+    ids, texts, given = texts_of(leaves), np.arange(len(leaves)), leaves.copy()
     texts[1], ids[1], given[1] = texts[0], ids[0], (leaves[0] + 1) % TREE.num_leaves
     texts[3], ids[3], given[3] = texts[2], ids[2], leaves[2]  # the same label: no conflict
-    given[4] = (leaves[4] + 1) % TREE.num_leaves
-    listed = list_label_issues(ONE_PATH, dataset(ids, given, texts), VOCABULARY).set_index("row")
-    assert listed.loc[101, "why"] == "conflicting duplicate"
-    assert listed.loc[104, "why"] == "unlikely label"
-    assert TREE.id(listed.loc[101, "better_label"]) == leaves[0]
-    assert not {100, 102, 103} & set(listed.index)
+    given[[4, 5]] = (leaves[[4, 5]] + 1) % TREE.num_leaves
+    listed = listed_issues(ONE_PATH, ids, given, texts, moved=[5])
+    assert listed.loc[[1, 4], "why"].tolist() == ["conflicting duplicate", "unlikely label"]
+    assert TREE.id(listed.loc[1, "better_label"]) == leaves[0]
+    assert not {0, 2, 3, 5} & set(listed.index)
+    assert 5 in listed_issues(ONE_PATH, ids, given, texts).index
 
 
-def test_a_class_of_too_few_texts_is_not_judged(leaves):
-    given = np.where(leaves == TREE.id("g"), TREE.id("a"), leaves)
-    given[:4] = TREE.id("g")
-    listed = list_label_issues(ONE_PATH, dataset(texts_of([[leaf] for leaf in leaves]), given), VOCABULARY)
-    assert not set(listed.loc[listed["decision"] == "e", "row"])
-    assert "g" not in set(listed["better_label"])
-
-
-def test_an_inner_node_is_judged_only_at_the_decisions_on_its_path(leaves):
+def test_inner_nodes_are_compared_at_the_decisions_on_their_path_alone(leaves):
     roots = np.array([TREE.path(leaf)[0] for leaf in leaves])
     given, wrong = np.where(np.arange(300) % 3 == 0, roots, leaves), [3, 6, 18, 30]
     given[wrong] = np.where(roots[wrong] == TREE.id("a"), TREE.id("b"), TREE.id("a"))
-    listed = list_label_issues(ONE_PATH, dataset(texts_of([[leaf] for leaf in leaves], factor=20), given), VOCABULARY)
-    found = listed.set_index("row").loc[[100 + row for row in wrong]]
+    found = listed_issues(ONE_PATH, texts_of(leaves, factor=20), given).loc[wrong]
     assert (found["decision"] == "").all()
     is_leaf = given[wrong] < TREE.num_leaves
     assert 0 < is_leaf.sum() < len(wrong)
-    assert [TREE.id(better) for better in found["better_label"]] == np.where(
-        is_leaf, leaves[wrong], roots[wrong]
-    ).tolist()
+    assert ids_of(found["better_label"]) == np.where(is_leaf, leaves[wrong], roots[wrong]).tolist()
 
 
 def test_the_better_label_is_the_more_probable_one():
@@ -166,8 +154,7 @@ def test_the_better_label_is_the_more_probable_one():
     leaves = draw.integers(5, size=600)
     given, exchanged = leaves.copy(), draw.choice(600, 60, replace=False)
     given[exchanged] = np.where(leaves[exchanged] == TREE.id("a"), TREE.id("c"), TREE.id("a"))
-    alike = [[int(leaf != TREE.id("a"))] for leaf in leaves]
-    issues = list_label_issues(ONE_PATH, dataset(texts_of(alike), given.tolist()), VOCABULARY)
+    issues = listed_issues(ONE_PATH, texts_of((leaves != TREE.id("a")).astype(int)), given)
     assert (issues["probability_of_better_label"] > issues["probability_of_label"]).all()
     assert not {"b", "e"}.isdisjoint(issues["better_label"])
 
@@ -181,33 +168,25 @@ def test_issues_of_multi_label_texts(leaves):
         given[row] = {*kept, next(leaf for leaf in range(TREE.num_leaves) if leaf not in true[row])}
     for row in missing:
         given[row] = set()
-    rows = dataset(texts_of(list(map(list, true)), factor=30), given)
-    listed = list_label_issues(MANY_NODES, rows, VOCABULARY)
-    assert {*listed["row"].head(6) - 100} == {*exchanged, *added, *missing}
-    by_row = listed.set_index("row")
-    assert set(by_row.loc[[100 + row for row in missing], "why"]) == {"missing label"}
-    assert set(by_row.loc[[100 + row for row in added], "why"]) == {"unlikely label"}
+    listed = listed_issues(MANY_NODES, texts_of(true, factor=30), given)
+    assert {*listed.index[:6]} == {*exchanged, *added, *missing}
+    assert set(listed.loc[missing, "why"]) == {"missing label"}
+    assert set(listed.loc[added, "why"]) == {"unlikely label"}
     for row in added:
         columns = {"label": given[row], "better_label": true[row], "decision": given[row] - true[row]}
         for column, nodes in columns.items():
-            assert {TREE.id(name) for name in by_row.loc[100 + row, column].split("; ")} == nodes
+            assert {TREE.id(name) for name in listed.loc[row, column].split("; ")} == nodes
 
 
-@pytest.mark.parametrize("form", [ONE_PATH, MANY_NODES])
-def test_few_rows_give_an_empty_list(form):
-    assert list_label_issues(form, dataset([[1], [2], [3]], [0, 1, 2]), VOCABULARY).empty
-    assert list_label_issues(form, dataset([[1]] * 8, [0] * 8), VOCABULARY).empty
-
-
-def test_rows_that_moved_from_another_file_are_not_listed(leaves):
-    given = leaves.copy()
-    given[[3, 50]] = given[[60, 10]]
-    rows = dataset(texts_of([[leaf] for leaf in leaves]), given.tolist())
-    assert {103, 150} <= {*list_label_issues(ONE_PATH, rows, VOCABULARY)["row"]}
-    rows = rows.remove_columns("moved").add_column("moved", [row == 103 for row in rows["row"]])
-    listed = {*list_label_issues(ONE_PATH, rows, VOCABULARY)["row"]}
-    assert 103 not in listed
-    assert 150 in listed
+def test_classes_of_too_few_texts_are_left_out(leaves):
+    for form in (ONE_PATH, MANY_NODES):
+        assert listed_issues(form, [[1], [2], [3]], [0, 1, 2]).empty
+        assert listed_issues(form, [[1]] * 8, [0] * 8).empty
+    given = np.where(leaves == TREE.id("g"), TREE.id("a"), leaves)
+    given[:4] = TREE.id("g")
+    listed = listed_issues(ONE_PATH, texts_of(leaves), given)
+    assert "e" not in set(listed["decision"])
+    assert "g" not in set(listed["better_label"])
 
 
 def test_the_flag_writes_the_list_before_training(tiny_encoder, tmp_path):
@@ -217,14 +196,12 @@ def test_the_flag_writes_the_list_before_training(tiny_encoder, tmp_path):
     data = ["--train_file", write_csv(tmp_path / "train.csv", rows), "--validation_size", 0, "--quantization", "none"]
     words = [*data, "--model_name_or_path", tiny_encoder, "--max_steps", 1, "--logging_steps", 1]
     output = tmp_path / "results"
-    done = run(*words, "--label_issues", "--lexical_head", "false", "--output_dir", output)
+    log = run(*words, "--label_issues", "--lexical_head", "false", "--output_dir", output).stderr
     listed = read_csv(output / "label_issues.csv")
-    report = json.loads((output / "data_report.json").read_text())
     assert list(listed[0]) == list(COLUMNS)
     assert {row["row"] for row in listed[:3]} == {"7", "40", "75"}
     assert all(rows[int(row["row"])]["label"] == row["label"] for row in listed)
-    assert report["label_issues"] == len(listed)
-    log = done.stdout + done.stderr
+    assert json.loads((output / "data_report.json").read_text())["label_issues"] == len(listed)
     assert f"{len(listed)} of 90 training rows have a label that may be wrong" in log
     content = (output / "label_issues.csv").read_text()
     assert not any(word in content for names in CLEAR.values() for word in names)

@@ -74,7 +74,7 @@ def padded(ids: list[list[int]]) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("leaves", [2, 3, TREE.num_leaves])
+@pytest.mark.parametrize("leaves", [2, TREE.num_leaves])
 def test_the_head_is_scikit_learns_logistic_regression_over_weighted_tf_idf(leaves):
     train, unseen = rows(300, leaves=leaves), rows(40, seed=1)
     counts, others, labels = counted(train), counted(unseen), np.array(train["labels"])
@@ -83,7 +83,9 @@ def test_the_head_is_scikit_learns_logistic_regression_over_weighted_tf_idf(leav
     given, asked = (features(counts[:, common], of_rows[:, common], spread) for of_rows in (counts, others))
     model = LogisticRegression(C=50, max_iter=1000, tol=1e-3).fit(given, labels)
 
-    classifier = classifier_of(train)
+    # rows labelled with an inner node do not affect the fit
+    with_inner = datasets.concatenate_datasets([train, rows(50, seed=2).map(lambda _: {"labels": TREE.id("b")})])
+    classifier = classifier_of(with_inner)
     ours = LexicalHead(VOCABULARY, TREE.num_leaves)
     ours.load_state_dict(classifier.weights())
     scores = ours(**padded(unseen["input_ids"]))
@@ -121,9 +123,8 @@ def test_a_node_that_is_never_or_always_true_has_no_lexical_weights():
     assert weight[[a, b, e]].any(axis=1).all()
 
 
-@pytest.mark.parametrize("unseen", [1, 300])
-def test_leaves_without_rows_share_the_prior_of_one_row(unseen):
-    tree = Taxonomy(["a", {"b": ["c", "d", *(f"never {i}" for i in range(unseen))]}])
+def test_leaves_without_rows_share_the_prior_of_one_row():
+    tree = Taxonomy(["a", {"b": ["c", "d", *(f"never {i}" for i in range(300))]}])
     train = rows(300, leaves=3)
     odds = np.exp(classifier_of(train, tree).scores(token_counts(train, VOCABULARY)))
     assert (odds[:, 3:].sum(1) / odds[:, :3].sum(1)).mean() == pytest.approx(1 / 301)
@@ -140,29 +141,18 @@ def test_a_token_is_weighted_by_how_differently_the_classes_use_it():
     np.testing.assert_allclose(one_class, np.square([math.log(3 / 4 * 6 / 5), 0, odds[0]]), atol=1e-12)
 
 
-@pytest.mark.parametrize("unseen", [0, 500])
-def test_only_classes_and_tokens_of_the_rows_are_fitted(unseen):
+def test_only_classes_and_tokens_of_the_rows_are_fitted():
     """Compare a fit without rare tokens with one that has a column of zeros for each token, and a row for each class."""
-    tree = Taxonomy([*"abcdefg", *(f"never {i}" for i in range(unseen))])
+    tree = Taxonomy([*"abcdefg", *(f"never {i}" for i in range(500))])
     train = datasets.Dataset.from_dict({**rows(60).to_dict(), "labels": np.arange(60) % 7})
     classifier = classifier_of(train, tree, 10 * VOCABULARY)
     documents = classifier.tfidf.transform(token_counts(train, 10 * VOCABULARY))
     expected = LogisticRegression(C=50, max_iter=1000, tol=1e-3).fit(documents, train["labels"])
     weights = classifier.weights()
-    assert weights["weight"].shape == (7 + unseen, 10 * VOCABULARY)
+    assert weights["weight"].shape == (507, 10 * VOCABULARY)
     assert not weights["weight"][7:].any()
     np.testing.assert_allclose(weights["weight"][:7].numpy(), expected.coef_, atol=1e-3)
     np.testing.assert_allclose(weights["bias"][:7].numpy(), expected.intercept_, atol=1e-3)
-
-
-def test_rows_labelled_with_an_inner_node_do_not_affect_the_fit():
-    train = rows(200)
-    labels = np.array(train["labels"])
-    labels[:100] = TREE.id("b")
-    counts = token_counts(train, VOCABULARY)
-    classifier = lexical.LeafClassifier(OnePath(TREE), counts, labels)
-    expected = lexical.LeafClassifier(OnePath(TREE), counts[100:], labels[100:])
-    np.testing.assert_array_equal(classifier.weight, expected.weight)
 
 
 @pytest.fixture
@@ -173,31 +163,17 @@ def model() -> HierarchicalForSequenceClassification:
     return initialised
 
 
-def test_the_model_adds_its_scores_in_each_decision_and_comes_back_the_same(model, tmp_path):
-    inputs, classifier = padded(rows(9, seed=1)["input_ids"]), classifier_of(rows(300))
-    encoder = model(**inputs).node_log_probs.double()
+def test_a_model_with_a_lexical_head_comes_back_the_same_and_can_lose_it(model, tmp_path):
+    inputs = padded(rows(9, seed=1)["input_ids"])
     before = model(**inputs).logits
-    model.set_calibration(Calibration(lexical_weight=0.5), classifier.weights())
-    after = model(**inputs)
-    words = torch.tensor(classifier.scores(token_counts(rows(9, seed=1), VOCABULARY))).softmax(1)
-    expected = torch.zeros(9, TREE.num_nodes, dtype=torch.float64)
-    for parent in (-1, *range(TREE.num_leaves, TREE.num_nodes)):
-        children = TREE.children(parent)
-        under = [[leaf for leaf in range(TREE.num_leaves) if child in TREE.path(leaf)] for child in children]
-        by_words = torch.stack([words[:, leaves].sum(1).log() for leaves in under], dim=1)
-        expected[:, children] = (encoder[:, children] + 0.5 * by_words).log_softmax(1)
-    logits = torch.stack([expected[:, TREE.path(leaf)].sum(1) for leaf in range(TREE.num_leaves)], dim=1)
-    torch.testing.assert_close(after.logits, logits.float())
-    assert (after.logits - before).abs().max() > 0.1
-    probabilities = after.node_log_probs.exp()
-    torch.testing.assert_close(probabilities[:, TREE.children(TREE.id("b"))].sum(1), probabilities[:, TREE.id("b")])
+    model.set_calibration(Calibration(lexical_weight=0.5), classifier_of(rows(300)).weights())
+    after = model(**inputs).logits
+    assert (after - before).abs().max() > 0.1
     model.save_pretrained(tmp_path)
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.1)):
         loaded = AutoModel.from_pretrained(tmp_path, trust_remote_code=True, dtype=dtype)
         assert loaded.heads.lexical.weight.dtype == torch.float32
-        torch.testing.assert_close(
-            loaded(**inputs).logits, after.logits, atol=1e-5 if dtype == torch.float32 else 0.1, rtol=0
-        )
+        torch.testing.assert_close(loaded(**inputs).logits, after, atol=tolerance, rtol=0)
     model.set_calibration(Calibration())
     torch.testing.assert_close(model(**inputs).logits, before)
 

@@ -34,7 +34,7 @@ from transformers import pipeline
 
 from configuration_hierarchical import HierarchicalConfig
 from hierarchical_clinicalbert.errors import InputError, user_error_message
-from hierarchical_clinicalbert.prediction.input import Record, read_records
+from hierarchical_clinicalbert.prediction.input import InputRow, read_records
 from hierarchical_clinicalbert.prediction.int8 import has_int8_products
 from hierarchical_clinicalbert.prediction.rows import RowFormat, output_kind
 from hierarchical_clinicalbert.reading.sources import find_sources
@@ -842,7 +842,7 @@ def row_of(probabilities: np.ndarray, multi_label: bool) -> dict:
     ]
     one = {"label": "c", "score": 1.0, "path": []}
     prediction = {**one, "labels": [], "levels": levels, "truncated": False}
-    return rows.row(0, Record("in.csv", 1, None, "text", None, None), prediction)
+    return rows.row(0, InputRow("in.csv", 1, None, "text", None, None), prediction)
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -17,7 +17,7 @@ from fuzzing import fuzz, refused_in_one_line
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hierarchical_clinicalbert.reading.rows import KINDS, InputError, Limits, Row, RowReader
+from hierarchical_clinicalbert.reading.rows import InputError, Limits, Row, RowReader
 
 SECRET = "Mrs Miller of Nowhere Lane was admitted with chest pain."  # a text, which no message may show
 
@@ -86,7 +86,6 @@ CORPUS: dict[str, tuple[str, bytes, list[tuple[int, dict | str]]]] = {
     "values are not guessed": ("csv", b'text,id\nNA,007\n1.0,\n" x ",true\n', [
         (2, {"text": "NA", "id": "007"}), (3, {"text": "1.0", "id": ""}), (4, {"text": " x ", "id": "true"})]),
     "a byte order mark": ("csv", b'\xef\xbb\xbf"text",id\na,1\n', [(2, {"text": "a", "id": "1"})]),
-    "a byte order mark inside": ("csv", b"text\n\xef\xbb\xbfa\n", [(2, {"text": "\ufeffa"})]),
     "a row of several lines": ("csv", b'text,id\n"two\nlines",1\nb,2\n', [
         (2, {"text": "two\nlines", "id": "1"}), (4, {"text": "b", "id": "2"})]),
     "line ends of Windows": ("csv", b'text,id\r\n"two\r\nlines",1\r\nb,2\r\n', [
@@ -102,15 +101,10 @@ CORPUS: dict[str, tuple[str, bytes, list[tuple[int, dict | str]]]] = {
         (4, "3 fields, where the header has 2"), (5, {"text": "d", "id": "4"})]),
     "a row that is not UTF-8": ("csv", b"text,id\na,1\ncaf\xe9,2\nc,3\n", [
         (2, {"text": "a", "id": "1"}), (3, "not UTF-8"), (4, {"text": "c", "id": "3"})]),
-    "a row of lines that are not UTF-8": ("csv", b'text,id\n"one\ncaf\xe9 two",1\nb,2\n"caf\xe9\n""three""",3\n"d\ne",4\n', [
-        (2, "not UTF-8 (lines 2 to 3)"), (4, {"text": "b", "id": "2"}), (5, "not UTF-8 (lines 5 to 6)"),
-        (7, {"text": "d\ne", "id": "4"})]),
     "a surrogate encoded as if it were a character": ("txt", b"a\n\xed\xa0\x80\nb", [
         (1, {"text": "a"}), (2, "not UTF-8"), (3, {"text": "b"})]),
     "quotation marks inside": ("csv", b'text,id\n5" wide,1\n"a ""b""",2\n', [
         (2, {"text": '5" wide', "id": "1"}), (3, {"text": 'a "b"', "id": "2"})]),
-    "a text goes on after its quotation mark": ("csv", b'text,id\n"zero" one,1\nb,2\n', [
-        (2, STRAY), (3, {"text": "b", "id": "2"})]),
     "a stray mark takes rows in": ("csv", b'text,id\nzero,1\n"one,2\ntwo,3\n"three,4\nfour,5\n', [
         (2, {"text": "zero", "id": "1"}), (3, f"{STRAY} (lines 3 to 5)"), (6, {"text": "four", "id": "5"})]),
     "a mark that is not closed": ("csv", b'text,id\na,1\n"b,2\nc,3\n', [
@@ -122,10 +116,6 @@ CORPUS: dict[str, tuple[str, bytes, list[tuple[int, dict | str]]]] = {
     "a stray mark in TSV, text last": (
         "tsv", b'year\ttext\n2\t"Heart was\n3\ttwo\n4\tend"\n5\tfour\n6\t"two\nlines"\n', [
         (2, f"{SWALLOWS} (lines 2 to 4)"), (5, {"year": "5", "text": "four"}), (6, {"year": "6", "text": "two\nlines"})]),
-    "a stray mark in TSV, line ends of Windows": ("tsv", b'text\tyear\r\n"Heart was\t2\r\nend"\t4\r\nfour\t5\r\n', [
-        (2, SWALLOWS), (4, {"text": "four", "year": "5"})]),
-    "a text with tabs": ("tsv", b'text\tid\n"Labs:\nHb\t12.3\nNa\t140\nStable."\t1\n', [
-        (2, {"text": "Labs:\nHb\t12.3\nNa\t140\nStable.", "id": "1"})]),
     "a quoted header in TSV": ("tsv", b'"text"\t"id"\n"Hb\t12\nNa 140"\t1\n"a\t""b\nc"\t2\n', [
         (2, {"text": "Hb\t12\nNa 140", "id": "1"}), (4, {"text": 'a\t"b\nc', "id": "2"})]),
     "tabs and other line ends in a TSV cell": ("tsv", b'text\tid\r\n"Hb\t12\nNa 140"\t1\r\n', [
@@ -136,7 +126,6 @@ CORPUS: dict[str, tuple[str, bytes, list[tuple[int, dict | str]]]] = {
     "a stray mark that swallows a blank line and reaches the end": (
         "tsv", b'text\tyear\n"two\nlines"\t1\nthe "red" one\t2\n"Heart was\t3\n\nend"\t4', [
         (2, {"text": "two\nlines", "year": "1"}), (4, {"text": 'the "red" one', "year": "2"}), (5, f"{SWALLOWS} (lines 5 to 7)")]),
-    "a header of blank names in TSV": ("tsv", b'\t\n"a\tb\nc"\td\ne\tf\n', [(2, f"{SWALLOWS} (lines 2 to 3)"), (4, {"": "f"})]),
     "a zero byte is a character": ("csv", b"text,id\na\0b,1\n", [(2, {"text": "a\0b", "id": "1"})]),
     "a text a line": ("txt", b"\xef\xbb\xbfa,\"b\n\n  \n c \r\nd", [
         (1, {"text": 'a,"b'}), (4, {"text": " c "}), (5, {"text": "d"})]),
@@ -161,8 +150,6 @@ CORPUS: dict[str, tuple[str, bytes, list[tuple[int, dict | str]]]] = {
         (1, "half of a surrogate pair"), (2, {"a": 2})]),
     "integers beside nulls": ("parquet", parquet({"n": pa.array([2**53 + 1, None, -1], pa.int64())}), [
         (1, {"n": 2**53 + 1}), (2, {"n": None}), (3, {"n": -1})]),
-    "dictionaries": ("parquet", parquet({"c": pa.array(["x", "y", None, "x"]).dictionary_encode()}), [
-        (1, {"c": "x"}), (2, {"c": "y"}), (3, {"c": None}), (4, {"c": "x"})]),
     "dates, decimals, bytes, lists": ("parquet", parquet({
         "d": [date(2024, 2, 3)], "t": pa.array([datetime(2024, 2, 3, 4, 5)], pa.timestamp("us")), "m": [Decimal("1.50")],
         "b": [b"caf\xe9"], "l": [[1, None]], "s": [{"a": "x"}]}), [
@@ -260,36 +247,17 @@ def test_a_file_without_rows_has_columns_or_none():
         assert list(rows.read()) == []
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "not deflated", "not gzip"])
-def test_a_damaged_gz_stream_gives_its_rows_and_then_an_error(damage):
-    packed = bytearray(
-        gzip.compress(b"".join(b'{"text": "%s"}\n' % os.urandom(40).hex().encode() for _ in range(3000)))
-    )
-    if damage == "cut":
-        packed = packed[:-500]
-    elif damage == "flipped":
-        packed[len(packed) // 2] ^= 0xFF
-    elif damage == "not deflated":
-        packed[10] = 0b111  # the type of the first block, of which RFC 1951 reserves 3
-    else:
-        packed = bytearray(b"not packed at all")
-    count = 0
-    with pytest.raises(InputError, match="a file is damaged or incomplete: copy or download it again"):  # noqa: PT012
-        for _ in RowReader(gzip.GzipFile(fileobj=io.BytesIO(packed)), "jsonl", "a file").read():
-            count += 1
-    assert (count > 1000) == (damage in ("cut", "flipped"))
-
-
-def test_no_text_is_shown_where_a_name_should_be():
-    messages = [
-        refusal(f'"{SECRET}","{SECRET}"\na,b\n'.encode(), "csv"),
-        refusal(json.dumps([{"a": 1}]).replace('"a": 1', f'"{SECRET}": 1, "{SECRET}": 2').encode(), "json"),
-        read(f'{{"a": 1}}\n{{"{SECRET}": 1, "{SECRET}": 2}}\n'.encode(), "jsonl")[1].problem,
-        read(parquet({SECRET: pa.array([10**17], pa.timestamp("ms"))}), "parquet")[0].problem,
-    ]
-    for message in messages:
-        assert f"(a value of {len(SECRET)} characters)" in (message or "")
-        assert "Miller" not in (message or "")
+def test_a_damaged_gz_stream_gives_its_rows_and_then_an_error():
+    lines = b"".join(b'{"text": "%s"}\n' % os.urandom(40).hex().encode() for _ in range(3000))
+    packed = gzip.compress(lines)
+    middle = len(packed) // 2
+    flipped = packed[:middle] + bytes([packed[middle] ^ 0xFF]) + packed[middle + 1 :]
+    for content, begins in ((packed[:-500], True), (flipped, True), (b"not packed at all", False)):
+        count = 0
+        with pytest.raises(InputError, match="a file is damaged or incomplete: copy or download it again"):  # noqa: PT012
+            for _ in RowReader(gzip.GzipFile(fileobj=io.BytesIO(content)), "jsonl", "a file").read():
+                count += 1
+        assert (count > 1000) == begins
 
 
 # ── columns of JSON Lines ────────────────────────────────────────────────────────────────────────────────────────────
@@ -330,25 +298,20 @@ def test_the_first_rows_of_an_endless_stream_are_read_from_its_first_megabytes()
 
 def test_a_row_that_is_too_long_is_a_problem_and_the_next_is_read():
     too_long = "1,000 characters or more"
-    content = b"text,id\na,1\n" + b"x" * 5000 + b",2\r\nc,3\n" + b'"yyy' + b"y\n" * 800 + b"d,5\n"
-    found = [(row.line, row.values.get("id"), row.problem) for row in read(content, "csv", characters=1000)]
-    assert found[:3] == [(2, "1", None), (3, None, too_long), (4, "3", None)]
-    assert found[3] == (5, None, f"{too_long} (lines 5 to 503)")  # 6 characters and 498 lines of 2 are two too many
-    assert {row[2] for row in found[4:-1]} == {"1 fields, where the header has 2"}
-    assert found[-1] == (805, "5", None)
+    content = b"text,id\na,1\n" + b"x" * 5000 + b",2\r\nc,3\n"
+    rows = [(2, None), (3, too_long), (4, None)]
+    assert [(row.line, row.problem) for row in read(content, "csv", characters=1000)] == rows
+    quoted = b'text,id\n"yyy' + b"y\n" * 800 + b"d,5\n"  # 498 lines of 2 characters after 6 are two too many
+    found = [(row.line, row.problem) for row in read(quoted, "csv", characters=1000)]
+    assert (found[0], found[-1]) == ((2, f"{too_long} (lines 2 to 500)"), (802, None))
     for length, problem in ((997, None), (998, too_long)):
         for end in (b"\n", b"\r\n"):
             content = b"text,id\n" + b"x" * (length + 1 - len(end)) + b",1" + end + b"b,2\n"
-            assert [(row.line, row.problem) for row in read(content, "csv", characters=1000)] == [
-                (2, problem),
-                (3, None),
-            ]
+            rows = [(2, problem), (3, None)]
+            assert [(row.line, row.problem) for row in read(content, "csv", characters=1000)] == rows
     lines = b'{"a": 1}\n{"a": "' + b"x" * 5000 + b'"}\n{"a": 2}\n'
-    assert [(row.line, row.problem) for row in read(lines, "jsonl", characters=1000)] == [
-        (1, None),
-        (2, too_long),
-        (3, None),
-    ]
+    rows = [(1, None), (2, too_long), (3, None)]
+    assert [(row.line, row.problem) for row in read(lines, "jsonl", characters=1000)] == rows
 
 
 def test_a_quotation_mark_that_is_not_closed_in_an_endless_file_ends_at_the_limit():
@@ -358,14 +321,6 @@ def test_a_quotation_mark_that_is_not_closed_in_an_endless_file_ends_at_the_limi
     assert (second.line, second.values) == (3, {})
     assert "10,000 characters or more (lines 3 to " in (second.problem or "")
     assert third.values == {"text": "c"}
-
-
-def test_fields_beyond_the_default_limit_of_the_csv_module_are_read():
-    before = csv.field_size_limit(100)
-    try:
-        assert read(b"text\n" + b"x" * 200_000 + b"\n", "csv")[0].values == {"text": "x" * 200_000}
-    finally:
-        csv.field_size_limit(before)
 
 
 def test_more_than_a_limit_is_refused():
@@ -432,12 +387,6 @@ def test_damage_affects_neither_earlier_rows_nor_other_columns():
     with pytest.raises(InputError, match="a file is not a Parquet file, or is damaged: write or copy it again"):
         found.extend(rows.read())  # keeps what came before
     assert 0 < len(found) <= 50
-
-
-def test_a_parquet_file_reports_progress():
-    rows = RowReader(io.BytesIO(parquet({"a": list(range(64))})), "parquet", "a file")
-    shares = [rows.done() for _ in rows.read()]
-    assert shares == [(i + 1) / 64 for i in range(64)]
 
 
 def test_parquet_needs_a_stream_that_can_seek_and_leaves_it_open():
@@ -528,67 +477,6 @@ def test_any_objects_come_back_from_json(objects, escaped):
     whole = json.dumps({"data": objects}, ensure_ascii=escaped, indent=1).encode()
     for found in (read(lines, "jsonl"), read(whole, "json")):
         assert found == [Row(i, one) for i, one in enumerate(objects, start=1)]
-
-
-@fuzz
-@given(
-    st.lists(
-        st.tuples(TEXT, st.none() | st.integers(-(2**63), 2**63 - 1), st.none() | st.floats(allow_nan=False)),
-        max_size=40,
-    )
-)
-def test_any_values_come_back_from_parquet(rows):
-    names = ("text", "n", "x")
-    types = (pa.string(), pa.int64(), pa.float64())
-    table = {name: pa.array([row[i] for row in rows], types[i]) for i, name in enumerate(names)}
-    found = list(RowReader(io.BytesIO(parquet(table)), "parquet", "a file").read())
-    assert found == [Row(i, dict(zip(names, row, strict=True))) for i, row in enumerate(rows, start=1)]
-
-
-@fuzz
-@given(
-    st.lists(TEXT.filter(str.strip), min_size=2, max_size=6),
-    st.integers(0, 5),
-    st.sampled_from([b"caf\xe9,x\n", b"one\n", b'"a" b,c\n', b"a,b,c\n"]),
-)
-def test_a_bad_row_does_not_affect_other_rows(texts, place, bad):
-    stream = io.StringIO(newline="")
-    pieces = []
-    for text in texts:
-        stream.seek(0), stream.truncate()
-        csv.writer(stream, quoting=csv.QUOTE_ALL).writerow([text, "x"])
-        pieces.append(stream.getvalue().encode())
-    pieces.insert(place, bad)
-    found = list(RowReader(io.BytesIO(b"text,id\n" + b"".join(pieces)), "csv", "a file").read())
-    assert [row.values["text"] for row in found if row.problem is None] == texts
-    assert sum(row.problem is not None for row in found) == 1
-
-
-ODD_BYTES = st.one_of(
-    st.binary(max_size=200),
-    st.lists(st.sampled_from([b'"', b",", b"\t", b"\n", b"\r", b"a", b"\xe9", b"{", b"}", b":", b'"a"', b"\0", b"1", b"["])).map(b"".join),
-)  # fmt: skip
-
-
-@fuzz
-@given(
-    st.sampled_from(KINDS),
-    ODD_BYTES,
-    st.sampled_from([b"", b"text,id\n", b"text\tid\n", b'{"text": "x"}\n']),
-    st.integers(2, 40),
-)
-def test_any_bytes_give_rows_or_one_line(kind, content, head, characters):
-    content, found = head + content, []
-    with refused_in_one_line():
-        rows = RowReader(io.BytesIO(content), kind, "a file", Limits(characters=characters))
-        found = list(rows.read())
-    assert all(row.values == {} or row.problem is None for row in found)
-    assert all("\n" not in (row.problem or "") for row in found)
-    lines = [row.line for row in found]
-    assert lines == sorted(set(lines))
-    assert not lines or 1 <= lines[0] <= lines[-1] <= max(1, len(content))
-    if kind in ("csv", "tsv"):
-        assert all(list(row.values) == list(rows.columns) for row in found if row.problem is None)
 
 
 @fuzz

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,6 @@ from transformers.pipelines.pt_utils import KeyDataset
 
 from checkpoint_hierarchical import SHIPPED_FILES
 from configuration_hierarchical import HierarchicalConfig
-from decisions_hierarchical import OnePath
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from pipeline_hierarchical import HierarchicalTextClassificationPipeline
 from taxonomy_hierarchical import Taxonomy
@@ -131,17 +131,23 @@ def test_results_come_in_order_whatever_the_batches(checkpoint, classify):
         np.testing.assert_allclose(scores, expected, atol=1e-5, err_msg=f"batches of {batch_size}")
 
 
-@pytest.mark.parametrize("wrap", [tuple, iter, np.array, lambda texts: (text for text in texts)])
-def test_any_iterable_of_texts_is_read(classify, wrap):
+def test_lists_streams_and_data_sets_are_read(classify):
+    rows = Dataset.from_dict({"text": TEXTS})
     expected = [result["label"] for result in classify(TEXTS)]
-    assert [result["label"] for result in classify(wrap(TEXTS), batch_size=2)] == expected
-
-
-def test_data_sets_are_read(classify):
-    rows = Dataset.from_dict({"text": TEXTS, "abstract": TEXTS})
-    expected = [result["label"] for result in classify(TEXTS)]
-    for data in (rows, rows["abstract"], KeyDataset(rows, "abstract")):
-        assert [result["label"] for result in classify(data)] == expected
+    lazy, series = (text for text in TEXTS), pd.Series(TEXTS)
+    for data in (
+        tuple(TEXTS),
+        iter(TEXTS),
+        np.array(TEXTS),
+        lazy,
+        rows,
+        rows["text"],
+        KeyDataset(rows, "text"),
+        series,
+    ):
+        assert [result["label"] for result in classify(data, batch_size=2)] == expected
+    with pytest.raises(ValueError, match=r"give the column that holds them, such as table\['text'\]"):
+        classify(pd.DataFrame({"text": ["one", "two"]}))
 
 
 def test_a_stream_is_read_no_further_than_needed(classify):
@@ -238,16 +244,6 @@ def test_of_leaves_with_equal_costs_the_most_probable_is_predicted(classify):
     assert len({result["label"] for result in results}) > 1
 
 
-def test_costs_of_the_pipeline_are_those_of_its_calls(checkpoint, classify):
-    costly = pipeline("hierarchical-text-classification", model=checkpoint, trust_remote_code=True, costs="distance")
-    windows = {"stride": 16, "max_length": 64}
-    for given in ({}, windows):
-        expected = classify([*TEXTS, LONG], costs="distance", **given)
-        assert [one["expected_cost"] for one in costly([*TEXTS, LONG], **given)] == pytest.approx(
-            [one["expected_cost"] for one in expected], abs=1e-5
-        )
-
-
 def table_without(row: str, column: str | None = None) -> dict:
     table = {one: dict.fromkeys(LEAVES, 1.0) for one in LEAVES if column is not None or one != row}
     if column is not None:
@@ -258,64 +254,49 @@ def table_without(row: str, column: str | None = None) -> dict:
 @pytest.mark.parametrize(
     ("costs", "message"),
     [
-        ({"missing": 5, "inventing": 1}, "costs: rows: the label 'missing' is not in the taxonomy"),
+        ({"missing": 5, "inventing": 1}, "costs are of leaves; rows: the label 'missing' is not in the taxonomy"),
         (3, 'for single-path models, costs are "distance", a CSV file, or'),
-        ("none.csv", "cannot read the costs none.csv: No such file"),
+        (Path("none.csv"), "cannot read the costs none.csv: No such file"),
         (table_without("d"), "costs: rows: 'd' is missing; each leaf needs costs once"),
         (table_without("g", "d"), "costs: the row of 'g': 'd' is missing; each leaf needs costs once"),
-        (table_without("d") | {"D": {}}, "costs: rows: the label 'D' is not in the taxonomy"),
         (table_without("none") | {"b": {}}, "costs: rows: 'b' is an inner node"),
         (table_without("none") | {"a/b/d": {}}, "costs: rows: 'd' occurs twice"),
         (table_without("d") | {"d": 1.0}, "costs: the row of 'd' must map leaves to costs, not float"),
-        (
-            table_without("d") | {"d": dict.fromkeys(LEAVES, -1)},
-            "the row of 'd', .*: a cost is a number from 0 to 1e300",
+        *(
+            (
+                table_without("d") | {"d": dict.fromkeys(LEAVES, cost)},
+                f"a cost is a number from 0 to 1e300, not {cost!r}",
+            )
+            for cost in (-1, "x", float("nan"), float("inf"))
         ),
-        (table_without("d") | {"d": dict.fromkeys(LEAVES, "x")}, "a cost is a number from 0 to 1e300, not 'x'"),
-        (
-            table_without("d") | {"d": dict.fromkeys(LEAVES, float("nan"))},
-            "a cost is a number from 0 to 1e300, not nan",
-        ),
-        (
-            table_without("d") | {"d": dict.fromkeys(LEAVES, float("inf"))},
-            "a cost is a number from 0 to 1e300, not inf",
-        ),
-    ],
-)
-def test_costs_that_cannot_be_used_are_refused(classify, costs, message):
-    with pytest.raises(ValueError, match=message) as error:
-        classify("text", costs=costs)
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
         ("", "are not a table: each row needs a name and a cost for each column"),
         ("correct,d,e\nd,0\n", "are not a table"),
         ("correct,d,e\nd,0,1,5\n", "are not a table"),
-        ("correct;d;e\nd;0;1\n", "costs: rows: .*'d;0;1' is not in the taxonomy"),
-        ("correct;d, e;f\nf;0;1\n", "are not a table"),
+        ("correct;d;e\nd;0;1\n", "costs are of leaves; rows: the label 'd;0;1' is not in the taxonomy"),
         ("correct,d,d\nd,0,1\n", "are not a table"),
         ("correct,d\nd,0\nd,1\n", "are not a table"),
         ("correct,d\nd,0\n", "costs: rows: 'a/b/c' is missing"),
     ],
 )
-def test_files_of_costs_that_cannot_be_used_are_refused(classify, content, message, tmp_path):
-    (tmp_path / "costs.csv").write_text(content)
-    with pytest.raises(ValueError, match=message):
-        classify("text", costs=tmp_path / "costs.csv")
+def test_costs_that_cannot_be_used_are_refused(classify, costs, message, tmp_path):
+    if isinstance(costs, str):
+        (tmp_path / "costs.csv").write_text(costs)
+        costs = tmp_path / "costs.csv"
+    with pytest.raises(ValueError, match=message) as error:
+        classify("text", costs=costs)
+    assert "\n" not in str(error.value)
 
 
-def test_a_leaf_without_costs_is_named_however_long_its_name_is():
-    name = "Female Genital Diseases and Pregnancy Complications"
-    with pytest.raises(ValueError, match=f"rows: '{name}' is missing"):
-        OnePath(Taxonomy(["a", name])).prepare_costs({"a": {"a": 0, name: 1}})
-
-
-def test_costs_exclude_top_k(classify):
-    with pytest.raises(ValueError, match="give either costs or top_k"):
-        classify("text", costs="distance", top_k=2)
+def test_arguments_of_a_call_override_arguments_of_the_pipeline(checkpoint, classify):
+    load = partial(pipeline, "hierarchical-text-classification", model=checkpoint, trust_remote_code=True)
+    two, costly = load(top_k=2, max_length=16), load(costs="distance")
+    assert (len(two("text")), len(two("text", top_k=3))) == (2, 3)
+    assert two(LONG)[0]["truncated"]
+    assert not two(TEXTS[1], max_length=100)[0]["truncated"]
+    for given in ({}, {"stride": 16, "max_length": 64}):
+        found, expected = costly([*TEXTS, LONG], **given), classify([*TEXTS, LONG], costs="distance", **given)
+        for one, other in zip(found, expected, strict=True):
+            assert one["expected_cost"] == pytest.approx(other["expected_cost"], abs=1e-5)
 
 
 def test_a_long_text_is_truncated_and_flagged(checkpoint, classify):
@@ -333,17 +314,9 @@ def test_with_a_stride_a_long_text_is_the_mean_of_its_windows(checkpoint, classi
     step = window - 2 - stride
     starts = range(0, max(1, len(tokens) - stride), step)
     with torch.inference_mode():
-        windows = [
-            model(
-                input_ids=torch.tensor(
-                    [[tokenizer.cls_token_id, *tokens[start : start + window - 2], tokenizer.sep_token_id]]
-                )
-            )
-            .node_log_probs[0]
-            .exp()
-            for start in starts
-        ]
-    expected = torch.stack(windows).mean(0)
+        cut = [tokens[start : start + window - 2] for start in starts]
+        windows = [torch.tensor([[tokenizer.cls_token_id, *ids, tokenizer.sep_token_id]]) for ids in cut]
+        expected = torch.stack([model(input_ids=ids).node_log_probs[0].exp() for ids in windows]).mean(0)
     short, result = classify([TEXTS[0], LONG], max_length=window, stride=stride)
     assert len(windows) > 5
     assert not result["truncated"]
@@ -388,6 +361,7 @@ def test_an_invalid_text_is_named_by_its_position(classify, item, message):
         ({"max_length": 12, "stride": 10}, "leaves no room"),
         ({"stride": -1}, "stride must be"),
         ({"truncation": True}, "'truncation' is not an argument of this pipeline"),
+        ({"costs": "distance", "top_k": 2}, "give either costs or top_k"),
     ],
 )
 def test_arguments_out_of_range_are_refused(classify, arguments, message):
@@ -405,30 +379,6 @@ def test_a_text_without_tokens_is_refused(checkpoint, has_special_tokens):
     for texts in ("\u200b", ["liver", "\u200b"]):
         with pytest.raises(ValueError, match="a text has no tokens"):
             classify(texts)
-
-
-def test_arguments_of_a_call_override_arguments_of_the_pipeline(checkpoint):
-    classify = pipeline(
-        "hierarchical-text-classification", model=checkpoint, trust_remote_code=True, top_k=2, max_length=16
-    )
-    assert len(classify("text")) == 2
-    assert len(classify("text", top_k=3)) == 3
-    assert classify(LONG)[0]["truncated"]
-    assert not classify(TEXTS[1], max_length=100)[0]["truncated"]
-
-
-def test_threads_are_as_before_in_this_thread_and_in_new_ones(classify):
-    before = torch.get_num_threads()
-    results = classify(text for text in TEXTS)
-    next(results)
-    seen = [torch.get_num_threads()]
-    thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
-    thread.start()
-    thread.join()
-    assert seen == [before, before]
-    names = {thread.name for thread in threading.enumerate()}
-    results.close()
-    assert not [thread for thread in threading.enumerate() if thread.name not in names]
 
 
 @pytest.mark.parametrize("batch_size", [None, 1, 6])
@@ -553,14 +503,6 @@ def test_a_tokenizer_that_reads_beyond_roberta_s_positions_is_refused(checkpoint
         HierarchicalTextClassificationPipeline(model=model, tokenizer=tokenizer)
 
 
-def test_texts_are_padded_at_their_ends_whatever_the_tokenizer_says(checkpoint, classify):
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True, padding_side="left")
-    other = pipeline("hierarchical-text-classification", model=checkpoint, tokenizer=tokenizer, trust_remote_code=True)
-    for found, expected in zip(other(TEXTS, batch_size=5), classify(TEXTS, batch_size=1), strict=True):
-        assert found["score"] == pytest.approx(expected["score"], abs=1e-5)
-        assert found["label"] == expected["label"]
-
-
 def test_ctrl_c_at_any_line_leaves_no_thread_that_keeps_the_process_alive(small_checkpoint):
     classify = pipeline("hierarchical-text-classification", model=small_checkpoint, trust_remote_code=True)
     source, before = type(classify)._workers.__code__.co_filename, threading.active_count()
@@ -622,6 +564,14 @@ def test_4_bit_weights_predict_equally_in_threads_and_alone(checkpoint):
             assert result["score"] == pytest.approx(nodes[: UNEVEN.num_leaves].max().item(), abs=0.05)
 
 
+def test_texts_are_padded_at_their_ends_and_masked_whatever_the_tokenizer_says(checkpoint, classify):
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True, padding_side="left")
+    tokenizer.model_input_names = ["input_ids"]
+    other = pipeline("hierarchical-text-classification", model=checkpoint, tokenizer=tokenizer, trust_remote_code=True)
+    for found, expected in zip(other(TEXTS, batch_size=5), classify(TEXTS, batch_size=1), strict=True):
+        assert (found["label"], found["score"]) == (expected["label"], pytest.approx(expected["score"], abs=1e-5))
+
+
 def test_concurrent_calls_restore_the_number_of_threads(checkpoint, classify, tmp_path):
     """Call two checkpoints, each with its own copy of the code, twice at the same time."""
     folder = str(shutil.copytree(checkpoint, tmp_path / "other"))
@@ -633,22 +583,13 @@ def test_concurrent_calls_restore_the_number_of_threads(checkpoint, classify, tm
             thread.start()
         for thread in threads:
             thread.join()
+    names = {thread.name for thread in threading.enumerate()}
+    results = classify(text for text in TEXTS)
+    next(results)  # a stream that is not read to its end
     found = []
     thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
     thread.start()
     thread.join()
     assert [torch.get_num_threads(), *found] == [before, before]
-
-
-def test_a_table_is_not_taken_for_the_names_of_its_columns(classify):
-    with pytest.raises(ValueError, match=r"give the column that holds them, such as table\['text'\]"):
-        classify(pd.DataFrame({"text": ["one", "two"], "id": [1, 2]}))
-    assert len(list(classify(pd.DataFrame({"text": ["one", "two"]})["text"]))) == 2
-
-
-def test_a_tokenizer_that_lists_no_mask_gets_one(checkpoint, classify):
-    other = pipeline("hierarchical-text-classification", model=checkpoint, trust_remote_code=True)
-    other.tokenizer.model_input_names = ["input_ids"]
-    for result, expected in zip(other(TEXTS), classify(TEXTS), strict=True):
-        assert result["label"] == expected["label"]
-        assert result["score"] == pytest.approx(expected["score"], abs=1e-5)
+    results.close()
+    assert not [thread for thread in threading.enumerate() if thread.name not in names]

@@ -1,3 +1,5 @@
+"""Test how train.py reads its recipe and its flags, and which values follow from others."""
+
 import dataclasses
 import json
 from pathlib import Path
@@ -30,13 +32,6 @@ def test_flags_override_the_recipe_and_the_recipe_the_defaults(tmp_path):
     assert data.max_length == 512
 
 
-def test_a_mapping_in_a_recipe_has_numbers_but_codes_stay_text(tmp_path):
-    path = recipe(tmp_path, lr_scheduler_kwargs={"min_lr": "1e-5", "name": "x"}, class_names={"007": "1"})
-    _, data, _, training = parse([path])
-    assert training.lr_scheduler_kwargs == {"min_lr": 1e-5, "name": "x"}
-    assert json.loads(data.class_names) == {"007": "1"}
-
-
 def test_the_command_line_replaces_where_the_recipe_takes_its_data_from(tmp_path):
     path = recipe(tmp_path, dataset_name="someone/corpus", dataset_revision="main", class_names={1: "a"})
     data = parse([path, "--train_file", "mine.csv"])[1]
@@ -47,16 +42,18 @@ def test_the_command_line_replaces_where_the_recipe_takes_its_data_from(tmp_path
     assert (data.train_file, data.test_file) == ("a.csv", "c.csv")
 
 
-def test_the_default_encoder_is_pinned():
-    assert parse([])[0].model_revision == DEFAULT_ENCODER_REVISION
-    assert parse(["--model_name_or_path", "someone/encoder"])[0].model_revision is None
+def test_defaults_depend_on_other_flags():
+    def model(*words: str):
+        return parse([*words]).model
 
-
-@pytest.mark.parametrize(
-    ("words", "expected"), [([], "4bit"), (["--tuning", "full"], "none"), (["--quantization", "8bit"], "8bit")]
-)
-def test_quantization_follows_the_tuning_unless_it_is_given(words, expected):
-    assert parse(words)[0].quantization == expected
+    assert model().model_revision == DEFAULT_ENCODER_REVISION
+    assert model("--model_name_or_path", "someone/encoder").model_revision is None
+    assert model().quantization == "4bit"
+    assert model("--tuning", "full").quantization == "none"
+    assert model("--quantization", "8bit").quantization == "8bit"
+    # the evaluation strategy does not set --do_eval, as it does in transformers
+    assert parse([]).training.do_eval is None
+    assert parse(["--do_eval", "false"]).training.do_eval is False
 
 
 @pytest.mark.parametrize(
@@ -86,41 +83,27 @@ def test_a_precision_that_is_not_supported_is_refused(monkeypatch):
         parse([])
 
 
-def test_do_eval_does_not_depend_on_the_evaluation_strategy():
-    assert parse(["--do_eval", "false"])[3].do_eval is False
-    assert parse(["--do_eval", "false"])[3].eval_strategy == "epoch"
-    assert parse([])[3].do_eval is None
-
-
 def test_names_and_codes_of_a_recipe_are_texts_as_they_were_written(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(
         "class_names: {1.1: typhoid, 1.10: cholera, 007: nose, no: absent, 1:20: late, 8: 2020-01-01}\n"
-        "label_column: [1_0, 012]\ntext_column: no\nlr_scheduler_kwargs: {num_cycles: 2}\nload_best_model_at_end: false\n"
+        "label_column: [1_0, 012]\ntext_column: no\nlr_scheduler_kwargs: {min_lr: 1e-5, name: x}\nload_best_model_at_end: false\n"
     )
     _, data, _, training = parse([str(path)])
     names = {"1.1": "typhoid", "1.10": "cholera", "007": "nose", "no": "absent", "1:20": "late", "8": "2020-01-01"}
     assert json.loads(data.class_names) == names
     assert (data.label_column, data.text_column) == (["1_0", "012"], "no")
-    assert training.lr_scheduler_kwargs == {"num_cycles": 2}
+    assert training.lr_scheduler_kwargs == {"min_lr": 1e-5, "name": "x"}
     assert training.load_best_model_at_end is False
     path.write_text("num_train_epochs: 3\nnum-train-epochs: 9\n")
     with pytest.raises(InputError, match="unknown key 'num-train-epochs'; did you mean num_train_epochs"):
         parse([str(path)])
 
 
-@pytest.mark.parametrize(
-    ("words", "greater"),
-    [
-        (["macro_f1"], True),
-        (["log_loss"], False),
-        (["ece"], False),
-        (["eval_level_1_ece"], False),
-        (["ece", "--greater_is_better", "true"], True),
-    ],
-)
-def test_whether_a_greater_metric_is_better_follows_from_its_name(words, greater):
-    assert parse(["--metric_for_best_model", *words])[3].greater_is_better is greater
+def test_whether_a_greater_metric_is_better_follows_from_its_name():
+    for name, greater in (("macro_f1", True), ("log_loss", False), ("ece", False), ("eval_level_1_ece", False)):
+        assert parse(["--metric_for_best_model", name]).training.greater_is_better is greater, name
+    assert parse(["--metric_for_best_model", "ece", "--greater_is_better", "true"]).training.greater_is_better
 
 
 MEASURED = {  # labels of two validation texts: names of metrics, and whether they are measured

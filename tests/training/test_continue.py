@@ -194,78 +194,58 @@ def test_with_unknown_training_texts_nothing_is_split_off_and_scores_are_unverif
 ):
     unknown = copy(first, tmp_path / "unknown")
     (unknown / KEPT).unlink()
-    line = [*words, "--model_name_or_path", unknown]
-    run(*line, "--data_path", place / "800.csv", "--output_dir", tmp_path / "next")
-    stderr = capsys.readouterr().err
-    assert "the checkpoint's training texts are unknown: no rows are split off" in stderr
+    run(*words, "--model_name_or_path", unknown, "--data_path", place / "800.csv", "--output_dir", tmp_path / "next")
+    assert "the checkpoint's training texts are unknown: no rows are split off" in capsys.readouterr().err
     assert report(tmp_path / "next")["splits"].keys() == {"train"}
-    assert report(tmp_path / "next")["trained_before"]["scores"] == "unverified"
     assert scored(tmp_path / "next") == {}
-    # what follows from it knows no more
-    test_file = write_csv(tmp_path / "test.csv", ROWS[:20])
+    # a run that follows knows no more: its scores on a file of its own are unverified
     line = [*words, "--model_name_or_path", tmp_path / "next", "--train_file", place / "700.csv"]
-    run(*line, "--test_file", test_file, "--output_dir", tmp_path / "last")
-    assert report(tmp_path / "last")["splits"].keys() == {
-        "train"
-    }  # which the run before it had trained on, known for sure
-    assert report(tmp_path / "last")["trained_before"]["scores"] == "unverified"
-    other = write_csv(tmp_path / "other.csv", labelled(820)[800:])
-    run(*line, "--test_file", other, "--output_dir", tmp_path / "scored")
+    line += ["--test_file", write_csv(tmp_path / "other.csv", labelled(820)[780:])]  # half of it was trained on
+    run(*line, "--output_dir", tmp_path / "scored")
+    assert len(scored(tmp_path / "scored", labelled(820)[780:])["test"]) == 20
+    assert report(tmp_path / "scored")["trained_before"]["scores"] == "unverified"
     card = (tmp_path / "scored" / "README.md").read_text()
     assert "**These scores are unverified**" in card
     assert "name: accuracy (unverified)" in card
-    for verified in (first, tmp_path / "next"):  # the second has no scores
-        assert "unverified" not in (verified / "README.md").read_text()
+    assert "unverified" not in (first / "README.md").read_text()
 
 
 def test_scoring_leaves_out_what_was_trained_on(first, tmp_path, capsys):
     known, held_out = sorted(trained_on(first, 700)), {split: sorted(texts) for split, texts in scored(first).items()}
-    rows = [{"text": text, "label": "a"} for text in [*known[:5], *held_out["validation"][:2], *held_out["test"][:30]]]
-    rows += [{"text": known[8], "label": "a"}]
-    line = ["--do_train", "false", "--output_dir", tmp_path / "scores"]
+    texts = [*known[:5], *held_out["validation"][:2], *held_out["test"][:30], known[8]]
+    rows = [{"text": text, "label": "a"} for text in texts]
+    line = ["--do_train", "false", "--model_name_or_path", first, "--output_dir", tmp_path / "scores"]
     line += ["--test_file", write_csv(tmp_path / "a.csv", rows)]
-    run(*line, "--model_name_or_path", first)
-    assert (
-        "left out, since the checkpoint was trained or calibrated on the texts: 8 test rows" in capsys.readouterr().err
-    )
+    line += ["--train_file", write_csv(tmp_path / "train.csv", rows[-9:])]  # not read, as a recipe may name it
+    run(*line)
+    message = "left out, since the checkpoint was trained or calibrated on the texts: 8 test rows"
+    assert message in capsys.readouterr().err
     assert scored(tmp_path / "scores", rows)["test"] == set(held_out["test"][:30])
     assert report(tmp_path / "scores")["trained_before"]["left_out"] == {"test": 8}
-    # also with training rows, which are not read, as a recipe may name them
-    others = ["--train_file", write_csv(tmp_path / "train.csv", rows[-9:]), "--overwrite_output_dir", "true"]
-    run(*line, *others, "--model_name_or_path", first)
-    assert report(tmp_path / "scores")["trained_before"]["left_out"] == {"test": 8}
     write_csv(tmp_path / "a.csv", rows[:7])
-    message = "nothing to score: the checkpoint was trained or calibrated on the texts of all 7 rows"
-    with pytest.raises(InputError, match=message):
-        run(*line, "--model_name_or_path", first / "checkpoint-4", "--output_dir", tmp_path / "b")
-    line = ["--do_train", "false", "--validation_file", tmp_path / "a.csv", "--train_file", tmp_path / "b.csv"]
-    write_csv(tmp_path / "a.csv", rows[:5])
-    write_csv(tmp_path / "b.csv", rows[7:])
-    with pytest.raises(InputError, match="calibrated on the texts of all 5 rows"):
-        run(*line, "--model_name_or_path", first, "--output_dir", tmp_path / "c")
+    for model in (first, first / "checkpoint-4"):
+        with pytest.raises(InputError, match="trained or calibrated on the texts of all 7 rows"):
+            run(*line, "--model_name_or_path", model, "--output_dir", tmp_path / "none")
 
 
-def test_overwriting_a_run_forgets_what_it_was_trained_on_and_its_weights_with_it(
-    place, words, first, tiny_encoder, tmp_path
-):
+def test_overwriting_a_run_forgets_what_it_was_trained_on_and_its_weights_with_it(words, first, tiny_encoder, tmp_path):
     output = copy(first, tmp_path / "results")
-    for name in ("onnx/model.onnx", "sentence_bert_config.json"):  # as downloaded from the Hub
+    exported = {"onnx/model.onnx", "onnx/model.onnx_data", "sentence_bert_config.json"}  # as downloaded from the Hub
+    for name in exported:
         (output / name).parent.mkdir(exist_ok=True)
         (output / name).write_bytes(b"of the former weights")
-    write_csv(tmp_path / "other.csv", ROWS[700:])
-    line = [*words, "--model_name_or_path", tiny_encoder, "--data_path", tmp_path / "other.csv", "--output_dir", output]
-    line += ["--overwrite_output_dir", "true"]
+    line = [*words, "--model_name_or_path", tiny_encoder, "--overwrite_output_dir", "true", "--output_dir", output]
+    line += ["--data_path", write_csv(tmp_path / "other.csv", ROWS[700:])]
     with pytest.raises(InputError, match="the loss is"):
         run(*line, *DIVERGES)
-    known = json.loads((output / KEPT).read_text())
-    assert (len(known["earlier"]), len(known["this_run"])) == (0, 80)
     # otherwise the weights of the former run would be taken as the result of this run
     with pytest.raises(InputError, match="is not a checkpoint"):
         push_to_hub.main(["--model", str(output), "--repo_id", "a/b"])
     run(*line)
     assert len(scored(output, ROWS[700:])["test"]) == 10
-    assert not {"onnx/model.onnx", "sentence_bert_config.json"} & published_files(output).keys()
-    assert json.loads((output / KEPT).read_text()) == known
+    assert not exported & published_files(output).keys()
+    known = json.loads((output / KEPT).read_text())
+    assert (len(known["earlier"]), len(known["this_run"])) == (0, 80)
 
 
 def test_a_run_that_continues_in_its_own_folder_forgets_nothing(place, words, first, tmp_path):
@@ -316,14 +296,11 @@ def several(place, words, tiny_encoder) -> Path:
 
 def test_a_checkpoint_of_another_problem_type_is_refused(place, words, first, several, tmp_path):
     sets = write_sets(tmp_path / "sets.jsonl", {"x": ["a"], "y": ["b"], "z": []})
-    for source, data, kind in (
-        (first, sets, "one label per text"),
-        (several, place / "700.csv", "any number of labels"),
-    ):
+    for source, data, kind in ((first, sets, "single_label"), (several, place / "700.csv", "multi_label")):
         for scoring in ([], ["--do_train", "false"]):
             flags = ["--model_name_or_path", source, "--output_dir", tmp_path / "out", *scoring]
             flags += ["--validation_size", 0, "--test_file" if scoring else "--train_file", data]
-            with pytest.raises(InputError, match=f"is for {kind}.*, the data for") as refused:
+            with pytest.raises(InputError, match=f"is a checkpoint for {kind}.*, the data are for") as refused:
                 run(*words, *flags)
             assert "\n" not in str(refused.value)
 

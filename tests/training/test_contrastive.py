@@ -70,8 +70,9 @@ def test_log_and_card_say_what_was_done_and_a_resumed_or_continued_run_does_not_
     words += ("--quantization", "none", "--contrastive_steps", 2)
     fresh = (*words, "--model_name_or_path", tiny_encoder, "--output_dir", first)
     assert "contrastive learning: 2 steps, loss " in run(*fresh, "--max_steps", 1).stderr
-    resumed = run(*fresh, "--max_steps", 2, "--resume_from_checkpoint", "auto").stderr
+    resumed = run(*fresh, "--max_steps", 2, "--resume_from_checkpoint", "auto", "--heads_init", "random").stderr
     assert "contrastive" not in resumed
+    assert "| heads_init | prototypes |" in (first / "README.md").read_text()
     words += ("--model_name_or_path", first, "--output_dir", second, "--max_steps", 1, "--learning_rate", 1e-9)
     continued = run(*words).stderr
     assert "trained heads are kept: --contrastive_steps and --heads_init have no effect" in continued
@@ -87,15 +88,10 @@ def test_heads_are_initialised_anew_for_another_taxonomy_than_the_checkpoints(ti
     rows, source = tokenized(trainer), str(copy_checkpoint("self_contained", tmp_path / "other"))
     with caplog.at_level("INFO"):
         assert initialise_heads(trainer, rows, ModelArguments(source, contrastive_steps=2)) == "prototypes"
-    assert "contrastive learning: 2 steps" in caplog.text
-    assert "heads are initialised from" in caplog.text
-
-
-def test_without_two_classes_of_two_texts_there_is_nothing_to_compare(tiny_encoder, tmp_path, caplog):
-    trainer = trainer_of(tiny_encoder, tmp_path)
-    rows = tokenized(trainer).select([0, *range(1, len(ROWS), 6)])
-    with caplog.at_level("INFO"):
-        initialise_heads(trainer, rows, ModelArguments(tiny_encoder, contrastive_steps=2))
+        assert "contrastive learning: 2 steps" in caplog.text
+        one_class_of_two_texts = rows.select([0, *range(1, len(ROWS), 6)])
+        initialise_heads(trainer, one_class_of_two_texts, ModelArguments(source, contrastive_steps=2))
+    assert caplog.text.count("heads are initialised from") == 2
     assert "no contrastive steps: they need two classes with two training texts each" in caplog.text
 
 

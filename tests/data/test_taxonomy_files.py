@@ -1,0 +1,107 @@
+"""Test taxonomies from YAML, JSON and tables of parents and children."""
+
+import json
+
+import pandas as pd
+import pytest
+
+from configuration_hierarchical import HierarchicalConfig
+from hierarchical_clinicalbert.data.taxonomy_files import build_from_table, read_taxonomy
+from hierarchical_clinicalbert.errors import InputError
+from taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy, TaxonomyError
+
+
+def from_rows(rows):
+    return build_from_table(pd.DataFrame(rows, range(2, len(rows) + 2), ["parent", "child"]), "/")
+
+
+def test_every_file_gives_the_same_taxonomy(tmp_path):
+    leaf, *diseases = ("general pathological conditions", *DEFAULT_TAXONOMY["specific disease"])
+    rows = [("", leaf), *(("specific disease", disease) for disease in diseases)]
+    files = {
+        "tree.yaml": f"{leaf}:\nspecific disease:\n" + "".join(f"  - {disease}\n" for disease in diseases),
+        "tree.json": json.dumps({leaf: {}, "specific disease": dict.fromkeys(diseases)}),
+        "tree.CSV": "child,parent\n" + "".join(f"{child},{parent}\n" for parent, child in rows),
+        "tree.tsv": "parent\tname\n" + "".join(f"{parent}\t{child}\n" for parent, child in rows),
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+        assert read_taxonomy(tmp_path / name) == Taxonomy(DEFAULT_TAXONOMY), name
+
+
+def test_descriptions_of_a_table_stay_with_their_nodes_in_the_configuration_and_in_the_drawing(tmp_path):
+    rows = 'heart,"the heart,\n and its vessels"\nheart,angina,\nheart,caf\u00e9, of coffee \n,other,\n'
+    (tmp_path / "tree.csv").write_text(f"Parent,child, Description\n,{rows}")
+    tree = read_taxonomy(tmp_path / "tree.csv")
+    assert tree.descriptions == {"heart": "the heart, and its vessels", "caf\u00e9": "of coffee"}
+    HierarchicalConfig(taxonomy=tree).save_pretrained(tmp_path)
+    stored = HierarchicalConfig.from_pretrained(tmp_path).tree
+    assert (stored, stored.descriptions) == (tree, tree.descriptions)
+    assert stored.draw() == "heart – the heart, and its vessels\n├── angina\n└── caf\u00e9 – of coffee\nother"
+
+
+def test_names_stay_as_they_are_written(tmp_path):
+    (tmp_path / "tree.yaml").write_text("no:\n  - 1\n  - 2.50\nnull: \n1.0: null\nyes: ~\n")
+    assert read_taxonomy(tmp_path / "tree.yaml").names == ["1", "2.50", "null", "1.0", "yes", "no"]
+    composed, decomposed = "caf\u00e9", "cafe\u0301"  # but one name is one node, however its letters are composed
+    assert from_rows([(composed, "hot"), (decomposed, "cold"), ("", decomposed)]) == Taxonomy(
+        {composed: ["hot", "cold"]}
+    )
+
+
+def test_a_misspelt_parent_is_warned_of_with_the_nearest_name(caplog):
+    tree = from_rows(
+        [("", "heart disease"), ("heart disease", "angina"), ("heart diseasse", "arrhythmia"), ("lung", "asthma")]
+    )
+    assert len(tree.children(-1)) == 3
+    (warning,) = caplog.messages
+    assert (
+        warning
+        == "'heart diseasse' occurs only as a parent, so it becomes a root; is it a misspelling of 'heart disease'?"
+    )
+    caplog.clear()
+    from_rows(
+        [("", "general pathological conditions"), ("specific disease", "neoplasms"), ("specific disease", "disease")]
+    )
+    from_rows([("diabetes", "diabetes 1"), ("diabetes", "diabetes 2"), ("nervous system", "pain")])
+    from_rows([("", "lung"), ("", "lungs"), ("lung", "a"), ("lungs", "b")])  # both are listed
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([("a", "b"), ("b", "c"), ("c", "a"), ("", "d")], "cycle: '[abc]' > '[abc]' > '[abc]' > '[abc]'"),
+        ([("a", "a")], "cycle: 'a' > 'a'"),
+        ([("a", "c"), ("b", "c")], "'c' has two parents: 'a' and 'b'"),
+        ([("a", "b"), ("", "b")], "'b' has two parents: 'a' and no parent"),
+        ([("a", "b"), ("a", " ")], "line 3 .*empty name"),
+        ([("a", "b")], "at least two leaves"),
+    ],
+)
+def test_rows_that_are_no_taxonomy_are_refused_by_name(rows, message):
+    with pytest.raises(TaxonomyError, match=message):
+        from_rows(rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("t.yaml", "a: [", "t.yaml: .*, line 1"),
+        ("t.yaml", "a:\nb:\na:\n", "t.yaml: the name 'a' occurs twice in one mapping, line 1"),
+        ("t.yaml", "? [a]\n: b\n", "t.yaml: a name must be text, not a list"),
+        ("t.yaml", "a: &x [b, c]\nd: *x\n", r"t.yaml: an alias \(\*name\) is not supported: .*, line 2"),
+        ("t.yaml", "just a name", "t.yaml: a taxonomy is a list or a mapping"),
+        ("t.json", '{"a": null, "b": null, "a": null}', "t.json: the name 'a' occurs twice"),
+        ("t.json", "{", "t.json: "),
+        ("t.csv", "x,y\n1,2\n", "t.csv: expected columns 'parent' and 'child'"),
+        ("t.csv", "parent,Parent,child\na,b,c\n", "once each, found 'parent', 'parent', 'child'"),
+        ("t.csv", 'parent,child,description\n,a,"of a\n,b,of b\n', "t.csv, line 2: a quotation mark is not closed"),
+        ("t.txt", "a", "t.txt: expected .yaml, .yml, .json, .csv or .tsv, not '.txt'"),
+    ],
+)
+def test_a_file_that_is_no_taxonomy_is_named_in_one_line(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=message) as refused:
+        read_taxonomy(tmp_path / name)
+    assert "\n" not in str(refused.value)
