@@ -15,19 +15,17 @@ rows; the table has the mean and the standard deviation of macro-F1.
 """
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+from harness import flag_parser, print_table, write_results
 from scipy.stats import entropy
 from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
-
-ROOT = Path(__file__).resolve().parents[1]
 
 FIRST, BATCH, LAST = 250, 250, 2000
 STRENGTH = 1e-4
@@ -37,29 +35,29 @@ METHODS = ("random", "entropy", "margin")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flag_parser(__doc__, "active.json")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--encoder", required=True)
     parser.add_argument("--vectors", type=Path)
     parser.add_argument("--method", nargs="+", choices=METHODS, default=[*METHODS])
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "active.json")
     arguments = parser.parse_args()
-    rows = {split: pd.read_csv(arguments.data / f"{split}.csv", dtype=str) for split in ("train", "test")}
-    classes = sorted(rows["train"]["label"].unique())
-    labels = {split: part["label"].map(classes.index).to_numpy() for split, part in rows.items()}
-    vectors = read_vectors(arguments, rows)
+    splits = {split: pd.read_csv(arguments.data / f"{split}.csv", dtype=str) for split in ("train", "test")}
+    classes = sorted(splits["train"]["label"].unique())
+    labels = {split: part["label"].map(classes.index).to_numpy() for split, part in splits.items()}
+    vectors = read_vectors(arguments, splits)
     runs = [
         {"method": method, "seed": seed, **scores}
         for method in arguments.method
         for seed in SEEDS
         for scores in simulate(method, seed, vectors, labels, len(classes))
     ]
-    arguments.output.write_text(json.dumps(runs, indent=1) + "\n", encoding="utf-8")
+    write_results(arguments.output, runs)
     table = pd.DataFrame(runs).pivot_table(index="labels", columns=["method", "seed"], values="macro_f1")
-    print(f"| labels | {' | '.join(arguments.method)} |\n| ---: |{' ---: |' * len(arguments.method)}")
+    rows = []
     for number, scores in (100 * table).iterrows():
-        cells = [f"{scores[method].mean():.1f} ± {scores[method].std():.1f}" for method in arguments.method]
-        print(f"| {number:,} | {' | '.join(cells)} |")
+        cells = (f"{scores[method].mean():.1f} ± {scores[method].std():.1f}" for method in arguments.method)
+        rows.append([f"{number:,}", *cells])
+    print_table(["labels", *arguments.method], rows, left=0)
 
 
 def read_vectors(arguments: argparse.Namespace, rows: dict[str, pd.DataFrame]) -> dict[str, np.ndarray]:

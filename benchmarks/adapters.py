@@ -18,8 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from harness import RESULTS, ROOT, flag_parser, write_results
 
 from checkpoint_hierarchical import SHIPPED_FILES
 
@@ -73,7 +72,7 @@ def serve(mode: str, folders: list[str], rounds: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = flag_parser(__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, help="the folder of a checkpoint in adapter form")
     parser.add_argument("--count", type=int, default=20, help="checkpoints in the process")
     parser.add_argument("--rounds", type=int, default=5, help="texts for each checkpoint")
@@ -96,8 +95,7 @@ def main() -> None:
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             result[mode] = measured = json.loads(done.stdout.splitlines()[-1])
             print(f"{mode:8}", "  ".join(f"{name} {value:.1f}" for name, value in measured.items()), flush=True)
-    output = ROOT / "benchmarks" / "results" / "adapters.json"
-    output.write_text(json.dumps({"count": arguments.count, **result}, indent=2) + "\n")
+    write_results(RESULTS / "adapters.json", {"count": arguments.count, **result})
 
 
 if __name__ == "__main__":

@@ -26,11 +26,9 @@ import time
 from pathlib import Path
 
 import torch
-from inference import make_checkpoint, peak_memory, read_column, table
+from harness import ROOT, flag_parser, print_table, processor, read_results, write_results
+from inference import make_checkpoint, peak_memory, read_column
 from transformers import AutoConfig, BertConfig
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 from hierarchical_clinicalbert.prediction.output import ROWS
 
@@ -38,7 +36,7 @@ TICK = os.sysconf("SC_CLK_TCK")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flag_parser(__doc__, "batch.json")
     parser.add_argument("--encoder", required=True)
     parser.add_argument("--data", type=Path, required=True, help="a folder with train.csv and test.csv, column text")
     parser.add_argument("--rows", type=int, default=20 * ROWS, help="of the part overhead")
@@ -46,17 +44,16 @@ def main() -> None:
     parser.add_argument("--chaos_rows", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "batch.json")
     arguments = parser.parse_args()
     texts = [text for name in ("train.csv", "test.csv") for text in read_column(arguments.data / name, "text")]
-    results = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
+    results = read_results(arguments.output, {})
     for part in arguments.parts:
         with tempfile.TemporaryDirectory() as scratch:
             results[part] = PARTS[part](texts, arguments, Path(scratch))
-        results["machine"] = {"cpu": torch.cpu.get_capabilities()["cpu_name"], "cores": torch.get_num_threads()}
-        arguments.output.write_text(json.dumps(results, indent=1) + "\n")
-        print(f"\n{part}\n")
-        table(results[part])
+        results["machine"] = {"cpu": processor(), "cores": torch.get_num_threads()}
+        write_results(arguments.output, results)
+        print(f"\n{part}")
+        print_table(results[part][0], (row.values() for row in results[part]))
 
 
 def tiny_checkpoint(arguments: argparse.Namespace, folder: Path) -> str:
@@ -122,12 +119,12 @@ def overhead(texts: list[str], arguments: argparse.Namespace, scratch: Path) -> 
     model = make_checkpoint(arguments.encoder, scratch / "model")
     source = write(scratch / "in", texts, arguments.rows)
     rows = []
-    for name, flags in (
+    for name, options in (
         ("one process", ()),
         ("Ray, one core an actor", ("--ray", "--ray_cpus_per_actor", 1)),
         ("Ray, all cores an actor", ("--ray", "--ray_cpus_per_actor", torch.get_num_threads())),
     ):
-        run = measure(model, source, scratch / f"out-{len(rows)}", arguments.rows, *flags)
+        run = measure(model, source, scratch / f"out-{len(rows)}", arguments.rows, *options)
         share = round(run["rows/s"] / (rows[0] if rows else run)["rows/s"], 3)
         rows.append({"run": name, "times one process": share, **run})
     return rows

@@ -13,20 +13,14 @@ The model must not have been trained on the labelled file. Three kinds of costs 
 the macro-F1 of the most probable leaf. Both are 95 % bootstrap intervals over the rows.
 """
 
-import argparse
-import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from coverage import probabilities, read_rows
+from harness import flag_parser, load_classifier, print_rows, write_results
 from multi_label_peers import paired_intervals
 from sklearn.metrics import f1_score
-from transformers import pipeline
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 from decisions_hierarchical import expected_costs
 from hierarchical_clinicalbert.evaluation.metrics import one_hot
@@ -38,16 +32,15 @@ RESAMPLES = 1000
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flag_parser(__doc__, "costs.json")
     parser.add_argument("--model", required=True)
     parser.add_argument(
         "--train_file", type=Path, required=True, help="CSV with a column label, to count the rows of each leaf"
     )
     parser.add_argument("--file", type=Path, required=True, help="CSV with columns text and label, all labels leaves")
     parser.add_argument("--class_names", type=Path, help="CSV whose label and name columns translate the labels")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "costs.json")
     arguments = parser.parse_args()
-    classify = pipeline("hierarchical-text-classification", model=arguments.model, trust_remote_code=True)
+    classify = load_classifier(arguments.model)
     tree: Taxonomy = classify.tree
     node_probabilities, labels = probabilities(classify, arguments.file, arguments.class_names)
     nodes = torch.tensor(node_probabilities)
@@ -61,16 +54,13 @@ def main() -> None:
         "least rarity cost": expected_costs(tree, nodes, torch.tensor(rarity)).argmin(1).numpy(),
     }
     rows = [score(name, leaves, predictions["most probable"], labels, tables) for name, leaves in predictions.items()]
-    arguments.output.write_text(json.dumps({"documents": len(labels), "rows": rows}, indent=2) + "\n", encoding="utf-8")
-    head = "| predicted leaf | changed | accuracy | macro-F1 | gained (95 %) "
-    print(head + "| distance | saved (95 %) | root cost | saved (95 %) |")
-    print("| --- | ---: | ---: | ---: | --- | ---: | --- | ---: | --- |")
-    for row in rows:
-        cells = [f"{row[name]:.1%}" for name in ("changed", "accuracy", "macro_f1")]
-        cells += [" to ".join(f"{end:+.1%}" for end in row["macro_f1_gained"])]
-        for name in tables:
-            cells += [f"{row[name]:.3f}", " to ".join(f"{end:.3f}" for end in row[f"{name}_saved"])]
-        print(f"| {row['predicted']} | {' | '.join(cells)} |")
+    write_results(arguments.output, {"documents": len(labels), "rows": rows})
+    columns = [("predicted leaf", "{predicted}"), ("changed", "{changed:.1%}"), ("accuracy", "{accuracy:.1%}")]
+    columns += [("macro-F1", "{macro_f1:.1%}")]
+    columns += [("gained (95 %)", "{macro_f1_gained[0]:+.1%} to {macro_f1_gained[1]:+.1%}")]
+    columns += [("distance", "{distance:.3f}"), ("saved (95 %)", "{distance_saved[0]:.3f} to {distance_saved[1]:.3f}")]
+    columns += [("root cost", "{root:.3f}"), ("saved (95 %)", "{root_saved[0]:.3f} to {root_saved[1]:.3f}")]
+    print_rows(rows, columns)
 
 
 def distances(tree: Taxonomy) -> np.ndarray:

@@ -36,20 +36,16 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import harness
 import numpy as np
 import pandas as pd
 import torch
+from multi_label_peers import paired_intervals
+from quality import Task
 from scipy.special import logit
 from scipy.stats import betabinom
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.model_selection import RepeatedKFold
-from transformers import pipeline
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from multi_label_peers import paired_intervals
-from quality import Task
 
 from configuration_hierarchical import HierarchicalConfig
 from decisions_hierarchical import OnePath, guaranteed_threshold
@@ -60,7 +56,6 @@ from hierarchical_clinicalbert.evaluation.report import MEASURED_TARGET
 from hierarchical_clinicalbert.prediction.int8 import quantize
 from taxonomy_hierarchical import Taxonomy
 
-QUALITY = ROOT / "benchmarks" / "results" / "quality.json"
 SPLITS = 100
 COVERAGES = (0.8, 0.9, 0.95)
 # distinct validation and test texts of the recipes' runs
@@ -89,18 +84,17 @@ class PassThrough(ClassifierMixin, BaseEstimator):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.flag_parser(__doc__, "coverage.json")
     parser.add_argument("--model", help="with --file, or with --task and --data")
     parser.add_argument("--file", type=Path, help="CSV with columns text and label, without repeated texts")
     parser.add_argument("--task", choices=("ohsumed", "hallmarks", "ohsumed_multilabel"), help="without repeated texts")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--class_names", type=Path, help="CSV whose label and name columns translate the labels")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "coverage.json")
     arguments = parser.parse_args()
     given = [bool(one) for one in (arguments.model, arguments.file, arguments.task, arguments.data)]
     if given not in ([False] * 4, [True, True, False, False], [True, False, True, True]):
         parser.error("give --model with --file, or with --task and --data, or none of them")
-    results = json.loads(arguments.output.read_text(encoding="utf-8")) if arguments.output.exists() else {}
+    results = harness.read_results(arguments.output, {})
     if arguments.file:
         results |= compare(arguments)
     elif arguments.task:
@@ -109,15 +103,15 @@ def main() -> None:
         results["precisions"] = [row for row in results.get("precisions", []) if not key.items() <= row.items()]
         results["precisions"] += measured
     if arguments.model:
-        arguments.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        harness.write_results(arguments.output, results)
     print_comparison(results.get("rows", []))
-    print_runs(json.loads(QUALITY.read_text(encoding="utf-8"))["results"])
+    print_runs(harness.read_results(harness.RESULTS / "quality.json", {})["results"])
     print_precisions(results.get("precisions", []))
 
 
 def compare(arguments: argparse.Namespace) -> dict:
     """Measure all methods, and return their section of the output file."""
-    classify = pipeline("hierarchical-text-classification", model=arguments.model, trust_remote_code=True)
+    classify = harness.load_classifier(arguments.model)
     tree: Taxonomy = classify.tree
     nodes, labels = probabilities(classify, arguments.file, arguments.class_names)
     leaves = nodes[:, : tree.num_leaves] / nodes[:, : tree.num_leaves].sum(axis=1, keepdims=True)
@@ -149,12 +143,9 @@ def compare(arguments: argparse.Namespace) -> dict:
 
 
 def print_comparison(rows: list[dict]) -> None:
-    print("| coverage | method | measured coverage | leaves | nodes |\n| ---: | --- | ---: | ---: | ---: |")
-    for row in rows:
-        print(
-            f"| {row['coverage']:.0%} | {row['answers']} | {row['held']:.1%} ± {row['held_std']:.1%} "
-            f"| {row['leaves']:.2f} | {row['nodes']:.2f} |"
-        )
+    columns = [("coverage", "{coverage:.0%}"), ("method", "{answers}")]
+    columns.append(("measured coverage", "{held:.1%} ± {held_std:.1%}"))
+    harness.print_rows(rows, [*columns, ("leaves", "{leaves:.2f}"), ("nodes", "{nodes:.2f}")])
 
 
 def print_runs(runs: list[dict]) -> None:
@@ -165,15 +156,15 @@ def print_runs(runs: list[dict]) -> None:
     """
     frame = pd.DataFrame(runs)
     recipes = frame[(frame["model"] == "qlora") & frame["task"].isin(TEXTS)]
-    columns = ("recipe", "coverage", "measured coverage, by seed", "mean", "95 % interval", "leaves")
-    print(f"\n| {' | '.join(columns)} |\n| --- | ---: | ---: | ---: | ---: | ---: |")
+    rows = []
     for task, by_task in recipes.groupby("task", sort=False):
         coverages, (n, num_test) = by_task["answer_coverage"], TEXTS[task]
         by_seed = ", ".join(f"{value:.1%}" for value in coverages)
         k = math.ceil((n + 1) * MEASURED_TARGET)
         low, high = np.array(betabinom(num_test, k, n + 1 - k).interval(0.95)) / num_test
-        cells = f"{by_seed} | {coverages.mean():.1%} | {low:.1%} – {high:.1%} | {by_task['answer_leaves'].mean():.2f}"
-        print(f"| {task} | {MEASURED_TARGET:.0%} | {cells} |")
+        cells = [f"{coverages.mean():.1%}", f"{low:.1%} – {high:.1%}", f"{by_task['answer_leaves'].mean():.2f}"]
+        rows.append([task, f"{MEASURED_TARGET:.0%}", by_seed, *cells])
+    harness.print_table(("recipe", "coverage", "measured coverage, by seed", "mean", "95 % interval", "leaves"), rows)
 
 
 def probabilities(classify: Callable, file: Path, class_names: Path | None) -> tuple[np.ndarray, np.ndarray]:
@@ -249,9 +240,7 @@ def compare_precisions(arguments: argparse.Namespace) -> list[dict]:
     # ── Probabilities: {split: {precision: (num_texts, num_nodes)}} ──────────────────────────────────────────────────
     nodes: dict[str, dict[str, np.ndarray]] = {split: {} for split in rows}
     for name, (dtype, in_8_bits) in PRECISIONS.items():
-        classify = pipeline(
-            "hierarchical-text-classification", model=arguments.model, trust_remote_code=True, dtype=dtype, device="cpu"
-        )
+        classify = harness.load_classifier(arguments.model, dtype=dtype, device="cpu")
         if in_8_bits:
             quantize(classify.model.encoder)
         for split, (texts, _) in rows.items():
@@ -268,7 +257,7 @@ def compare_precisions(arguments: argparse.Namespace) -> list[dict]:
         folds["validation"].append((scored, *fit_thresholds(form, exact[fitted], labels[fitted])))
 
     # ── Scores ───────────────────────────────────────────────────────────────────────────────────────────────────────
-    key = {"processor": torch.cpu.get_capabilities()["cpu_name"], "task": arguments.task}
+    key = {"processor": harness.processor(), "task": arguments.task}
     return [
         {**key, "split": split, "texts": len(rows[split][0]), "precision": name, **scores}
         for split in ("validation", "test")
@@ -367,29 +356,17 @@ def mean_interval(values: np.ndarray) -> list[float]:
 
 
 def print_precisions(rows: list[dict]) -> None:
-    columns = ["processor", "task", "rows", "texts", "precision", "coverage, recall", "change", "changed sets"]
-    columns += [
-        "accuracy, micro-F1",
-        "change",
-        "macro-F1",
-        "change",
-        "change of log loss",
-        "largest change of a probability",
-    ]
-    print(f"\n| {' | '.join(columns)} |\n| --- | --- | --- | ---: | --- |" + " ---: |" * 9)
-    for row in rows:
-        mean, low, high = (100 * value for value in row["held"])
-        changes = {}
-        for name in ("held", "micro_f1", "macro_f1"):
-            difference, least, most = (100 * value for value in row[f"{name}_change"])
-            changes[name] = f"{difference:+.2f} ({least:+.2f} to {most:+.2f})"
-        cells = [*(str(row[name]) for name in ("processor", "task", "split", "texts", "precision"))]
-        cells += [f"{mean:.1f} ({low:.1f} – {high:.1f})", changes["held"], f"{row['changed_answers']:.1%}"]
-        for name in ("micro_f1", "macro_f1"):
-            cells += [f"{100 * row[name]:.1f}", changes[name]]
-        difference, least, most = row["log_loss_change"]
-        cells += [f"{difference:+.4f} ({least:+.4f} to {most:+.4f})", f"{row['largest_change']:.2f}"]
-        print(f"| {' | '.join(cells)} |")
+    def change(name: str, form: str) -> str:
+        return "{name[0]:form} ({name[1]:form} to {name[2]:form})".replace("name", name).replace("form", form)
+
+    columns = [("processor", "{processor}"), ("task", "{task}"), ("rows", "{split}"), ("texts", "{texts}")]
+    columns += [("precision", "{precision}"), ("coverage, recall", "{held[0]:.1%} ({held[1]:.1%} – {held[2]:.1%})")]
+    columns += [("change", change("held_change", "+.2%")), ("changed sets", "{changed_answers:.1%}")]
+    columns += [("accuracy, micro-F1", "{micro_f1:.1%}"), ("change", change("micro_f1_change", "+.2%"))]
+    columns += [("macro-F1", "{macro_f1:.1%}"), ("change", change("macro_f1_change", "+.2%"))]
+    columns += [("change of log loss", change("log_loss_change", "+.4f"))]
+    columns += [("largest change of a probability", "{largest_change:.2f}")]
+    harness.print_rows(rows, columns, left=3)
 
 
 if __name__ == "__main__":

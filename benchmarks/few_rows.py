@@ -27,7 +27,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from quality import ROOT, Task, setfit, spread
+from harness import ROOT, flag_parser, print_table, read_results, write_results
+from quality import Task, setfit, spread
 from sklearn.metrics import accuracy_score, f1_score
 
 ROWS, TEST, SETFIT_STEPS = (1, 4, 16, 64), 1000, 100
@@ -57,34 +58,27 @@ class FewRows(Task):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flag_parser(__doc__, "few_rows.json")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--encoder", required=True)
     parser.add_argument("--rows", type=int, choices=ROWS, nargs="+", default=ROWS)
     parser.add_argument("--model", choices=MODELS, nargs="+", default=MODELS)
     parser.add_argument("--seed", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "few-rows")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "few_rows.json")
     arguments = parser.parse_args()
     arguments.runs.mkdir(parents=True, exist_ok=True)
     for seed, rows, model in product(arguments.seed, arguments.rows, arguments.model):
         key = {"rows": rows, "model": model, "seed": seed}
-        if any(key.items() <= run.items() for run in read(arguments.output)):
+        if any(key.items() <= run.items() for run in read_results(arguments.output, [])):
             continue
         task, started = FewRows(rows, arguments.data, seed, arguments.runs), time.time()
         scores = (setfit_scores if model == "setfit" else train)(task, model, arguments)
-        results = [*read(arguments.output), {**key, **scores, "minutes": (time.time() - started) / 60}]
+        results = [*read_results(arguments.output, []), {**key, **scores, "minutes": (time.time() - started) / 60}]
         results.sort(key=lambda run: (run["rows"], MODELS.index(run["model"]), run["seed"]))
-        arguments.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    print(
-        "| rows per class | model | seeds | accuracy | macro-F1 | log loss |\n| ---: | --- | ---: | ---: | ---: | ---: |"
-    )
-    for (rows, model), runs in pd.DataFrame(read(arguments.output)).groupby(["rows", "model"], sort=False):
-        print(f"| {rows} | {model} | {len(runs)} | " + " | ".join(spread(runs[name], name) for name in SHOWN) + " |")
-
-
-def read(output: Path) -> list[dict]:
-    return json.loads(output.read_text(encoding="utf-8")) if output.exists() else []
+        write_results(arguments.output, results)
+    runs = pd.DataFrame(read_results(arguments.output, [])).groupby(["rows", "model"], sort=False)
+    table = ([*key, len(some), *(spread(some[name], name) for name in SHOWN)] for key, some in runs)
+    print_table(("rows per class", "model", "seeds", "accuracy", "macro-F1", "log loss"), table, left=2)
 
 
 def setfit_scores(task: FewRows, model: str, arguments: argparse.Namespace) -> dict[str, float]:

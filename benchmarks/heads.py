@@ -5,16 +5,11 @@ MiniLM's size (6 layers, hidden size 384) and random weights. Models are single-
 attention. The models alternate, so that load on the machine affects all. The ratios are between medians.
 """
 
-import json
 import statistics
-import sys
 import time
-from pathlib import Path
 
 import torch
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from harness import RESULTS, write_results
 
 from configuration_hierarchical import HierarchicalConfig
 from modeling_hierarchical import HierarchicalForSequenceClassification
@@ -27,11 +22,7 @@ MINILM = {
     "num_attention_heads": 12,
     "intermediate_size": 1536,
 }
-LARGE = [{f"group {i}": [f"class {i}.{j}" for j in range(12)]} for i in range(91)] + [
-    "one",
-    "two",
-    "three",
-]
+LARGE = [*({f"group {i}": [f"class {i}.{j}" for j in range(12)]} for i in range(91)), "one", "two", "three"]
 CODES = [  # of the size of ICD-10-CM's tables, with four levels
     {
         f"chapter {i}": [
@@ -74,9 +65,7 @@ def main() -> None:
         times = medians[i * len(trees) :][: len(trees)]
         print(f"{name}: {', '.join(f'{1000 * time:.1f} ms ({time / times[0]:.2f})' for time in times)}")
         result[name] = {"milliseconds": [1000 * time for time in times], "ratios": [time / times[0] for time in times]}
-    output = ROOT / "benchmarks" / "results" / "heads.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=2) + "\n")
+    write_results(RESULTS / "heads.json", result)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,6 @@ Tables are in benchmarks/results/inference.md.
 
 import argparse
 import csv
-import json
 import os
 import re
 import statistics
@@ -39,15 +38,13 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import harness
 import pandas as pd
 import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, PreTrainedTokenizerBase, pipeline
 from transformers.modeling_outputs import BaseModelOutput
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 from checkpoint_hierarchical import load_encoder
 from configuration_hierarchical import Calibration, HierarchicalConfig
@@ -80,34 +77,29 @@ print(classify(sys.argv[3])["label"])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.flag_parser(__doc__, "inference.json")
     parser.add_argument("--encoder", required=True)
-    parser.add_argument(
-        "--texts", type=Path, default=ROOT / "examples" / "corpus" / "test.csv", help="CSV with columns text and label"
-    )
+    corpus = harness.ROOT / "examples" / "corpus" / "test.csv"
+    parser.add_argument("--texts", type=Path, default=corpus, help="CSV with columns text and label")
     parser.add_argument("--model", help="a trained checkpoint; by default random heads over the encoder")
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "inference.json")
     arguments = parser.parse_args()
     keep_memory(*KEPT_MEMORY)  # for all peers, as in predict.py
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     texts = read_column(arguments.texts, "text")
-    results = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
+    results = harness.read_results(arguments.output, {})
     with tempfile.TemporaryDirectory() as scratch:
         model = arguments.model or make_checkpoint(arguments.encoder, Path(scratch) / "model")
         for part in arguments.parts:
             results[part] = PARTS[part](model, texts, arguments, Path(scratch))
-            results["machine"] = {
-                "cpu": torch.cpu.get_capabilities()["cpu_name"],
-                "cores": os.cpu_count(),
-                **LIMITED_ISA,
-            }
-            arguments.output.write_text(json.dumps(results, indent=1) + "\n")
-            print(f"\n{part}\n")
-            table(results[part])
+            results["machine"] = {"cpu": harness.processor(), "cores": os.cpu_count(), **LIMITED_ISA}
+            harness.write_results(arguments.output, results)
+            print(f"\n{part}")
+            columns = results[part][0]
+            harness.print_table(columns, ([row.get(name, "") for name in columns] for row in results[part]))
 
 
 def read_column(file: Path, name: str) -> list[str]:
@@ -134,14 +126,8 @@ def make_checkpoint(encoder: str, folder: Path, config: BertConfig | None = None
 
 def ours(model: str, dtype: str, **kwargs):
     """Return this project's pipeline."""
-    classify = pipeline(
-        "hierarchical-text-classification",
-        model=model,
-        trust_remote_code=True,
-        dtype=PEAK_TYPES[FASTEST_FLOAT if dtype == "int8" else dtype],
-        device="cpu",
-        **kwargs,
-    )
+    torch_dtype = PEAK_TYPES[FASTEST_FLOAT if dtype == "int8" else dtype]
+    classify = harness.load_classifier(model, dtype=torch_dtype, device="cpu", **kwargs)
     if dtype == "int8":
         quantize(classify.model.encoder)
     return classify
@@ -363,22 +349,18 @@ def compare(model: str, texts: list[str], count: int, rounds: int, scratch: Path
         probabilities = probabilities[:, : reference.shape[1]]  # this project's have inner nodes after the leaves
         speeds = [count / s for s in seconds[name]]
         rates = [f / s / p for f, s, p in zip(flops, seconds[name], peaks[dtype], strict=True)]
+        first, onnx = (
+            statistics.median(a / b for a, b in zip(seconds[other], seconds[name], strict=True))
+            for other in ("stock pipeline, fp32", "ONNX Runtime, int8")
+        )
         rows.append(
             {
                 "pipeline": name,
                 "rows/s": round(statistics.median(speeds), 1),
                 "lowest": round(min(speeds), 1),
                 "highest": round(max(speeds), 1),
-                "times the first": round(
-                    statistics.median(
-                        a / b for a, b in zip(seconds["stock pipeline, fp32"], seconds[name], strict=True)
-                    ),
-                    2,
-                ),
-                "times ONNX Runtime, int8": round(
-                    statistics.median(a / b for a, b in zip(seconds["ONNX Runtime, int8"], seconds[name], strict=True)),
-                    2,
-                ),
+                "times the first": round(first, 2),
+                "times ONNX Runtime, int8": round(onnx, 2),
                 "share of the peak": round(statistics.median(rates), 3),
                 "peak, TFLOP/s": round(statistics.median(peaks[dtype]) / 1e12, 2),
                 "same label": round((probabilities.argmax(1) == reference.argmax(1)).float().mean().item(), 3),
@@ -390,8 +372,7 @@ def compare(model: str, texts: list[str], count: int, rounds: int, scratch: Path
 
 def useful_flops(config: BertConfig, tokens: int) -> float:
     """Count the FLOPs of the matrix products of one text: linear layers, and attention over its own tokens."""
-    h, f = config.hidden_size, config.intermediate_size
-    return config.num_hidden_layers * (2 * tokens * (4 * h * h + 2 * h * f) + 4 * tokens * tokens * h)
+    return config.num_hidden_layers * sum(harness.layer_flops(config, tokens))
 
 
 def peak(dtype: str) -> float:
@@ -402,13 +383,8 @@ def peak(dtype: str) -> float:
     else:
         a, b = (torch.randn(n, n).to(PEAK_TYPES[dtype]) for _ in range(2))
     multiply = torch._int_mm if dtype == "int8" else torch.matmul
-    best = float("inf")
     with torch.inference_mode():
-        for _ in range(5):
-            started = time.perf_counter()
-            multiply(a, b)
-            best = min(best, time.perf_counter() - started)
-    return 2 * n**3 / best
+        return harness.best_rate(lambda: multiply(a, b), n, repeats=5)
 
 
 def latency(model: str, texts: list[str], arguments: argparse.Namespace, scratch: Path) -> list[dict]:
@@ -456,9 +432,9 @@ def scale(model: str, texts: list[str], arguments: argparse.Namespace, scratch: 
             writer = csv.writer(file)
             writer.writerow(["text"])
             writer.writerows([texts[i % len(texts)]] for i in range(count))
-        command = [sys.executable, str(ROOT / "predict.py"), "--model", model, "--input", str(source), "--output"]
+        words = ["--model", model, "--input", source, "--output", scratch / f"{times}.jsonl"]
         started = time.perf_counter()
-        process = subprocess.Popen([*command, str(scratch / f"{times}.jsonl")], stderr=subprocess.DEVNULL)
+        process = subprocess.Popen([sys.executable, harness.ROOT / "predict.py", *words], stderr=subprocess.DEVNULL)
         memory = 0
         while process.poll() is None:
             memory = max(memory, peak_memory(process.pid))
@@ -510,14 +486,6 @@ def accuracy(model: str, texts: list[str], arguments: argparse.Namespace, scratc
             correct = sum(classes_of_leaves[leaf] == names[label] for leaf, label in zip(leaves, labels, strict=True))
             rows.append({"pipeline": name, "accuracy, %": round(100 * correct / len(labels), 2)})
     return rows
-
-
-def table(rows: list[dict]) -> None:
-    """Print rows as a Markdown table."""
-    names = list(rows[0])
-    print("| " + " | ".join(names) + " |\n|" + " --- |" * len(names))
-    for row in rows:
-        print("| " + " | ".join(str(row.get(name, "")) for name in names) + " |")
 
 
 PARTS = {

@@ -13,9 +13,7 @@ The corpus's own wrong labels count as false alarms, so precision is a lower bou
 that are not listed at the end. Then the lexical classifier alone is trained on the rows and scored on the test file.
 """
 
-import argparse
 import json
-import sys
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -23,15 +21,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from cleanlab import filter, multilabel_classification, rank
+from harness import flag_parser, print_table, read_results, write_results
 from scipy.sparse import csr_matrix
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, average_precision_score, f1_score, precision_score, recall_score
 from transformers import AutoTokenizer
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from cleanlab import filter, multilabel_classification, rank
 
 from decisions_hierarchical import Decisions
 from hierarchical_clinicalbert.data.arguments import DataArguments
@@ -186,8 +181,7 @@ def study(
 def show(results: list[dict]) -> None:
     """Print the means and standard deviations over the seeds."""
     for part in ("found", "trained"):
-        names = [*next(iter(results[0][part].values()))]
-        print(f"\n| exchanged | share | {part} | {' | '.join(names)} |\n| --- | ---: | --- |{' ---: |' * len(names)}")
+        names, table = [*next(iter(results[0][part].values()))], []
         rows = [
             {"where": one["where"], "share": one["share"], "name": name, **scores}
             for one in results
@@ -199,22 +193,22 @@ def show(results: list[dict]) -> None:
                 f"{mean:.0f} ± {std:.0f}" if mean > 1 else f"{100 * mean:.1f} ± {100 * std:.1f}"
                 for mean, std in numbers.T.to_numpy()
             )
-            print(f"| {where} | {share:.0%} | {name} | {' | '.join(cells)} |")
+            table.append([where, f"{share:.0%}", name, *cells])
+        print_table(["exchanged", "share", part, *names], table, left=3)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flag_parser(__doc__, "label_issues.json")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--encoder", required=True)
     parser.add_argument("--task", nargs="+", default=["ohsumed", "ohsumed_multilabel"])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "label_issues.json")
     arguments = parser.parse_args()
-    results = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
+    results = read_results(arguments.output, {})
     for task in arguments.task:
         results[task] = study(*load(task, arguments.data, arguments.encoder), arguments.seeds)
         show(results[task])
-        arguments.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        write_results(arguments.output, results)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
+from harness import RESULTS, write_results
 from peft import LoraConfig, inject_adapter_in_model
 from transformers import BertConfig, BertModel
 
@@ -77,8 +74,7 @@ def main() -> None:
             f"{name:18} first {first:6.2f} s ({first / bare['first']:.2f}) again {1000 * again:6.0f} ms "
             f"({again / bare['again']:.2f})"
         )
-    output = ROOT / "benchmarks" / "results" / "loading.json"
-    output.write_text(json.dumps(result, indent=2) + "\n")
+    write_results(RESULTS / "loading.json", result)
 
 
 if __name__ == "__main__":

@@ -67,15 +67,12 @@ import numpy as np
 import pandas as pd
 import torch
 import yaml
+from harness import ROOT, flag_parser, print_table, read_results, write_results
+from multi_label_peers import PEERS, SVM_STRENGTHS, paired_intervals, score_checkpoint, score_peer, unpack, vectors
 from scipy.sparse import csr_matrix
 from sklearn.base import ClassifierMixin
 from sklearn.linear_model import LogisticRegression
 from sklearn.svm import LinearSVC
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from multi_label_peers import PEERS, SVM_STRENGTHS, paired_intervals, score_checkpoint, score_peer, unpack, vectors
 
 from decisions_hierarchical import build_decisions
 from hierarchical_clinicalbert.data.arguments import DataArguments
@@ -207,7 +204,7 @@ class Task:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flag_parser(__doc__, "quality.json")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--encoder", required=True)
     parser.add_argument("--encoder_name", help="name of the encoder in the results, if it is a folder")
@@ -217,7 +214,6 @@ def main() -> None:
     parser.add_argument("--seed", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--fresh", action="store_true", help="repeat finished runs")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "quality")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "quality.json")
     arguments = parser.parse_args()
     arguments.runs.mkdir(parents=True, exist_ok=True)
     for name in arguments.task:
@@ -225,20 +221,20 @@ def main() -> None:
             task = Task(name, arguments.data, seed)
             for model in filter(task.has, arguments.model):
                 key = {"task": name, "model": model, "seed": seed}
-                if arguments.fresh or not any(key.items() <= run.items() for run in read(arguments.output)):
+                if arguments.fresh or not any(key.items() <= run.items() for run in read_runs(arguments.output)):
                     started = time.time()
                     scores = (multi_label if task.is_multi_label else single_label)(task, model, arguments)
                     save_run(arguments, {**key, **scores, "minutes": (time.time() - started) / 60})
                     metric = "micro_f1" if task.is_multi_label else "accuracy"
                     print(f"{name}, {model}, seed {seed}: {metric} {scores[metric]:.4f}", flush=True)
     # ── Tables ───────────────────────────────────────────────────────────────────────────────────────────────────────
-    results = read(arguments.output)
+    results = read_runs(arguments.output)
     for shown, parts, tasks in (
         (SHOWN, PARTS, SINGLE_LABEL_TASKS),
         (MULTI_LABEL_SHOWN, MULTI_LABEL_PARTS, MULTI_LABEL_TASKS),
     ):
         if runs := [run for run in results if run["task"] in tasks]:
-            print_table(runs, shown)
+            print_scores(runs, shown)
             print_ablation(runs, parts)
     print_answers([run for run in results if "splits_answer_recall" in run])
     for name in filter(MULTI_LABEL_TASKS.__contains__, arguments.task):
@@ -276,8 +272,8 @@ def multi_label(task: Task, model: str, arguments: argparse.Namespace) -> dict[s
     )
 
 
-def read(output: Path) -> list[dict]:
-    return json.loads(output.read_text(encoding="utf-8"))["results"] if output.exists() else []
+def read_runs(output: Path) -> list[dict]:
+    return read_results(output, {"results": []})["results"]
 
 
 def save_run(arguments: argparse.Namespace, run: dict) -> None:
@@ -286,10 +282,9 @@ def save_run(arguments: argparse.Namespace, run: dict) -> None:
     def key(run: dict) -> tuple[int, int, int]:
         return TASKS.index(run["task"]), models_of(run["task"]).index(run["model"]), run["seed"]
 
-    results = sorted([*(other for other in read(arguments.output) if key(other) != key(run)), run], key=key)
+    results = sorted([*(other for other in read_runs(arguments.output) if key(other) != key(run)), run], key=key)
     encoder = arguments.encoder_name or Path(arguments.encoder).name
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps({"encoder": encoder, "results": results}, indent=2) + "\n", encoding="utf-8")
+    write_results(arguments.output, {"encoder": encoder, "results": results})
 
 
 # ── Peers: each returns labels and predictions of the test rows, as leaf ids ─────────────────────────────────────────
@@ -403,16 +398,15 @@ def measure(labels: np.ndarray, predictions: np.ndarray, tree: Taxonomy) -> dict
     } | intervals
 
 
-def print_table(results: list[dict], shown: dict[str, str]) -> None:
+def print_scores(results: list[dict], shown: dict[str, str]) -> None:
     """Print means over seeds of the scores in ``shown``, with the standard deviation if there are several seeds."""
     first, interval = next(iter(shown.values())), f"{next(iter(shown))}_interval"
-    frame = pd.DataFrame(results).reindex(columns=["task", "model", "seed", *shown, interval])
-    print(f"\n| task | model | seeds | 95 % of {first} | " + " | ".join(shown.values()) + " |")
-    print("| --- | --- | ---: | --- |" + " ---: |" * len(shown))
+    frame, rows = pd.DataFrame(results).reindex(columns=["task", "model", "seed", *shown, interval]), []
     for (task, model), runs in frame.groupby(["task", "model"], sort=False):
         low, high = (100 * np.mean([ends[i] for ends in runs[interval]]) for i in (0, 1))
-        cells = [spread(runs[name], name) for name in shown]
-        print(f"| {task} | {model} | {len(runs)} | {low:.1f} – {high:.1f} | " + " | ".join(cells) + " |")
+        cells = (spread(runs[name], name) for name in shown)
+        rows.append([task, model, len(runs), f"{low:.1f} – {high:.1f}", *cells])
+    print_table(["task", "model", "seeds", f"95 % of {first}", *shown.values()], rows, left=2)
 
 
 def print_ablation(results: list[dict], names: tuple[str, ...]) -> None:
@@ -432,10 +426,9 @@ def print_ablation(results: list[dict], names: tuple[str, ...]) -> None:
             runs = frame[(frame["task"] == task) & (frame["model"] == model)]
             for title, prefix in parts.items():
                 if len(runs) and runs[prefix + names[0]].notna().any():
-                    cells = " | ".join(spread(runs[prefix + name], name) for name in names)
-                    rows.append(f"| {task} | {model} | {len(runs)} | {title} | {cells} |")
-    header = "| task | model | seeds | | " + " | ".join((SHOWN | MULTI_LABEL_SHOWN)[name] for name in names) + " |"
-    print_rows(header, "| --- | --- | ---: | --- |" + " ---: |" * len(names), rows)
+                    rows.append([task, model, title, len(runs), *(spread(runs[prefix + name], name) for name in names)])
+    titles = ((SHOWN | MULTI_LABEL_SHOWN)[name] for name in names)
+    print_table(["task", "model", "", "seeds", *titles], rows, left=3)
 
 
 def print_answers(results: list[dict]) -> None:
@@ -443,11 +436,9 @@ def print_answers(results: list[dict]) -> None:
     rows = []
     for run in results:
         recall, nodes, texts = (run[f"splits_answer_{name}"] for name in ("recall", "nodes", "texts"))
-        most = MEASURED_TARGET + 2 / (texts + 1)
-        cells = f"{100 * MEASURED_TARGET:.0f} | {100 * recall:.2f} | {100 * most:.2f} | {nodes:.2f}"
-        rows.append(f"| {run['task']} | {run['model']} | {run['seed']} | {cells} |")
-    header = "| task | model | seed | requested | measured recall | at most | nodes |"
-    print_rows(header, "| --- | --- |" + " ---: |" * 5, rows)
+        shares = (f"{100 * share:.2f}" for share in (MEASURED_TARGET, recall, MEASURED_TARGET + 2 / (texts + 1)))
+        rows.append([run["task"], run["model"], run["seed"], *shares, f"{nodes:.2f}"])
+    print_table(("task", "model", "seed", "requested", "measured recall", "at most", "nodes"), rows, left=2)
 
 
 def print_differences(task: str, results: list[dict], labels: np.ndarray) -> None:
@@ -459,16 +450,9 @@ def print_differences(task: str, results: list[dict], labels: np.ndarray) -> Non
             best = max(peers, key=lambda peer: runs[peer][metric].mean())
             own, other = ([unpack(run, labels.shape) for run in runs[name]["choices"]] for name in (model, best))
             difference, low, high = (100 * value for value in paired_intervals(own, other, labels)[metric])
-            cells = f"{MULTI_LABEL_SHOWN[metric]} | {best} | {difference:.1f} | {low:.1f} – {high:.1f}"
-            rows.append(f"| {task} | {model} | {cells} |")
-    header = "| task | model | metric | best peer | points more | 95 % |"
-    print_rows(header, "| --- | --- | --- | --- | ---: | --- |", rows)
-
-
-def print_rows(header: str, line: str, rows: list[str]) -> None:
-    """Print a table, unless it is empty."""
-    if rows:
-        print("", header, line, *rows, sep="\n")
+            shown = MULTI_LABEL_SHOWN[metric], best, f"{difference:.1f}", f"{low:.1f} – {high:.1f}"
+            rows.append([task, model, *shown])
+    print_table(("task", "model", "metric", "best peer", "points more", "95 %"), rows, left=4)
 
 
 def spread(values: pd.Series, name: str) -> str:

@@ -6,10 +6,8 @@ FILE is JSON Lines with ``text``. A decision is whether a node reaches its thres
 leaf. The last line counts the operators that ONNX Runtime's optimizer for transformers fuses in the float32 file.
 """
 
-import argparse
 import json
 import logging
-import sys
 import tempfile
 from itertools import islice
 from pathlib import Path
@@ -17,12 +15,10 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import torch
+from harness import flag_parser
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.transformers.optimizer import optimize_model
 from transformers import AutoTokenizer
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 from configuration_hierarchical import HierarchicalConfig
 from decisions_hierarchical import build_decisions
@@ -38,7 +34,7 @@ SETTINGS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flag_parser(__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--texts", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=250)

@@ -6,13 +6,11 @@ beta distribution with this mean and this agreement. With less agreement, the ex
 agreement between runs of ``ablation.py``, which differ in one setting.
 """
 
-import json
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
+from harness import RESULTS, print_table, read_results, write_results
 
-RESULTS = Path(__file__).resolve().parent / "results"
 ACCURACY, AGREEMENT = 0.7, 0.95
 ROWS, EVALUATIONS = (30, 100, 350), (2, 5, 20)
 RUNS = 4000
@@ -22,9 +20,7 @@ def main() -> None:
     generator = np.random.default_rng(0)
     correlation = 1 - (1 - AGREEMENT) / (2 * ACCURACY * (1 - ACCURACY))
     total = 1 / correlation - 1  # of the two parameters of the beta distribution
-    results = []
-    print("| validation rows | " + " | ".join(f"{count} evaluations" for count in EVALUATIONS) + " |")
-    print("| ---: |" + " ---: |" * len(EVALUATIONS))
+    results, table = [], []
     for rows in ROWS:
         gaps = []
         for evaluations in EVALUATIONS:
@@ -32,12 +28,11 @@ def main() -> None:
             correct = generator.random((RUNS, rows, evaluations), dtype=np.float32) < chances
             gaps.append(100 * (correct.mean(axis=1).max(axis=1).mean() - ACCURACY))
             results.append({"rows": rows, "evaluations": evaluations, "points": gaps[-1]})
-        print(f"| {rows} | " + " | ".join(f"+{gap:.1f}" for gap in gaps) + " |")
+        table.append([rows, *(f"+{gap:.1f}" for gap in gaps)])
+    print_table(["validation rows", *(f"{count} evaluations" for count in EVALUATIONS)], table, left=0)
     settings = {"accuracy": ACCURACY, "agreement": AGREEMENT, "runs": RUNS}
-    (RESULTS / "selection.json").write_text(
-        json.dumps({**settings, "results": results}, indent=1) + "\n", encoding="utf-8"
-    )
-    tested = json.loads((RESULTS / "ablation.json").read_text(encoding="utf-8"))
+    write_results(RESULTS / "selection.json", {**settings, "results": results})
+    tested = read_results(RESULTS / "ablation.json", [])
     pairs = [pair for pair in combinations(tested, 2) if len({(run["task"], run["fold"]) for run in pair}) == 1]
     agreed = [np.mean([x == y for x, y in zip(one["right"], other["right"], strict=True)]) for one, other in pairs]
     print(f"\nruns of ablation.py agree on {np.mean(agreed):.1%} of the rows, in the mean of {len(pairs)} pairs")

@@ -7,8 +7,6 @@
             masked, and the convergence error.
 """
 
-import argparse
-import json
 import os
 import statistics
 import sys
@@ -20,7 +18,8 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
-ROOT = Path(__file__).resolve().parent.parent
+from harness import ROOT, flag_parser, print_table, read_results, write_results
+
 sys.path[:0] = [str(ROOT / "space"), str(ROOT / "tests")]
 
 import torch
@@ -122,7 +121,6 @@ def measure_blank(model: str) -> dict[str, dict[str, float]]:
         "mean word": embeddings.weight.mean(0),
         "zeros": torch.zeros_like(embeddings.weight[0]),
     }
-    print("| blank | probability lost | error, median | error, largest |\n| --- | ---: | ---: | ---: |")
     for name, vector in vectors.items():
 
         def patched(self, model, inputs, blank_ids, vector=vector):
@@ -151,21 +149,21 @@ def measure_blank(model: str) -> dict[str, dict[str, float]]:
             errors.append(abs(explained["error"]))
         median = statistics.median(errors)
         measured[name] = {"probability_lost": statistics.mean(lost), "error": median, "largest_error": max(errors)}
-        print(f"| {name} | {statistics.mean(lost):.3f} | {median:.4f} | {max(errors):.4f} |", flush=True)
     IntegrationPath.__init__ = original_init
+    rows = ([name, *(f"{value:.4f}" for value in scores.values())] for name, scores in measured.items())
+    print_table(("blank", "probability lost", "error, median", "error, largest"), rows)
     return measured
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure the Space.")
+    parser = flag_parser(__doc__, "space.json")
     parser.add_argument("what", choices=["load", "speed", "blank"])
     parser.add_argument("--model", default="results/quickstart")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "space.json")
     arguments = parser.parse_args()
     measure = {"load": measure_load, "speed": measure_speed, "blank": measure_blank}[arguments.what]
-    known = json.loads(arguments.output.read_text(encoding="utf-8")) if arguments.output.exists() else {}
+    known = read_results(arguments.output, {})
     known[arguments.what] = measure(str(Path(arguments.model).resolve()))  # the Space runs in another folder
-    arguments.output.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+    write_results(arguments.output, known)
 
 
 if __name__ == "__main__":

@@ -8,18 +8,13 @@ and standard deviation of F1 on the test file over the orders, and the chosen sh
 threshold of best micro-F1 on the test file itself, which is an upper bound for common thresholds.
 """
 
-import argparse
-import sys
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from transformers import AutoConfig
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT)]
-
+from harness import flag_parser
 from quality import MULTI_LABEL_TASKS, Task
+from transformers import AutoConfig
 
 from configuration_hierarchical import MULTI_LABEL
 from hierarchical_clinicalbert.evaluation import many_nodes
@@ -31,7 +26,7 @@ REPEATS, ORDERS = (1, 2, 6, 12), 20
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flag_parser(__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--runs", type=Path, required=True)
     arguments = parser.parse_args()

@@ -35,11 +35,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import harness
 import numpy as np
 import torch
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 from hierarchical_clinicalbert.machine import has_bf16, keep_memory
 
@@ -56,33 +54,31 @@ MEMORY = [
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.flag_parser(__doc__, "training.json")
     parser.add_argument("--parts", nargs="+", choices=[*PARTS], default=[*PARTS])
     parser.add_argument("--encoder", required=True, help="folder of the encoder whose training is timed")
-    parser.add_argument("--train_file", type=Path, default=ROOT / "examples" / "corpus" / "train.csv")
+    parser.add_argument("--train_file", type=Path, default=harness.ROOT / "examples" / "corpus" / "train.csv")
     parser.add_argument("--documents", type=int, default=192)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "training.json")
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker is not None:
         print(json.dumps(work(**arguments.worker)))
         return
-    result = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
+    result = harness.read_results(arguments.output, {})
     result["machine"] = machine()
     print(result["machine"])
     with tempfile.TemporaryDirectory() as folder:
         for part in arguments.parts:
             result[part] = PARTS[part](arguments, Path(folder))
-            arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+            harness.write_results(arguments.output, result)
 
 
 def machine() -> str:
     """Describe the machine."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    name = torch.cpu.get_capabilities()["cpu_name"]
-    return f"{name}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    return f"{harness.processor()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def run(**task: object) -> dict:
@@ -123,14 +119,10 @@ def measure_speed(arguments: argparse.Namespace, _: Path) -> list[dict]:
                 "peak_gigabytes": statistics.median(one["peak_gigabytes"] for one in done),
             }
         )
-    print("\n| tokens | training | documents/s | speed-up over the first | share of the peak | memory |")
-    print("| ---: | --- | ---: | ---: | ---: | ---: |")
-    for row in rows:
-        print(
-            f"| {row['length']} | {row['contender']} | {row['documents_per_second']:.1f} "
-            f"({row['lowest']:.1f} – {row['highest']:.1f}) | {row['ratio']:.1f} | {row['share_of_peak']:.0%} "
-            f"| {row['peak_gigabytes']:.2f} GB |"
-        )
+    columns = [("tokens", "{length}"), ("training", "{contender}")]
+    columns.append(("documents/s", "{documents_per_second:.1f} ({lowest:.1f} – {highest:.1f})"))
+    columns += [("speed-up over the first", "{ratio:.1f}"), ("share of the peak", "{share_of_peak:.0%}")]
+    harness.print_rows(rows, [*columns, ("memory", "{peak_gigabytes:.2f} GB")], left=2)
     return rows
 
 
@@ -163,13 +155,12 @@ def measure_memory(arguments: argparse.Namespace, folder: Path) -> list[dict]:
             row[name] = done["peak_gigabytes"]
         rows.append(row)
         print(row, flush=True)
-    print("\n| batch | tokens | gradient checkpointing | " + " | ".join(OURS) + " | QLoRA / full |")
-    print("| ---: | ---: | --- |" + " ---: |" * (len(OURS) + 1))
+    table = []
     for row in rows:
-        cells = " | ".join(f"{row[name]:.2f} GB" for name in OURS)
-        on = "on" if row["gradient_checkpointing"] else "off"
-        share = row["QLoRA"] / row["full fine-tuning"]
-        print(f"| {row['batch']} | {row['length']} | {on} | {cells} | {share:.2f} |")
+        on, share = row["gradient_checkpointing"], row["QLoRA"] / row["full fine-tuning"]
+        memory = (f"{row[name]:.2f} GB" for name in OURS)
+        table.append([row["batch"], row["length"], "on" if on else "off", *memory, f"{share:.2f}"])
+    harness.print_table(["batch", "tokens", "gradient checkpointing", *OURS, "QLoRA / full"], table, left=3)
     return rows
 
 
@@ -245,22 +236,23 @@ def matmul_peak() -> float:
     device, size = ("cuda", 8192) if torch.cuda.is_available() else ("cpu", 2048)
     dtype = torch.bfloat16 if has_bf16(cpu=device == "cpu") else torch.float32
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    best = 0.0
-    for _ in range(10):
-        started = time.perf_counter()
+
+    def multiply() -> None:
         a @ b
         synchronize()
-        best = max(best, 2 * size**3 / (time.perf_counter() - started))
-    return best
+
+    return harness.best_rate(multiply, size, repeats=10)
 
 
 def useful_flops(encoder: str, tokens: int, contender: str) -> float:
     """Count the FLOPs (two for each multiply-add) to train on one document with a BERT-like encoder."""
-    config = json.loads((Path(encoder) / "config.json").read_text())
-    hidden, inner, layers = (config[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers"))
-    linear = 2 * tokens * (4 * hidden * hidden + 2 * hidden * inner)
-    attention = 4 * tokens * tokens * hidden
-    adapter = 2 * tokens * 16 * (10 * hidden + 2 * inner)  # rank 16, inputs and outputs of six layers
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(encoder)
+    linear, attention = harness.layer_flops(config, tokens)
+    layers = config.num_hidden_layers
+    # rank 16, inputs and outputs of six layers
+    adapter = 2 * tokens * 16 * (10 * config.hidden_size + 2 * config.intermediate_size)
     if contender in ("run_classification", "full fine-tuning"):
         return layers * 3 * (linear + attention)
     if contender == "hand-written loop":  # gradients only in the upper fifth

@@ -42,11 +42,8 @@ def take_pictures(page: Page) -> None:
     page.until(lambda: page.all("#result .path"))
     page.show()
     shoot(page, "text-1280-light")
-    page.tab("A file")
-    page.upload(ROOT / "examples" / "unseen.csv")
-    page.until(lambda: "deleted from the disk" in page.text("#state"))
-    page.press("#start")
-    page.until(lambda: "Done" in page.text("#state"))
+    page.open_file(ROOT / "examples" / "unseen.csv", "deleted from the disk")
+    page.start("Done")
     shoot(page, "file-1280-light")
 
 

@@ -38,22 +38,16 @@ if not (port := os.environ.get("GRADIO_SERVER_PORT", "7860")).isdecimal() or int
     print(f"app.py: error: GRADIO_SERVER_PORT must be a number up to 65535, not {port}", file=sys.stderr)
     sys.exit(2)
 
-from service import (  # first, because it imports `spaces`
-    MENU,
-    MENU_INFO,
-    PREVIEW,
-    MultiLabelService,
-    Service,
-)
+from service import MENU, MENU_INFO, PREVIEW, MultiLabelService, Service  # first, because it imports `spaces`
 
 # isort: split
 import gradio as gr
 import views
-from classification import MAX_CHARACTERS, MAX_TARGET, MIN_TARGET, guarantee, highest_target, is_calibrated, load
+from classification import MAX_TARGET, MIN_TARGET, highest_target, is_calibrated, load
 from guard import Guard, harden_gradio
 from retention import KEPT_SECONDS, delete_session, sweeping
 from starlette.middleware import Middleware
-from tables import KINDS, MAX_BYTES, MAX_ROWS, Refused
+from tables import KINDS, MAX_BYTES, MAX_CHARACTERS, MAX_ROWS, Refused
 from transformers import Pipeline
 from transformers.utils import cached_file
 
@@ -61,6 +55,7 @@ atexit.register(shutil.rmtree, os.environ["GRADIO_TEMP_DIR"], ignore_errors=True
 
 MAX_WAITING = 100  # requests; to more, gradio replies "Queue is full! Please try again."
 START_TARGET = 0.9  # of the guarantee
+UNCALIBRATED = "no: trained without validation rows"
 EXAMPLES = {
     "Colitis": "Whether mesalamine keeps ulcerative colitis quiet after a first attack was asked in 148 outpatients. All "
     "underwent colonoscopy with biopsy at entry and after one year. Mucosal inflammation returned in 31 % under treatment "
@@ -90,30 +85,6 @@ def endpoint(method: Callable) -> Callable:
     return call
 
 
-def about(classifier: Pipeline, model: str, revision: str | None) -> tuple[str, str, str]:
-    """Return the facts of a model as a table, and its card as Markdown in two parts."""
-    config, tree = classifier.model.config, classifier.tree
-    # bytes that the locale cannot decode are surrogates, which are in no page
-    model_name = os.fsencode(Path(model).resolve().name).decode(errors="replace") if Path(model).is_dir() else model
-    path = cached_file(model, "README.md", revision=revision, _raise_exceptions_for_missing_entries=False)
-    card = Path(path).read_text(encoding="utf-8") if path else ""
-    encoder = config.encoder_name_or_path
-    guaranteed = "no: trained without validation rows"
-    if is_calibrated(classifier):
-        guaranteed = f"up to {highest_target(classifier):.0%}"
-    facts = {
-        "Model": model_name if revision is None else f"{model_name} at {revision[:12]}",
-        "Encoder": Path(encoder).name if os.path.isabs(encoder) else encoder,
-        "Taxonomy": f"{tree.num_leaves:,} classes, {tree.num_nodes:,} nodes, {tree.depth} levels",
-        **({"Labels": "any number of nodes per text, possibly none"} if config.is_multi_label else {}),
-        "Text length": f"at most {classifier.tokenizer.model_max_length:,} tokens",
-        "Licence": views.licence(card),
-        f"{guarantee(classifier).capitalize()} guarantee": guaranteed,
-    }
-    first, more = views.card_parts(card)
-    return views.facts(facts), first or "The checkpoint has no model card.", more
-
-
 def target_slider(service: Service, prefix: str = "") -> gr.Slider:
     highest = highest_target(service.classifier)
     calibrated = is_calibrated(service.classifier)
@@ -126,11 +97,12 @@ def target_slider(service: Service, prefix: str = "") -> gr.Slider:
         interactive=calibrated,
         label=service.target_label,
         info=info,
-        elem_id=prefix + guarantee(service.classifier),
+        elem_id=prefix + service.guarantee,
     )
 
 
-def plot(element: str, heading: str, label: str, figure: Any) -> gr.Plot:
+def show_plot(captions: tuple[str, str, str, Callable], figure: Any) -> gr.Plot:
+    element, heading, label, _ = captions
     gr.HTML(f"<h2>{heading}</h2>", elem_classes="heading")
     return gr.Plot(figure, show_label=False, label=label, elem_id=element)
 
@@ -139,7 +111,7 @@ def text_tab(service: Service) -> None:
     """Lay out the tab for one text: its result, its figures, and the contributions of its words."""
     # ── Layout ───────────────────────────────────────────────────────────────────────────────────────────────────────
     tree = service.tree
-    (captions, figure), *others = zip(service.plots, service.figures(), strict=True)
+    first, *others = zip(service.plots, service.figures(), strict=True)
     with gr.Tab("One text", id="text"):
         with gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=300):
@@ -161,8 +133,8 @@ def text_tab(service: Service) -> None:
                 target = target_slider(service)
             with gr.Column(scale=6, min_width=300):
                 result = gr.HTML(views.waiting(service.kicker), elem_id="result")
-                plots = [plot(*captions, figure)]
-        plots += [plot(*captions, figure) for captions, figure in others]
+                plots = [show_plot(*first)]
+        plots += [show_plot(*other) for other in others]
         with gr.Row(elem_id="ask"):
             node = gr.Dropdown(
                 choices=service.choices(),
@@ -271,12 +243,28 @@ def file_tab(service: Service) -> None:
         stop.click(service.cancel_file, running, note, queue=False, **HIDDEN)
 
 
-def model_tab(classifier: Pipeline, model: str, revision: str | None) -> None:
-    """Lay out the tab for the model: its facts and its card."""
+def model_tab(service: Service, model: str, revision: str | None) -> None:
+    """Lay out the tab for the model: its facts, and its card as Markdown."""
+    classifier, tree = service.classifier, service.tree
+    # bytes that the locale cannot decode are surrogates, which are in no page
+    model_name = os.fsencode(Path(model).resolve().name).decode(errors="replace") if Path(model).is_dir() else model
+    path = cached_file(model, "README.md", revision=revision, _raise_exceptions_for_missing_entries=False)
+    card = Path(path).read_text(encoding="utf-8") if path else ""
+    encoder = classifier.model.config.encoder_name_or_path
+    highest = f"up to {highest_target(classifier):.0%}"
+    facts = {
+        "Model": model_name if revision is None else f"{model_name} at {revision[:12]}",
+        "Encoder": Path(encoder).name if os.path.isabs(encoder) else encoder,
+        "Taxonomy": f"{tree.num_leaves:,} classes, {tree.num_nodes:,} nodes, {tree.depth} levels",
+        **service.facts,
+        "Text length": f"at most {classifier.tokenizer.model_max_length:,} tokens",
+        "Licence": views.licence(card),
+        f"{service.guarantee.capitalize()} guarantee": highest if is_calibrated(classifier) else UNCALIBRATED,
+    }
+    first, more = views.card_parts(card)
     with gr.Tab("About the model", id="model"):
-        facts, card, more = about(classifier, model, revision)
-        gr.HTML(facts, elem_id="facts")
-        gr.Markdown(card, elem_id="card", elem_classes="card")
+        gr.HTML(views.facts(facts), elem_id="facts")
+        gr.Markdown(first or "The checkpoint has no model card.", elem_id="card", elem_classes="card")
         with gr.Accordion("Data, training and more of the model card", open=False):
             gr.Markdown(more, elem_classes="card")
 
@@ -289,20 +277,18 @@ def build(classifier: Pipeline, model: str, revision: str | None = None) -> gr.B
         delete_session(page.state_holder, request.session_hash)
 
     with gr.Blocks(title="Medical text, sorted into a taxonomy") as page:
-        gr.HTML(views.masthead(), elem_id="masthead")
+        gr.HTML(views.MASTHEAD, elem_id="masthead")
         with gr.Tabs():
             text_tab(service)
             file_tab(service)
-            model_tab(classifier, model, revision)
-        gr.HTML(views.footer(), elem_id="foot")
+            model_tab(service, model, revision)
+        gr.HTML(views.FOOTER, elem_id="foot")
 
-        for method, queue in (
-            (service.classify, "texts"),
-            (service.explain, "words"),
-            (service.classify_file, "files"),
-        ):
-            result_type = method.__annotations__["return"]
-            description = f"{inspect.getdoc(method)}\n\n{result_type.__name__}: {inspect.getdoc(result_type)}"
+        queues = {service.classify: "texts", service.explain: "words", service.classify_file: "files"}
+        for method, queue in queues.items():
+            documented = inspect.getdoc(method).replace("coverage", service.guarantee)
+            result = method.__annotations__["return"]
+            description = f"{documented}\n\n{result.__name__}: {inspect.getdoc(result)}"
             gr.api(endpoint(method), api_name=method.__name__, api_description=description, concurrency_id=queue)
         page.unload(forget)
     return page.queue(max_size=MAX_WAITING, default_concurrency_limit=1, api_open=False)

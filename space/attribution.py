@@ -14,14 +14,13 @@ Worth knowing:
    The error of an interval is known, because its integral is a difference of two values.
 5. The gradients run on a copy of the model that shares its weights. So hooks on the copy do not affect the model, which
    classifies at the same time.
-6. The TF-IDF values come from the lexical head itself, called with rows of the identity as its weights. So the formula is
-   implemented in the checkpoint only.
+6. The TF-IDF values come from the lexical head itself, as gradients by its weights. So the formula is implemented in the
+   checkpoint only.
 """
 
 import copy
 import time
 import warnings
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypedDict
@@ -29,7 +28,8 @@ from typing import TypedDict
 import torch
 from captum.attr import LayerIntegratedGradients
 from torch import Tensor, nn
-from transformers import Pipeline
+from torch.func import functional_call
+from transformers import BatchEncoding, Pipeline
 
 # captum warns of layers that may depend on each other; these do not
 warnings.filterwarnings("ignore", message="Multiple layers provided", category=UserWarning)
@@ -42,7 +42,6 @@ SECONDS = 7  # after this time, no piece is halved
 TOLERANCE = 0.005  # a piece with a larger error, in probability, is halved
 LOG_ODDS_SLOPE = 4  # slope of the log-odds at a probability of 0.5; converts tolerances from probability to log-odds
 POINTS_PER_PASS = 6  # of the integration path, in one forward pass
-PROBED = 32  # tokens, for one call of the lexical head
 
 
 class Word(TypedDict):
@@ -125,16 +124,12 @@ class IntegrationPath:
 
 
 def tfidf(head: nn.Module, ids: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
-    """Return the TF-IDF values (U,) of tokens (U,) in a text (1, T), as the lexical head computes them."""
-    probe = copy.copy(head)
-    values = []
-    for chunk in tokens.split(PROBED):
-        known = chunk < len(head.idf)
-        rows = torch.zeros(len(chunk), len(head.idf), device=ids.device)
-        rows[known, chunk[known]] = 1
-        probe._parameters = {**head._parameters, "weight": rows, "bias": torch.zeros(len(chunk), device=ids.device)}
-        values.append(probe(ids, mask)[0])
-    return torch.cat(values)
+    """Return the TF-IDF values (U,) of tokens (U,) in a text (1, T): a score of the lexical head changes by them with its weights."""
+    with torch.enable_grad():
+        weight = torch.zeros_like(head.weight[:1], dtype=torch.float32).requires_grad_()
+        score = functional_call(head, {"weight": weight, "bias": weight.new_zeros(1)}, (ids, mask))
+        (values,) = torch.autograd.grad(score.sum(), weight)  # (1, V)
+    return torch.nn.functional.pad(values[0], (0, 1))[tokens.clamp(max=len(head.idf))]  # 0 beyond the vocabulary
 
 
 class Explainer:
@@ -146,13 +141,12 @@ class Explainer:
         self.model = copy.deepcopy(model, shared).eval().requires_grad_(False)
         self.tokenizer, self.tree = classifier.tokenizer, classifier.tree
 
-    def explain(self, text: str, label: str, on_progress: Callable[[float], None] = lambda share: None) -> Explanation:
+    def explain(self, text: str, label: str) -> Explanation:
         """Compute the weights of the words of a text for a node.
 
         Args:
             text: as returned by `classification.check_text`.
             label: label of the node.
-            on_progress: called with the share of the work that is done.
         """
         # ── Tokens of the text and of the blank text ──
         node = self.tree.id(label)
@@ -165,13 +159,12 @@ class Explainer:
             return_tensors="pt",
             verbose=False,
         )
-        names = [name for name in self.tokenizer.model_input_names if name in encoded]
-        inputs = {name: encoded[name].to(device) for name in names}
+        inputs = {name: encoded[name].to(device) for name in self.tokenizer.model_input_names if name in encoded}
         ids, special = inputs["input_ids"], encoded["special_tokens_mask"].bool().to(device)
         blank_ids = torch.where(special, ids, self.tokenizer.pad_token_id)
 
         # ── Scan without gradients, and split the path at the jumps ──
-        start_time = time.monotonic()
+        deadline = time.monotonic() + SECONDS
         path = IntegrationPath(self.model, inputs, blank_ids)
         scan = torch.linspace(0, 1, SCAN + 1, device=device).unsqueeze(1)
         with torch.no_grad():
@@ -180,23 +173,17 @@ class Explainer:
         tolerance = TOLERANCE * (LOG_ODDS_SLOPE if path.log_odds else 1)
 
         # ── Integrate each piece, and halve the worst until the error, the steps or the time is reached ──
-        spent, max_steps = 0, max(WORK // ids.shape[1], 2 * SCAN)
-
-        def integrate_piece(start: float, end: float, steps: int) -> Piece:
-            nonlocal spent
-            spent += steps
-            on_progress(min(spent / max_steps, 1.0))
-            return integrate(path, node, start, end, steps, known)
-
-        pieces = [integrate_piece(*piece) for piece in split_at_jumps(values, tolerance)]
-        while True:
-            worst = max(pieces, key=lambda piece: abs(piece.error))
-            too_long = spent + 2 * STEPS_STEEP > max_steps or time.monotonic() - start_time > SECONDS
-            if abs(worst.error) <= tolerance or too_long:
-                break
-            middle = (worst.start + worst.end) / 2
+        first = split_at_jumps(values, tolerance)
+        pieces = [integrate(path, node, *piece, known) for piece in first]
+        steps, max_steps = sum(count for *_, count in first), max(WORK // ids.shape[1], 2 * SCAN)
+        worst = max(pieces, key=lambda piece: abs(piece.error))
+        while abs(worst.error) > tolerance and steps + 2 * STEPS_STEEP <= max_steps and time.monotonic() < deadline:
             pieces.remove(worst)
-            pieces += [integrate_piece(*ends, STEPS_STEEP) for ends in ((worst.start, middle), (middle, worst.end))]
+            middle = (worst.start + worst.end) / 2
+            for ends in ((worst.start, middle), (middle, worst.end)):
+                pieces.append(integrate(path, node, *ends, STEPS_STEEP, known))
+            steps += 2 * STEPS_STEEP
+            worst = max(pieces, key=lambda piece: abs(piece.error))
 
         # ── Contributions of words and special tokens ──
         weights = sum(piece.vectors for piece in pieces)  # (T,)
@@ -204,8 +191,7 @@ class Explainer:
         shares = lexical / (path.tokens.unsqueeze(1) == ids).sum(1).clamp(min=1)  # of each occurrence of a token
         per_token = torch.where(special[0], 0, shares[torch.searchsorted(path.tokens, ids[0])])
         rest = (lexical.sum() - per_token.sum() + weights[special[0]].sum()).item()
-        offsets = encoded["offset_mapping"][0].tolist()
-        words = join_tokens(text, encoded.word_ids(0), offsets, (weights + per_token).tolist())
+        words = join_tokens(text, encoded, (weights + per_token).tolist())
         total = sum(word["weight"] for word in words) + rest
         return {
             "label": label,
@@ -215,7 +201,7 @@ class Explainer:
             "rest": rest,
             "error": total - (values[-1] - values[0]),
             # white space at the end has no token, but counts as read
-            "characters_read": max(end for _, end in offsets) if encoded.encodings[0].overflowing else len(text),
+            "characters_read": int(encoded["offset_mapping"].max()) if encoded.encodings[0].overflowing else len(text),
         }
 
 
@@ -278,17 +264,14 @@ def split_at_jumps(values: list[float], tolerance: float) -> list[tuple[float, f
     return [(a / count, b / count, STEPS_STEEP if a in steep else STEPS_FLAT) for a, b in pairwise(ends)]
 
 
-def join_tokens(
-    text: str, word_ids: list[int | None], offsets: list[list[int]], weights: Iterable[float]
-) -> list[Word]:
+def join_tokens(text: str, encoded: BatchEncoding, weights: list[float]) -> list[Word]:
     """Sum the contributions of the tokens of each word."""
-    words: dict[int, Word] = {}
-    for word_id, (start, end), weight in zip(word_ids, offsets, weights, strict=True):
-        if word_id is None:
-            continue
-        word = words.setdefault(word_id, {"word": "", "start": start, "end": end, "weight": 0.0})
-        word["start"], word["end"] = min(word["start"], start), max(word["end"], end)
-        word["weight"] += weight
-    for word in words.values():
-        word["word"] = text[word["start"] : word["end"]]
-    return list(words.values())
+    by_word: dict[int, float] = {}
+    for word, weight in zip(encoded.word_ids(0), weights, strict=True):
+        if word is not None:
+            by_word[word] = by_word.get(word, 0.0) + weight
+    spans = [encoded.word_to_chars(0, word) for word in by_word]
+    return [
+        {"word": text[start:end], "start": start, "end": end, "weight": weight}
+        for (start, end), weight in zip(spans, by_word.values(), strict=True)
+    ]

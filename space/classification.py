@@ -9,18 +9,14 @@ Worth knowing:
    and guarantees a recall. In this file, `target` is either.
 """
 
-from contextlib import suppress
 from typing import Any, TypedDict
 
 import torch
-from tables import Refused
+from tables import Refused, problem_of
 from transformers import Pipeline, pipeline
 
-from hierarchical_clinicalbert.reading.columns import is_blank
 from hierarchical_clinicalbert.reading.foreign_code import refuse_foreign_code
-from hierarchical_clinicalbert.reading.rows import has_surrogate
 
-MAX_CHARACTERS = 20_000
 MIN_TARGET, MAX_TARGET = 0.5, 0.99
 
 
@@ -31,7 +27,22 @@ class Node(TypedDict):
     score: float
 
 
-class Classification(TypedDict):
+class Prediction(Node):
+    """A predicted node, and every node from the root to it."""
+
+    path: list[Node]
+
+
+class ReadText(TypedDict):
+    """What the results for one text have in common. `Classification` describes it."""
+
+    answer: list[Node] | None
+    levels: list[dict[str, float]]
+    characters: int
+    characters_read: int
+
+
+class Classification(Prediction, ReadText):
     """The result for one text.
 
     Attributes:
@@ -42,22 +53,8 @@ class Classification(TypedDict):
         characters, characters_read: the length of the text, and of the part that the model has read.
     """
 
-    label: str
-    score: float
-    path: list[Node]
-    answer: list[Node] | None
-    levels: list[dict[str, float]]
-    characters: int
-    characters_read: int
 
-
-class Prediction(Node):
-    """A predicted node, and every node from the root to it."""
-
-    path: list[Node]
-
-
-class MultiLabelClassification(TypedDict):
+class MultiLabelClassification(ReadText):
     """The result for one text, of a multi-label model.
 
     Attributes:
@@ -68,10 +65,6 @@ class MultiLabelClassification(TypedDict):
     """
 
     labels: list[Prediction]
-    answer: list[Node] | None
-    levels: list[dict[str, float]]
-    characters: int
-    characters_read: int
 
 
 def load(model: str, revision: str | None) -> Pipeline:
@@ -95,66 +88,44 @@ def check_text(text: Any) -> str:
     Raises:
         Refused: it is not a text, or is blank, too long, or not valid Unicode.
     """
-    if not isinstance(text, str):
-        raise Refused("A text is needed, not a number, a list or another type.")
-    if is_blank(text):
-        raise Refused("There is no text to classify.")
-    if len(text) > MAX_CHARACTERS:
-        raise Refused(f"The text has {len(text):,} characters; at most {MAX_CHARACTERS:,} are accepted.")
-    if has_surrogate(text):
-        raise Refused("The text is not valid Unicode: it has half of a surrogate pair.")
+    if problem := problem_of(text):
+        raise Refused(f"{problem[:1].upper()}{problem[1:]}.")
     return text
-
-
-def guarantee(classifier: Pipeline) -> str:
-    """Return what the model guarantees: "coverage" or "recall", as the pipeline's argument is called."""
-    return classifier.decisions.guarantee
 
 
 def highest_target(classifier: Pipeline) -> float:
     """Return the highest target for which the checkpoint has a threshold; 0 if it has none."""
-    name = guarantee(classifier)
-    for percent in range(99, 0, -1):
-        with suppress(ValueError):  # no validation texts, or too few
-            classifier._sanitize_parameters(**{name: percent / 100})
-            return percent / 100
-    return 0.0
+    thresholds = classifier.model.config.calibration.set_thresholds or []  # for 1 % to 99 %
+    return max((share for share, threshold in enumerate(thresholds, 1) if threshold is not None), default=0) / 100
 
 
 def is_calibrated(classifier: Pipeline) -> bool:
     return highest_target(classifier) >= MIN_TARGET
 
 
-def check_target(classifier: Pipeline, target: Any) -> float | None:
-    """Return the requested coverage or recall, or None.
+def check_target(classifier: Pipeline, target: Any) -> None:
+    """Check a requested coverage or recall.
 
     Raises:
         Refused: it is not a number between 0.5 and 0.99, or the checkpoint has no threshold for it.
     """
-    if target is None:
-        return None
-    name = guarantee(classifier)
-    if not isinstance(target, (int, float)):
-        raise Refused(f"The {name} must be a number.")
-    if not MIN_TARGET <= target <= MAX_TARGET:
-        raise Refused(f"The {name} must lie between {MIN_TARGET} and {MAX_TARGET}.")
+    name = classifier.decisions.guarantee
+    if not isinstance(target, (int, float)) or not MIN_TARGET <= target <= MAX_TARGET:
+        raise Refused(f"The {name} must be a number between {MIN_TARGET} and {MAX_TARGET}.")
     try:
-        classifier._sanitize_parameters(**{name: target})
+        classifier.decisions.set_threshold(classifier.model.config.calibration.set_thresholds, **{name: target})
     except ValueError as error:  # no validation texts, or too few
         raise Refused(f"{str(error).capitalize()}.") from None
-    return target
 
 
-def classify_all(
-    classifier: Pipeline, texts: list[str], target: float | None
-) -> list[Classification] | list[MultiLabelClassification]:
-    """Return the results of texts, in order.
+def classify_all(classifier: Pipeline, texts: list[str], target: float | None) -> list[dict[str, Any]]:
+    """Return the results of texts, in order, see `Classification` and `MultiLabelClassification`.
 
     Args:
         texts: as returned by `check_text`.
-        target: as returned by `check_target`. With None, results have no answers.
+        target: as checked by `check_target`. With None, results have no answers.
     """
-    options = {} if target is None else {guarantee(classifier): target}
+    options = {} if target is None else {classifier.decisions.guarantee: target}
     results = classifier(texts, **options)
     for text, result in zip(texts, results, strict=True):
         truncated = result.pop("truncated")
@@ -168,3 +139,8 @@ def characters_read(classifier: Pipeline, text: str) -> int:
     """Return the number of characters up to the end of the last token that the model reads."""
     encoded = classifier.tokenizer(text, truncation=True, return_offsets_mapping=True, verbose=False)
     return max(end for _, end in encoded["offset_mapping"])
+
+
+def predictions(result: dict[str, Any]) -> list[Prediction]:
+    """Return the predicted nodes of a result with their paths: that of a `Classification` is the result itself."""
+    return result.get("labels", [result])

@@ -18,6 +18,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from operator import attrgetter
 from typing import Any
 
 import gradio as gr
@@ -29,7 +30,6 @@ from retention import (
     SWEEP_SECONDS,
     Mailbox,
     has_result,
-    keep_no_copy,
 )
 from starlette.formparsers import MultiPartException
 from starlette.responses import JSONResponse, PlainTextResponse
@@ -131,18 +131,17 @@ async def refuse_url(url: str) -> None:
     raise gr.Error("A URL is not fetched: upload the file.", print_exception=False)
 
 
-def require(owner: Any, *names: str) -> None:
-    """Check that a part of gradio has the names that the Space replaces or reads, because not all of them are documented.
-
-    Raises:
-        ImportError: it has not.
-    """
-    for name in names:
-        if not hasattr(owner, name):
-            part = getattr(owner, "__name__", type(owner).__name__)
-            raise ImportError(
-                f"gradio {gr.__version__} has no {part}.{name}, which the Space needs: install gradio 6.31"
-            )
+# parts of gradio that the Space replaces or reads; not all of them are documented
+REPLACED = {
+    "route_utils.GradioUploadFile": OwnUpload,
+    "processing_utils.async_ssrf_protected_get": refuse_url,
+    "queueing.AsyncQueue": Mailbox,
+    "state_holder.SessionState._update_value_in_config": lambda *_: None,
+}
+READ_OF_PAGES = tuple(
+    f"_queue.{name}" for name in ("pending_messages_per_session", "pending_event_ids_session", "event_ids_to_events")
+)
+READ_OF_STATES = ("session_data", "time_last_used")
 
 
 def harden_gradio(page: gr.Blocks) -> None:
@@ -151,14 +150,12 @@ def harden_gradio(page: gr.Blocks) -> None:
     Raises:
         ImportError: this version of gradio has not the parts that this replaces.
     """
-    require(page, "_queue")
-    require(page._queue, "pending_messages_per_session", "pending_event_ids_session", "event_ids_to_events")
-    require(gr.state_holder.StateHolder(), "session_data", "time_last_used")
-    for owner, name, ours in (
-        (gr.route_utils, "GradioUploadFile", OwnUpload),
-        (gr.processing_utils, "async_ssrf_protected_get", refuse_url),
-        (gr.queueing, "AsyncQueue", Mailbox),
-        (gr.state_holder.SessionState, "_update_value_in_config", keep_no_copy),
-    ):
-        require(owner, name)
-        setattr(owner, name, ours)
+    states = gr.state_holder.StateHolder()
+    try:
+        for owner, names in ((page, READ_OF_PAGES), (states, READ_OF_STATES), (gr, REPLACED)):
+            attrgetter(*names)(owner)
+    except AttributeError as error:
+        raise ImportError(f"the Space needs gradio 6.31, and this is gradio {gr.__version__}: {error}") from error
+    for name, ours in REPLACED.items():
+        owner, _, attribute = name.rpartition(".")
+        setattr(attrgetter(owner)(gr), attribute, ours)

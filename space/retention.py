@@ -6,8 +6,8 @@ Worth knowing:
    refused while all files together have `MAX_STORED` bytes.
 2. gradio holds messages, results among them, in memory until their client reads them, if need be forever. `Mailbox` deletes
    them after the same time, and limits their size.
-3. gradio copies inputs and outputs into the state of each session, to make links to sessions. The Space has no such links (see
-   `guard.py`), so it keeps no copies: `keep_no_copy`.
+3. gradio copies inputs and outputs into the state of each session, to make links to sessions. The Space has no such links,
+   so `guard.py` has gradio keep no copies.
 """
 
 import asyncio
@@ -17,7 +17,6 @@ import sys
 import time
 import traceback
 import weakref
-from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from datetime import datetime
@@ -104,10 +103,6 @@ class Mailbox(asyncio.Queue):
 
     unread = 0  # bytes of the results of all sessions
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._times: deque[float] = deque()  # of the messages
-
     def put_nowait(self, message: Any) -> None:
         if (output := getattr(message, "output", None)) is not None:
             size = memory_of(output)
@@ -117,24 +112,20 @@ class Mailbox(asyncio.Queue):
                 Mailbox.unread += size
                 weakref.finalize(message, self._forget, size)
         super().put_nowait(message)
-        self._times.append(time.monotonic())
 
-    def get_nowait(self) -> Any:
-        message = super().get_nowait()
-        self._times.popleft()
-        return message
+    def _put(self, message: Any) -> None:
+        self._queue.append((time.monotonic(), message))
+
+    def _get(self) -> Any:
+        return self._queue.popleft()[1]
 
     def delete_old(self) -> None:
-        while self._times and is_old(time.monotonic() - self._times[0]):
+        while self._queue and is_old(time.monotonic() - self._queue[0][0]):
             self.get_nowait()
 
     @staticmethod
     def _forget(size: int) -> None:
         Mailbox.unread -= size
-
-
-def keep_no_copy(*_: Any) -> None:
-    """Replace the method of gradio that copies an input or an output into the state of a session."""
 
 
 def has_result(app: gr.routes.App, event_id: str) -> bool:

@@ -29,12 +29,12 @@ from classification import (
     check_target,
     check_text,
     classify_all,
-    guarantee,
     is_calibrated,
+    predictions,
 )
 from gradio.utils import get_upload_folder
 from retention import KEPT_SECONDS
-from tables import Refused, Row, join_lists, kind_of, read_table, to_csv, to_json_lines
+from tables import Refused, TextRow, join_lists, read_table, to_csv, to_json_lines
 from transformers import Pipeline
 
 ROWS_BETWEEN_CHECKS = 32  # of a file, for cancellation
@@ -51,7 +51,7 @@ class Problem(TypedDict):
     problem: str
 
 
-class Record(TypedDict):
+class ClassifiedRow(TypedDict):
     """A row that was classified: its first line, text, predicted leaf, probability, path, answer and share that was read."""
 
     line: int
@@ -67,11 +67,11 @@ class FileResult(TypedDict):
     """The results of a file: the column of texts, the rows that were classified, and those that were not."""
 
     column: str
-    rows: list[Record]
+    rows: list[ClassifiedRow]
     problems: list[Problem]
 
 
-class MultiLabelRecord(TypedDict):
+class LabelledRow(TypedDict):
     """A row that was classified: its first line, text, predicted nodes, their scores, answer and share that was read."""
 
     line: int
@@ -86,7 +86,7 @@ class MultiLabelFileResult(TypedDict):
     """The results of a file: the column of texts, the rows that were classified, and those that were not."""
 
     column: str
-    rows: list[MultiLabelRecord]
+    rows: list[LabelledRow]
     problems: list[Problem]
 
 
@@ -135,16 +135,19 @@ class Service:
     kicker = "Most probable class"
     target_label = "Coverage: the share of texts whose answer contains the correct class"
     target_info = "A higher coverage needs more classes in the answer, or nodes above them."
-    plots: tuple[tuple[str, str, str], ...] = (  # element, heading, and label of each figure
-        ("bars", "Probabilities, level by level", "Probabilities"),
-        ("icicle", "The taxonomy: probability from the roots to the leaves", "The taxonomy"),
+    plots: tuple[tuple[str, str, str, Callable], ...] = (  # element, heading, label, and how to draw it
+        ("bars", "Probabilities, level by level", "Probabilities", views.bars),
+        ("icicle", "The taxonomy: probability from the roots to the leaves", "The taxonomy", views.icicle),
     )
-    answer, preview = staticmethod(views.coverage_answer), staticmethod(views.preview)
+    answer_separator, unit = " or ", views.PROBABILITY
+    preview = staticmethod(views.preview)
     to_csv = staticmethod(to_csv)
+    facts: dict[str, str] = {}
 
     def __init__(self, classifier: Pipeline):
         self.classifier, self.tree = classifier, classifier.tree
-        # on ZeroGPU, these run in another process, to which no functions can be passed and which hides error messages
+        self.guarantee = classifier.decisions.guarantee
+        # on ZeroGPU, these run in another process, which hides error messages
         self._classify_all = gpu(lambda texts, target: classify_all(classifier, texts, target))
         self._explain = gpu(Explainer(classifier).explain)
 
@@ -155,13 +158,10 @@ class Service:
 
         Args:
             text: at most 20,000 characters.
-            coverage: between 0.5 and 0.99; the answer then contains the correct leaf for this share of texts.
+            coverage: between 0.5 and 0.99; the result then has an answer with this coverage.
 
         Returns:
-            - the most probable leaf, its probability and its path;
-            - the answer for the coverage;
-            - the probability of every node, level by level;
-            - the number of characters that were read.
+            The prediction, the answer, the probability of every node, and the number of characters that were read.
         """
         return self._classify(text, coverage)
 
@@ -193,28 +193,24 @@ class Service:
         """
         if not isinstance(file, dict) or not isinstance(file.get("path"), str):
             raise Refused("A file is needed.")
-        table = read_table(take_upload(file["path"]), kind_of(file["path"]), column or None)
-        target = check_target(self.classifier, coverage)
+        table = read_table(take_upload(file["path"]), file["path"], column or None)
+        if coverage is not None:
+            check_target(self.classifier, coverage)
         result: dict[str, Any] = {"column": table.column, "rows": [], "problems": []}
-        for records, problems in self._classify_rows(table.rows, target):
+        for records, problems in self._classify_rows(table.rows, coverage):
             result["rows"] += records
             result["problems"] += problems
         return result
 
     def _classify_rows(
-        self, rows: list[Row], target: float | None
+        self, rows: list[TextRow], target: float | None
     ) -> Iterator[tuple[list[dict[str, Any]], list[Problem]]]:
         """Classify rows, `ROWS_BETWEEN_CHECKS` at a time. Yield those that were classified and those that were not."""
         for start in range(0, len(rows), ROWS_BETWEEN_CHECKS):
-            texts, problems = [], []
-            for row in rows[start : start + ROWS_BETWEEN_CHECKS]:
-                try:
-                    if row.problem is not None:
-                        raise Refused(row.problem)
-                    texts.append((row.line, check_text(row.text)))
-                except Refused as error:
-                    problems.append({"line": row.line, "problem": str(error)})
-            results = self._classify_all([text for _, text in texts], target) if texts else []
+            some = rows[start : start + ROWS_BETWEEN_CHECKS]
+            problems: list[Problem] = [{"line": row.line, "problem": row.problem} for row in some if row.problem]
+            texts = [(row.line, row.text) for row in some if not row.problem]
+            results = self._classify_all([text for _, text in texts], target)
             records = [
                 {
                     "line": line,
@@ -228,7 +224,8 @@ class Service:
             yield records, problems
 
     def _classify(self, text: Any, target: Any) -> Any:
-        target = check_target(self.classifier, target)
+        if target is not None:
+            check_target(self.classifier, target)
         return self._classify_all([check_text(text)], target)[0]
 
     def check_node(self, node: Any) -> str:
@@ -238,36 +235,35 @@ class Service:
 
     # ── The page ──
 
-    def check_page_target(self, target: Any) -> float | None:
-        """Check the target of the page as `check_target` does. An empty box is refused, too."""
-        if target is None:
-            raise Refused(f"The {guarantee(self.classifier)} is missing.")
-        return check_target(self.classifier, target)
-
     def show_result(self, text: str, target: float | None) -> list[Any]:
         """Return the outputs of one text: its result, its figures, and the node to explain."""
         no_answer = ""
         try:
-            target = self.check_page_target(target)
+            check_target(self.classifier, target)  # an empty box is None
         except Refused as error:
             target, no_answer = None, views.escape_html(str(error))
         try:
             result = self._classify(text or "", target)
         except Refused as error:
             return [views.refusal(str(error)), *self.figures(), gr.skip()]
-        answer = no_answer or self.answer(target, result["answer"])
-        panel = views.result(self.kicker, result, answer, self.tree.descriptions)
+        answer = no_answer or views.answer(self.guarantee, target, result["answer"], self.answer_separator)
+        panel = views.result(self.kicker, result, answer, self.classifier.model.config)
         node = self.main_node(result)
         if self.tree.num_nodes > MENU:
             node = gr.Dropdown(choices=self.choices(result), value=node)
         return [panel, *self.figures(result), node]
 
+    def node_scores(self, result: dict[str, Any]) -> list[float]:
+        """Return the probabilities of the nodes, by node id."""
+        by_label = {label: score for level in result["levels"] for label, score in level.items()}
+        return [by_label[label] for label in self.tree.labels]
+
     def choices(self, result: dict[str, Any] | None = None) -> list[tuple[str, str]]:
         """Return the path and the label of the first `MENU` nodes, or of the most probable ones of a result."""
         tree, nodes = self.tree, self.tree.reading_order[:MENU]
         if result is not None:
-            scores = {label: score for level in result["levels"] for label, score in level.items()}
-            likely = {*sorted(tree.reading_order, key=lambda node: -scores[tree.labels[node]])[:MENU]}
+            scores = self.node_scores(result)
+            likely = {*sorted(tree.reading_order, key=lambda node: -scores[node])[:MENU]}
             nodes = [node for node in tree.reading_order if node in likely]
         return [(" › ".join(tree.path_names(node)), tree.labels[node]) for node in nodes]
 
@@ -277,11 +273,12 @@ class Service:
         return self.show_result(text, target) if has_text and target is not None else gr.skip()
 
     def main_node(self, result: dict[str, Any]) -> str:
-        """Return the label of the node that is explained by default."""
-        return result["label"]
+        """Return the label of the node that is explained by default: the first predicted one, or the most probable root."""
+        roots = result["levels"][0]
+        return next((node["label"] for node in predictions(result)), max(roots, key=roots.get))
 
     def outcome(self, result: dict[str, Any]) -> dict[str, Any]:
-        """Return the predictions of a result, as they are in a `Record`."""
+        """Return the predictions of a result, as they are in a `ClassifiedRow`."""
         return {
             "predicted": result["label"],
             "probability": round(result["score"], 6),
@@ -289,28 +286,20 @@ class Service:
         }
 
     def figures(self, result: dict[str, Any] | None = None) -> list[Any]:
-        """Draw bars and icicle. Without a result, the bars are empty and all leaves of the icicle have the same size."""
-        tree = self.tree
-        parents = {tree.labels[n]: tree.labels[p] if (p := tree.parents[n]) >= 0 else "" for n in tree.reading_order}
+        """Draw the figures. Without a result, they show no probabilities."""
+        scores, chosen = None, set[int]()
         if result is not None:
-            levels, path = result["levels"], [node["label"] for node in result["path"]]
-            return [views.bars(levels, path), views.icicle(levels, parents, path)]
-        even: list[dict[str, float]] = [{} for _ in range(tree.depth)]
-        for node in tree.reading_order:
-            even[tree.levels[node] - 1][tree.labels[node]] = len(tree.leaves_at_or_below[node]) / tree.num_leaves
-        empty = [dict.fromkeys(level, 0.0) for level in even]
-        return [views.bars(empty, []), views.icicle(even, parents, [])]
+            scores = self.node_scores(result)
+            chosen = self.tree.with_ancestors(self.tree.id(node["label"]) for node in predictions(result))
+        return [draw(self.tree, scores, chosen) for *_, draw in self.plots]
 
-    def show_words(self, text: str, node: str, progress: gr.Progress = gr.Progress()) -> str:  # noqa: B008
+    def show_words(self, text: str, node: str) -> str:
         """Return the text with the weights of its words for a node."""
         try:
             text, node = check_text(text or ""), self.check_node(node)
         except Refused as error:
             return views.refusal(str(error), "Not explained")
-        progress(0, desc="Explaining")
-        report = () if spaces else (lambda share: progress(share, desc="Explaining"),)
-        explanation = self._explain(text, node, *report)
-        return views.words(text, explanation, self.classifier.model.config.is_multi_label)
+        return views.words(text, self._explain(text, node), self.unit)
 
     def close_file(self, run: Run | None, opening: Run | None) -> list[Any]:
         """End the run and the reading of the previous file. Return the next reading, and the outputs of `open_file`."""
@@ -319,16 +308,16 @@ class Service:
         return [Run(), *self.open_file(None, None)]
 
     def open_file(self, path: str | None, opening: Run | None) -> list[Any]:
-        """Read an upload into memory. Return its kind and content, its columns, a status line, and cleared outputs of a run.
+        """Read an upload into memory. Return its name and content, its columns, a status line, and cleared outputs of a run.
 
         If the file is closed while it is read, nothing on the page changes.
         """
         kept, columns, state = None, gr.Dropdown(choices=[], value=None), views.progress(0, 0, 0, "No file yet.")
         if path is not None:
             try:
-                content, kind = take_upload(path), kind_of(path)
-                table = read_table(content, kind)
-                kept, columns = (kind, content), gr.Dropdown(choices=table.columns, value=table.column)
+                content = take_upload(path)
+                table = read_table(content, path)
+                kept, columns = (path, content), gr.Dropdown(choices=table.columns, value=table.column)
                 problems = sum(row.problem is not None for row in table.rows)
                 state = views.progress(0, len(table.rows), problems, "Read, and deleted from the disk. Classified:")
             except Refused as error:
@@ -350,48 +339,42 @@ class Service:
     ) -> Iterator[list[Any]]:
         """Classify a file. Yield progress, preview, problems and two downloads, until the run is done or cancelled."""
         # ── Read: the run may be over, and the file refused ──
-        nothing = [gr.skip()] * 5
+        yield [gr.skip()] * 5  # gradio needs an output of each run
         if run is None or not run.active:  # cancelled in the queue
-            yield nothing
             return
         try:
             if kept is None:
                 raise Refused(f"There is no file: choose one. It is kept for {KEPT_SECONDS // 60} minutes.")
-            kind, content = kept
-            target = self.check_page_target(target) if is_calibrated(self.classifier) else None
-            table = read_table(content, kind, column or "")
+            name, content = kept
+            if is_calibrated(self.classifier):
+                check_target(self.classifier, target)
+            else:  # nobody could move the slider
+                target = None
+            table = read_table(content, name, column or "")
         except Refused as error:
-            yield [views.refusal(str(error)), gr.skip(), gr.skip(), *no_downloads()] if run.end() else nothing
+            if run.end():
+                yield [views.refusal(str(error)), gr.skip(), gr.skip(), *no_downloads()]
             return
         if not run.active:  # cancelled while the file was read: the page may show another file by now
-            yield nothing
             return
 
         # ── Classify: some rows at a time; gradio sends only what has changed ──
         done: list[dict[str, Any]] = []
         bad: list[Problem] = []
-        total = len(table.rows)
+        total, sent = len(table.rows), float("-inf")
         yield [views.progress(0, total, 0, "Classified"), self.preview([]), views.problems([]), *no_downloads()]
-        sent = float("-inf")
         for records, problems in self._classify_rows(table.rows, target):
             if not run.active:
-                break
+                return
             done += records
             bad += problems
-            if time.monotonic() - sent < PROGRESS_SECONDS and len(done) + len(bad) < total:
-                continue
-            yield [
-                views.progress(len(done) + len(bad), total, len(bad), "Classified"),
-                self.preview(done[:PREVIEW]),
-                views.problems(bad),
-                gr.skip(),
-                gr.skip(),
-            ]
-            sent = time.monotonic()
+            if time.monotonic() - sent >= PROGRESS_SECONDS or len(done) + len(bad) == total:
+                state = views.progress(len(done) + len(bad), total, len(bad), "Classified")
+                yield [state, self.preview(done[:PREVIEW]), views.problems(bad), gr.skip(), gr.skip()]
+                sent = time.monotonic()
 
         # ── Write: two files to download ──
         if not run.end():
-            yield nothing
             return
         with tempfile.TemporaryDirectory() as folder:  # gradio serves copies
             files = Path(folder, "predictions.csv"), Path(folder, "predictions.jsonl")
@@ -408,23 +391,13 @@ class MultiLabelService(Service):
     kicker = "Predicted labels"
     target_label = "Recall: the share of a text's correct nodes that the answer contains on average"
     target_info = "A higher recall needs more nodes in the answer."
-    plots = (("tree", "The taxonomy: probability of each node. ✓: predicted", "The taxonomy"),)
-    answer, preview = staticmethod(views.recall_answer), staticmethod(views.labels_preview)
+    plots = (("tree", "The taxonomy: probability of each node. ✓: predicted", "The taxonomy", views.node_rows),)
+    answer_separator, unit = ", ", views.LOG_ODDS
+    preview = staticmethod(views.labels_preview)
+    facts = {"Labels": "any number of nodes per text, possibly none"}
     to_csv = staticmethod(lambda records: to_csv([join_lists(record) for record in records]))
 
     def classify(self, text: str, recall: float | None = None) -> MultiLabelClassification:
-        """Classify a text into the taxonomy.
-
-        Args:
-            text: at most 20,000 characters.
-            recall: between 0.5 and 0.99; the answer then contains this share of a text's correct nodes on average.
-
-        Returns:
-            - the deepest predicted nodes with their probabilities and paths, possibly none;
-            - the answer for the recall;
-            - the probability of every node, level by level;
-            - the number of characters that were read.
-        """
         return self._classify(text, recall)
 
     def classify_file(
@@ -432,26 +405,11 @@ class MultiLabelService(Service):
     ) -> MultiLabelFileResult:
         return super().classify_file(file, column, recall)
 
-    classify_file.__doc__ = str(Service.classify_file.__doc__).replace("coverage", "recall")
-
-    def main_node(self, result: dict[str, Any]) -> str:
-        roots = result["levels"][0]
-        return result["labels"][0]["label"] if result["labels"] else max(roots, key=roots.get)
-
     def outcome(self, result: dict[str, Any]) -> dict[str, Any]:
         return {
             "labels": [node["label"] for node in result["labels"]],
             "scores": [round(node["score"], 6) for node in result["labels"]],
         }
-
-    def figures(self, result: dict[str, Any] | None = None) -> list[Any]:
-        """Draw the tree. Without a result, its bars are empty."""
-        tree = self.tree
-        nodes = [(tree.labels[n], tree.levels[n]) for n in tree.reading_order]
-        if result is None:
-            return [views.tree(nodes, None, set())]
-        scores = {label: score for level in result["levels"] for label, score in level.items()}
-        return [views.tree(nodes, scores, {step["label"] for node in result["labels"] for step in node["path"]})]
 
 
 def no_downloads() -> list[gr.DownloadButton]:

@@ -18,18 +18,18 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 if not Path(__file__).with_name("hierarchical_clinicalbert").exists():  # in the repository
     sys.path.append(str(Path(__file__).parent.parent))
 
 from hierarchical_clinicalbert.reading.columns import TEXT_COLUMNS, find_column, join_labels, text_problem
-from hierarchical_clinicalbert.reading.rows import KINDS, InputError, Limits, RowReader
+from hierarchical_clinicalbert.reading.rows import KINDS, InputError, Limits, RowReader, has_surrogate
 from taxonomy_hierarchical import looks_like_name
 
+MAX_CHARACTERS = 20_000  # of a text
 MAX_BYTES = 10 * 2**20
 MAX_ROWS = 10_000
 MAX_COLUMNS = 1_000
@@ -57,53 +57,46 @@ class Refused(ValueError):
     """A request that cannot be fulfilled. The message gives the reason, and shows at most names of columns."""
 
 
-@dataclass(frozen=True)
-class Row:
-    """A row of a file.
+class TextRow(NamedTuple):
+    """A row of a file."""
 
-    Attributes:
-        line: where the row begins, see `reading.rows.Row`.
-        text: None if there is a problem.
-        problem: why the row cannot be classified, or None.
-    """
-
-    line: int
-    text: str | None
-    problem: str | None = None
+    line: int  # where the row begins, see `reading.rows.Row`
+    text: str | None  # None if there is a problem
+    problem: str | None = None  # why the row cannot be classified
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """The columns of a file, the column of texts, and all rows, including those with a problem."""
 
     columns: list[str]
     column: str
-    rows: list[Row]
+    rows: list[TextRow]
 
 
-def kind_of(name: str) -> str:
-    """Return the kind of a file, from its name.
+def problem_of(text: Any) -> str | None:
+    """Return why a value cannot be classified, as a short phrase, or None."""
+    if problem := text_problem(text):
+        return problem
+    if len(text) > MAX_CHARACTERS:
+        return f"the text has {len(text):,} characters; at most {MAX_CHARACTERS:,} are accepted"
+    return "the text is not valid Unicode: it has half of a surrogate pair" if has_surrogate(text) else None
+
+
+def read_table(content: bytes, name: str, column: str | None = None) -> Table:
+    """Read the rows of a file in a subprocess.
+
+    Args:
+        name: the name of the file, or its ending alone, which is its kind.
+        column: the column of texts; by default found by its name, else the one with the most characters.
 
     Raises:
-        Refused: the kind cannot be read.
+        Refused: the file is too large, empty, not of its kind or of another one, lacks the column, or has two columns of one name.
     """
     kind = name.lower().rpartition(".")[2]
     if kind not in KINDS:
         raise Refused(
-            "The file must be CSV, TSV, JSON, JSON Lines (.jsonl), Parquet or text (.txt), with that ending in its name."
+            "The file must be CSV, TSV, JSON, JSON Lines, Parquet or text (.txt), with that ending in its name."
         )
-    return kind
-
-
-def read_table(content: bytes, kind: str, column: str | None = None) -> Table:
-    """Read the rows of a file in a subprocess.
-
-    Args:
-        column: the column of texts; by default found by its name, else the one with the most characters.
-
-    Raises:
-        Refused: the file is too large, empty, not of its kind, lacks the column, or has two columns of one name.
-    """
     if len(content) > MAX_BYTES:
         raise Refused(f"The file has {len(content) / 2**20:.1f} MB; at most {MAX_BYTES // 2**20} MB are accepted.")
     request = json.dumps({"kind": kind, "column": column}).encode() + b"\n" + content
@@ -120,7 +113,7 @@ def read_table(content: bytes, kind: str, column: str | None = None) -> Table:
     head, *rows = (json.loads(line) for line in io.BytesIO(done.stdout))
     if "refused" in head:
         raise Refused(head["refused"])
-    return Table(**head, rows=[Row(*row) for row in rows])
+    return Table(**head, rows=[TextRow(*row) for row in rows])
 
 
 # ── The subprocess ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -139,10 +132,8 @@ def main() -> None:
             if lines.tell() > MAX_UNPACKED:
                 raise Refused(f"Unpacked, the file has more than {MAX_UNPACKED // 2**20} MB.")
         reply = lines.getbuffer()
-    except InputError as error:
-        reply = json.dumps({"refused": f"{error}."}).encode()
-    except Refused as error:
-        reply = json.dumps({"refused": str(error)}).encode()
+    except (InputError, Refused) as error:
+        reply = json.dumps({"refused": f"{str(error).removesuffix('.')}."}).encode()
     sys.stdout.buffer.write(reply)
 
 
@@ -179,7 +170,7 @@ def read(content: bytes, kind: str, column: str | None) -> Iterator[Any]:
     for row in rows.read([] if text_column is None else [text_column]):
         empty = False
         text = row.values.get(text_column)
-        problem = row.problem or text_problem(text)
+        problem = row.problem or problem_of(text)
         yield [row.line, None if problem else text, problem]
     if empty:
         raise Refused("The file has no rows.")

@@ -7,19 +7,19 @@ Worth knowing:
    an underline, a plus or minus, or a number.
 3. Heights depend on the taxonomy only, so that nothing moves when a result arrives. Only a list of labels can grow.
 4. Of many nodes, only the most probable are shown, and the rest is summarised as "others".
-5. Multi-label models: probabilities of siblings do not add up. So no figure adds them, and `tree` has a bar for each node.
+5. Multi-label models: probabilities of siblings do not add up. So `node_rows` adds none, and has a bar for each node.
 """
 
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from html import escape
 from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
 from attribution import LOG_ODDS_SLOPE, Explanation
-from classification import Node
+from classification import Node, Prediction, predictions
 
 BLUE, GREY = "#0072B2", "#9AA5B1"
 BARS = 6  # per level
@@ -62,35 +62,43 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def points(weight: float) -> str:
-    """Format a difference of probabilities, in percentage points."""
-    return f"{'−' if weight < 0 else '+'}{abs(100 * weight):.1f}"
+class Unit(NamedTuple):
+    """The unit of the weights of words."""
+
+    slope: float  # by which tolerances in probability are multiplied
+    shown: float  # the number that is shown for a weight of 1
+    digits: int
+    name: str
+    long_name: str
+    least: str  # a change by a word that is worth a remark
+
+    def format(self, weight: float) -> str:
+        return f"{'−' if weight < 0 else '+'}{abs(self.shown * weight):.{self.digits}f}"
 
 
-def log_odds(weight: float) -> str:
-    """Format a difference of log-odds."""
-    return f"{'−' if weight < 0 else '+'}{abs(weight):.2f}"
+PROBABILITY = Unit(1, 100, 1, "points", "percentage points", "this probability by 0.1 points")
+LOG_ODDS = Unit(LOG_ODDS_SLOPE, 1, 2, "log-odds", "log-odds", "the log-odds by 0.004")
 
 
 # ── One text ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def result(kicker: str, classified: dict[str, Any], answer: str, descriptions: dict[str, str]) -> str:
+def result(kicker: str, classified: dict[str, Any], answer: str, config: Any) -> str:
     """Render the predicted nodes, each with its probability and its path, the answer, and the truncation.
 
     Args:
-        classified: a `Classification`, which has one predicted node, or a `MultiLabelClassification`.
-        answer: HTML of `coverage_answer` or `recall_answer`, or of the reason why there is no answer.
-        descriptions: a phrase for each node that has one, by label.
+        classified: a `Classification` or a `MultiLabelClassification`.
+        answer: HTML of `answer`, or of the reason why there is no answer.
+        config: the model's configuration.
     """
-    nodes = "".join(predicted(node, descriptions) for node in classified.get("labels", [classified]))
+    nodes = "".join(predicted(node, config) for node in predictions(classified))
     none = "<p class='class none'>No label</p><p class='note'>No node of the taxonomy is probable enough.</p>"
     return panel(f"<p class='kicker'>{kicker}</p>{nodes or none}<p class='answer'>{answer}</p>{truncation(classified)}")
 
 
-def predicted(node: dict[str, Any], descriptions: dict[str, str]) -> str:
+def predicted(node: Prediction, config: Any) -> str:
     """Render a predicted node, its description, its probability and its path."""
-    description = descriptions.get(node["label"])
+    description = config.tree.descriptions.get(node["label"])
     described = f"<p class='note'>{escape_html(description)}</p>" if description else ""
     path = "".join(f"<li>{name_html(step['label'])} <b>{percent(step['score'])}</b></li>" for step in node["path"])
     return (
@@ -100,14 +108,9 @@ def predicted(node: dict[str, Any], descriptions: dict[str, str]) -> str:
     )
 
 
-def coverage_answer(coverage: float, nodes: list[Node]) -> str:
-    names = " or ".join(f"<b>{name_html(node['label'])}</b>" for node in nodes)
-    return f"For {coverage:.0%} coverage: {names}"
-
-
-def recall_answer(recall: float, nodes: list[Node]) -> str:
-    names = join_names([f"<b>{name_html(node['label'])}</b>" for node in nodes], ", ")
-    return f"For {recall:.0%} recall: {names or 'no node'}"
+def answer(guarantee: str, target: float, nodes: list[Node], separator: str) -> str:
+    names = join_names([f"<b>{name_html(node['label'])}</b>" for node in nodes], separator)
+    return f"For {target:.0%} {guarantee}: {names or 'no node'}"
 
 
 def join_names(names: list[str], separator: str) -> str:
@@ -149,27 +152,25 @@ def name_html(text: str) -> str:
     return f"<bdi>{escape_html(text)}</bdi>"
 
 
-def bars(levels: list[dict[str, float]], path: list[str]) -> go.Figure:
-    """Draw probability bars, level by level, with the path in blue.
+# ── Figures: each from the taxonomy, the probabilities of its nodes, and the predicted nodes with their ancestors ─────
 
-    Args:
-        levels: see `Classification`; all probabilities are 0 before there is a result.
-        path: labels of the highlighted nodes.
-    """
-    shown = levels[:LEVELS]
-    height = sum(HEADING + ROW * min(len(level), BARS + 1) for level in shown) + 8
+
+def bars(tree: Any, scores: list[float] | None, chosen: set[int]) -> go.Figure:
+    """Draw probability bars, level by level, with the chosen nodes in blue. Without scores, they are empty."""
+    known = scores or [0.0] * tree.num_nodes
     figure = go.Figure()
-    top = 0.0
-    for depth, level in enumerate(shown, start=1):
-        order = sorted(level, key=lambda node: -level[node])
+    top = 0
+    for depth in range(1, min(tree.depth, LEVELS) + 1):
+        level = [node for node in tree.reading_order if tree.levels[node] == depth]
+        order = sorted(level, key=lambda node: -known[node])
         count = BARS if len(order) > BARS + 1 else len(order)  # the last row is a node, or all others
-        rows = [Bar(plotly_text(node), level[node], node in path) for node in order[:count]]
-        if order[count:]:
-            rows.append(Bar(f"{len(order) - count:,} others", sum(level[node] for node in order[count:]), False))
+        rows = [Bar(plotly_text(tree.labels[node]), known[node], node in chosen) for node in order[:count]]
+        if others := order[count:]:
+            rows.append(Bar(f"{len(others):,} others", sum(known[node] for node in others), False))
         figure.add_annotation(text=f"<b>Level {depth}</b>", y=top + 20, x=0, **TEXT)
-        draw_rows(figure, rows, top + HEADING, bool(path))
+        draw_rows(figure, rows, top + HEADING, scores is not None)
         top += HEADING + ROW * len(rows)
-    return set_layout(figure, height, 1, height)
+    return set_layout(figure, top + 8, 1, top + 8)
 
 
 class Bar(NamedTuple):
@@ -181,7 +182,7 @@ class Bar(NamedTuple):
     indent: int = 0
 
 
-def draw_rows(figure: go.Figure, rows: list[Bar], top: float, with_numbers: bool) -> None:
+def draw_rows(figure: go.Figure, rows: list[Bar], top: int, with_numbers: bool) -> None:
     """Draw bars, one below the other from ``top`` in pixels, each with its text on it."""
     places = [top + ROW * (i + 0.5) for i in range(len(rows))]
     figure.add_bar(
@@ -199,53 +200,42 @@ def draw_rows(figure: go.Figure, rows: list[Bar], top: float, with_numbers: bool
         figure.add_annotation(text=written, y=place, x=0, **TEXT | {"xshift": 3 + INDENT * bar.indent})
 
 
-def tree(nodes: list[tuple[str, int]], scores: dict[str, float] | None, chosen: set[str]) -> go.Figure:
-    """Draw the taxonomy, one node per row, with a bar for its probability. Of many nodes, only the most probable are shown.
+def node_rows(tree: Any, scores: list[float] | None, chosen: set[int]) -> go.Figure:
+    """Draw one node per row, with a bar for its probability. Of many nodes, only the most probable are shown.
 
-    No node is more probable than its parent, so the parents of the shown nodes are shown too.
-
-    Args:
-        nodes: label and level, in reading order.
-        scores: the probability of each label; None before there is a result.
-        chosen: labels of the predicted nodes and their ancestors, which are marked and come first.
+    No node is more probable than its parent, so the parents of the shown nodes are shown too. The chosen nodes are marked.
     """
-    known = scores or {}
-    order = sorted(nodes, key=lambda node: (node[0] not in chosen, -known.get(node[0], 0.0), node[1]))
+    known = scores or [0.0] * tree.num_nodes
+    order = sorted(tree.reading_order, key=lambda node: (node not in chosen, -known[node], tree.levels[node]))
     count = TREE_ROWS if len(order) > TREE_ROWS + 1 else len(order)  # the last row is a node, or all others
     shown, others = set(order[:count]), order[count:]
-    height = ROW * min(len(nodes), TREE_ROWS + 1) + 8
     rows = [
         Bar(
-            f"✓ {plotly_text(node)}" if node in chosen else plotly_text(node),
-            known.get(node, 0.0),
+            ("✓ " if node in chosen else "") + plotly_text(tree.labels[node]),
+            known[node],
             node in chosen,
-            level - 1,
+            tree.levels[node] - 1,
         )
-        for node, level in nodes
-        if (node, level) in shown
+        for node in tree.reading_order
+        if node in shown
     ]
     figure = go.Figure()
     draw_rows(figure, rows, 0, scores is not None)
     if others:
-        most = f", each at most {percent(max(scores[node] for node, _ in others))}" if scores else ""
+        most = f", each at most {percent(max(known[node] for node in others))}" if scores else ""
         figure.add_annotation(text=f"{len(others):,} others{most}", y=ROW * (TREE_ROWS + 0.5), x=0, **TEXT)
+    height = ROW * min(tree.num_nodes, TREE_ROWS + 1) + 8
     return set_layout(figure, height, 1, height)
 
 
-def icicle(levels: list[dict[str, float]], parents: dict[str, str], path: list[str]) -> go.Figure:
+def icicle(tree: Any, scores: list[float] | None, chosen: set[int]) -> go.Figure:
     """Draw the taxonomy from the roots at the left to the leaves at the right. The height of a node is its probability.
 
-    Args:
-        levels: see `Classification`.
-        parents: the parent of each label; for a root, the empty string.
-        path: labels of nodes that are always shown.
+    Without scores, all leaves have the same height. The chosen nodes are always shown.
     """
-    scores = {node: score for level in levels for node, score in level.items()}
-    children: dict[str, list[str]] = {}
-    for node, parent in parents.items():
-        children.setdefault(parent, []).append(node)
-    boxes = list(lay_out(children, scores, set(path), "", 0, 0.0))
-    rights = [len(levels) if box.is_leaf else box.level + 1 for box in boxes]  # a leaf reaches to the right edge
+    scores = scores or [len(tree.leaves_at_or_below[node]) / tree.num_leaves for node in range(tree.num_nodes)]
+    boxes = list(lay_out(tree, scores, chosen, -1, 0, 0.0))
+    rights = [tree.depth if box.is_leaf else box.level + 1 for box in boxes]  # a leaf reaches to the right edge
     figure = go.Figure(
         go.Bar(
             x=[(box.level + right) / 2 for box, right in zip(boxes, rights, strict=True)],
@@ -263,8 +253,8 @@ def icicle(levels: list[dict[str, float]], parents: dict[str, str], path: list[s
             marker={"color": [colour_of(box.score) for box in boxes], "line": {"width": 1.5, "color": "#FFFFFF"}},
         )
     )
-    height = min(130 + 26 * len(parents.keys() - children.keys()), 440)
-    return set_layout(figure, height, len(levels), 1).update_layout(uniformtext={"minsize": 8, "mode": "hide"})
+    figure = set_layout(figure, min(130 + 26 * tree.num_leaves, 440), tree.depth, 1)
+    return figure.update_layout(uniformtext={"minsize": 8, "mode": "hide"})
 
 
 class Box(NamedTuple):
@@ -277,23 +267,17 @@ class Box(NamedTuple):
     is_leaf: bool
 
 
-def lay_out(
-    children: dict[str, list[str]], scores: dict[str, float], path: set[str], parent: str, level: int, low: float
-) -> Iterator[Box]:
-    """Yield the boxes of an icicle below a node.
-
-    Args:
-        low: lower end of the first box.
-    """
-    below = sorted(children.get(parent, []), key=lambda node: -scores[node])
-    others = dict.fromkeys(node for node in below if scores[node] < MIN_SHARE and node not in path)
+def lay_out(tree: Any, scores: list[float], chosen: set[int], parent: int, level: int, low: float) -> Iterator[Box]:
+    """Yield the boxes of an icicle below a node, the first from ``low`` up."""
+    below = sorted(tree.children(parent), key=lambda node: -scores[node])
+    others = {node for node in below if scores[node] < MIN_SHARE and node not in chosen}
     for node in below:
         if node not in others:
-            yield Box(level, low, plotly_text(node), scores[node], node not in children)
-            yield from lay_out(children, scores, path, node, level + 1, low)
+            yield Box(level, low, plotly_text(tree.labels[node]), scores[node], node < tree.num_leaves)
+            yield from lay_out(tree, scores, chosen, node, level + 1, low)
             low += scores[node]
     if others:
-        rest = sum(scores[node] for node in others)
+        rest = sum(scores[node] for node in below if node in others)
         yield Box(level, low, f"{len(others):,} other{'s' if len(others) > 1 else ''}", rest, True)
 
 
@@ -328,16 +312,11 @@ def no_words() -> str:
     return panel("<p class='note'>Classify a text, choose a node, and press “Show the words”.</p>")
 
 
-def words(text: str, explanation: Explanation, in_log_odds: bool) -> str:
-    """Render a text with its words coloured by their weights, and the largest weights.
-
-    Args:
-        in_log_odds: the unit of the weights, else probability.
-    """
-    factor, format_weight, unit = (LOG_ODDS_SLOPE, log_odds, "log-odds") if in_log_odds else (1, points, "points")
+def words(text: str, explanation: Explanation, unit: Unit) -> str:
+    """Render a text with its words coloured by their weights, and the largest weights."""
     # ── The text: coloured words, and the end that was not read ──
     largest = max((abs(word["weight"]) for word in explanation["words"]), default=0.0)
-    scale = max(largest, 0.005 * factor)
+    scale = max(largest, 0.005 * unit.slope)
     parts, position = [], 0
     for word in explanation["words"]:
         parts.append(escape_html(text[position : word["start"]]))
@@ -345,7 +324,7 @@ def words(text: str, explanation: Explanation, in_log_odds: bool) -> str:
         escaped = escape_html(text[word["start"] : word["end"]])
         if strength >= 0.08:
             kind = "for" if word["weight"] > 0 else "against"
-            title = f"{format_weight(word['weight'])} {unit}"
+            title = f"{unit.format(word['weight'])} {unit.name}"
             parts.append(
                 f"<span class='w {kind}' style='--s:{math.sqrt(strength):.2f}' title='{title}' "
                 f"data-weight='{word['weight']:.6f}'>{escaped}</span>"
@@ -359,40 +338,39 @@ def words(text: str, explanation: Explanation, in_log_odds: bool) -> str:
         parts.append(f"<span class='unread' title='not read by the model'>{escape_html(unread)}</span>")
 
     # ── The warning, the error and the ranking ──
-    least = "the log-odds by 0.004" if in_log_odds else "this probability by 0.1 points"
-    warning = "" if largest >= 0.001 * factor else f"<p class='note'>No word changes {least} or more.</p>"
-    if abs(explanation["error"]) > 0.1 * factor:
+    warning = "" if largest >= 0.001 * unit.slope else f"<p class='note'>No word changes {unit.least} or more.</p>"
+    if abs(explanation["error"]) > 0.1 * unit.slope:
         warning = "<p class='note warning'>The error is large, so the weights are unreliable.</p>"
     score, blank_score, error = explanation["score"], explanation["blank_score"], explanation["error"]
     difference = sum(word["weight"] for word in explanation["words"]) + explanation["rest"] - error
-    share = f", {abs(error / difference):.1%} of the difference" if abs(difference) >= 0.005 * factor else ""
-    of_words = "log-odds" if in_log_odds else "percentage points"
+    share = f", {abs(error / difference):.1%} of the difference" if abs(difference) >= 0.005 * unit.slope else ""
     ranked = sorted(explanation["words"], key=lambda word: -word["weight"])
     best = [word for word in ranked if word["weight"] > 0][:8]
     worst = [word for word in ranked[::-1] if word["weight"] < 0][:8]
     return panel(
         f"<h3>Words for and against {name_html(explanation['label'])}</h3>"
         f"<p class='note'>The probability is {percent(blank_score)} for a blank text of this length, and <b>{percent(score)}</b> "
-        f"for this text. The weights of words and special tokens, in {of_words}, add up to the difference, {format_weight(difference)}, with a "
-        f"convergence error of {format_weight(error)}{share}.</p>{warning}"
+        f"for this text. The weights of words and special tokens, in {unit.long_name}, add up to the difference, {unit.format(difference)}, with a "
+        f"convergence error of {unit.format(error)}{share}.</p>{warning}"
         f"<p class='legend'><span class='w for' style='--s:.8'>raises</span> <span class='w against' style='--s:.8'>lowers</span> "
         f"the probability{' · <span class=unread>grey: not read</span>' if unread else ''}</p>"
         f"<div class='text' dir='auto' tabindex='0' aria-label='The text with the weights of its words'>{''.join(parts)}</div>"
-        f"<div class='ranked'>{ranking(f'Raise the probability most, in {unit}', best, format_weight)}"
-        f"{ranking(f'Lower the probability most, in {unit}', worst, format_weight)}</div>"
+        f"<div class='ranked'>{ranking(f'Raise the probability most, in {unit.name}', best, unit)}"
+        f"{ranking(f'Lower the probability most, in {unit.name}', worst, unit)}</div>"
         "<p class='note'>Integrated gradients over the encoder’s word embeddings and, where the model has one, its lexical head. "
         "A weight shows the effect of a word on the model. It is not medical evidence.</p>"
     )
 
 
-def ranking(title: str, ranked: list[dict], format_weight: Callable[[float], str]) -> str:
+def ranking(title: str, ranked: list[dict], unit: Unit) -> str:
     """Render a table of words and their weights."""
-    rows = "".join(
-        f"<tr><th scope='row'>{name_html(word['word'])}</th><td>{format_weight(word['weight'])}</td></tr>"
-        for word in ranked
-    )
-    rows = rows or "<tr><td colspan='2'>none</td></tr>"
-    return f"<table><caption>{title}</caption><tbody>{rows}</tbody></table>"
+    rows = heading_rows((word["word"], unit.format(word["weight"])) for word in ranked)
+    return f"<table><caption>{title}</caption><tbody>{rows or '<tr><td colspan=2>none</td></tr>'}</tbody></table>"
+
+
+def heading_rows(pairs: Iterable[tuple[str, str]]) -> str:
+    """Render the rows of a table, each with a heading and a cell."""
+    return "".join(f"<tr><th scope='row'>{name_html(key)}</th><td>{name_html(value)}</td></tr>" for key, value in pairs)
 
 
 # ── A file ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -416,62 +394,59 @@ def note(text: str) -> str:
 
 def preview(records: list[dict[str, Any]]) -> str:
     """Render rows that were classified, with the beginnings of their texts."""
-    heads = ("line", "text", "most probable class", "probability", "answer for the coverage")
-    rows = (
-        (
-            record["line"],
-            shorten(record["text"]),
-            name_html(record["predicted"]),
-            percent(record["probability"]),
-            " or ".join(name_html(node) for node in record["answer"] or []) or "–",
-        )
+    return grid(
+        {
+            "line": record["line"],
+            "text": shorten(record["text"]),
+            "most probable class": name_html(record["predicted"]),
+            "probability": percent(record["probability"]),
+            "answer for the coverage": short_answer(record, " or "),
+        }
         for record in records
     )
-    return grid(heads, rows)
 
 
 def labels_preview(records: list[dict[str, Any]]) -> str:
     """Render rows with their predicted nodes and probabilities."""
-    rows = (
-        (
-            record["line"],
-            shorten(record["text"]),
-            "; ".join(
-                f"{name_html(label)} {percent(score)}"
-                for label, score in zip(record["labels"], record["scores"], strict=True)
-            )
-            or "no label",
-            join_names([name_html(node) for node in record["answer"] or []], "; ") or "–",
-        )
+
+    def labels(record: dict[str, Any]) -> str:
+        pairs = zip(record["labels"], record["scores"], strict=True)
+        return "; ".join(f"{name_html(label)} {percent(score)}" for label, score in pairs) or "no label"
+
+    return grid(
+        {
+            "line": record["line"],
+            "text": shorten(record["text"]),
+            "labels": labels(record),
+            "answer for the recall": short_answer(record, "; "),
+        }
         for record in records
     )
-    return grid(("line", "text", "labels", "answer for the recall"), rows)
 
 
 def shorten(text: str) -> str:
     return name_html(text if len(text) <= 160 else text[:159] + "…")
 
 
+def short_answer(record: dict[str, Any], separator: str) -> str:
+    return join_names([name_html(node) for node in record["answer"] or []], separator) or "–"
+
+
 def problems(records: list[dict[str, Any]]) -> str:
     """Render rows that were not classified, by line."""
-    rows = ((record["line"], escape_html(record["problem"])) for record in records[:PROBLEMS])
+    rows = ({"line": record["line"], "reason": escape_html(record["problem"])} for record in records[:PROBLEMS])
     more = f"<p class='note'>and {len(records) - PROBLEMS:,} more</p>" if len(records) > PROBLEMS else ""
-    return grid(("line", "reason"), rows, "None.") + more
+    return grid(rows, "None.") + more
 
 
-def grid(
-    heads: tuple[str, ...],
-    rows: Iterable[tuple[Any, ...]],
-    empty: str = "The rows that are classified are shown here.",
-) -> str:
-    """Render a table from cells of HTML, or a note if it is empty. On a narrow page its rows are blocks."""
-    body = "".join(
-        "<tr>" + "".join(f"<td data-head='{head}'>{cell}</td>" for head, cell in zip(heads, row, strict=True)) + "</tr>"
-        for row in rows
-    )
-    if not body:
+def grid(rows: Iterable[dict[str, Any]], empty: str = "The rows that are classified are shown here.") -> str:
+    """Render a table from cells of HTML by heading, or a note if it is empty. On a narrow page its rows are blocks."""
+    rows = list(rows)
+    if not rows:
         return f"<p class='note grid-empty'>{empty}</p>"
-    top = "".join(f"<th scope='col'>{head}</th>" for head in heads)
+    top = "".join(f"<th scope='col'>{head}</th>" for head in rows[0])
+    cells = ("".join(f"<td data-head='{head}'>{cell}</td>" for head, cell in row.items()) for row in rows)
+    body = "".join(f"<tr>{row}</tr>" for row in cells)
     return f"<table class='grid'><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
 
 
@@ -483,9 +458,7 @@ def card_parts(card: str) -> tuple[str, str]:
 
     The front matter, comments, pictures and the section on loading the model are dropped.
     """
-    body = re.sub(r"\A---\r?\n.*?\r?\n---\r?\n", "", card, flags=re.DOTALL)
-    body = re.sub(r"<!--.*?-->", "", body, flags=re.DOTALL)
-    body = re.sub(r"!\[[^\]]*\]\([^)]*\)", "", body)
+    body = re.sub(r"\A---\r?\n.*?\r?\n---\r?\n|<!--.*?-->|!\[[^\]]*\]\([^)]*\)", "", card, flags=re.DOTALL)
     introduction, *sections = re.split(r"(?m)^(?=## )", body)
     sections = [section for section in sections if not section.lower().startswith("## use")]
     first = [section for section in sections if section[3:].lower().startswith(FIRST_SECTIONS)]
@@ -501,26 +474,17 @@ def licence(card: str) -> str:
 
 def facts(known: dict[str, str]) -> str:
     """Render the facts of a model as a table."""
-    rows = "".join(
-        f"<tr><th scope='row'>{escape_html(key)}</th><td>{name_html(value)}</td></tr>" for key, value in known.items()
-    )
-    return f"<table class='facts'><caption class='hidden'>The model</caption><tbody>{rows}</tbody></table>"
+    return f"<table class='facts'><caption class='hidden'>The model</caption><tbody>{heading_rows(known.items())}</tbody></table>"
 
 
 # ── Head and foot ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def masthead() -> str:
-    return (
-        "<header><h1>Medical text, sorted into a taxonomy</h1>"
-        f"<p class='device' role='note'>{NOT_A_DEVICE} For research.</p></header>"
-    )
-
-
-def footer() -> str:
-    return f"<footer><p>{NOT_A_DEVICE} What you send is not logged or shared. Files and results are deleted within ten minutes.</p></footer>"
-
-
+MASTHEAD = (
+    "<header><h1>Medical text, sorted into a taxonomy</h1>"
+    f"<p class='device' role='note'>{NOT_A_DEVICE} For research.</p></header>"
+)
+FOOTER = f"<footer><p>{NOT_A_DEVICE} What you send is not logged or shared. Files and results are deleted within ten minutes.</p></footer>"
 HEAD = """
 <script>
 document.addEventListener("keydown", (event) => {

@@ -1,15 +1,21 @@
 """Run the Space in its own process, for the tests of its page and its API."""
 
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 
+import httpx
+import pytest
 from conftest import ROOT, free_port, server
 from forked import COMMANDS, LIBRARIES, Process
+from gradio_client import Client
 
 
 class SpaceServer:
@@ -24,8 +30,8 @@ class SpaceServer:
 
     Attributes:
         address: the URL of the page.
+        http: a client that sends requests to it.
         scratch: the process's folder for temporary files.
-        pid: the id of the process.
     """
 
     def __init__(
@@ -37,43 +43,32 @@ class SpaceServer:
         fresh: bool = False,
     ):
         self._process: Process | subprocess.Popen
-        port = free_port()
-        self.address, self.scratch, self._log = f"http://127.0.0.1:{port}", folder / "tmp", folder / "log"
+        self.port = free_port()
+        self.address, self.scratch, self._log = f"http://127.0.0.1:{self.port}", folder / "tmp", folder / "log"
+        no_reuse = httpx.Limits(max_keepalive_connections=0)  # the server may close a connection at any time
+        self.http = httpx.Client(base_url=self.address, timeout=120, limits=no_reuse)
         self.scratch.mkdir()
-        ours = {
-            "GRADIO_SERVER_NAME": "127.0.0.1",
-            "GRADIO_SERVER_PORT": str(port),
-            "TMPDIR": str(self.scratch),
-            "HF_HUB_OFFLINE": "1",
-        }
+        ours = {"GRADIO_SERVER_NAME": "127.0.0.1", "GRADIO_SERVER_PORT": str(self.port), "TMPDIR": str(self.scratch)}
         words = [str(app), *(() if model is None else ("--model", model))]
-        environment = os.environ | ours | (settings or {})
+        environment = os.environ | ours | {"HF_HUB_OFFLINE": "1"} | (settings or {})
         with open(os.devnull) as nothing, self._log.open("wb") as log:
             # cwd is not the repository, because on the Hub there is none
             if fresh:
-                line = [sys.executable, *words]
-                self._process = subprocess.Popen(
-                    line, cwd=folder, env=environment, stdin=nothing, stdout=log, stderr=log
-                )
+                streams = {"stdin": nothing, "stdout": log, "stderr": log}
+                self._process = subprocess.Popen([sys.executable, *words], cwd=folder, env=environment, **streams)
             else:
                 modules = LIBRARIES if settings else COMMANDS  # libraries may read the settings at import
                 self._process = Process(server(modules), words, folder, environment, [nothing, log, log])
-        self.pid = self._process.pid
         try:
-            self._wait_for(port)
+            wait_until(self._is_listening, seconds=120)
         except BaseException:  # such as a time limit: nothing else would stop the process
-            self._process.send_signal(signal.SIGKILL)
-            self._process.wait()
+            self.__exit__()
             raise
 
-    def _wait_for(self, port: int) -> None:
-        for _ in range(480):
-            assert self._process.poll() is None, self.log()
-            with socket.socket() as there:
-                if there.connect_ex(("127.0.0.1", port)) == 0:
-                    return
-            time.sleep(0.25)
-        raise AssertionError(self.log())
+    def _is_listening(self) -> bool:
+        assert self._process.poll() is None, self.log()
+        with socket.socket() as there:
+            return there.connect_ex(("127.0.0.1", self.port)) == 0
 
     def log(self) -> str:
         """Return the output so far."""
@@ -85,8 +80,49 @@ class SpaceServer:
 
     def memory(self) -> int:
         """Return the resident memory of the process, in bytes."""
-        status = Path(f"/proc/{self.pid}/status").read_text()
+        status = Path(f"/proc/{self._process.pid}/status").read_text()
         return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1])
+
+    @cached_property
+    def client(self) -> Client:
+        """Return a client of the API."""
+        return Client(self.address, verbose=False)
+
+    # ── Requests ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def upload(self, content: bytes, name: str = "texts.txt") -> httpx.Response:
+        return self.http.post("/gradio_api/upload", files={"files": (name, content)})
+
+    def call(self, name: str, *data: object) -> str:
+        """Call the API without a client library. Return the id of the event, with which `result` reads the result."""
+        called = self.http.post(f"/gradio_api/call/{name}", json={"data": data})
+        assert called.status_code == 200, called.text
+        return called.json()["event_id"]
+
+    def result(self, name: str, event: str) -> httpx.Response:
+        return self.http.get(f"/gradio_api/call/{name}/{event}")
+
+    def join(self, function: str, data: list, session: str) -> httpx.Response:
+        """Call a function of the page as the browser does. `press` also reads the messages of the server."""
+        functions = self.http.get("/config").json()["dependencies"]
+        number = next(one["id"] for one in functions if function in (one["api_name"], one["id"]))
+        # JSON in ASCII, because UTF-8 has no half of a surrogate pair
+        body = json.dumps({"data": data, "fn_index": number, "session_hash": session}).encode("ascii")
+        headers = {"content-type": "application/json"}
+        return self.http.post("/gradio_api/queue/join", content=body, headers=headers)
+
+    def press(self, function: str, data: list, session: str) -> str:
+        assert self.join(function, data, session).status_code == 200
+        return self.http.get("/gradio_api/queue/data", params={"session_hash": session}).text
+
+    def open_file(self, content: bytes, session: str, name: str = "texts.txt") -> None:
+        self.press("open_file", [stored(self.upload(content, name)), None], session)
+        self.press("begin_file", [None], session)
+
+    def run_file(self, session: str, target: float = 0.9) -> str:
+        return self.press("run_file", [None, "text", target, None], session)
+
+    # ── The end ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def stop(self, number: int = signal.SIGTERM) -> None:
         self._process.send_signal(number)
@@ -100,3 +136,17 @@ class SpaceServer:
             self.stop()
         finally:
             self._process.send_signal(signal.SIGKILL)  # if it has not stopped
+            self.http.close()
+
+
+def stored(upload: httpx.Response) -> dict:
+    """Return how functions and endpoints are given an uploaded file."""
+    return {"path": upload.json()[0], "meta": {"_type": "gradio.FileData"}}
+
+
+def wait_until(condition: Callable[[], bool], seconds: int = 60) -> None:
+    for _ in range(5 * seconds):
+        if condition():
+            return
+        time.sleep(0.2)
+    pytest.fail(f"waited for {seconds} seconds")

@@ -11,8 +11,6 @@ import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 import torch
 from conftest import IMPATIENT, ROOT, complete, copy_checkpoint, free_port, run
@@ -27,51 +25,29 @@ import train
 from hierarchical_clinicalbert.data.taxonomy_files import read_taxonomy
 from hierarchical_clinicalbert.errors import InputError, user_error_message
 from hierarchical_clinicalbert.training.arguments import parse
-from hierarchical_clinicalbert.training.model import build_model, load_tokenizer
-from taxonomy_hierarchical import Taxonomy
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 ROWS = "text,label\n" + "".join(f"text number {i},{'ab'[i % 2]}\n" for i in range(40))
 FILES: dict[str, str | bytes] = {
     "good.csv": ROWS,
-    "utf16.csv": ROWS.encode("utf-16"),
+    "rows.csv": "text,label\na headache,general\n",
     "one_class.csv": "text,label\n" + "".join(f"text number {i},a\n" for i in range(40)),
-    "long_header.csv": "x" * 50_000 + ",label\na,b\n",
-    "deep.json": "[" * 100_000,
-    "digits.json": '[{"text": "a", "label": ' + "9" * 5000 + "}]",
-    "digits.jsonl": '{"text": "a", "label": ' + "9" * 5000 + "}\n",
-    "mixed.json": json.dumps([{"text": f"text {i}", "label": (1, "1")[i % 2]} for i in range(40)]),
     "damaged.parquet": b"PAR1" + bytes(500) + b"PAR1",
     "bad.yaml": "seed: {",
-    "items.yaml": "- seed\n- 1\n",
     "words.yaml": "just words",
-    "utf16.yaml": "seed: 1\n".encode("utf-16"),
     "key.yaml": "lora_rr: 8\n",
-    "number.yaml": "lora_r: many\n",
     "list.yaml": "lora_r: [8, 16]\n",
-    "nested.yaml": "label_column: [[a], b]\n",
     "twice.yaml": "seed: 1\nseed: 2\n",
     "code.yaml": 'seed: !!python/object/apply:os.system ["touch ran"]\n',
-    "deep.yaml": "seed: " + "[" * 5000,
-    "ragged.csv": "parent,child\n,a\n,b,c\n",
-    "levels.json": '{"a": ' * 99 + '["x", "y"]' + "}" * 99,
-    "depths.json": '{"a": ' * 99_999 + '["x", "y"]' + "}" * 99_999,
     "name.json": json.dumps(["a", "b", "n" * 10_240]),
     "surrogate.json": '["a", "b", "\\ud800"]',
-    "separator.json": json.dumps(["a", "b", "c\u2028d"]),
-    "recursive.yaml": "a: &a\n  b: *a\nc: \n",
     "list_key.yaml": "? [a, b]\n: c\nd: \n",
-    "utf16_tree.yaml": "- a\n- b\n".encode("utf-16"),
-    "field.csv": "parent,child\n," + "a" * 200_000 + "\n,b\n",
     "null.yaml": "save_total_limit:\n",
-    "lists.csv": "text,label\n" + """fever and cough,"['a', 'b']"\nfever,"['a']"\n""" * 9,
-    "marks.csv": "text,a,b\n" + "fever,1,0\ncough,0,1\n" * 9,
     "header.jsonl": "\n\n",
     "there.jsonl.parts/000000000.jsonl": "[]",
     "folder.csv/inside": "",
     "in.docx": "A study of ulcers.\n",
     "empty.csv": "",
-    "empty.json": "[]",
     "kept.jsonl": "kept\n",
     "project/README.md": "A project of the user.\n",
     "analysis/test_predictions.csv": "row,label\n",
@@ -83,118 +59,67 @@ NOWHERE = ("--train_file", "nowhere.csv", "--model_name_or_path", "no/model")  #
 NOT_OURS = "which a run would overwrite or delete, is not from a run: move it, or give another --output_dir"
 NO_FOLDER = "/proc/results (No such file" if os.geteuid() == 0 else "/proc/results (Permission denied"
 TRAIN = [
-    (("--train_file", "utf16.csv"), "utf16.csv is not UTF-8 text: save it as UTF-8"),
     (("--train_file", "one_class.csv"), "the only label is 'a'; at least two are needed"),
-    (("--train_file", "mixed.json"), "the only label is '1'"),
     (("--train_file", "empty.csv"), "empty.csv is empty"),
-    (("--train_file", "empty.json"), "empty.json is empty: it has no columns"),
-    (("--train_file", "long_header.csv"), "(a value of 50,000 characters): is the header missing?"),
-    (("--train_file", "deep.json"), "deep.json: nested too deeply"),
-    (("--train_file", "digits.json"), "digits.json: a number has too many digits"),
-    (("--train_file", "digits.jsonl"), "digits.jsonl, line 1: a number has too many digits"),
     (("--train_file", "damaged.parquet"), "damaged.parquet"),
-    (("--train_file", "doubled.parquet"), "doubled.parquet has two columns called 'text'"),
-    (("--train_file", "folder.csv"), "cannot read folder.csv: Is a directory"),
     (("--data_path", "folder.csv"), "is not a folder saved by `datasets`"),
     ((), "no data"),
     (("--data_path", "good.csv", *DATA), "--data_path and --train_file contradict"),
-    (("--data_path", "good.csv", "--dataset_name", "b"), "--dataset_name and --data_path contradict"),
     ((*DATA, "--dataset_revision", "v1"), "--dataset_revision needs"),
     (("--data_path", "good.csv", "--test_size", "-0.1"), "must be shares of the rows with a sum below 1"),
-    (("--data_path", "good.csv", "--validation_size", "nan"), "must be shares of the rows with a sum below 1"),
     (("--data_path", "good.csv", "--validation_size", "0.5", "--test_size", "0.5"), "with a sum below 1"),
     (("--dataset_name", "../../etc"), "cannot load --dataset_name ../../etc"),
     (("bad.yaml", *DATA), "bad.yaml: expected the node content"),
-    (("items.yaml", *DATA), "the recipe items.yaml must be a mapping of flags to values"),
     (("words.yaml", *DATA), "the recipe words.yaml must be a mapping of flags to values"),
-    (("utf16.yaml", *DATA), "utf16.yaml is not UTF-8 text"),
     (("key.yaml", *DATA), "the recipe key.yaml has an unknown key 'lora_rr'; did you mean lora_r?"),
-    (("number.yaml", *DATA), "--lora-r: invalid int value: 'many'"),
-    (("list.yaml", *DATA), "the recipe list.yaml: lora_r takes one value, not a list of 2"),
+    (("list.yaml", *DATA), "--lora-r: invalid int value: \"['8', '16']\""),
     (("nested.yaml", *DATA), "label_column takes a plain list"),
     (("twice.yaml", *DATA), "'seed' occurs twice"),
     (("code.yaml", *DATA), "could not determine a constructor for the tag"),
-    (("deep.yaml", *DATA), "deep.yaml is nested too deeply"),
     (("nowhere.yaml", *DATA), "nowhere.yaml"),
     ((*DATA, "--focal_gama", "1"), "unknown flag --focal_gama; did you mean --focal_gamma"),
     ((*DATA, "--batch_size", "8"), "unknown flag --batch_size; did you mean --per_device_train_batch_size"),
-    ((*DATA, "--group_by_length"), "unknown flag --group_by_length; did you mean --train_sampling_strategy"),
-    ((*DATA, "--learning_rate", "fast"), "--learning-rate: invalid float value: 'fast'"),
     ((*DATA, "--quantization", "5bit"), "'5bit'"),
     ((*DATA, "--quantization", "4bit", "--tuning", "full"), "--tuning full"),
     ((*DATA, "--max_length", "2"), "--max_length"),
-    ((*DATA, "stray"), "stray"),
     ((*DATA, "--max_steps", "0"), "--max_steps must be at least 1; leave it out to train for --num_train_epochs"),
     ((*DATA, "--output_dir", ""), "--output_dir needs the name of a folder"),
     (("folder.csv", *DATA), "cannot read folder.csv: Is a directory"),
-    ((*DATA, "--taxonomy", "ragged.csv"), "ragged.csv, line 3: 3 fields, where the header has 2"),
-    ((*DATA, "--taxonomy", "levels.json"), "'a' is at level 17; at most 16 levels are supported"),
-    ((*DATA, "--taxonomy", "depths.json"), "depths.json is nested too deeply; at most 16 levels"),
     ((*DATA, "--taxonomy", "name.json"), "has 10,240 characters, at most 500 are supported"),
     ((*DATA, "--taxonomy", "surrogate.json"), r"the name '\ud800' has white space around it or a control character"),
-    ((*DATA, "--taxonomy", "separator.json"), "a control character in it"),
-    ((*DATA, "--taxonomy", "recursive.yaml"), "an alias (*name) is not supported: write out what the alias stands for, line 2"),
     ((*DATA, "--taxonomy", "list_key.yaml"), "a name must be text, not a list"),
-    ((*DATA, "--taxonomy", "utf16_tree.yaml"), "utf16_tree.yaml is not UTF-8 text"),
-    ((*DATA, "--taxonomy", "field.csv"), "a name at the top level has 200,000 characters, at most 500"),
     ((*DATA, "--taxonomy", "folder.csv"), "cannot read folder.csv: Is a directory"),
-    ((*DATA, "--label_delimiter", ""), "--label_delimiter must not be empty"),
     ((*DATA, "--label_delimiter", ";", "--label_column", "a", "b"), "--label_delimiter needs one --label_column"),
-    ((*DATA, "--problem_type", "x"), "--problem_type"),
     ((*DATA, "--label_separator", ""), "the label separator must be a non-empty text"),
-    ((*DATA, "--lora_r", "0"), "--lora_r must be at least 1, not 0"),
     ((*DATA, "--lora_dropout", "nan"), "--lora_dropout must be at least 0 and below 1, not nan"),
     ((*DATA, "--learning_rate", "-1"), "--learning_rate must be more than 0, not -1.0"),
-    ((*DATA, "--focal_gamma", "nan"), "--focal_gamma must be at least 0, not nan"),
-    ((*DATA, "--remove_unused_columns", "true"), "--remove_unused_columns is not supported"),
+    ((*DATA, "--remove_unused_columns", "false"), "--remove_unused_columns is not supported"),
     ((*DATA, "--dataloader_persistent_workers", "true"), "--dataloader_persistent_workers changes the random numbers"),
     ((*DATA, "--dataloader_multiprocessing_context", "spawn"), "also give --dataloader_num_workers"),
     ((*DATA, *RANDOM, "--lora_target_modules", "query", "word_embeddings"), "embeddings.word_embeddings is an embedding"),
     (("null.yaml", *DATA), "the recipe null.yaml: save_total_limit has no value; leave the key out for its default"),
-    (("--train_file", "lists.csv"), "lists.csv, line 2, column 'label': the label is a list written as text"),
-    (("--train_file", "marks.csv", "--label_column", "a", "b"),
-     "the label columns 'a', 'b' hold 0 and 1 alone: give --problem_type multi_label_classification"),
     ((*DATA, "--optim_args", "beta2=0.9,fast"), "--optim_args must be name=value pairs, separated by commas, not 'beta2=0.9,fast'"),
-    ((*DATA, "--num_train_epochs", "0"), "--num_train_epochs must be more than 0"),
-    ((*DATA, "--per_device_train_batch_size", "0"), "--per_device_train_batch_size must be at least 1"),
-    ((*DATA, "--gradient_accumulation_steps", "0"), "--gradient_accumulation_steps must be at least 1"),
     ((*DATA, "--seed", "-1"), "--seed must be at least 0 and below 4,294,967,296"),
     ((*DATA, "--torch_compile_mode", "magic"), "--torch_compile_mode must be one of default, lite, reduce-overhead"),
-    ((*DATA, "--train_sampling_strategy", "magic"), "invalid choice: 'magic'"),
     ((*DATA, "--metric_for_best_model", "acuracy"), "--metric_for_best_model acuracy is not measured on these validation rows; it is one of loss, "),
     ((*DATA, *RANDOM, "--report_to", "nothing_of_the_kind"), "cannot set up training: nothing_of_the_kind is not supported"),
-    ((*DATA, "--metric_for_best_model", "ece_by_chance"), "--metric_for_best_model ece_by_chance is not measured"),
     ((*DATA, "--fp16", "true"), "--fp16 needs a GPU: leave it out"),
-    ((*DATA, "--bf16_full_eval", "true"), "--bf16_full_eval is not supported"),
-    ((*DATA, "--dataloader_drop_last", "true"), "--dataloader_drop_last is not supported"),
     ((*DATA, "--save_total_limit", "0"), "--save_total_limit must be at least 1"),
     (
         (*DATA, "--enable_jit_checkpoint", "true", "--save_total_limit", "1"),
         "--enable_jit_checkpoint needs room for its checkpoint beside the best one: --save_total_limit 2 or more",
     ),
-    ((*DATA, "--neftune_noise_alpha", "-1"), "--neftune_noise_alpha must be at least 0, not -1"),
-    (
-        (*DATA, "--dataloader_num_workers", "1", "--dataloader_prefetch_factor", "0"),
-        "--dataloader_prefetch_factor must be at least 1, not 0",
-    ),
     ((*DATA, "--eval_strategy", "steps", "--save_strategy", "steps", "--eval_steps", "1", "--save_steps", "3"),
      "--load_best_model_at_end needs a save at every evaluation: give the same --eval_steps and --save_steps"),
     ((*DATA, "--activation_checkpointing_kwargs", '{"foo": 1}'), "--activation_checkpointing_kwargs has an unknown name"),
     ((*DATA, *RANDOM, "--lr_scheduler_type", "warmup_stable_decay"), "cannot set up --lr_scheduler_type"),
-    ((*DATA, *RANDOM, "--lr_scheduler_kwargs", '{"foo": 2}'), "cannot set up --lr_scheduler_type cosine"),
     ((*DATA, *RANDOM, "--adam_beta1", "2"), "cannot set up the optimizer: Invalid beta parameter"),
     ((*DATA, "--eval_strategy", "no", "--save_strategy", "no"), "also give --load_best_model_at_end false"),
-    ((*DATA, "--prediction_loss_only", "true"), "--prediction_loss_only is not supported"),
     ((*DATA, *RANDOM, "--lr_scheduler_type", "reduce_lr_on_plateau"), "reduce_lr_on_plateau needs validation rows"),
     ((*DATA, "--accelerator_config", "nowhere.json"), "No such file or directory: 'nowhere.json'"),
     ((*DATA, "--model_revision", "main"), "--model_revision main does not apply to the folder"),
-    ((*DATA, "--output_dir", "good.csv/results"), "cannot write to the folder good.csv/results (Not a directory)"),
     ((*DATA, "--output_dir", "/proc/results"), NO_FOLDER),
-    ((*DATA, "--output_dir", "n" * 300), "File name too long"),
     ((*NOWHERE, "--output_dir", "project"), f"--output_dir project: project/README.md, {NOT_OURS}"),
-    ((*NOWHERE, "--output_dir", "project", "--overwrite_output_dir", "true"), f"project/README.md, {NOT_OURS}"),
-    ((*NOWHERE, "--output_dir", "project", "--resume_from_checkpoint", "auto"), f"project/README.md, {NOT_OURS}"),
-    ((*NOWHERE, "--output_dir", "analysis"), f"analysis/test_predictions.csv, {NOT_OURS}"),
     ((*NOWHERE, "--output_dir", "analysis", "--do_train", "false"), f"analysis/test_predictions.csv, {NOT_OURS}"),
     ((*DATA, "--resume_from_checkpoint", "nowhere"), "cannot resume from nowhere: there is no such folder"),
     ((*DATA, "--do_train", "false"), "--do_train false needs a trained checkpoint"),
@@ -209,8 +134,6 @@ def place(tmp_path, monkeypatch) -> Path:
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(content.encode() if isinstance(content, str) else content)
-    table = pyarrow.table([["a"], ["b"], ["c"]], names=["text", "label", "text"])
-    pyarrow.parquet.write_table(table, tmp_path / "doubled.parquet")
     shutil.copytree(CHECKPOINT / "encoder", tmp_path / "encoder")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -255,20 +178,15 @@ def test_train_refuses_bad_flags_and_files(place, words, message):
 # ── encoders and checkpoints ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def configure(file: str, **changes: object) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
-        known = json.loads((folder / file).read_text())
-        (folder / file).write_text(json.dumps({**known, **changes}))
-
-    return change
-
-
-def encoder(**changes: object) -> Callable[[Path], None]:
-    """Return a function that changes the encoder's part of a checkpoint's config.json."""
+def edit(file: str, *keys: str, **changes: object) -> Callable[[Path], None]:
+    """Return a function that changes a JSON file of a checkpoint, in the object under ``keys``."""
 
     def change(folder: Path) -> None:
-        known = json.loads((folder / "config.json").read_text())["text_config"]
-        configure("config.json", text_config={**known, **changes})(folder)
+        content = place = json.loads((folder / file).read_text())
+        for key in keys:
+            place = place[key]
+        place |= changes
+        (folder / file).write_text(json.dumps(content))
 
     return change
 
@@ -305,7 +223,7 @@ def slow_tokenizer(folder: Path) -> None:
     remove("tokenizer.json")(folder)
     write("vocab.txt", b"text 9\nnumber 9\na</w> 9\n")(folder)
     write("bpe.codes", b"t e 9\n")(folder)
-    configure("tokenizer_config.json", tokenizer_class="BertweetTokenizer")(folder)
+    edit("tokenizer_config.json", tokenizer_class="BertweetTokenizer")(folder)
 
 
 def without_linear_layers(folder: Path) -> None:
@@ -329,8 +247,8 @@ def hostile_code(**changes: object) -> Callable[[Path], None]:
 
     def change(folder: Path) -> None:
         classes = {"AutoConfig": "hostile.Config", "AutoModel": "hostile.Model"}
-        configure("config.json", auto_map=classes, **changes)(folder)
-        configure("tokenizer_config.json", auto_map={"AutoTokenizer": ["hostile.Slow", "hostile.Fast"]})(folder)
+        edit("config.json", auto_map=classes, **changes)(folder)
+        edit("tokenizer_config.json", auto_map={"AutoTokenizer": ["hostile.Slow", "hostile.Fast"]})(folder)
         (folder / "hostile.py").write_text("import os\nos.mkdir('ran')\n")
 
     return change
@@ -339,12 +257,9 @@ def hostile_code(**changes: object) -> Callable[[Path], None]:
 ENCODERS = {
     "config missing": (remove("config.json"), "cannot load the encoder encoder: Unrecognized model"),
     "config torn": (cut("config.json"), "config.json is not a configuration"),
-    "config nested": (write("config.json", b"[" * 100_000), "config.json is not a configuration: RecursionError"),
-    "of no known type": (configure("config.json", model_type="magic"), "model type `magic`"),
-    "of images": (configure("config.json", model_type="vit"), "lacks"),
-    "of another width": (configure("config.json", hidden_size=32), "have other shapes than its configuration says"),
-    "width a text": (configure("config.json", hidden_size="16"), "expected int, got str"),
-    "activation unknown": (configure("config.json", hidden_act="magic"), "KeyError: 'magic'"),
+    "of no known type": (edit("config.json", model_type="magic"), "model type `magic`"),
+    "of images": (edit("config.json", model_type="vit"), "lacks"),
+    "activation unknown": (edit("config.json", hidden_act="magic"), "KeyError: 'magic'"),
     "weights missing": (remove("model.safetensors"), "no file named model.safetensors"),
     "weights torn": (cut("model.safetensors"), "SafetensorError"),
     "weights pickled": (pickled, "which could run code: it is not loaded"),
@@ -374,23 +289,9 @@ def test_train_refuses_an_unusable_encoder(place, name):
     assert not (place / "ran").exists()
 
 
-def test_code_of_an_encoder_that_transformers_knows_is_not_run(place):
-    """Load an encoder of a known type with custom code, for training and under an adapter. The code must not run.
-
-    The attention kernels that its configuration names, in a repository on the Hub, are not loaded either.
-    """
+def test_code_of_an_encoder_that_transformers_knows_is_neither_run_nor_named_by_the_checkpoint(place):
+    """Train and predict with an encoder of a known type, custom code, and attention kernels in a repository on the Hub."""
     hostile_code(_attn_implementation="kernels-community/flash-attn")(place / "encoder")
-    (arguments, _, _, _) = parse(["--model_name_or_path", "encoder", "--quantization", "none"])
-    model = build_model(arguments, Taxonomy(["a", "b"]), seed=0)
-    load_tokenizer(arguments, model)
-    copy_checkpoint("adapter_form", place / "adapter_form")
-    AutoModel.from_pretrained("adapter_form", trust_remote_code=True)
-    assert model.has_adapter
-    assert not (place / "ran").exists()
-
-
-def test_code_of_an_encoder_is_not_named_by_the_checkpoint_that_is_trained_on_it(place):
-    hostile_code()(place / "encoder")
     train.main([*DATA, *RANDOM, "--model_name_or_path", "encoder", "--output_dir", "results", "--max_steps", "1"])
     assert "hostile" not in (place / "results" / "tokenizer_config.json").read_text()
     words = ("--model", "results", "--input", "good.csv", "--output", "out.jsonl", "--dtype", "fp32")
@@ -403,35 +304,28 @@ ADAPTER, ADAPTER_CONFIG = "adapter/adapter_model.safetensors", "adapter/adapter_
 CHECKPOINTS = {
     "config torn": ("adapter_form", cut("config.json"), "config.json is not a configuration"),
     "of another kind": ("encoder", lambda folder: None, "it is not a checkpoint of this project"),
-    "taxonomy a text": ("adapter_form", configure("config.json", taxonomy="abc"), "a taxonomy is a list or a mapping"),
-    "taxonomy of another": (
-        "adapter_form", configure("config.json", taxonomy=["a", "b"]), "scales must be a list of 2 numbers"),
+    "taxonomy a text": ("adapter_form", edit("config.json", taxonomy="abc"), "a taxonomy is a list or a mapping"),
     "thresholds of another": (
-        "self_contained", configure("config.json", calibration={"thresholds": [0.5]}), "thresholds must be a list of 7 numbers"),
-    "temperatures of another": (
-        "format_1/self_contained", configure("config.json", temperatures=[1.0]), "temperatures must be a list of 3 numbers"),
+        "self_contained", edit("config.json", calibration={"thresholds": [0.5]}), "thresholds must be a list of 7 numbers"),
     "recall not a list": (
-        "format_1/self_contained", configure("config.json", recall_thresholds=0.3), "calibration: set_thresholds must be a list of 99 numbers"),
-    "another width": ("self_contained", encoder(hidden_size=32), "have other shapes than its configuration says"),
-    "another width, adapter": ("adapter_form", encoder(hidden_size=32), "have other shapes than its configuration says"),
-    "words without weight": ("adapter_form", configure("config.json", calibration={}), "lexical_vocab_size and the calibration's lexical_weight must be given together"),
+        "format_1/self_contained", edit("config.json", recall_thresholds=0.3), "calibration: set_thresholds must be a list of 99 numbers"),
+    "another width": ("self_contained", edit("config.json", "text_config", hidden_size=32), "have other shapes than its configuration says"),
+    "words without weight": ("adapter_form", edit("config.json", calibration={}), "lexical_vocab_size and the calibration's lexical_weight must be given together"),
     "encoder elsewhere": (
-        "adapter_form", configure("config.json", encoder_name_or_path="/nowhere"), "the encoder is the folder /nowhere"),
+        "adapter_form", edit("config.json", encoder_name_or_path="/nowhere"), "the encoder is the folder /nowhere"),
     "encoder not pinned": (
-        "adapter_form", configure("config.json", encoder_name_or_path="a/b"), "encoder_revision must be the commit"),
-    "heads torn": ("adapter_form", cut(HEADS), "SafetensorError"),
+        "adapter_form", edit("config.json", encoder_name_or_path="a/b"), "encoder_revision must be the commit"),
     "adapter lost": (
         "adapter_form", lose(ADAPTER, "base_model.model.encoder.layer.0.output.dense.lora_A.weight"), "the adapter weight"),
     "heads lost": ("adapter_form", lose(HEADS, "weight"), "the heads weight 'weight' is missing"),
     "adapter config torn": ("adapter_form", cut(ADAPTER_CONFIG), "adapter_config.json is not the configuration of a PEFT adapter"),
-    "adapter config empty": ("adapter_form", write(ADAPTER_CONFIG, b"{}"), "it names no peft_type"),
     "weights lost": ("self_contained", lose(WHOLE, "heads.weight"), "lacks 1 weights of a Hierarchical"),
     "weights left over": (
-        "self_contained", configure("config.json", lexical_vocab_size=None, calibration={}), "does not fit its config.json"),
+        "self_contained", edit("config.json", lexical_vocab_size=None, calibration={}), "does not fit its config.json"),
     "weights torn": ("self_contained", cut(WHOLE), "SafetensorError"),
     "tokenizer of another": ("self_contained", more_tokens, "the tokenizer of checkpoint does not belong to this encoder: its largest token id is 73"),
     "tokenizer without limit": (
-        "self_contained", configure("tokenizer_config.json", model_max_length=10**9), "beyond the encoder's 32 positions"),
+        "self_contained", edit("tokenizer_config.json", model_max_length=10**9), "beyond the encoder's 32 positions"),
     "tokenizer missing": (
         "self_contained", remove("tokenizer.json", "tokenizer_config.json"), "cannot use the model checkpoint"),
 }  # fmt: skip
@@ -446,14 +340,12 @@ def test_predict_refuses_an_unusable_checkpoint(place, name):
 
 def test_a_checkpoint_without_its_vocabulary_is_not_scored(place):
     (copy_checkpoint("self_contained", place / "checkpoint") / "tokenizer.json").unlink()
-    (place / "rows.csv").write_text("text,label\na headache,general\n")
     words = ("--do_train", "false", "--do_predict", "--model_name_or_path", "checkpoint", "--test_file", "rows.csv")
     assert "checkpoint holds no tokenizer" in refusal(train.main, *words, "--output_dir", "results")
 
 
 def test_no_rows_are_split_off_to_score_a_checkpoint(place):
     copy_checkpoint("self_contained", place / "checkpoint")
-    (place / "rows.csv").write_text("text,label\na headache,general\n")
     words = ("--do_train", "false", "--model_name_or_path", "checkpoint", "--data_path", "rows.csv")
     assert "of one file, give it as --test_file" in refusal(train.main, *words, "--output_dir", "results")
 
@@ -468,9 +360,8 @@ def test_predict_refuses_weights_that_are_nan(place):
 @pytest.mark.parametrize("version", [3, "1.5"])
 def test_commands_refuse_a_newer_format_and_predict_runs_the_code_that_comes_with_it(place, version):
     folder = copy_checkpoint("self_contained", place / "checkpoint")
-    configure("config.json", format_version=version)(folder)
+    edit("config.json", format_version=version)(folder)
     (folder / "README.md").write_text("---\nlicense: mit\n---\n")
-    (place / "rows.csv").write_text("text,label\na headache,general\n")
     expected = f"config.json cannot be used: its format_version is {version!r}, and this code reads versions up to 2: "
     expected += "use a newer release, or trust_remote_code=True, which runs the code that the checkpoint holds"
     model = ("--model_name_or_path", "checkpoint", "--output_dir", "results")
@@ -503,27 +394,15 @@ FOREIGN = "other/code--foreign.Class"  # transformers would run the newest forei
 
 
 def auto_map(**classes: str) -> Callable[[Path], None]:
-    """Return a function that changes classes of a checkpoint's auto_map."""
-
-    def change(folder: Path) -> None:
-        known = json.loads((folder / "config.json").read_text())["auto_map"]
-        configure("config.json", auto_map={**known, **classes})(folder)
-
-    return change
+    return edit("config.json", "auto_map", **classes)
 
 
 def pipeline_entry(**changes: object) -> Callable[[Path], None]:
-    """Return a function that changes the entry of a checkpoint's pipeline."""
-
-    def change(folder: Path) -> None:
-        ((task, known),) = json.loads((folder / "config.json").read_text())["custom_pipelines"].items()
-        configure("config.json", custom_pipelines={task: {**known, **changes}})(folder)
-
-    return change
+    return edit("config.json", "custom_pipelines", "hierarchical-text-classification", **changes)
 
 
 def tokenizer_map(value: object) -> Callable[[Path], None]:
-    return configure("tokenizer_config.json", auto_map=value)
+    return edit("tokenizer_config.json", auto_map=value)
 
 
 def other_configuration_file(folder: Path) -> None:
@@ -532,7 +411,7 @@ def other_configuration_file(folder: Path) -> None:
     auto_map(AutoConfig=FOREIGN)(folder)
     (folder / "config.json").rename(folder / "config.5.0.0.json")
     (folder / "config.json").write_text(known)
-    configure("config.json", configuration_files=["config.5.0.0.json"])(folder)
+    edit("config.json", configuration_files=["config.5.0.0.json"])(folder)
 
 
 def processor(change: Callable[[Path], object]) -> Callable[[Path], None]:
@@ -548,7 +427,7 @@ def processor(change: Callable[[Path], object]) -> Callable[[Path], None]:
 def without_model(folder: Path) -> None:
     """Make the model's own class fail, and name another one."""
     lose(WHOLE, "heads.weight")(folder)
-    configure("config.json", architectures=["AutoProcessor"])(folder)
+    edit("config.json", architectures=["AutoProcessor"])(folder)
 
 
 def code_elsewhere(folder: Path) -> None:
@@ -638,7 +517,6 @@ DOORS: dict[str, tuple[str, tuple[object, ...]]] = {
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
 @pytest.mark.parametrize("door", DOORS)
 def test_each_command_refuses_code_of_another_repository(foreign_hub, place, door, file):
-    (place / "rows.csv").write_text("text,label\na headache,general\n")
     folder = copy_checkpoint("self_contained", place / "checkpoint")
     (folder / "README.md").write_text("---\nlicense: mit\n---\n")
     entry = {"config.json": "configuration", "tokenizer_config.json": "tokenizer"}[file]
@@ -662,35 +540,25 @@ def test_a_labelling_configuration_is_read_without_running_code(foreign_hub, pla
 
 PREDICT = [
     (("--input", "header.jsonl"), "--input header.jsonl has no rows"),
-    (("--input", "damaged.parquet"), "damaged.parquet is not a Parquet file, or is damaged"),
     (("--input", "folder.csv"), "--input folder.csv: it contains no file of a known format"),
     (("--output", "good.csv/out.jsonl"), "cannot write to the folder good.csv (File exists)"),
-    (("--output", "n" * 250 + ".jsonl"), "File name too long"),
     (
         ("--output", "there.jsonl"),
         "there.jsonl.parts/000000000.jsonl is damaged: delete it, and run the same command again",
     ),
-    (("--revision", "main"), "--revision main does not apply to the folder"),
     (("--model", "good.csv"), "cannot load the model good.csv"),
-    (("--model", "../../etc"), "cannot load the model ../../etc"),
     (("--coverage", "nan"), "coverage must be a number above 0 and at most 0.99, not nan"),
     (("--input", "-"), "--input_format"),
     (("--input", "in.docx"), "--input in.docx: unknown format: the name must end in"),
     (("--input", "pipe.csv"), "pipe.csv: it is not a regular file; pipe its content to standard input (-)"),
     (("--text_column", "body"), "no column 'body' (--text_column); it has 'text', 'label'"),
-    (("--id_column", "key"), "no column 'key' (--id_column)"),
     (("--batch_size", "0"), "batch_size must be a whole number of at least 1, not 0"),
     (("--output_format", "parquet"), "--output_format is for a folder"),
     (("--ray_gpus_per_actor", "1"), "--ray_gpus_per_actor needs --ray"),
-    (("--ray_cpus_per_actor", "1"), "--ray_cpus_per_actor needs --ray"),
-    (("--ray", "local", "--ray_cpus_per_actor", "0"), "must be at least 1, not 0"),
     (("--ray", "local", "--ray_gpus_per_actor", "-1"), "or a fraction of one, not -1"),
-    (("--costs", "away"), "--costs away: give distance, a .csv file, or missing=NUMBER"),
     (("--costs", "none.csv"), "--costs: cannot read the costs none.csv: No such file"),
-    (("--costs", "empty.csv"), "--costs: the costs empty.csv are not a table"),
     (("--costs", "missing=1,inventing=2"), "costs are of leaves; rows: the label"),
     (("--output", "out.txt"), "must end in one of"),
-    (("--output", "there"), "must end in one of .jsonl, .csv, .parquet, .tasks.json, or in / for"),
     (("--output", "hf://datasets/me/out/"), "write to a disk or an object store"),
     (("--output", os.fsdecode(b"out\xe9/")), r"--output 'out\udce9/': the name is not UTF-8"),
     (("--output", "kept.jsonl"), "already exists"),
@@ -718,54 +586,32 @@ PATIENT = "Mrs Example of Nowhere Lane 7 was admitted with chest pain and is 54"
 OTHERS = [f"The patient number {i} of this file was seen in the clinic and sent home" for i in range(39)]
 TEXTS: dict[str, str] = {
     "headerless.csv": "".join(f'"{text}",{"ab"[i % 2]}\n' for i, text in enumerate([PATIENT, *OTHERS])),
-    "commas.csv": "Mrs Example,was admitted,with chest pain and is 54 years of age,a\n" + "b,c,d,a\n" * 9,
-    "doubled.csv": f'"{PATIENT}","{PATIENT}"\na,b\n',
     "keys.jsonl": json.dumps({PATIENT: "a", "label": "b"}) + "\n",
-    "keys.json": json.dumps([{PATIENT: "a", "label": "b"}]),
     "twice.jsonl": f'{{"{PATIENT}": 1, "{PATIENT}": 2}}\n',
     "data.csv": "text,label\n" + "".join(f'"{text}",{"ab"[i % 2]}\n' for i, text in enumerate([PATIENT, *OTHERS])),
     "codes.csv": f'code,name\na,"{PATIENT}"\na,"{OTHERS[0]}"\n',
     "same.csv": "text,label\n" + f'x,"{PATIENT}"\n' * 40,
-    "data.json": json.dumps([{"text": PATIENT, "label": "a"}, {"text": OTHERS[0], "label": "b"}]),
     "texts.json": json.dumps({PATIENT: ["a", {"b": {PATIENT: 7}}]}),
-    "list.json": json.dumps([PATIENT, PATIENT]),
-    "space.json": json.dumps([f" {PATIENT}", "a"]),
-    "parents.csv": f'parent,child\na,"{PATIENT}"\nb,"{PATIENT}"\n',
     "cycle_of_texts.csv": f'parent,child\na,"{PATIENT}"\n"{PATIENT}",a\n,b\n',
     "broken.yaml": f"- a\n- {PATIENT}: {PATIENT}: [\n",
-    "twice_in.yaml": f"{PATIENT}: 1\n{PATIENT}: 2\n",
-    "key_of.yaml": f"{PATIENT}: 1\n",
     "mrn.csv": "20190731,4711-0815-99\na,b\n",
 }  # fmt: skip
 WITH_TEXTS = [
     (("--train_file", "headerless.csv"), "(a value of 68 characters): is the header missing?"),
-    (("--train_file", "headerless.csv", "--text_column", "text"), "it has 2 columns"),
-    (("--train_file", "commas.csv"), "is the header missing?"),
     (("--train_file", "mrn.csv"), "is the header missing?"),
-    (("--train_file", "doubled.csv"), "has two columns called (a value of 68 characters)"),
     (("--train_file", "keys.jsonl"), "(a value of 68 characters): is the header missing?"),
-    (("--train_file", "keys.json"), "is the header missing?"),
     (("--train_file", "twice.jsonl"), "twice.jsonl, line 1: the name (a value of 68 characters) occurs twice"),
     (("--train_file", "data.csv", "--text_column", "label", "--label_column", "text"), "40 of 40 labels are texts, not names"),
     (("--train_file", "data.csv", "--text_column", "label", "--label_column", "text", "--taxonomy", "aliased.yaml"),
      "the label (a value of 68 characters) is not in the taxonomy; it has 'x', 'y', …"),
     (("--train_file", "data.csv", "--text_column", "label", "--label_column", "text", "--class_names", '{"a": "b"}'),
      "the label (a value of 68 characters) is neither a code nor a name"),
-    (("--train_file", "same.csv"), "the only label is (a value of 68 characters)"),
     (("--train_file", "same.csv", "--label_column", "label", "text", "--text_column", "text"), "cannot be both"),
     (("--train_file", "data.csv", "--class_names", "codes.csv"), "the code 'a' has two names"),
-    (("--train_file", "data.csv", "--taxonomy", "data.json"), "the children of 'text' must be a list or a mapping, not (a value"),
     (("--train_file", "data.csv", "--taxonomy", "texts.json"), "must be a list or a mapping, not 7"),
-    (("--train_file", "data.csv", "--taxonomy", "list.json"), "occurs twice among the roots"),
-    (("--train_file", "data.csv", "--taxonomy", "space.json"), "has white space around it"),
     (("--train_file", "data.csv", "--taxonomy", "headerless.csv"), "expected columns 'parent' and 'child'"),
-    (("--train_file", "data.csv", "--taxonomy", "parents.csv"), "has two parents: 'a' and 'b'"),
     (("--train_file", "data.csv", "--taxonomy", "cycle_of_texts.csv"), "the taxonomy has a cycle: "),
     (("--train_file", "data.csv", "--taxonomy", "broken.yaml"), "mapping values are not allowed here, line 2"),
-    (("--train_file", "data.csv", "--taxonomy", "twice_in.yaml"), "occurs twice in one mapping"),
-    (("broken.yaml", "--train_file", "data.csv"), "mapping values are not allowed here, line 2"),
-    (("twice_in.yaml", "--train_file", "data.csv"), "occurs twice"),
-    (("key_of.yaml", "--train_file", "data.csv"), "has an unknown key (a value of 68 characters)"),
 ]  # fmt: skip
 
 
@@ -783,7 +629,7 @@ def test_training_shows_no_text_in_place_of_a_name(place, capfd, words, message)
         assert secret not in shown
 
 
-@pytest.mark.parametrize("name", ["headerless.csv", "doubled.csv", "keys.jsonl", "commas.csv"])
+@pytest.mark.parametrize("name", ["headerless.csv", "keys.jsonl"])
 def test_predicting_shows_no_text_in_place_of_a_name(place, capfd, name):
     (place / name).write_text(TEXTS[name])
     shutil.copytree(CHECKPOINT / "self_contained", place / "self_contained")
@@ -825,36 +671,25 @@ def test_yaml_aliases_are_refused_without_expanding_them(place):
 
 
 FAULTS = {
-    "the Trainer is set up": (
-        "train.py", "NameError", "import hierarchical_clinicalbert.training.trainer as module; del module.LossCheck"),
-    "flags are read": (
-        "train.py", "TypeError", "import hierarchical_clinicalbert.training.arguments as module; module.has_bf16 = None"),
-    "a checkpoint is loaded": (
-        "train.py", "AttributeError", "import taxonomy_hierarchical; taxonomy_hierarchical.unicodedata = None"),
-    "rows are made": (
-        "predict.py", "TypeError", "import hierarchical_clinicalbert.prediction.rows as module; module.RowFormat.row = None"),
+    "train.py": ("NameError", "import hierarchical_clinicalbert.training.trainer as module; del module.LossCheck", 1),
+    "predict.py": ("TypeError", "import hierarchical_clinicalbert.prediction.rows as module; module.RowFormat.row = None", 3),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("moment", FAULTS)
-def test_a_bug_of_this_project_is_shown_as_a_traceback(place, moment):
+@pytest.mark.parametrize("command", FAULTS)
+def test_a_bug_of_this_project_is_shown_as_a_traceback(place, command):
     """Raise a bug inside the commands. The exit code of predict.py is 3, because 1 means that rows could not be read."""
-    command, error, fault = FAULTS[moment]
-    shutil.copytree(CHECKPOINT / "adapter_form", place / "adapter_form")
-    shutil.copytree(CHECKPOINT / "encoder", place / "adapter_form" / "encoder")
-    model = "adapter_form" if error == "AttributeError" else "encoder"
-    words = [*DATA, *RANDOM, "--model_name_or_path", model, "--output_dir", "results"]
-    if command == "predict.py":
-        model = str(copy_checkpoint("self_contained", place / "model"))
-        words = ["--model", model, "--input", "good.csv", "--output", "results.jsonl", "--dtype", "fp32"]
-    script = str(ROOT / command)
+    error, fault, exit_code = FAULTS[command]
+    copy_checkpoint("self_contained", place / "checkpoint")
+    words = [*DATA, *RANDOM, "--model_name_or_path", "encoder", "--output_dir", "results"]
+    script, words = str(ROOT / command), words if command == "train.py" else [*PREDICTION]
     code = f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r}); {fault}; sys.argv = [{script!r}, *{words!r}]"
     code += f"; runpy.run_path({script!r}, run_name='__main__')"
     done = complete("-c", code, cwd=place)
     assert "Traceback (most recent call last):" in done.stderr
     assert done.stderr.splitlines()[-1].startswith(f"{error}: ")
-    assert done.returncode == {"train.py": 1, "predict.py": 3}[command]
-    assert not (place / "results.jsonl").exists()
+    assert done.returncode == exit_code
+    assert not (place / "out.jsonl").exists()
 
 
 def test_a_failed_download_is_reported_in_one_line_without_the_token(place):

@@ -84,11 +84,18 @@ def assign_folds(labels: np.ndarray, texts: np.ndarray) -> np.ndarray:
 def find_issues(form: Form, scores: np.ndarray, labels: np.ndarray, texts: np.ndarray) -> Iterator[pd.DataFrame]:
     """Yield each decision's rows that confident learning considers mislabelled.
 
-    Their columns are those of `rank_issues`, with the decision's best other choice, and probabilities given the parent.
+    Their columns are ``index`` (of the row), ``decision`` (the parent, -1 for the roots, or a node that a text has or lacks),
+    ``better`` (the decision's best other choice, -1 to lack the node), and both choices' probabilities given the parent.
     """
     from cleanlab.filter import find_label_issues  # imported here: it takes a second
 
-    for decision, choices, rows, given, logits in form.choices_of(scores, labels):
+    for nodes, rows, targets in form.decisions_of(labels):
+        choices, decision, given = np.array(nodes), form.tree.parents[nodes[0]], targets.argmax(axis=1)
+        logits = scores[np.ix_(rows, nodes)]
+        if len(nodes) == 1:  # a node that a text has, or lacks: -1
+            choices, decision, given = np.array([-1, *nodes]), nodes[0], targets[:, 0].astype(int)
+            logits = np.pad(logits, ((0, 0), (1, 0)))
+
         # ── Choices with enough texts, and the rows that were given one of them ──
         num_texts = np.bincount(np.unique(np.stack([given, texts[rows]]), axis=1)[0], minlength=len(choices))
         kept = np.flatnonzero(num_texts >= FOLDS)

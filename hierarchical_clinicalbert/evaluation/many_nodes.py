@@ -340,16 +340,6 @@ class ManyNodesForm(FormBase):
 
     # ── Labels that may be wrong: see `evaluation.label_issues` ──────────────────────────────────────────────────────────
 
-    def choices_of(self, scores: np.ndarray, labels: np.ndarray) -> Iterator[tuple]:
-        """Yield each node, the choices, the rows in which it is open, the rows' given choices and scores.
-
-        The choices are -1, if the text lacks the node, and the node's id. Given choices are indices into them. The softmax of
-        the scores (num_rows, 2) is P(choice | parent).
-        """
-        for (node,), rows, given in self.decisions_of(labels):
-            logits = np.stack([np.zeros(len(rows)), scores[rows, node]], axis=1)
-            yield node, np.array([-1, node]), rows, given[:, 0].astype(int), logits
-
     def rank_issues(
         self, found: pd.DataFrame, scores: np.ndarray, labels: np.ndarray, texts: np.ndarray
     ) -> pd.DataFrame:

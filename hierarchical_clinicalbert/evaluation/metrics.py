@@ -52,6 +52,17 @@ def of_all_levels(table: dict[str, Metric], depth: int) -> dict[str, Metric]:
     return metrics
 
 
+def scores_by_split(metrics: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the metrics of each scored split, without the prefix of their names."""
+    splits = {
+        split: {
+            name.removeprefix(f"{prefix}_"): value for name, value in metrics.items() if name.startswith(f"{prefix}_")
+        }
+        for split, prefix in PREFIXES.items()
+    }
+    return {split: scores for split, scores in splits.items() if "log_loss" in scores}
+
+
 def outcomes(labels: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return true positives, predictions and labels, each (num_rows, num_classes) of bool.
 

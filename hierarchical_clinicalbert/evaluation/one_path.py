@@ -262,14 +262,6 @@ class OnePathForm(FormBase):
 
     # ── Labels that may be wrong: see `evaluation.label_issues` ──────────────────────────────────────────────────────────
 
-    def choices_of(self, scores: np.ndarray, labels: np.ndarray) -> Iterator[tuple]:
-        """Yield each decision: the parent (-1 for the roots), its children, their rows, the rows' given children and scores.
-
-        Given children are indices. The softmax of the scores (num_rows, num_choices) is P(child | parent).
-        """
-        for nodes, rows, given in self.decisions_of(labels):
-            yield self.tree.parents[nodes[0]], np.array(nodes), rows, given.argmax(axis=1), scores[np.ix_(rows, nodes)]
-
     def rank_issues(
         self, found: pd.DataFrame, scores: np.ndarray, labels: np.ndarray, texts: np.ndarray
     ) -> pd.DataFrame:

@@ -27,7 +27,7 @@ from hierarchical_clinicalbert.evaluation import plots
 from hierarchical_clinicalbert.evaluation.calibration import calibrate_out_of_fold, calibrated_logits, fit_calibration
 from hierarchical_clinicalbert.evaluation.forms import Form
 from hierarchical_clinicalbert.evaluation.lexical import LexicalClassifier
-from hierarchical_clinicalbert.evaluation.metrics import PREFIXES, per_class_report
+from hierarchical_clinicalbert.evaluation.metrics import PREFIXES, per_class_report, scores_by_split
 
 logger = logging.getLogger(__name__)
 
@@ -177,12 +177,6 @@ def write_scores(
 
 def log_metrics(metrics: dict[str, float]) -> None:
     """Log a table of the metrics, with one column per scored split."""
-    table = {}
-    for split, prefix in PREFIXES.items():
-        of_split = {
-            name.removeprefix(f"{prefix}_"): value for name, value in metrics.items() if name.startswith(f"{prefix}_")
-        }
-        if "log_loss" in of_split:
-            table[split] = pd.Series(of_split).filter(regex="^(?!.*(_per_second|_time|runtime)$)")
-    if table:  # rows were scored
-        logger.info("scores\n%s", pd.DataFrame(table).to_string(float_format="%.4f", na_rep=""))
+    table = pd.DataFrame(scores_by_split(metrics)).filter(regex="^(?!.*(_per_second|_time|runtime)$)", axis="index")
+    if table.size:  # rows were scored
+        logger.info("scores\n%s", table.to_string(float_format="%.4f", na_rep=""))

@@ -25,7 +25,7 @@ from configuration_hierarchical import HierarchicalConfig
 from hierarchical_clinicalbert.checkpoint_files import encoder_on_hub
 from hierarchical_clinicalbert.data.report import list_rows
 from hierarchical_clinicalbert.evaluation.forms import form_of
-from hierarchical_clinicalbert.evaluation.metrics import PREFIXES, of_all_levels
+from hierarchical_clinicalbert.evaluation.metrics import PREFIXES, of_all_levels, scores_by_split
 from hierarchical_clinicalbert.evaluation.report import measured_threshold
 
 logger = logging.getLogger(__name__)
@@ -170,19 +170,16 @@ def collect_facts(
     }
 
     # ── Results ──────────────────────────────────────────────────────────────────────────────────────────────────────
-    scored = {split: prefix for split, prefix in PREFIXES.items() if f"{prefix}_log_loss" in metrics}
+    scored = scores_by_split(metrics)
     table = of_all_levels(form.metrics, tree.depth)
     titles = {
-        f"{scored[split]}_{name}": f"{split} {metric.title}" for split in scored for name, metric in table.items()
+        f"{PREFIXES[split]}_{name}": f"{split} {metric.title}" for split in scored for name, metric in table.items()
     }
     compared = {key: title for key, title in titles.items() if table[key.partition("_")[2]].is_compared}
     before = ["uncalibrated_", *(["without_lexical_head_"] if metrics.get("lexical_weight") else [])]
     best_split = "test" if "test" in scored else "validation"
     return facts | {
-        "scores": {
-            split: {name: metrics[f"{prefix}_{name}"] for name in table if f"{prefix}_{name}" in metrics}
-            for split, prefix in scored.items()
-        },
+        "scores": {split: {name: scores[name] for name in table if name in scores} for split, scores in scored.items()},
         "metrics_table": table,
         "best_split": best_split,
         "intervals": {titles[name]: ends for name, ends in metrics.get("intervals", {}).items()},

@@ -63,7 +63,7 @@ class LossArguments:
     class_weighting: Literal["none", "balanced"] = flag(
         "none", "balanced: more weight for the rarer outcomes of each decision."
     )
-    consistency: float = flag(0.0, "Weight of the consistency loss between two halves of each text. 0: whole texts.")
+    consistency: float = flag(0.0, "Weight of the consistency loss between two views of each text. 0: whole texts.")
 
 
 @dataclass
@@ -306,9 +306,8 @@ def fit_to_data(
         raise InputError("--eval_strategy no selects no best checkpoint: also give --load_best_model_at_end false")
     fitted = dataclasses.replace(args, **changes)
     if not (fitted.load_best_model_at_end or fitted.save_strategy == "best" or schedule in METRIC_SCHEDULERS):
-        fitted = dataclasses.replace(
-            fitted, metric_for_best_model=None
-        )  # else the Trainer looks for it in each evaluation
+        # else the Trainer looks for the metric in each evaluation
+        fitted = dataclasses.replace(fitted, metric_for_best_model=None)
     elif fitted.eval_strategy != "no":
         check_best_metric(fitted.metric_for_best_model or "loss", form, splits["validation"]["nodes"][:])
     return fitted

@@ -1,6 +1,5 @@
 """Callbacks of the Trainer: check the losses, stop at SIGTERM, and resume with the settings of this run."""
 
-import logging
 import math
 import signal
 from pathlib import Path
@@ -21,8 +20,6 @@ from transformers.trainer_callback import ExportableState
 
 from hierarchical_clinicalbert.errors import InputError
 from hierarchical_clinicalbert.training.resume import find_best_checkpoint
-
-logger = logging.getLogger(__name__)
 
 MAX_UNREAD = 100  # losses of micro-batches that stay on the device before they are read
 RESUME_HINT = "--resume_from_checkpoint auto continues from the last checkpoint"
@@ -107,7 +104,7 @@ class ResumedRun(TrainerCallback):
     """
 
     def __init__(self, trainer: Trainer, checkpoint: str):
-        self.trainer, self.checkpoint = trainer, checkpoint
+        self.trainer = trainer
         self.state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
         self.best_checkpoint = find_best_checkpoint(trainer.args, self.state, checkpoint)
         early_stopping = [one for one in trainer.callback_handler.callbacks if isinstance(one, EarlyStoppingCallback)]

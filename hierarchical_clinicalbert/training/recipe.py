@@ -49,10 +49,6 @@ def insert_recipe(argv: list[str], flags: Mapping[str, argparse.Action]) -> list
         if isinstance(value, dict):
             value = json.dumps(value if key == "class_names" else typed(value))
         values = value if isinstance(value, list) else [value]
-        if isinstance(value, list) and not takes_list:
-            raise InputError(f"the recipe {path}: {key} takes one value, not a list of {len(value)}")
-        if any(isinstance(item, list | dict) for item in values):
-            raise InputError(f"the recipe {path}: {key} takes a plain list, without lists or mappings in it")
         words += [f"--{key}", *map(str, values)] if takes_list else [f"--{key}={value}"]
     return words + rest
 

@@ -152,7 +152,7 @@ def check_resumed_data(checkpoint: str, report: dict[str, Any]) -> str | None:
         stored = json.loads(file.read_text(encoding="utf-8"))
         is_same = trained_data(stored) == trained_data(report)
     if not is_same:
-        remedy = "give the same data, columns, names, --seed and split sizes"
+        remedy = "give the same data, columns, names, --taxonomy, --seed and split sizes"
         refuse_to_resume(checkpoint, f"it was trained on other rows or labels; {remedy}")
     return stored.get("heads_init")
 

@@ -142,28 +142,6 @@ def test_two_labels_for_a_model_of_one_path_are_refused(clear_checkpoint, tmp_pa
     assert done.stderr.strip().splitlines()[-1].startswith("label_studio.py: error: the task 7 has 2 labels")
 
 
-def test_an_invalid_checkpoint_is_reported_in_one_line(tiny_encoder):
-    done = run("config", tiny_encoder, command="examples/label_studio.py", check=False)
-    expected = f"cannot read the checkpoint {tiny_encoder}: it is not a checkpoint of this project\n"
-    assert (done.returncode, done.stderr) == (2, f"label_studio.py: error: {expected}")
-
-
-def test_an_invalid_export_is_reported_in_one_line(tmp_path):
-    contents = [
-        *('[{"text": "a secret"}]', '{"annotations": []}', '["a secret"]', '[{"annotations": null}]', "[[1]]"),
-        '[{"annotations": [], "data": {"abstract": "a secret"}}]',
-    ]
-    for i, content in enumerate(contents):
-        (tmp_path / f"{i}.json").write_text(content)
-    for file in (*(f"{i}.json" for i in range(len(contents))), "none.json"):
-        done = run("rows", tmp_path / file, command="examples/label_studio.py", check=False)
-        (line,) = done.stderr.strip().splitlines()
-        assert line.startswith(f"label_studio.py: error: {tmp_path / file} is not an export in the format JSON")
-        assert "secret" not in line
-        assert "KeyError" not in line
-        assert "secret" not in line
-
-
 @pytest.mark.parametrize("output", ["out.jsonl", "out.csv", "out.parquet", "out/"])
 def test_the_rows_to_label_next_are_the_least_certain(output, clear_checkpoint, tmp_path):
     folder = (tmp_path / output, "/") if output.endswith("/") else (tmp_path / output, "")
@@ -183,50 +161,6 @@ def test_the_rows_to_label_next_are_the_least_certain(output, clear_checkpoint, 
     assert [int(row["row"]) for row in printed] == best["row"].tolist()
     assert [float(row["uncertainty"]) for row in printed] == pytest.approx(best["uncertainty"].tolist(), abs=1e-9)
     assert [row["text"] for row in printed] == [TEXTS[row] for row in best["row"]]
-
-
-def test_the_output_pipe_of_the_rows_to_label_next_may_be_closed_early(clear_checkpoint, tmp_path):
-    predict(clear_checkpoint, tmp_path / "out.jsonl", TEXTS[:3], "--uncertainty")
-    reader, writer = os.pipe()
-    os.close(reader)
-    line = [sys.executable, ROOT / "examples" / "label_next.py", tmp_path / "out.jsonl", "--count", "2"]
-    done = subprocess.run(line, stdout=writer, stderr=subprocess.PIPE, text=True)
-    os.close(writer)
-    assert (done.returncode, done.stderr) == (0, "")
-
-
-def test_the_output_pipe_of_the_configuration_may_be_closed_early(clear_checkpoint):
-    reader, writer = os.pipe()
-    os.close(reader)
-    line = [sys.executable, "-u", ROOT / "examples" / "label_studio.py", "config", clear_checkpoint]
-    done = subprocess.run(line, stdout=writer, stderr=subprocess.PIPE, text=True)
-    os.close(writer)
-    assert done.returncode == 0
-    assert "cannot read the checkpoint" not in done.stderr
-
-
-def test_predictions_without_an_uncertainty_are_named(clear_checkpoint, tmp_path):
-    predict(clear_checkpoint, tmp_path / "out.jsonl", TEXTS[:3])
-    done = run(tmp_path / "out.jsonl", "--count", 2, command="examples/label_next.py", check=False)
-    assert done.returncode == 2
-    assert "has no column uncertainty: predict with --uncertainty, without --id_column, to .jsonl" in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("last", "message"),
-    [
-        ('{"row": 1, "unc', "out.jsonl, line 2: "),
-        ('{"row": 1}', "line 2: it has no uncertainty"),
-        ('{"row": 1, "uncertainty": "a secret"}', "line 2: row and uncertainty must be numbers"),
-    ],
-)
-def test_a_row_without_an_uncertainty_is_named(last, message, tmp_path):
-    (tmp_path / "out.jsonl").write_text(f'{{"row": 0, "uncertainty": 0.5}}\n{last}\n')
-    done = run(tmp_path / "out.jsonl", "--count", 2, command="examples/label_next.py", check=False)
-    assert done.returncode == 2
-    (line,) = done.stderr.strip().splitlines()
-    assert message in line
-    assert "secret" not in line
 
 
 def test_the_input_of_other_predictions_is_refused(tmp_path):
@@ -253,3 +187,46 @@ def test_a_text_with_a_lone_carriage_return_comes_back_whole(tmp_path, monkeypat
     printed = runpy.run_path(str(ROOT / "examples" / "label_next.py"))["main"]()
     (tmp_path / "next.csv").write_text(printed, newline="")
     assert read_table(*find_sources(str(tmp_path / "next.csv")))["text"].tolist() == [text]
+
+
+def test_the_output_pipe_may_be_closed_early(clear_checkpoint, tmp_path):
+    predict(clear_checkpoint, tmp_path / "out.jsonl", TEXTS[:3], "--uncertainty")
+    for words in (
+        ("label_next.py", tmp_path / "out.jsonl", "--count", "2"),
+        ("label_studio.py", "config", clear_checkpoint),
+    ):
+        reader, writer = os.pipe()
+        os.close(reader)
+        line = [sys.executable, "-u", ROOT / "examples" / words[0], *words[1:]]
+        done = subprocess.run(line, stdout=writer, stderr=subprocess.PIPE, text=True)
+        os.close(writer)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("command", "content", "message"),
+    [
+        *(
+            ("label_studio.py rows in.json", content, "is not an export in the format JSON")
+            for content in (
+                *('[{"text": "a secret"}]', '{"annotations": []}', '["a secret"]', '[{"annotations": null}]', "[[1]]"),
+                '[{"annotations": [], "data": {"abstract": "a secret"}}]',
+            )
+        ),
+        ("label_studio.py rows none.json", "", "none.json is not an export in the format JSON: [Errno 2] No such file"),
+        ("label_studio.py config .", "", "cannot read the checkpoint .: it is not a checkpoint of this project"),
+        ("label_next.py in.json --count 2", '[{"row": 0, "unc', "in.json"),
+        ("label_next.py in.json --count 2", '[{"row": 0}]', "has no column uncertainty: predict with --uncertainty"),
+        ("label_next.py in.json --count 2", '[{"row": 0, "uncertainty": 1}, {"row": 1}]', "it has no uncertainty"),
+        ("label_next.py in.json --count 2", '[{"row": 1, "uncertainty": "a secret"}]', "must be numbers"),
+    ],
+)
+def test_an_invalid_file_is_reported_in_one_line(command, content, message, tmp_path):
+    (tmp_path / "in.json").write_text(content)
+    name, *words = command.split()
+    done = run(*words, command=f"examples/{name}", check=False, cwd=tmp_path)
+    (line,) = done.stderr.strip().splitlines()
+    assert (done.returncode, line.startswith(f"{name}: error: ")) == (2, True)
+    assert message in line
+    assert "secret" not in line
+    assert "KeyError" not in line

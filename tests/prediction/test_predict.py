@@ -5,15 +5,12 @@ import glob
 import gzip
 import json
 import os
-import re
 import resource
 import shutil
 import signal
 import tempfile
 import time
-from argparse import Namespace
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import date, datetime
 from decimal import Decimal
@@ -25,7 +22,7 @@ import pandas as pd
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import CORPUS, ROOT, STRIKE, complete, copy_checkpoint, predict_here, read_csv, run, run_outside, server
+from conftest import ROOT, STRIKE, complete, copy_checkpoint, predict_here, read_csv, run, run_outside, server
 from forked import COMMANDS, Process
 from labelled_files import load
 from safetensors.torch import load_file, save_file
@@ -34,9 +31,9 @@ from transformers import pipeline
 
 from configuration_hierarchical import HierarchicalConfig
 from hierarchical_clinicalbert.errors import InputError, user_error_message
-from hierarchical_clinicalbert.prediction.input import InputRow, read_records
+from hierarchical_clinicalbert.prediction.input import read_records
 from hierarchical_clinicalbert.prediction.int8 import has_int8_products
-from hierarchical_clinicalbert.prediction.rows import RowFormat, output_kind
+from hierarchical_clinicalbert.prediction.rows import output_kind
 from hierarchical_clinicalbert.reading.sources import find_sources
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from taxonomy_hierarchical import Taxonomy
@@ -269,15 +266,6 @@ def test_two_models_on_one_output_are_never_mixed(checkpoint, other_checkpoint, 
     assert_same_files(output, unbroken[0])
     assert predict_here(*second, "--overwrite") == 1
     assert_same_files(output, unbroken[1])
-    # at the same time: the second to start is refused or, if the first has ended, starts again
-    with ThreadPoolExecutor(2) as pool:
-        ended = pool.map(lambda words: run(*words, "--overwrite", command="predict.py", check=False), (first, second))
-        codes, stderr = zip(*((done.returncode, done.stderr) for done in ended), strict=True)
-    assert set(codes) <= {1, 2}, stderr
-    assert output.read_bytes() in [unbroken[i].read_bytes() for i in (0, 1) if codes[i] == 1]
-    for i in (0, 1):
-        if codes[i] == 2:
-            assert stderr[i].splitlines()[-1].startswith(f"predict.py: error: --output {output}: another process")
     assert {path.name for path in tmp_path.iterdir()} == {"out.jsonl", "out.jsonl.errors.jsonl"}
 
 
@@ -331,18 +319,6 @@ def test_a_killed_run_does_not_read_the_files_that_it_left(moment, left, output,
     assert (folder / output).read_bytes() == (tmp_path / "unbroken.jsonl").read_bytes()
 
 
-def test_blocks_that_a_killed_run_could_not_delete_are_deleted_by_the_next(checkpoint, texts, tmp_path):
-    words = ("--model", checkpoint, "--input", write_texts(tmp_path, texts[:3]), "--output", tmp_path / "out.jsonl")
-    with kill_during_cleanup(), pytest.raises(KeyboardInterrupt):
-        predict_here(*words)
-    parts, before = tmp_path / "out.jsonl.parts", (tmp_path / "out.jsonl").read_bytes()
-    (parts / "000000000.jsonl").rename(parts / "part.new")
-    with pytest.raises(InputError, match="already exists"):
-        predict_here(*words)
-    assert not parts.exists()
-    assert (tmp_path / "out.jsonl").read_bytes() == before
-
-
 def test_a_file_that_may_not_grow_is_one_line_and_the_run_continues(checkpoint, long_input, unbroken, tmp_path):
     words = ("--model", checkpoint, "--input", long_input, "--output", tmp_path / "out.jsonl")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -365,14 +341,6 @@ def test_a_parquet_file_has_few_row_groups(checkpoint, long_input, unbroken, tmp
     file = pyarrow.parquet.ParquetFile(tmp_path / "out.parquet")
     assert [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)] == sizes
     assert file.read(["label"]).to_pylist() == [{"label": row["label"]} for row in read_json_lines(unbroken[0])]
-
-
-def test_a_restarted_run_may_name_the_format_that_it_has_by_default(checkpoint, texts, tmp_path):
-    words = ("--model", checkpoint, "--input", write_texts(tmp_path, texts[:3]), "--output", f"{tmp_path}/out/")
-    with kill_during_cleanup(), pytest.raises(KeyboardInterrupt):
-        predict_here(*words)
-    assert predict_here(*words, "--output_format", "parquet") == 0
-    assert len(pd.read_parquet(tmp_path / "out" / "part-00000.parquet")) == 3
 
 
 DAMAGES: dict[str, Callable[[list[bytes]], list[bytes]]] = {
@@ -496,43 +464,31 @@ def test_carriage_returns_in_ids_do_not_shift_the_rows_of_a_csv_file(checkpoint,
     assert [key for key, _, _ in expected] == list(map(str, ids))
 
 
-def test_errors_of_a_former_run_are_not_reported_for_this_run(checkpoint, texts, tmp_path):
-    words = ("--model", checkpoint, "--input", tmp_path / "in.csv", "--output", tmp_path / "out.jsonl")
-    write_texts(tmp_path, [texts[0], ""])
-    assert predict_here(*words) == 1
-    (tmp_path / "out.jsonl").unlink()
-    write_texts(tmp_path, texts[:2])
-    with pytest.raises(InputError, match=r"errors.jsonl already exists: give another --output, or --overwrite"):
-        predict_here(*words)
-    assert predict_here(*words, "--overwrite") == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"in.csv", "out.jsonl"}
-
-
 @pytest.mark.parametrize(
-    ("rows", "reason"),
+    ("row", "reason"),
     [
-        (["caf\xe9 au lait"], r"not UTF-8; all: \S+errors\.jsonl\): save it as UTF-8; then --overwrite"),
-        (["", " "], r"the text is empty; all: \S+errors\.jsonl\): correct it, or give another --text_column"),
+        ("caf\xe9 au lait", "not UTF-8; all: {errors}): save it as UTF-8; then --overwrite"),
+        (" ", "the text is empty; all: {errors}): correct it, or give another --text_column; then --overwrite"),
     ],
 )
-def test_an_input_without_a_readable_row_is_an_error(rows, reason, checkpoint, texts, tmp_path):
-    content = "text,id\n" + "".join(f"{text},1\n" for text in rows * 1100)  # more than one block
-    (tmp_path / "in.csv").write_text(content, encoding="cp1252")
-    words = ("--model", checkpoint, "--input", tmp_path / "in.csv", "--output")
-    for output, errors in (("out.jsonl", "out.jsonl.errors.jsonl"), ("out/", "out/errors.jsonl")):
-        done = run(*words, f"{tmp_path}/{output}", command="predict.py", check=False)
-        assert done.returncode == 2
-        message = done.stderr.splitlines()[-1]
-        assert re.search(
-            rf"error: none of the {len(rows) * 1100:,} rows of --input can be read \(the first: {reason}", message
-        )
-        assert len(read_json_lines(tmp_path / errors)) == len(rows) * 1100
-    assert {path.name for path in tmp_path.rglob("*")} == {"in.csv", "out.jsonl.errors.jsonl", "out", "errors.jsonl"}
-    write_texts(tmp_path, [texts[0], ""])
-    with pytest.raises(InputError, match=r"errors\.jsonl already exists: give another --output, or --overwrite"):
-        predict_here(*words, tmp_path / "out.jsonl")
-    assert predict_here(*words, tmp_path / "out.jsonl", "--overwrite") == 1
-    assert len(read_json_lines(tmp_path / "out.jsonl")) == 1
+@pytest.mark.parametrize(("output", "errors"), [("out.jsonl", "out.jsonl.errors.jsonl"), ("out/", "out/errors.jsonl")])
+def test_an_input_without_a_readable_row_is_an_error(output, errors, row, reason, checkpoint, texts, tmp_path):
+    # more than one block
+    (tmp_path / "in.csv").write_text("text,id\n" + f"{row},1\n" * 1100, encoding="cp1252")
+    words = ("--model", checkpoint, "--input", tmp_path / "in.csv", "--output", f"{tmp_path}/{output}")
+    with pytest.raises(InputError) as error:
+        predict_here(*words)
+    begin = "none of the 1,100 rows of --input can be read (the first: "
+    assert str(error.value) == begin + reason.format(errors=tmp_path / errors)
+    assert len(read_json_lines(tmp_path / errors)) == 1100
+    assert {file for file in tmp_path.rglob("*") if file.is_file()} == {tmp_path / "in.csv", tmp_path / errors}
+    # errors of an earlier run are not taken for those of this one
+    write_texts(tmp_path, texts[:2])
+    if not output.endswith("/"):
+        with pytest.raises(InputError, match=r"errors\.jsonl already exists: give another --output, or --overwrite"):
+            predict_here(*words)
+    assert predict_here(*words, "--overwrite") == 0
+    assert not (tmp_path / errors).exists()
 
 
 @pytest.mark.parametrize(
@@ -623,14 +579,13 @@ def test_files_of_another_program_are_not_overwritten(checkpoint, texts, tmp_pat
         with pytest.raises(InputError, match=r"spark/ holds \S+/part-00000-2f1a\S+, which another program wrote"):
             predict_here("--model", checkpoint, "--input", tmp_path / "in.csv", "--output", f"{tmp_path}/spark/", *more)
     assert theirs.read_bytes() == b"rows"
-    for output in ("mine/", "mine.csv"):
-        theirs = tmp_path / f"{output}.parts" / "a.txt"
-        theirs.parent.mkdir(parents=True)
-        theirs.write_text("theirs")
-        words = ("--model", checkpoint, "--input", tmp_path / "in.csv", "--output", f"{tmp_path}/{output}")
-        with pytest.raises(InputError, match=rf"{output}.parts/a.txt was written by another program"):
-            predict_here(*words, "--overwrite")
-        assert theirs.read_text() == "theirs"
+    theirs = tmp_path / "mine.csv.parts" / "a.txt"
+    theirs.parent.mkdir()
+    theirs.write_text("theirs")
+    words = ("--model", checkpoint, "--input", tmp_path / "in.csv", "--output", tmp_path / "mine.csv", "--overwrite")
+    with pytest.raises(InputError, match=r"mine.csv.parts/a.txt was written by another program"):
+        predict_here(*words)
+    assert theirs.read_text() == "theirs"
     (tmp_path / "uv.csv.lock").write_text("theirs")
     assert predict_here("--model", checkpoint, "--input", tmp_path / "in.csv", "--output", f"{tmp_path}/uv.csv") == 0
     assert (tmp_path / "uv.csv.lock").read_text() == "theirs"
@@ -647,12 +602,13 @@ def test_an_output_folder_may_be_a_disk_of_its_own(checkpoint, texts, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"in.csv", "out"}
 
 
-def test_an_input_whose_name_is_not_utf_8_is_named_with_escapes(checkpoint, texts, tmp_path):
+def test_names_of_files_may_be_urls_or_no_utf_8(checkpoint, texts, tmp_path):
     name, output = tmp_path / os.fsdecode(b"caf\xe9.csv"), tmp_path / "out"
     pd.DataFrame({"text": [texts[0], ""]}).to_csv(name, index=False)
-    assert predict_here("--model", checkpoint, "--input", name, "--output", f"{output}/") == 1
+    assert predict_here("--model", checkpoint, "--input", f"file://{name}", "--output", f"file://{output}/") == 1
     assert json.loads((output / "manifest.json").read_text())["input"][0]["name"] == f"{tmp_path}/caf\\xe9.csv"
     assert read_json_lines(output / "errors.jsonl")[0]["source"] == f"{tmp_path}/caf\\xe9.csv"
+    assert len(pd.read_parquet(output / "part-00000.parquet")) == 1
 
 
 def test_invisible_texts_and_empty_files_do_not_affect_other_rows(checkpoint, texts, tmp_path):
@@ -668,13 +624,6 @@ def test_invisible_texts_and_empty_files_do_not_affect_other_rows(checkpoint, te
     assert [row["row"] for row in read_json_lines(tmp_path / "out.jsonl")] == [0, 5]
     problems = read_json_lines(tmp_path / "out.jsonl.errors.jsonl")
     assert [(row["row"], row["problem"]) for row in problems] == [(n, "the text is empty") for n in (1, 2, 3, 4)]
-
-
-def test_a_file_url_is_a_path(checkpoint, texts, tmp_path):
-    write_texts(tmp_path, texts[:2])
-    words = ("--model", checkpoint, "--input", f"file://{tmp_path}/in.csv", "--output", f"file://{tmp_path}/out/")
-    assert predict_here(*words) == 0
-    assert len(pd.read_parquet(tmp_path / "out" / "part-00000.parquet")) == 2
 
 
 def test_costs_choose_the_leaf_and_their_content_is_an_option(checkpoint, texts, tmp_path):
@@ -704,35 +653,6 @@ def test_costs_choose_the_leaf_and_their_content_is_an_option(checkpoint, texts,
     assert pd.read_parquet(tmp_path / "out.parquet")["expected_cost"].tolist() == pytest.approx(expected, abs=2e-5)
 
 
-OLDER = """
-_today = HierarchicalTextClassificationPipeline._sanitize_parameters
-
-
-def _before(self, **given):
-    if "costs" in given:
-        raise ValueError("'costs' is not an argument of this pipeline")
-    return _today(self, **given)
-
-
-HierarchicalTextClassificationPipeline._sanitize_parameters = _before
-"""
-
-
-def test_a_checkpoint_whose_pipeline_is_older_than_costs_predicts_without_them(checkpoint, texts, tmp_path):
-    older = shutil.copytree(checkpoint, tmp_path / "older")
-    with (older / "pipeline_hierarchical.py").open("a", encoding="utf-8") as file:
-        file.write(OLDER)
-    write_texts(tmp_path, texts)
-    for model in (checkpoint, older):
-        words = ("--model", model, "--input", tmp_path / "in.csv", "--output")
-        predict_here(*words, f"{tmp_path}/{Path(model).name}.jsonl")
-    expected = (tmp_path / f"{Path(checkpoint).name}.jsonl").read_bytes()
-    assert (tmp_path / "older.jsonl").read_bytes() == expected
-    words = ("--model", older, "--input", tmp_path / "in.csv", "--output", tmp_path / "out.jsonl")
-    with pytest.raises(InputError, match="'costs' is not an argument of this pipeline"):
-        predict_here(*words, "--costs", "distance")
-
-
 @pytest.mark.parametrize(
     ("output", "kind"),
     [
@@ -746,29 +666,27 @@ def test_a_question_mark_begins_the_query_of_a_url_and_belongs_to_the_name_of_a_
     assert output_kind(output, None) == kind
 
 
-def test_labels_that_are_ambiguous_in_csv_are_refused(labels_checkpoint, tmp_path):
-    folder = shutil.copytree(labels_checkpoint, tmp_path / "checkpoint")
+@pytest.mark.parametrize(
+    ("form", "added", "separator", "flags"),
+    [
+        ("one path", " > 9", " > ", ()),
+        ("one path", " | 9", " | ", ("--coverage", 0.8)),
+        ("several labels", "; 9", ";", ()),
+    ],
+)
+def test_labels_that_are_ambiguous_in_csv_are_refused(
+    form, added, separator, flags, checkpoint, labels_checkpoint, texts, tmp_path
+):
+    stored = checkpoint if form == "one path" else labels_checkpoint
+    folder, name = shutil.copytree(stored, tmp_path / "checkpoint"), f"neoplasms{added}"
     config = (folder / "config.json").read_text(encoding="utf-8")
-    (folder / "config.json").write_text(config.replace("nervous system", "nervous; system"), encoding="utf-8")
-    words = ("--model", folder, "--input", CORPUS / "test.csv", "--dtype", "fp32", "--output")
-    with pytest.raises(InputError, match="joins labels by ';', and the label 'nervous; system diseases' contains it; "):
+    (folder / "config.json").write_text(config.replace('"neoplasms"', json.dumps(name)), encoding="utf-8")
+    words = ("--model", folder, "--input", write_texts(tmp_path, [*texts, "A sarcoma."]), *flags, "--output")
+    with pytest.raises(InputError) as error:
         predict_here(*words, tmp_path / "out.csv")
+    assert f"joins labels by {separator!r}, and the label {name!r} contains it; write .jsonl" in str(error.value)
     predict_here(*words, tmp_path / "out.jsonl")
-    assert any("nervous; system diseases" in row["labels"] for row in read_json_lines(tmp_path / "out.jsonl"))
-
-
-def test_paths_that_are_ambiguous_in_csv_are_refused(checkpoint, texts, tmp_path):
-    folder = shutil.copytree(checkpoint, tmp_path / "checkpoint")
-    words = ("--model", folder, "--input", write_texts(tmp_path, texts[:1]), "--output")
-    predict_here(*words, tmp_path / "a.jsonl")
-    leaf = read_json_lines(tmp_path / "a.jsonl")[0]["label"]
-    config = (folder / "config.json").read_text(encoding="utf-8")
-    for name, flags, separator in ((f"{leaf} > 9", (), " > "), (f"{leaf} | 9", ("--coverage", 0.8), r" \| ")):
-        (folder / "config.json").write_text(config.replace(json.dumps(leaf), json.dumps(name)), encoding="utf-8")
-        with pytest.raises(InputError, match=f"joins labels by '{separator}', and the label {re.escape(repr(name))}"):
-            predict_here(*words, tmp_path / "b.csv", *flags)
-    predict_here(*words, tmp_path / "b.jsonl", "--coverage", 0.8)
-    assert read_json_lines(tmp_path / "b.jsonl")[0]["label"] == name
+    assert name in (tmp_path / "out.jsonl").read_text()
 
 
 def test_answers_for_a_recall_are_the_pipelines_in_every_format_and_the_csv_is_training_data(
@@ -809,76 +727,41 @@ def test_with_several_labels_costs_replace_the_thresholds(labels_checkpoint, tex
         assert {*row["labels"]} == reached - inner
 
 
-def test_the_uncertainty_is_the_entropy_and_names_the_level_that_adds_most(checkpoint, texts, tmp_path):
-    words = ("--model", checkpoint, "--input", write_texts(tmp_path, texts), "--uncertainty")
-    predict_here(*words, "--probabilities", "--output", tmp_path / "out.jsonl")
+def entropy_by_level(nodes: dict[str, float], tree: Taxonomy, several: bool) -> np.ndarray:
+    """Return what each level adds to the entropy of a prediction, from the probability of every node."""
+    p = np.array([nodes[label] for label in tree.labels])
+    if not several:  # of the node at a level; a leaf above the level counts as this node
+        cells = [{tree.path(leaf)[:level][-1] for leaf in range(tree.num_leaves)} for level in range(1, tree.depth + 1)]
+        return np.diff([0.0, *(entropy(p[[*nodes]]) for nodes in cells)])
+    added, levels = np.zeros(tree.depth), np.array(tree.levels) - 1
+    given_parent = p / np.array([1.0 if parent < 0 else p[parent] for parent in tree.parents])
+    for present in product([False, True], repeat=tree.num_nodes):  # every set of nodes
+        is_open = [parent < 0 or present[parent] for parent in tree.parents]
+        if not any(one and not possible for one, possible in zip(present, is_open, strict=True)):
+            shares = np.where(present, given_parent, 1 - given_parent)[is_open]
+            np.add.at(added, levels[is_open], -shares.prod() * np.log(shares))
+    return added
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_the_uncertainty_is_the_entropy_and_names_the_level_that_adds_most(
+    several, checkpoint, labels_checkpoint, texts, tmp_path
+):
+    model = labels_checkpoint if several else checkpoint
+    words = ("--model", model, "--input", write_texts(tmp_path, texts), "--dtype", "fp32", "--uncertainty")
+    predict_here(*words, "--output", tmp_path / "out.jsonl")
     rows = read_json_lines(tmp_path / "out.jsonl")
-    for row in rows:
-        leaves = pd.Series(row["probabilities"])
-        general = leaves["general pathological conditions"]
-        at_roots = entropy([general, 1 - general])
-        assert row["uncertainty"] == pytest.approx(entropy(leaves), abs=1e-4)
-        assert row["unsure_level"] == 1 + int(entropy(leaves) - at_roots > at_roots)
+    classify = pipeline("hierarchical-text-classification", model=model, trust_remote_code=True)
+    for row, result in zip(rows, classify(texts), strict=True):
+        nodes = {label: probability for level in result["levels"] for label, probability in level.items()}
+        expected = entropy_by_level(nodes, classify.tree, several)
+        assert row["uncertainty"] == pytest.approx(expected.sum(), abs=1e-4)
+        assert row["unsure_level"] == 1 + expected.argmax()
     for kind, read in (("csv", pd.read_csv), ("parquet", pd.read_parquet)):
         predict_here(*words, "--output", tmp_path / f"out.{kind}")
         table = read(tmp_path / f"out.{kind}")
         assert table["uncertainty"].tolist() == [row["uncertainty"] for row in rows]
         assert table["unsure_level"].tolist() == [row["unsure_level"] for row in rows]
-
-
-TREE = Taxonomy({"a": {"b": ["c", "d"], "e": None}, "f": ["g", "h"], "i": None})
-
-
-def row_of(probabilities: np.ndarray, multi_label: bool) -> dict:
-    """Return the row of a prediction with these node probabilities."""
-    absent = dict.fromkeys(("id_column", "coverage", "recall", "costs", "probabilities"))
-    problem_type = "multi_label_classification" if multi_label else "single_label_classification"
-    config = HierarchicalConfig(taxonomy=TREE, problem_type=problem_type)
-    rows = RowFormat(Namespace(**absent, uncertainty=True), config, None)
-    nodes = dict(zip(TREE.labels, probabilities.tolist(), strict=True))
-    levels = [
-        {TREE.labels[node]: nodes[TREE.labels[node]] for node in TREE.reading_order if TREE.levels[node] == level}
-        for level in range(1, TREE.depth + 1)
-    ]
-    one = {"label": "c", "score": 1.0, "path": []}
-    prediction = {**one, "labels": [], "levels": levels, "truncated": False}
-    return rows.row(0, InputRow("in.csv", 1, None, "text", None, None), prediction)
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_levels_share_the_entropy_of_the_leaf(seed):
-    leaves = np.random.default_rng(seed).dirichlet(np.full(TREE.num_leaves, 0.5))
-    leaves[seed % TREE.num_leaves] = 0.0
-    leaves /= leaves.sum()
-    nodes = np.array([leaves[below].sum() for below in TREE.leaves_at_or_below])
-    # entropy of the node at a level; a leaf above that level counts as this node
-    known = [0.0]
-    for level in range(1, TREE.depth + 1):
-        cells = {TREE.path(leaf)[:level][-1] for leaf in range(TREE.num_leaves)}
-        known.append(entropy([nodes[cell] for cell in cells]))
-    row = row_of(nodes, multi_label=False)
-    assert row["uncertainty"] == pytest.approx(entropy(leaves), abs=1e-6)
-    assert row["unsure_level"] == 1 + np.diff(known).argmax()
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_with_several_labels_the_uncertainty_is_the_entropy_of_their_set(seed):
-    given_parent = np.random.default_rng(seed).beta(0.5, 0.5, TREE.num_nodes)
-    given_parent[seed] = seed % 2
-    nodes = np.array([np.prod(given_parent[TREE.path(node)]) for node in range(TREE.num_nodes)])
-    total, by_level = 0.0, np.zeros(TREE.depth)
-    for present in product([False, True], repeat=TREE.num_nodes):
-        is_open = [parent < 0 or present[parent] for parent in TREE.parents]
-        if any(one and not possible for one, possible in zip(present, is_open, strict=True)):
-            continue
-        shares = np.where(present, given_parent, 1 - given_parent)[is_open]
-        probability = shares.prod()
-        if probability > 0:
-            total -= probability * np.log(probability)
-            np.add.at(by_level, np.array(TREE.levels)[is_open] - 1, -probability * np.log(shares))
-    row = row_of(nodes, multi_label=True)
-    assert row["uncertainty"] == pytest.approx(total, abs=1e-6)
-    assert row["unsure_level"] == 1 + by_level.argmax()
 
 
 @pytest.mark.skipif(not has_int8_products(), reason="this processor has no 8-bit products")

@@ -116,13 +116,6 @@ def test_outputs_and_gradients_of_other_encoders(kind, tmp_path):
     assert_same(model, fast, given)
 
 
-def test_outputs_and_gradients_with_gradient_checkpointing(minilm, batch):
-    model, fast = (lora_model(minilm) for _ in range(2))
-    use_training_kernels(fast.encoder, torch.bfloat16)
-    fast.activation_checkpointing_enable()
-    assert_same(model, fast, batch)
-
-
 @pytest.mark.parametrize("hole", [False, True])
 def test_padding_may_stand_on_the_left_or_in_between(minilm, batch, hole):
     mask = batch["attention_mask"].flip(1)

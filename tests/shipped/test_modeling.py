@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoModel, BitsAndBytesConfig, initialization
 
 from configuration_hierarchical import Calibration, HierarchicalConfig
+from decisions_hierarchical import OnePath
 from hierarchical_clinicalbert.checkpoint_files import find_damage
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from taxonomy_hierarchical import Taxonomy
@@ -402,6 +403,16 @@ def test_files_of_an_earlier_save_are_neither_loaded_nor_kept(adapted, tmp_path)
     assert find_damage(tmp_path) is None
     whole.save_pretrained(tmp_path)
     assert not [*tmp_path.glob("heads*"), *(tmp_path / "adapter").iterdir()]
+
+
+def test_labels_with_weights_are_floats_whatever_the_weights():
+    decisions = OnePath(UNEVEN)
+    assert decisions.targets([[3], [6], []]).tolist() == [3, 6, -100]
+    mixed = decisions.targets([[1, 3], []], [[0.7, 0.3], []])
+    torch.testing.assert_close(mixed, torch.tensor([[0, 0.7, 0, 0.3, 0], [-100.0] * 5]))
+    assert decisions.targets([[3]], [[1.0]]).tolist() == [[0, 0, 0, 1, 0]]
+    with pytest.raises(ValueError, match="weights are for leaves, and a text has a weighted inner node"):
+        decisions.targets([[6]], [[1.0]])
 
 
 def test_hidden_states_and_attentions_are_returned_on_request(tmp_path):

@@ -129,30 +129,6 @@ def test_with_costs_no_other_set_of_nodes_has_a_lower_expected_cost(classify, mi
         assert "expected_cost" not in result
 
 
-@pytest.mark.parametrize(
-    ("costs", "message"),
-    [
-        ("distance", 'for multi-label models, costs are {"missing": a number, "inventing": a number}'),
-        ({"missing": 1}, 'for multi-label models, costs are {"missing": a number, "inventing": a number}'),
-        ({"missing": 1, "inventing": 1, "other": 1}, "for multi-label models, costs are"),
-        ({"missing": -1, "inventing": 1}, "costs: missing a node: a cost is a number from 0 to 1e300, not -1"),
-        ({"missing": 1, "inventing": "inf"}, "costs: inventing a node: a cost is a number from 0 to 1e300"),
-        ({"missing": 0, "inventing": 0}, "are both 0: one must be positive"),
-    ],
-)
-def test_costs_that_cannot_be_used_are_refused(classify, costs, message):
-    with pytest.raises(ValueError, match=message):
-        classify(TEXTS[0], costs=costs)
-    with pytest.raises(ValueError, match="give either costs or top_k"):
-        classify(TEXTS[0], costs={"missing": 1, "inventing": 1}, top_k=1)
-
-
-def test_no_label_is_a_prediction(checkpoint):
-    classify = pipeline("hierarchical-text-classification", model=checkpoint, trust_remote_code=True)
-    classify.model.config.calibration.thresholds = [1.1] * TREE.num_nodes
-    assert classify("Liver cirrhosis.")["labels"] == []
-
-
 def test_top_k_gives_the_most_probable_nodes(classify):
     results = classify(TEXTS[0], top_k=3)
     p = {label: score for level in results[0]["levels"] for label, score in level.items()}
@@ -181,6 +157,13 @@ def test_the_answer_for_a_recall_holds_the_nodes_from_its_threshold_on(classify)
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        ({"costs": "distance"}, 'for multi-label models, costs are {"missing": a number, "inventing": a number}'),
+        ({"costs": {"missing": 1}}, 'for multi-label models, costs are {"missing": a number, "inventing": a number}'),
+        ({"costs": {"missing": 1, "inventing": 1, "other": 1}}, "for multi-label models, costs are"),
+        ({"costs": {"missing": -1, "inventing": 1}}, "missing a node: a cost is a number from 0 to 1e300, not -1"),
+        ({"costs": {"missing": 1, "inventing": "inf"}}, "inventing a node: a cost is a number from 0 to 1e300"),
+        ({"costs": {"missing": 0, "inventing": 0}}, "are both 0: one must be positive"),
+        ({"costs": {"missing": 1, "inventing": 1}, "top_k": 1}, "give either costs or top_k"),
         (
             {"recall": 0.97},
             "recall 0.97 needs 33 labelled validation texts, and the checkpoint was calibrated on fewer",
@@ -191,9 +174,9 @@ def test_the_answer_for_a_recall_holds_the_nodes_from_its_threshold_on(classify)
         ({"recall": 0.5, "stride": 8, "top_k": 2}, "recall needs texts truncated at 512 tokens"),
     ],
 )
-def test_a_guarantee_that_the_checkpoint_lacks_is_refused(classify, given, message):
+def test_arguments_that_the_checkpoint_cannot_serve_are_refused(classify, given, message):
     with pytest.raises(ValueError, match=message):
-        classify(TEXTS, **given)
+        classify(TEXTS[0], **given)
 
 
 def test_an_uncalibrated_checkpoint_has_thresholds_of_one_half_and_no_guarantee(minilm, tmp_path):
@@ -208,3 +191,5 @@ def test_an_uncalibrated_checkpoint_has_thresholds_of_one_half_and_no_guarantee(
     assert [{node["label"]: node["score"] for node in result["labels"]} for result in results] == expected
     with pytest.raises(ValueError, match="this checkpoint was not calibrated: recall needs"):
         classify(TEXTS[0], recall=0.9)
+    classify.model.config.calibration.thresholds = [1.1] * TREE.num_nodes
+    assert classify(TEXTS[0])["labels"] == []  # no label is a prediction, too

@@ -124,9 +124,40 @@ class Page:
         option = self.until(lambda: next((o for o in self.all("[role=option]") if o.text.endswith(label)), None))
         option.click()
 
-    def upload(self, file: Path) -> None:
-        self.driver.execute_script("document.querySelector('#state section').dataset.old = '1'")
+    def open_file(self, file: Path, shown: str) -> None:
+        """Choose a file, and wait for a text in its status."""
+        self.tab("A file")
         self.one("#file input[type=file]").send_keys(str(file))
+        self.until(lambda: shown in self.text("#state"))
+
+    def start(self, shown: str) -> None:
+        """Classify the file, and wait for a text in its status."""
+        self.press("#start")
+        self.until(lambda: re.search(shown, self.text("#state")))
+
+    def remove_file(self) -> None:
+        self.press("#file button[aria-label*=lear], #file button[title*=lear], #file .icon-button")
+        self.until(lambda: self.all("#file input[type=file]") and "No file yet" in self.text("#state"))
+
+    def cells(self, selector: str) -> list[list[str]]:
+        """Return the texts of a table by row and cell."""
+        rows = (
+            "[...document.querySelectorAll(arguments[0] + ' tbody tr')].map(r => [...r.cells].map(c => c.textContent))"
+        )
+        return self.driver.execute_script(f"return {rows}", selector)
+
+    def drawn(self, figure: str) -> str:
+        return self.driver.execute_script(f"return document.querySelector('#{figure}').textContent")
+
+    def top_of(self, selector: str) -> float:
+        place = "document.querySelector(arguments[0]).getBoundingClientRect().top + scrollY"
+        return self.driver.execute_script(f"return {place}", selector)
+
+    def target(self, kind: str = "number"):
+        """Return the number box or the slider (kind "range") of the guarantee of a text."""
+        box = self.one(f"#coverage input[type={kind}], #recall input[type={kind}]")
+        self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", box)
+        return box
 
     def settle(self, selector: str) -> str:
         """Return the text of an element once it is unchanged for a second, which is twice the time between progress messages."""
@@ -163,81 +194,80 @@ def page(chromium, space) -> Page:
     return Page(chromium, space.address)
 
 
+@pytest.fixture(scope="module", params=["one path", "several labels"])
+def any_page(request, chromium) -> tuple[Page, bool]:
+    """Return the page of a model of each form, and whether it predicts several labels."""
+    several = request.param == "several labels"
+    server = request.getfixturevalue("labels_space" if several else "space")
+    return Page(chromium, server.address, ("tree",) if several else ("bars", "icicle")), several
+
+
 def write_table(path: Path, rows: list[list[str]]) -> Path:
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(rows)
     return path
 
 
-def test_an_abstract_is_typed_submitted_by_ctrl_enter_and_its_result_read(page):
+# ── One text ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_an_abstract_is_typed_submitted_by_ctrl_enter_and_its_result_read(any_page):
+    page, several = any_page
     page.open()
     assert "Not a medical device" in page.text("#masthead")
-    height = page.driver.execute_script("return document.querySelector('#words').getBoundingClientRect().top + scrollY")
-    area = page.one("#abstract textarea")
-    area.send_keys(NEURO)
-    area.send_keys(Keys.CONTROL, Keys.ENTER)
+    height = page.top_of("#words")
+    page.one("#abstract textarea").send_keys("Outcomes of epilepsy and seizures.", Keys.CONTROL, Keys.ENTER)
     page.until(lambda: page.all("#result .path"))
     assert page.text("#result .class") == "nervous system diseases"
     assert "%" in page.text("#result .certainty")
     assert page.text("#result .path").split()[:2] == ["specific", "disease"]
-    assert "For 90% coverage" in page.text("#result .answer")
+    assert f"For 90% {'recall' if several else 'coverage'}: " in page.text("#result .answer")
     assert "The whole text was read" in page.text("#result")
-    for figure in ("#bars", "#icicle"):
-        content = f"return document.querySelector('{figure}').textContent"
-        page.until(lambda content=content: "nervous system diseases" in page.driver.execute_script(content))
-    after = page.driver.execute_script("return document.querySelector('#words').getBoundingClientRect().top + scrollY")
-    assert after == height  # nothing moved
+    for figure in page.figures:
+        marked = "✓ nervous system diseases" if several else "nervous system diseases"
+        page.until(lambda figure=figure, marked=marked: marked in page.drawn(figure))
+    assert page.top_of("#words") == height  # nothing moved
 
 
-def test_switching_the_node_changes_the_highlight(page):
+def test_switching_the_node_changes_the_highlight(any_page):
+    page, several = any_page
     page.open()
     page.classify(NEURO)
     weights = page.show()
     assert "nervous system diseases" in page.text("#words h3")
     assert max(weights, key=weights.get) in CLEAR["nervous system diseases"]
     assert "convergence error" in page.text("#words")
+    assert ("log-odds" if several else "percentage points") in page.text("#words")
     page.pick("digestive system diseases")
     other = page.weights()
     assert "digestive system diseases" in page.text("#words h3")
     assert max(other, key=other.get) == "colitis"
-    assert other["epilepsy"] < 0
 
 
-def test_a_higher_coverage_backs_off(page):
-    """Change the coverage by typing, and by the arrow keys."""
+def test_a_coverage_is_typed_key_by_key_and_a_higher_one_backs_off(page):
     page.open()
     page.classify("Outcomes of epilepsy after angina, colitis and carcinoma.")
+    page.target().send_keys(Keys.CONTROL, "a", Keys.DELETE)
+    page.press("#classify")
+    page.until(lambda: "must be a number between" in page.text("#result .answer"))
+    page.target().send_keys("0")
     answers = []
-    box, slider = page.one("#coverage input[type=number]"), page.one("#coverage input[type=range]")
-    page.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", box)
-    box.send_keys(Keys.CONTROL, "a")
-    for shown, target, keys in (("50%", box, ["0.5", Keys.TAB]), ("95%", slider, [Keys.ARROW_RIGHT] * 45)):
-        target.send_keys(*keys)
+    for shown, kind, keys in (("50%", "number", [".5", Keys.TAB]), ("95%", "range", [Keys.ARROW_RIGHT] * 45)):
+        page.target(kind).send_keys(*keys)
         page.until(lambda shown=shown: shown in page.text("#result .answer"))
         answers.append(page.text("#result .answer").split(": ")[1].split(" or "))
-    leaves = set(CLEAR)
-    assert len(answers[0]) == 1
-    assert answers[0][0] in leaves
-    assert len(answers[1]) > 1 or answers[1][0] not in leaves
-
-
-def test_a_coverage_is_typed_key_by_key(page):
-    page.open()
-    page.classify(NEURO)
-    box = page.one("#coverage input[type=number]")
-    page.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", box)
-    box.send_keys(Keys.CONTROL, "a", Keys.DELETE)
-    page.press("#classify")
-    page.until(lambda: "The coverage is missing." in page.text("#result .answer"))
-    box.send_keys("0")
-    page.until(lambda: "must lie between" in page.text("#result .answer"))
-    box.send_keys(".7", Keys.TAB)
-    page.until(lambda: "70%" in page.text("#result .answer"))
     assert not page.all(".toast-body")
+    (leaf,), higher = answers
+    assert leaf in CLEAR
+    assert len(higher) > 1 or higher[0] not in CLEAR
 
 
 def test_the_last_press_counts_and_a_cleared_text_gets_no_late_explanation(page):
     page.open()
+    for button in range(1, 4):  # the examples
+        page.driver.execute_script("document.querySelector('#result .panel').dataset.old = '1'")
+        page.press(f"#examples button:nth-child({button})")
+        page.until(lambda: page.all("#result .path") and not page.all("#result .panel[data-old]"))
     page.type(NEURO * 200)
     page.press("#classify")
     time.sleep(1)
@@ -254,38 +284,16 @@ def test_the_last_press_counts_and_a_cleared_text_gets_no_late_explanation(page)
         time.sleep(1)
     assert "Classify a text, choose a node" in page.settle("#words")
     assert "Paste an abstract" in page.settle("#result")
-
-
-def test_examples_work_at_a_click_and_clear_clears(page):
-    page.open()
-    for button in range(3):
-        page.driver.execute_script("document.querySelector('#result .panel').dataset.old = '1'")
-        page.driver.execute_script("document.querySelectorAll('#examples button')[arguments[0]].click()", button)
-        page.until(lambda: page.all("#result .path") and not page.all("#result .panel[data-old]"))
-        assert page.one("#abstract textarea").get_attribute("value")
-    page.press("#clear")
-    page.until(lambda: page.text("#result .class") == "–")
     assert page.one("#abstract textarea").get_attribute("value") == ""
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "There is no text"),
-        ("epilepsy " * 11_200, "100,800 characters; at most 20,000"),
-    ],
-)
-def test_the_page_says_why_a_text_cannot_be_classified(page, text, message):
+def test_a_text_is_refused_or_truncated_in_words_and_the_page_goes_on(page):
     page.open()
-    page.classify(text)
-    assert message in page.text("#result [role=alert]")
-    page.classify(NEURO)  # and the page goes on
-    assert page.text("#result .class") == "nervous system diseases"
-
-
-def test_the_truncated_end_is_reported_and_shown(page):
-    page.open()
+    for text, message in (("", "The text is empty"), ("epilepsy " * 11_200, "100,800 characters; at most 20,000")):
+        page.classify(text)
+        assert message in page.text("#result [role=alert]")
     page.classify(NEURO + " The rest of it goes on and on." * 100)
+    assert page.text("#result .class") == "nervous system diseases"
     assert "were not read" in page.text("#result .warning")
     page.show()
     assert "goes on and on." in page.text("#words .text .unread")
@@ -297,132 +305,105 @@ def test_a_hostile_text_is_shown_and_nothing_of_it_runs(page):
     page.classify(HOSTILE)
     assert page.text("#result .class") == "nervous system diseases"
     page.show()
-    shown = page.driver.execute_script("return document.querySelector('#words .text').textContent")
-    assert shown == HOSTILE
+    assert page.driver.execute_script("return document.querySelector('#words .text').textContent") == HOSTILE
     assert not page.all("#words img, #words script, #result img")
     assert page.driver.title == title
     page.classify("NUL \0 angina \x07 thrombosis")  # another answer: one that looks the same is not drawn again
     assert page.text("#result .class") == "cardiovascular diseases"
 
 
-def test_a_file_is_classified_and_its_downloads_parse(page, downloads, tmp_path):
-    rows = [
-        ["n", "abstract"],
-        ["1", NEURO],
-        ["2"],
-        ["3", "=cmd epilepsy and seizures"],
-        ["4", " "],
-        ["5", "Angina <img src=x onerror=alert(1)>"],
-    ]
+# ── A file ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_file_is_classified_and_its_downloads_parse(any_page, downloads, tmp_path):
+    page, several = any_page
+    texts = [NEURO, "=cmd epilepsy and seizures", "Angina <img src=x onerror=alert(1)>"]
+    rows = [["n", "abstract"], ["1", texts[0]], ["2"], ["3", texts[1]], ["4", " "], ["5", texts[2]]]
     page.open()
-    page.tab("A file")
-    page.upload(write_table(tmp_path / "texts.csv", rows))
-    page.until(lambda: "deleted from the disk" in page.text("#state"))
+    page.open_file(write_table(tmp_path / "texts.csv", rows), "deleted from the disk")
     assert page.one("#column input").get_attribute("value") == "abstract"
-    page.press("#start")
-    page.until(lambda: "Done: 5 of 5 rows; 2 could not be classified" in page.text("#state"))
-    shown = page.driver.execute_script(
-        "return [...document.querySelectorAll('#preview tbody tr')].map(r => [...r.cells].map(c => c.textContent))"
-    )
+    page.start("Done: 5 of 5 rows; 2 could not be classified")
+    shown = page.cells("#preview")
     assert [row[0] for row in shown] == ["2", "4", "6"]
-    assert shown[0][2] == "nervous system diseases"
-    assert shown[2][1] == rows[5][1]
+    assert "nervous system diseases" in shown[0][2]
+    assert shown[2][1] == texts[2]
     assert not page.all("#preview img")
-    problems = page.driver.execute_script(
-        "return [...document.querySelectorAll('#problems tbody tr')].map(r => [...r.cells].map(c => c.textContent))"
-    )
-    assert problems == [["3", "1 fields, where the header has 2"], ["5", "the text is empty"]]
-    for kind, third in (("csv", "\\" + rows[3][1]), ("jsonl", rows[3][1])):
+    assert page.cells("#problems") == [["3", "1 fields, where the header has 2"], ["5", "the text is empty"]]
+    for kind, start in (("csv", "\\"), ("jsonl", "")):
         found = page.download(downloads, kind, 3)
-        assert [row["text"] for row in found] == [NEURO, third, rows[5][1]]
-        assert kind == "csv" or found[0]["path"] == ["specific disease", "nervous system diseases"]
+        assert [row["text"] for row in found] == [texts[0], start + texts[1], texts[2]]
         assert [int(row["line"]) for row in found] == [2, 4, 6]
-        assert [row["predicted"] for row in found][::2] == ["nervous system diseases", "cardiovascular diseases"]
+        labels = [row["labels" if several else "predicted"] for row in found][1:]
+        expected = ["nervous system diseases", "cardiovascular diseases"]
+        assert labels == ([[label] for label in expected] if several and kind == "jsonl" else expected)
 
 
 def test_a_file_is_cancelled_or_removed_and_the_next_one_runs(page, tmp_path):
-    remove = "#file button[aria-label*=lear], #file button[title*=lear], #file .icon-button"
     page.open()
-    page.tab("A file")
-    page.upload(write_table(tmp_path / "many.csv", [["text"], *[[NEURO + " word" * 90]] * 9000]))
-    page.until(lambda: "9,000" in page.text("#state"))
-    page.press("#start")
-    page.until(lambda: re.search("Classified [1-9]", page.text("#state")))  # not "Classified: 0 of 9,000 rows"
+    page.open_file(write_table(tmp_path / "many.csv", [["text"], *[[NEURO + " word" * 90]] * 9000]), "9,000")
+    page.start("Classified [1-9]")  # not "Classified: 0 of 9,000 rows"
     page.press("#cancel")
     page.until(lambda: "Cancelled" in page.text("#ended"))
     assert "Done" not in page.settle("#state")
     assert "Cancelled" in page.text("#ended")  # and it stays so
-    page.press("#start")
-    page.until(lambda: re.search("Classified [1-9]", page.text("#state")))
-    page.press(remove)  # ends the run, too
-    page.until(lambda: page.all("#file input[type=file]") and "No file yet" in page.text("#state"))
-    assert not page.all("#preview tbody tr")
+    page.start("Classified [1-9]")
+    page.remove_file()  # ends the run, too
+    assert not page.cells("#preview")
     assert "No file yet" in page.settle("#state")
-    page.upload(write_table(tmp_path / "few.csv", [["text"], [NEURO]]))
-    page.until(lambda: "of 1 rows" in page.text("#state"))
-    page.press("#start")
-    page.until(lambda: "Done: 1 of 1 rows" in page.text("#state"))
+    page.open_file(write_table(tmp_path / "few.csv", [["text"], [NEURO]]), "of 1 rows")
+    page.start("Done: 1 of 1 rows")
     assert page.text("#ended") == ""
     page.press("#cancel")
     page.until(lambda: "Nothing is running" in page.text("#ended"))
     assert "Done" in page.text("#state")
-    assert page.all("#preview tbody tr")
-    page.press(remove)
-    page.until(lambda: "No file yet" in page.text("#state"))
-    assert not page.all("#preview tbody tr")
+    assert page.cells("#preview")
+    page.remove_file()
+    assert not page.cells("#preview")
     page.until(lambda: page.driver.execute_script("return document.querySelector('#csv').disabled"))
 
 
 def test_a_file_that_is_replaced_while_it_is_read_is_not_classified(page, tmp_path):
     page.open()
-    page.tab("A file")
     header = [*(f"c{i}" for i in range(900)), "text"]
-    page.upload(write_table(tmp_path / "slow.csv", [header, *[[""] * 900 + ["Sepsis and fever."]] * 9000]))
+    slow = write_table(tmp_path / "slow.csv", [header, *[[""] * 900 + ["Sepsis and fever."]] * 9000])
+    page.open_file(slow, "No file yet")
     page.until(lambda: "slow" in page.text("#file"))
     time.sleep(1)  # so that it is being read
-    page.press("#file button[aria-label*=lear], #file button[title*=lear], #file .icon-button")
-    page.until(lambda: page.all("#file input[type=file]"))
-    page.upload(write_table(tmp_path / "quick.csv", [["text"], [NEURO]]))
-    page.until(lambda: re.search(r"of [\d,]+ rows", page.text("#state")))
-    page.press("#start")
-    page.until(lambda: "Done: 1 of 1 rows" in page.text("#state"))
+    page.remove_file()
+    page.open_file(write_table(tmp_path / "quick.csv", [["text"], [NEURO]]), " rows")
+    page.start("Done: 1 of 1 rows")
     assert "nervous system diseases" in page.text("#preview")
 
 
 def test_a_file_that_cannot_be_read_is_refused_in_words(page, tmp_path):
     (tmp_path / "wrong.parquet").write_bytes(b"text\nnot Parquet\n")
-    page.open()
-    page.tab("A file")
-    page.upload(tmp_path / "wrong.parquet")
-    page.until(lambda: page.all("#state [role=alert]"))
-    assert "not a Parquet file" in page.text("#state")
-    page.press("#start")
-    page.until(lambda: "There is no file: choose one." in page.text("#state"))
-
-
-def test_a_file_of_more_than_10_mb_is_refused_in_words(page, tmp_path):
     (tmp_path / "big.csv").write_bytes(b"text\n" + b"x" * (11 * 2**20))
     page.open()
-    page.tab("A file")
-    page.upload(tmp_path / "big.csv")
+    page.open_file(tmp_path / "wrong.parquet", "not a Parquet file")
+    assert page.all("#state [role=alert]")
+    page.start("There is no file: choose one.")
+    page.remove_file()
+    page.open_file(tmp_path / "big.csv", "")
     page.until(lambda: "exceed the maximum allowed size of 10" in page.text("body"))
 
 
+# ── The page ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
-def test_nothing_is_wider_than_the_page(page, width, scheme, tmp_path):
+def test_nothing_is_wider_than_the_page_and_the_model_is_described(any_page, width, scheme, tmp_path):
+    page, several = any_page
     page.open(width, 844, scheme)
     assert not page.is_too_wide()
     page.classify(NEURO + " " + "W" * 300)
     page.show()
     assert not page.is_too_wide()
-    page.tab("A file")
-    page.upload(write_table(tmp_path / "texts.csv", [["text"], [NEURO], ["W" * 300]]))
-    page.until(lambda: "of 2 rows" in page.text("#state"))
-    page.press("#start")
-    page.until(lambda: "Done" in page.text("#state"))
+    page.open_file(write_table(tmp_path / "texts.csv", [["text"], [NEURO], ["W" * 300]]), "of 2 rows")
+    page.start("Done")
     assert not page.is_too_wide()
     page.tab("About the model")
-    page.until(lambda: page.all("#card h2"))
+    page.until(lambda: "up to 9" in page.text("#facts"))
+    assert several or "Limits and intended use" in page.text("#card")
     assert not page.is_too_wide()
 
 
@@ -438,96 +419,25 @@ def test_every_control_has_a_name_and_is_reached_by_the_keyboard(page):
     )
     assert unnamed == []
     page.driver.execute_script("document.querySelector('#abstract textarea').focus()")
+    focused = "const e = document.activeElement; return e.id || e.closest('[id]:not([id^=component])')?.id"
     reached = set()
     for _ in range(14):
         page.driver.switch_to.active_element.send_keys(Keys.TAB)
-        reached.add(
-            page.driver.execute_script(
-                "const e = document.activeElement; return e.id || e.closest('[id]:not([id^=component])')?.id"
-            )
-        )
+        reached.add(page.driver.execute_script(focused))
     assert {"classify", "clear", "coverage", "node", "show"} <= reached
 
 
-def test_the_model_and_its_limits_are_shown(page):
-    page.open()
-    page.tab("About the model")
-    page.until(lambda: page.all("#card h2"))
-    shown = page.text("#card")
-    assert "Limits and intended use" in shown
-    assert "general pathological conditions" in shown
-    assert "apache-2.0" in page.text("#facts")
-
-
-def test_the_page_sends_requests_only_to_its_own_server(page, space):
+def test_the_page_sends_requests_only_to_its_own_server_and_the_console_has_no_errors(page, space):
+    page.driver.get_log("browser")
     page.open()
     page.driver.get_log("performance")
     page.classify("Zebrafish-4711 " + NEURO)
+    page.show()
     sent = [json.loads(entry["message"])["message"] for entry in page.driver.get_log("performance")]
     urls = [m["params"]["request"]["url"] for m in sent if m["method"] == "Network.requestWillBeSent"]
     assert urls
     assert all(url.startswith((space.address, "data:", "blob:")) for url in urls)
     assert "Zebrafish" not in space.log()
     assert not any(b"Zebrafish" in content for content in space.files().values())
-
-
-def test_the_browser_console_has_no_errors(page):
-    page.driver.get_log("browser")
-    page.open()
-    page.classify(NEURO)
-    page.show()
-    severe = [e["message"] for e in page.driver.get_log("browser") if e["level"] == "SEVERE"]
-    ours = [message for message in severe if page.address in message.split(" ")[0]]
-    assert ours == []
-
-
-def test_several_labels_are_read_in_the_result_the_tree_the_words_and_the_file(
-    chromium, labels_space, downloads, tmp_path
-):
-    text = "The outcomes of epilepsy and of hypertension."
-    page = Page(chromium, labels_space.address, figures=("tree",))
-    page.open()
-
-    # ── The result, the tree, and the answer ──
-    page.classify(text)
-    shown = {element.text for element in page.all("#result .class")}
-    assert shown == {"nervous system diseases", "cardiovascular diseases"}
-    assert "For 90% recall: specific disease" in page.text("#result .answer")
-    content = "return document.querySelector('#tree').textContent"
-    page.until(lambda: "✓ nervous system diseases" in page.driver.execute_script(content))
-    assert "✓ specific disease" in page.driver.execute_script(content)
-    assert "✓ neoplasms" not in page.driver.execute_script(content)
-    assert not page.all("#bars, #icicle")
-
-    # ── The words of a predicted node, and of another ──
-    weights = page.show()
-    assert max(weights, key=weights.get) in ("epilepsy", "hypertension")
-    assert "log-odds" in page.text("#words")
-    page.pick("neoplasms")
-    page.weights()
-    assert "neoplasms" in page.text("#words h3")
-
-    # ── A recall that needs more texts, and no label ──
-    box = page.one("#recall input[type=number]")
-    page.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", box)
-    box.send_keys(Keys.CONTROL, "a")
-    box.send_keys("0.97", Keys.TAB)
-    page.classify("We report on the weather.")
-    # leaving the box classified the old text too: wait for the answer to the new one
-    page.until(lambda: page.text("#result .class") == "No label")
-    assert "Recall 0.97 needs 33 labelled validation texts" in page.text("#result .answer")
-
-    # ── A file and its download, narrow pages, and the facts ──
-    page.open(390, 844)
-    page.tab("A file")
-    page.upload(write_table(tmp_path / "labels.csv", [["text"], [text], ["We report on the weather."]]))
-    page.until(lambda: "of 2 rows" in page.text("#state"))
-    page.press("#start")
-    page.until(lambda: "Done: 2 of 2 rows" in page.text("#state"))
-    assert "no label" in page.text("#preview")
-    assert not page.is_too_wide()
-    rows = page.download(downloads, "csv", 2)
-    assert set(rows[0]["labels"].split("; ")) == {"nervous system diseases", "cardiovascular diseases"}
-    assert rows[1]["labels"] == ""
-    page.tab("About the model")
-    page.until(lambda: "up to 95%" in page.text("#facts"))
+    severe = [entry["message"] for entry in page.driver.get_log("browser") if entry["level"] == "SEVERE"]
+    assert not [message for message in severe if page.address in message.split(" ")[0]]

@@ -1,0 +1,141 @@
+"""Test the files of the Space: what is read of an upload, what is refused, and that no download holds a formula."""
+
+import csv
+import io
+import json
+import re
+import sys
+
+import pyarrow as pa
+import pytest
+from conftest import ROOT, parquet, run_outside
+
+sys.path.insert(0, str(ROOT / "space"))
+
+from tables import FORMULA, MAX_BYTES, MAX_COLUMNS, Refused, join_lists, read_table, to_csv
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "message"),
+    [
+        (b"text\n", "csv", "no rows"),
+        (b"We followed 212 patients with fibrillation.\nBlood was drawn.\n", "csv", "is the header missing"),
+        (b"id;befund\n1;Kolitis\n", "csv", "separated by semicolons"),
+        (b"text\n" * 10_002, "csv", "more than 10,000 rows"),
+        (b"x" * (MAX_BYTES + 1), "txt", "at most 10 MB"),
+        (b",".join(b"%d" % i for i in range(MAX_COLUMNS + 1)) + b"\n", "csv", "more than 1,000 columns"),
+    ],
+)
+def test_a_file_beyond_the_limits_or_without_rows_is_refused_in_words(content, kind, message):
+    with pytest.raises(Refused, match=message):
+        read_table(content, kind)
+
+
+def test_the_column_of_texts_is_the_requested_one_or_the_one_with_the_most_characters():
+    content = parquet({"a.b": ["dotted"], "a": ["the longest of them"], "s": [{"b": "inner"}]})
+    table = read_table(content, "parquet")
+    assert (table.columns, table.column) == (["a.b", "a", "s"], "a")
+    dotted, struct = (read_table(content, "parquet", name).rows[0] for name in ("a.b", "s"))
+    assert (dotted.text, struct.problem) == ("dotted", "the value is not text but dict")
+    with pytest.raises(Refused, match="no such column"):
+        read_table(b"a,b\n1,2\n", "csv", "c")
+
+
+def test_parquet_files_within_the_limits_are_read():
+    texts = [f"text {i} " + "x" * 150 for i in range(10_000)]
+    vectors = pa.array([[0.5] * 384] * 3000, pa.list_(pa.float32()))
+    for columns in ({"text": pa.array(texts).dictionary_encode()}, {"a": texts[:3000], "vector": vectors}):
+        rows = read_table(parquet(columns), "parquet").rows
+        assert [row.text for row in rows] == texts[: len(next(iter(columns.values())))]
+
+
+# ── Hostile files ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def hostile_files() -> dict[str, bytes]:
+    """Return contents, by name, of files of at most 10 MB that unpack to much more."""
+    full = MAX_BYTES - 100
+    repeated = pa.DictionaryArray.from_arrays(pa.array([0] * 10_000, pa.int32()), ["x" * 2**20])
+    return {
+        "page.parquet": parquet({"text": ["x" * 2**20] * 200}, use_dictionary=False, compression="zstd"),
+        "repeated.parquet": parquet({"text": repeated}),
+        "objects.jsonl": b'{"text":[' + b'{"":{}},' * (full // 8) + b"0]}\n",
+        "names.jsonl": b"{" + b",".join(b'"%x":0' % i for i in range(full // 10)) + b"}\n",
+        "fields.csv": b"12," * (full // 3),
+        "cells.csv": b",".join(b"%x" % i for i in range(1000)) + b"\n" + (b"," * 999 + b"\n") * 10_000,
+        "lines.csv": b'text\n"\xff' + b"\n" * (full // 2) + b'"\n',
+        "wide.txt": ("\U0001f600" + "a" * 1030 + "\n").encode() * 10_000,
+    }
+
+
+def test_no_file_of_10_mb_takes_a_gigabyte(tmp_path):
+    """Measure the peak memory of a fresh process and its subprocesses, minus the memory at the start."""
+    for name, content in hostile_files().items():
+        assert len(content) <= MAX_BYTES, name
+        (tmp_path / name).write_bytes(content)
+    code = f"""
+import json, resource, sys
+from pathlib import Path
+sys.path.insert(0, {str(ROOT / "space")!r})
+from tables import Refused, read_table
+
+def most(who):
+    return resource.getrusage(who).ru_maxrss * 1024
+
+rest, results = most(resource.RUSAGE_SELF), {{}}
+for file in sorted(Path({str(tmp_path)!r}).glob("*.*")):
+    try:
+        results[file.name] = len(read_table(file.read_bytes(), file.suffix[1:]).rows)
+    except Refused as error:
+        results[file.name] = str(error)
+print(json.dumps([results, most(resource.RUSAGE_SELF) - rest + most(resource.RUSAGE_CHILDREN)]))
+"""
+    results, memory = run_outside(code, tmp_path, fresh=True)
+    assert memory < 10**9, results
+    packed = [results[name] for name in results if name.endswith("parquet")]
+    assert all("more than 41,943,040 bytes" in one for one in packed), packed
+    assert results["wide.txt"] == results["cells.csv"] == 10_000
+    too_many = "The file has more than 1,000 columns, the most that is accepted."
+    assert results["names.jsonl"] == results["fields.csv"] == too_many
+
+
+# ── Downloads ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+# what OWASP lists, in front of what a spreadsheet may drop and behind what may end a cell
+FORMULAS = [
+    f"a{end}{dropped}{start}HYPERLINK(1)"
+    for end in ("", ",", ";", "\t", "|", "\n", "\r\n", ";,", "x")
+    for dropped in ("", " ", '"', "'", '""', "''", ' "', " '", "\u00a0", "\t", "\r", "\n", "'\n", "\0")
+    for start in ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20", "\t", "\r", "\n", "\\=", "\\\\-", "\\\t=")
+]
+
+
+def test_no_cell_of_a_download_is_a_formula_wherever_a_spreadsheet_splits_it(space):
+    texts = [*FORMULAS, *(text[1:] + " x" for text in FORMULAS if len(text) > 13), "p = 0.5 (-1)", 'a "b", one\nmore']
+    space.open_file("".join(json.dumps({"text": text}) + "\n" for text in texts).encode(), "formulas", "a.jsonl")
+    space.run_file("formulas")
+    downloads = [content for path, content in space.files().items() if path.name == "predictions.csv"]
+    (download,) = (content.decode("utf-8-sig") for content in downloads if b"HYPERLINK" in content)
+    csv.field_size_limit(len(download))
+    for delimiter in ",;\t|":
+        for quotes in ({"quotechar": '"'}, {"quotechar": "'"}, {"quoting": csv.QUOTE_NONE}):
+            rows = csv.reader(io.StringIO(download, newline=""), delimiter=delimiter, **quotes)
+            cells = [cell for row in rows for cell in row]
+            assert sum("HYPERLINK" in cell for cell in cells) > 1
+            for cell in cells:
+                assert not cell.startswith(("\t", "\r", "\n")), (delimiter, quotes, cell)
+                assert not re.match(r"[\s\0\"']*[=+@\uff1d\uff0b\uff0d\uff20-]", cell), (delimiter, quotes, cell)
+
+    # read back as docs/space.md says
+    marked = re.compile(FORMULA.pattern.replace("(?=", r"(\\) (?="), re.VERBOSE)
+    rows = csv.DictReader(io.StringIO(download, newline=""))
+    assert [marked.sub(lambda match: match[0][:-1], row["text"]) for row in rows] == texts
+
+
+def test_lists_in_a_download_come_back_and_are_no_formulas():
+    lists = [["=x", "a;-b"], ['"', ", =c"], ["\\", "+\\=", ";\\=d"]]
+    cells = [row[0] for row in csv.reader(io.StringIO(to_csv([{"list": one} for one in lists])))][1:]
+    assert [json.loads(cell) for cell in cells] == lists
+    assert not any(re.search(r'[,;] *"?[=+-]', cell) for cell in cells)
+    joined = [join_lists({"labels": labels})["labels"] for labels in (["a", "b"], ["ulcers; other", "burns"], [])]
+    assert joined == ["a; b", '["ulcers; other", "burns"]', ""]  # a label with ";" must not be read back as two

@@ -1,0 +1,260 @@
+"""Test what the Space keeps, logs, serves and accepts: privacy, limits for all users together, and hostile clients."""
+
+import re
+import socket
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+from conftest import ROOT
+from gradio_client import handle_file
+from gradio_client.exceptions import AppError
+from gradio_client.utils import QueueError
+from space_server import SpaceServer, stored, wait_until
+
+from hierarchical_clinicalbert.publishing.hub import SPACE_FILES
+
+MEGABYTE = 2**20
+LONG_LINES = ["a" * 20_000] * 60
+FULL = b"a\n" * (5 * MEGABYTE)  # a file of 10 MB, the most that is documented; it has too many rows
+
+
+def strict_space(model: str, folder: Path, **limits: int) -> SpaceServer:
+    """Serve a copy of the Space with smaller limits of `retention.py`."""
+    space = folder / "space"
+    for name in SPACE_FILES:
+        (space / name).parent.mkdir(parents=True, exist_ok=True)
+        source = ROOT if name.startswith("hierarchical_clinicalbert/") else ROOT / "space"
+        (space / name).write_bytes((source / name).read_bytes())
+    code = (space / "retention.py").read_text()
+    for name, limit in limits.items():
+        code, count = re.subn(rf"(?m)^{name} = [^#\n]+", f"{name} = {limit}  ", code)
+        assert count == 1
+    (space / "retention.py").write_text(code)
+    return SpaceServer(model, folder, app=space / "app.py")
+
+
+def classify_file(space: SpaceServer, upload: httpx.Response) -> str:
+    """Return the id of the event, with which `SpaceServer.result` reads the result."""
+    return space.call("classify_file", stored(upload), None, None)
+
+
+def classify_lines(space: SpaceServer, lines: list[str]) -> str:
+    return classify_file(space, space.upload("\n".join(lines).encode()))
+
+
+def is_on_disk(space: SpaceServer, content: bytes) -> bool:
+    return any(content in kept for kept in space.files().values())
+
+
+# ── Privacy ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_nothing_of_what_is_sent_is_logged_or_kept(space, texts, tmp_path):
+    mark = "Zebrafish-4711"
+    (tmp_path / f"{mark}.csv").write_text(f"{mark},text\n{mark},{mark} {texts[0]}\n{mark}\n")
+    space.client.predict(f"{mark} {texts[0]}", api_name="/classify")
+    space.client.predict(f"{mark} colitis", api_name="/explain")
+    space.client.predict(handle_file(str(tmp_path / f"{mark}.csv")), "text", api_name="/classify_file")
+    with pytest.raises(AppError):
+        space.client.predict(mark * 5000, api_name="/classify")
+    # call every function of the page with invalid arguments, also functions that are hidden from clients
+    functions = space.http.get("/config").json()["dependencies"]
+    assert {"classify", "explain", "classify_file", "run_file"} <= {function["api_name"] for function in functions}
+    for function in functions:
+        for value in (mark, {"path": f"/etc/{mark}", "meta": {"_type": "gradio.FileData"}}, "half \ud800 " + mark):
+            messages = space.press(function["id"], [value] * 3, f"{mark}{function['id']}")
+            assert '"process_completed"' in messages
+    for route in ("call/v2/classify", f"run/{mark}", f"call/{mark}"):
+        space.http.post(f"/gradio_api/{route}", json={"data": [mark], mark: mark})
+    assert mark not in space.log()
+    assert not [path for path, content in space.files().items() if mark.encode() in content or mark in path.name]
+
+
+def test_no_path_of_the_server_is_served(space, clear_checkpoint):
+    for path in ("/etc/passwd", f"{clear_checkpoint}/config.json", str(ROOT / "space" / "app.py"), "../../etc/passwd"):
+        for route in ("/gradio_api/file=", "/file=", "/gradio_api/file/"):
+            assert space.http.get(f"{route}{path}").status_code in (403, 404)
+    local = "http://127.0.0.1:1/"
+    for route in ("deep_link?session_hash=x", f"proxy={local}", f"file={local}", "runs", "openapi.json"):
+        assert space.http.get(f"/gradio_api/{route}").status_code == 404
+    assert space.http.get("/monitoring").status_code == 404
+
+
+# ── What is kept, and for how long ───────────────────────────────────────────────────────────────────────────────────
+
+
+def test_results_sessions_and_files_that_nobody_uses_are_deleted_in_time(clear_checkpoint, tmp_path):
+    limits = {"MAX_UNREAD": 2_200_000, "KEPT_SECONDS": 4, "SWEEP_SECONDS": 1}
+    with strict_space(clear_checkpoint, tmp_path, **limits) as space:
+        # ── Results: the first is more than half of the limit
+        classify_lines(space, LONG_LINES)
+        unread, read = (space.call("classify", "Zebrafish with colitis", None) for _ in range(2))
+        assert "event: complete" in space.result("classify", read).text  # so the first one is complete, too
+        space.upload(b"Okapi\n")
+        assert is_on_disk(space, b"Okapi")
+        time.sleep(6)
+        for event in (unread, read, "a1b2"):
+            answer = space.result("classify", event)
+            assert answer.status_code == 404
+            assert answer.json()["detail"].startswith("There is no such result.")
+        assert not is_on_disk(space, b"Okapi")
+        assert "event: complete" in space.result("classify_file", classify_lines(space, LONG_LINES)).text
+
+        # ── Sessions: one that is unused, and one that waits for longer than it is kept
+        space.press("begin_file", [None], "unused")
+        time.sleep(6)
+        assert "Nothing is running." in space.press("cancel_file", [None], "unused")
+        classify_lines(space, ["Colitis"] * 10_000)
+        space.press("begin_file", [None], "waiting")
+        assert "There is no file" in space.run_file("waiting")
+
+        # ── Downloads of an open page, and all files at the end
+        with space.http.stream("GET", "/gradio_api/heartbeat/open") as page:
+            beats = page.iter_raw()  # without a reference, it closes the connection
+            next(beats)
+            space.open_file(b"Okapi\n", "open")
+            space.run_file("open")
+            assert any(path.name == "predictions.csv" for path in space.files())
+            wait_until(lambda: not any(path.name.startswith("predictions") for path in space.files()))
+        space.upload(b"Tapir\n")
+        space.stop()
+        assert not space.files()
+
+
+def test_a_closed_page_keeps_no_file(space):
+    with space.http.stream("GET", "/gradio_api/heartbeat/closed") as page:
+        beats = page.iter_raw()
+        next(beats)
+        space.open_file(b"Okapi\n", "closed")
+        assert "Okapi" in space.run_file("closed")
+
+    def is_forgotten() -> bool:
+        space.press("begin_file", [None], "closed")
+        return "There is no file" in space.run_file("closed")
+
+    wait_until(is_forgotten)
+
+
+def test_what_was_sent_is_not_kept_in_memory(space):
+    """Send texts of 3 MB, which are refused, in sessions of their own: their memory is used again."""
+
+    def memory_after(count: int) -> int:
+        for _ in range(count):
+            answer = space.result("classify", space.call("classify", "a" * 3 * MEGABYTE, None))
+            assert "at most 20,000 are accepted" in answer.text
+        return space.memory()
+
+    before = memory_after(10)
+    assert memory_after(60) - before < 60 * MEGABYTE
+
+
+# ── How much ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_requests_that_are_too_large_are_refused(space):
+    big = b"x" * (11 * MEGABYTE)
+    several = [("files", (f"{i}.csv", big[: len(big) // 4])) for i in range(8)]
+    for path, body in (
+        ("upload", {"files": {"files": ("a.csv", big)}}),
+        ("upload", {"files": several}),
+        ("call/upload", {"content": big[: 8 * MEGABYTE]}),
+        ("queue/join", {"content": big}),
+    ):
+        answer = space.http.post(f"/gradio_api/{path}", **body)
+        assert answer.status_code == 413
+    assert answer.json()["detail"] == "The request is too large."  # which the page shows
+    assert not any(len(content) > MEGABYTE for content in space.files().values())
+
+
+def test_unread_results_have_a_limit(clear_checkpoint, tmp_path):
+    """Of `LONG_LINES`, one result fits, and two do not."""
+    with strict_space(clear_checkpoint, tmp_path, MAX_UNREAD=2_200_000) as space:
+        for _ in range(3):  # a client that reads its results meets no limit
+            assert "event: complete" in space.result("classify_file", classify_lines(space, LONG_LINES)).text
+        unread, refused = classify_lines(space, LONG_LINES), classify_lines(space, LONG_LINES)
+        answer = space.result("classify_file", refused).text
+        assert answer.startswith("event: error")
+        assert "the unread results of all users have reached 2 MB" in answer
+        assert "event: complete" in space.result("classify", space.call("classify", "Colitis", None)).text
+        assert "event: complete" in space.result("classify_file", unread).text
+
+
+def test_a_client_that_stops_reading_is_disconnected_in_time(clear_checkpoint, tmp_path):
+    """Ask for a result of 12 MB of JSON, which the sockets do not hold, and read nothing."""
+    lines = ["\u00e9" * 20_000] * 100
+    limits = {"MAX_UNREAD": 8_000_000, "KEPT_SECONDS": 20, "SWEEP_SECONDS": 1}
+    with strict_space(clear_checkpoint, tmp_path, **limits) as space, socket.socket() as connection:
+        event = classify_lines(space, lines)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(60)
+        connection.connect(("127.0.0.1", space.port))
+        connection.sendall(f"GET /gradio_api/call/classify_file/{event} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        answer = connection.recv(1000)  # until then the file is classified
+        other = space.result("classify_file", classify_lines(space, lines[:40])).text
+        assert "the unread results of all users have reached" in other  # with what the stopped client has not read
+        time.sleep(22)
+        assert "event: complete" in space.result("classify_file", classify_lines(space, lines)).text
+        while part := connection.recv(2**16):
+            answer += part
+        assert b"event: complete" in answer
+        assert len(answer) < 6 * 20_000 * 100
+
+
+def test_uploads_have_a_limit(clear_checkpoint, tmp_path):
+    """Of files that are read at once, any number is accepted."""
+    with strict_space(clear_checkpoint, tmp_path, MAX_STORED=25 * MEGABYTE) as space:
+        for _ in range(5):
+            assert (
+                "more than 10,000 rows" in space.result("classify_file", classify_file(space, space.upload(FULL))).text
+            )
+        sent = [space.upload(FULL) for _ in range(2)]
+        assert [answer.status_code for answer in sent] == [200, 200]
+        kept = sum(map(len, space.files().values()))
+        refused = space.upload(FULL)
+        assert (refused.status_code, refused.headers["retry-after"]) == (429, "60")
+        assert refused.json()["detail"] == "The files of all users have reached 25 MB: try again in 60 seconds."
+        assert sum(map(len, space.files().values())) == kept
+        tiny = [space.upload(b"a\n").status_code for _ in range(100)]
+        assert (tiny[0], tiny[-1]) == (200, 429)  # many tiny files fill a disk, too
+        assert "more than 10,000 rows" in space.result("classify_file", classify_file(space, sent[0])).text
+        assert space.upload(b"a\n" * 1000).status_code == 200  # because the file that was read is deleted
+
+
+def test_an_upload_that_breaks_off_leaves_nothing(space):
+    head = "POST /gradio_api/upload HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+    head += "Content-Length: 5000000\r\n\r\n--b\r\nContent-Disposition: form-data; name=files; filename=a.csv\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", space.port), timeout=60) as connection:
+        connection.sendall(head.encode() + b"Tapir\n" * 400_000)
+        wait_until(lambda: is_on_disk(space, b"Tapir"))
+    wait_until(lambda: not is_on_disk(space, b"Tapir"))
+
+
+def test_a_text_waits_for_no_file_and_a_full_queue_is_reported(space, texts):
+    """Classify texts while a file of 10,000 rows is classified; its run is cancelled before the end."""
+    space.open_file(f"{texts[0][:900]}\n".encode() * 10_000, "long")
+    run = ("run_file", [None, "text", 0.9, None])
+    assert space.join(*run, "long").status_code == 200
+    with space.http.stream("GET", "/gradio_api/queue/data", params={"session_hash": "long"}) as messages:
+        lines = messages.iter_lines()
+        assert any('"process_generating"' in line for line in lines)
+        assert space.client.predict("A study of colitis.", api_name="/classify")["label"]
+        assert "Most probable class" in space.press("show_result", ["A study of colitis.", 0.9], "short")
+        waiting = [space.join(*run, f"{i}").status_code for i in range(101)]
+        assert waiting == [200] * 100 + [503]
+        with pytest.raises(QueueError, match="Queue is full!"):
+            space.client.predict("A study of colitis.", api_name="/classify")
+        functions = space.http.get("/config").json()["dependencies"]
+        number = next(one["id"] for one in functions if one["api_name"] == "cancel_file")
+        cancel = {"data": [None], "fn_index": number, "session_hash": "long"}
+        assert "Cancelled" in space.http.post("/gradio_api/run/predict", json=cancel).text
+        assert not any("Done:" in line for line in lines)
+
+    def is_answered() -> bool:
+        try:
+            return bool(space.client.predict("A study of colitis.", api_name="/classify"))
+        except QueueError:
+            return False
+
+    wait_until(is_answered)

@@ -1,0 +1,141 @@
+"""Test the weights of words: against brute force, by their sum, and beside classification."""
+
+import math
+import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import ROOT
+from transformers import pipeline
+
+sys.path.insert(0, str(ROOT / "space"))
+
+from attribution import Explainer
+from classification import classify_all
+
+
+def load(checkpoint: str, **options):
+    return pipeline("hierarchical-text-classification", model=checkpoint, trust_remote_code=True, **options)
+
+
+@pytest.fixture(scope="module")
+def classifier(clear_checkpoint):
+    return load(clear_checkpoint)
+
+
+@pytest.fixture
+def attention_classifier(labels_checkpoint):
+    """Return a multi-label classifier with label attention."""
+    classifier = load(labels_checkpoint)
+    classifier.model.config.pooling = "label_attention"
+    queries = torch.randn(classifier.model.heads.weight.shape, generator=torch.Generator().manual_seed(0))
+    classifier.model.heads.query = torch.nn.Parameter(queries)
+    return classifier
+
+
+def total_weight(explanation: dict) -> float:
+    return sum(word["weight"] for word in explanation["words"]) + explanation["rest"] - explanation["error"]
+
+
+@pytest.mark.parametrize("kind", ["classifier", "attention_classifier"])
+def test_weights_are_the_integral_of_the_gradient_word_by_word(kind, request, texts, monkeypatch):
+    """Compare with 2,000 steps of the trapezoidal rule, by autograd, over embeddings and the lexical head's counts."""
+    classifier = request.getfixturevalue(kind)
+    text = "Allodynia and epilepsy, nervous complaints. " + texts[0]
+    explanation = Explainer(classifier).explain(text, "nervous system diseases")
+    model, tokenizer, node = classifier.model, classifier.tokenizer, classifier.tree.id("nervous system diseases")
+    encoded = tokenizer(text, truncation=True, return_tensors="pt")
+    ids, mask = encoded["input_ids"], encoded["attention_mask"]
+    blank = torch.full_like(ids, tokenizer.pad_token_id)
+    blank[0, 0], blank[0, -1] = ids[0, 0], ids[0, -1]
+    embed, head = model.get_input_embeddings(), model.heads.lexical
+
+    def weighed(tokens):  # TF-IDF as its docstring has it
+        counts = torch.bincount(tokens[0], minlength=len(head.idf)).float()
+        vector = torch.where(counts > 0, 1 + counts.clamp(min=1).log(), 0.0) * head.idf
+        return vector / vector.norm()
+
+    vectors, tfidf = ([read(tokens).detach() for tokens in (blank, ids)] for read in (embed, weighed))
+    steps = 2000
+    by_place, by_token = torch.zeros(ids.shape[1]), torch.zeros(len(head.idf))
+    for part in torch.linspace(0, 1, steps + 1).split(67):
+        x = (vectors[0] + part[:, None, None] * (vectors[1] - vectors[0])).requires_grad_()
+        s = (tfidf[0] + part[:, None] * (tfidf[1] - tfidf[0])).requires_grad_()
+        masks = mask.expand(len(part), -1)
+        states = model.encoder(inputs_embeds=x, attention_mask=masks).last_hidden_state
+        with monkeypatch.context() as patched:
+            patched.setattr(head, "forward", lambda ids, mask, s=s: s @ head.weight.T + head.bias)
+            scores = model.heads(states if model.heads.query is not None else model.pool(states, masks), ids, mask)
+            log_probs, logits = model.heads.decisions(scores)
+            values = logits if model.config.is_multi_label else log_probs.exp()
+        step = torch.where((part == 0) | (part == 1), 0.5, 1.0) / steps
+        g, h = torch.autograd.grad((values[:, node] * step).sum(), (x, s))
+        by_place += (g * (vectors[1] - vectors[0])).sum((0, 2))
+        by_token += h.sum(0) * (tfidf[1] - tfidf[0])
+    expected: dict[int, float] = {}
+    for place, word in enumerate(encoded.word_ids(0)):
+        if word is not None:
+            token = ids[0, place]
+            share = by_token[token] / (ids[0] == token).sum()
+            expected[word] = expected.get(word, 0.0) + (by_place[place] + share).item()
+    tolerance = 8e-3 if model.config.is_multi_label else 2e-3
+    assert [word["weight"] for word in explanation["words"]] == pytest.approx(list(expected.values()), abs=tolerance)
+    assert max(map(abs, expected.values())) > 0.01
+    assert all(text[word["start"] : word["end"]] == word["word"] for word in explanation["words"])
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "unit"), [("clear_checkpoint", float), ("labels_checkpoint", lambda p: math.log(p / (1 - p)))]
+)
+def test_weights_add_up_and_the_pieces_of_a_word_are_one_word(checkpoint, unit, request, texts):
+    """For one path a text, weights are differences of probability; for several labels, of log-odds."""
+    classifier = load(request.getfixturevalue(checkpoint))
+    explainer = Explainer(classifier)
+    shortened = [text[:300].rpartition(" ")[0] for text in texts[:3]]
+    for text in ("Outcomes of epilepsy after hypertension.", *shortened):
+        for node in ("nervous system diseases", "specific disease"):
+            explanation = explainer.explain(text, node)
+            difference = unit(explanation["score"]) - unit(explanation["blank_score"])
+            assert total_weight(explanation) == pytest.approx(difference, abs=1e-3)
+            assert abs(explanation["error"]) < 0.02
+            words = [word["word"] for word in explanation["words"] if word["word"].isalpha()]
+            assert words == re.findall(r"[A-Za-z]+", re.sub(r"\w*\d\w*", "", text))
+            levels = classify_all(classifier, [text], None)[0]["levels"]
+            assert explanation["score"] == pytest.approx({**levels[0], **levels[1]}[node], abs=1e-5)
+    explanation = explainer.explain("Outcomes of epilepsy after hypertension.", "nervous system diseases")
+    assert max(explanation["words"], key=lambda word: word["weight"])["word"] == "epilepsy"
+
+
+def test_explaining_does_not_affect_concurrent_classification(classifier, texts):
+    explainer = Explainer(classifier)
+
+    def scores() -> list[float]:
+        return [classify_all(classifier, [text], None)[0]["score"] for text in texts[:6]]
+
+    before = scores()
+    with ThreadPoolExecutor(1) as pool:
+        explained = pool.submit(lambda: [explainer.explain(text, "neoplasms") for text in texts[:6]])
+        rounds = 0
+        while not explained.done() or rounds == 0:
+            assert scores() == pytest.approx(before, abs=1e-6)
+            rounds += 1
+    assert len(explained.result()) == 6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("lexical", [True, False])
+def test_a_model_in_half_precision_is_explained_as_in_full(clear_checkpoint, texts, dtype, lexical):
+    """Compare with and without the lexical head, because this head has most of the weight."""
+    half, full = (load(clear_checkpoint, dtype=some, device="cpu") for some in (dtype, torch.float32))
+    assert half.model.get_input_embeddings().weight.dtype == dtype
+    if not lexical:
+        for classifier in (half, full):
+            classifier.model.set_calibration(replace(classifier.model.config.calibration, lexical_weight=None))
+    explanation, expected = (Explainer(some).explain(texts[0], "neoplasms") for some in (half, full))
+    difference = explanation["score"] - explanation["blank_score"]
+    assert total_weight(explanation) == pytest.approx(difference, abs=1e-6)
+    weights, others = ([word["weight"] for word in some["words"]] for some in (explanation, expected))
+    assert weights == pytest.approx(others, abs=0.05 * max(map(abs, others)))
