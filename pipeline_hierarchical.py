@@ -309,7 +309,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
             if all(counts[i] > 1 or len(starts[i]) == len(texts[i]) for i in range(len(texts))):
                 break
             characters *= 4  # a text of long words has fewer tokens per character
-        names = dict.fromkeys(name for name in (*self.tokenizer.model_input_names, "attention_mask") if name in encoded)
+        names = [name for name in self.tokenizer.model_input_names if name in encoded]  # padding adds a missing mask
         windows, text_of_window, special = [], list[int](), self.tokenizer.num_special_tokens_to_add()
         for i, owner in enumerate(encoded["overflow_to_sample_mapping"]):
             if stride is not None or [owner] != text_of_window[-1:]:

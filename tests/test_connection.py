@@ -67,7 +67,7 @@ UNUSABLE = {
     "no file": (("--train_file", "absent.csv"), "cannot read absent.csv"),
     "no column": (("--train_file", "rows.csv", "--label_column", "absent"), "has no column 'absent' (--label_column)"),
     "no label": (("--train_file", "unlabelled.csv"), "unlabelled.csv, line 42, column 'label': the label is missing"),
-    "no taxonomy": (("--train_file", "rows.csv", "--taxonomy", "absent.yaml"), "cannot read the taxonomy absent.yaml"),
+    "no taxonomy": (("--train_file", "rows.csv", "--taxonomy", "absent.yaml"), "cannot read absent.yaml"),
     "other taxonomy": (
         ("--train_file", "rows.csv", "--taxonomy", "taxonomy.csv"),
         "the label 'b' is not in the taxonomy",
@@ -95,7 +95,6 @@ def test_the_hub_is_asked_for_the_configuration_alone_of_a_checkpoint_that_lacks
     words = ("--test_file" if flags else "--train_file", "rows.csv", "--model_name_or_path", "alice/checkpoint", *flags)
     message = refusal(*words, "--tuning", "full", settings=hub.environment(place / "home"))
     assert "rows.csv, line 2, column 'label': the label 'a' is not in the taxonomy" in message
-    assert message.endswith("for new classes give a whole new --taxonomy")
     paths = [request.path for request in hub.requests[num_requests:]]
     assert paths[0] == "/"
     assert {path.rpartition("/")[2] for path in paths[1:]} == {"config.json"}

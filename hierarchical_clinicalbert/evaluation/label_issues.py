@@ -104,12 +104,10 @@ def find_issues(form: Form, scores: np.ndarray, labels: np.ndarray, texts: np.nd
         is_kept = np.isin(given, kept)
         label, probabilities = np.searchsorted(kept, given[is_kept]), softmax(logits[is_kept][:, kept], axis=1)
 
-        # ── The mislabelled rows, and their best other choice ──
+        # ── The mislabelled rows. None of them has the most probable choice as its label ──
         issues = np.flatnonzero(find_label_issues(label, probabilities, filter_by=FILTER, n_jobs=1))
         places, label, probabilities = np.arange(len(issues)), label[issues], probabilities[issues]
-        others = probabilities.copy()
-        others[places, label] = -1
-        better = others.argmax(axis=1)
+        better = probabilities.argmax(axis=1)
         yield pd.DataFrame(
             {
                 "index": rows[is_kept][issues],

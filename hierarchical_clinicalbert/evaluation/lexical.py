@@ -110,8 +110,8 @@ class NodeClassifier(LexicalClassifier):
     """A binary regression for each node, over the rows in which its decision is open.
 
     ``counts`` are (num_rows, V), and ``labels`` 1 or 0, (num_rows, num_nodes). A node whose open rows do not hold both labels
-    has weights of 0. The node's log-odds in these rows (`ManyNodes.initial_biases`) are subtracted: the encoder's head starts from
-    them, and they would count twice. They are the ``removed_prior``.
+    has weights of 0. The node's log-odds in these rows (`ManyNodes.initial_biases`) are subtracted: the encoder's head starts
+    from them, and they would count twice. They are the ``removed_prior``.
     """
 
     def __init__(self, decisions: ManyNodes, counts: csr_matrix, labels: np.ndarray):

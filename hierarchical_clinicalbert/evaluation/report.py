@@ -162,7 +162,8 @@ def write_scores(
 ) -> None:
     """Write the plots of the `reported_split`, and ``<split>_predictions.csv`` of all.
 
-    The latter has each row's number in its source, labels, predictions and probabilities. ``per_class`` are the rows of `class_scores`.
+    The latter has each row's number in its source, labels, predictions and probabilities. ``per_class`` are the rows of
+    `class_scores`.
     """
     for name, split in splits.items():
         columns = form.prediction_columns(split.logits, split.labels, thresholds)

@@ -203,8 +203,6 @@ class RestartableOutput:
             new.write_text(json.dumps(manifest | counts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         if num_problems:
             self.store.put(new_errors, self.errors)
-        else:
-            self.store.delete(self.errors)
         if not self.num_rows:
             self.store.delete_folder(self.parts)
             problem = json.loads(first_problem)["problem"]

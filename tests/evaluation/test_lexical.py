@@ -77,6 +77,12 @@ def padded(ids: list[list[int]]) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("leaves", [2, TREE.num_leaves])
 def test_the_head_is_scikit_learns_logistic_regression_over_weighted_tf_idf(leaves):
     train, unseen = rows(300, leaves=leaves), rows(40, seed=1)
+    # the token 58 is in one row, so it is ignored, and 59 is in two
+    ids = [
+        [token for token in one if token < 58] + [58] * (i < 1) + [59] * (i < 2)
+        for i, one in enumerate(train["input_ids"])
+    ]
+    train = datasets.Dataset.from_dict({"input_ids": ids, "labels": train["labels"][:]})
     counts, others, labels = counted(train), counted(unseen), np.array(train["labels"])
     common = (counts > 0).sum(0) >= 2
     spread = lexical.log_odds_variance(csr_matrix(counts[:, common] > 0), one_hot(labels, leaves))
@@ -84,7 +90,9 @@ def test_the_head_is_scikit_learns_logistic_regression_over_weighted_tf_idf(leav
     model = LogisticRegression(C=50, max_iter=1000, tol=1e-3).fit(given, labels)
 
     # rows labelled with an inner node do not affect the fit
-    with_inner = datasets.concatenate_datasets([train, rows(50, seed=2).map(lambda _: {"labels": TREE.id("b")})])
+    with_inner = datasets.concatenate_datasets(
+        [train, rows(50, seed=2).map(lambda _: {"labels": TREE.id("b")}).cast(train.features)]
+    )
     classifier = classifier_of(with_inner)
     ours = LexicalHead(VOCABULARY, TREE.num_leaves)
     ours.load_state_dict(classifier.weights())

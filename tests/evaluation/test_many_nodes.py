@@ -26,6 +26,7 @@ from hierarchical_clinicalbert.evaluation.metrics import FOLDS
 from taxonomy_hierarchical import Taxonomy
 
 FLAT = Taxonomy(["a", "b", "c"])
+DEEP = Taxonomy({"a": {"b": {"c": {"d": ["e", "f"], "g": None}, "h": None}, "i": None}, "j": None})
 TREES = pytest.mark.parametrize("tree", [TREE, FLAT], ids=["unequal depth", "flat"])
 
 
@@ -86,7 +87,7 @@ def test_the_common_threshold_has_the_best_micro_f1(tree):
     np.testing.assert_allclose(shared, common_threshold(u, labels))
 
 
-@TREES
+@pytest.mark.parametrize("tree", [TREE, DEEP], ids=["unequal depth", "deep"])
 def test_each_nodes_own_threshold_has_its_best_f1_after_closure(tree):
     u, labels = case(tree, 60)
     u += np.random.default_rng(9).normal(size=u.shape)  # children above their parents, too

@@ -157,6 +157,9 @@ def test_scores_by_hand():
     # level 3, true - e - - f e, predicted - f e - f -. F1: e 0, f 2/3. The shorter path of the last one is wrong
     assert scores["level_3_accuracy"] == pytest.approx(1 / 3)
     assert scores["level_3_macro_f1"] == pytest.approx((0 + 2 / 3) / 2)
+    # a leaf above the level, true - c, predicted D c: the row counts as a false positive of D
+    scores = OnePathForm(TREE).measure(logits_for([E, C]), np.array([A, C]))
+    assert (scores["level_2_accuracy"], scores["level_2_macro_f1"]) == (1, (0 + 1) / 2)
 
 
 def test_scores_of_leaves_against_scikit_learn(metric):
@@ -256,7 +259,7 @@ def test_ece_of_a_level_is_the_ece_of_the_tree_truncated_below_it(inner):
 def test_the_calibration_error_of_correct_probabilities_is_the_one_by_chance(form, variant):
     """Compare with the mean over labels drawn from the probabilities.
 
-    In the variant, most labels below an inner node are this node. Or a text with a node nearly always has the nodes below it, too.
+    In the variant, most labels below an inner node are this node, or a text with a node nearly always has the nodes below it.
     """
     scores = np.random.default_rng(5).normal(-0.5, 1.5, (1500, TREE.num_nodes))
     is_one_path = isinstance(form, OnePathForm)

@@ -20,7 +20,7 @@ from tables import FORMULA, MAX_BYTES, MAX_COLUMNS, Refused, join_lists, read_ta
     [
         (b"text\n", "csv", "no rows"),
         (b"We followed 212 patients with fibrillation.\nBlood was drawn.\n", "csv", "is the header missing"),
-        (b"id;befund\n1;Kolitis\n", "csv", "separated by semicolons"),
+        (b"id;befund\n1;Kolitis\n", "csv", "separated by ';'"),
         (b"text\n" * 10_002, "csv", "more than 10,000 rows"),
         (b"x" * (MAX_BYTES + 1), "txt", "at most 10 MB"),
         (b",".join(b"%d" % i for i in range(MAX_COLUMNS + 1)) + b"\n", "csv", "more than 1,000 columns"),

@@ -25,7 +25,7 @@ def strict_space(model: str, folder: Path, **limits: int) -> SpaceServer:
     space = folder / "space"
     for name in SPACE_FILES:
         (space / name).parent.mkdir(parents=True, exist_ok=True)
-        source = ROOT if name.startswith("hierarchical_clinicalbert/") else ROOT / "space"
+        source = next(folder for folder in (ROOT / "space", ROOT) if (folder / name).exists())
         (space / name).write_bytes((source / name).read_bytes())
     code = (space / "retention.py").read_text()
     for name, limit in limits.items():
