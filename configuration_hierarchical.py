@@ -29,6 +29,7 @@ SINGLE_LABEL, MULTI_LABEL = "single_label_classification", "multi_label_classifi
 ENCODER_FIELDS = ("hidden_size", "num_hidden_layers", "max_position_embeddings", "pad_token_id")
 # ENCODER_FIELDS repeat text_config, and a stored attn_implementation can name a repository of unpinned code
 NOT_READ = (*ENCODER_FIELDS, "attn_implementation", "_attn_implementation", "format_version")
+WINDOWS = ("window", "tokens_before", "tokens_after")  # fields that are stored if they are given
 DEFAULT_ENCODER = "emilyalsentzer/Bio_ClinicalBERT"
 DEFAULT_ENCODER_REVISION = "d5892b39a4adaed74b92212a44081509db72f87b"
 # fields of `Calibration`, and their names at the top level of config.json in format 1
@@ -93,6 +94,10 @@ class HierarchicalConfig(PretrainedConfig):
         head_dropout: dropout probability before the heads.
         initializer_range: standard deviation of new head weights.
         lexical_vocab_size: the number of token ids of the lexical head. None without one.
+        window: the longest input of the encoder, in tokens; a longer text is read in several windows. By default the encoder's
+            number of positions.
+        tokens_before, tokens_after: ids of the special tokens that the tokenizer puts before and after a text. Without them, a
+            text of several windows cannot be read.
         calibration: a `Calibration`, or a dict of its fields.
         problem_type: ``"multi_label_classification"`` for multi-label models. By default a text has one path.
 
@@ -118,6 +123,9 @@ class HierarchicalConfig(PretrainedConfig):
         head_dropout: float = 0.0,
         initializer_range: float = 0.02,
         lexical_vocab_size: int | None = None,
+        window: int | None = None,
+        tokens_before: list[int] | None = None,
+        tokens_after: list[int] | None = None,
         calibration: Calibration | dict | None = None,
         problem_type: str | None = None,
         **kwargs,
@@ -138,6 +146,7 @@ class HierarchicalConfig(PretrainedConfig):
         if (lexical_vocab_size is None) != (self.calibration.lexical_weight is None):
             raise ValueError("lexical_vocab_size and the calibration's lexical_weight must be given together")
         self.lexical_vocab_size = lexical_vocab_size
+        self.window, self.tokens_before, self.tokens_after = window, tokens_before, tokens_after
         problem_type = problem_type or SINGLE_LABEL
         if problem_type not in (SINGLE_LABEL, MULTI_LABEL):
             raise ValueError(f"problem_type must be {SINGLE_LABEL!r} or {MULTI_LABEL!r}, not {problem_type!r}")
@@ -182,8 +191,12 @@ class HierarchicalConfig(PretrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as stored, with the format's version and `ENCODER_FIELDS` of the encoder."""
         fields = {name: getattr(self.text_config, name, None) for name in ENCODER_FIELDS}
+        positions = fields["max_position_embeddings"]
+        if self.tokens_before is not None and positions is not None:  # else engines truncate long texts
+            fields["max_position_embeddings"] = max(positions, self.calibration.max_length or 0)
         stored = super().to_dict() | {name: value for name, value in fields.items() if value is not None}
-        stored.pop("tree", None)
+        for name in ("tree", *(name for name in WINDOWS if stored.get(name) is None)):
+            stored.pop(name, None)  # a configuration is shown in errors before it is complete
         return stored | {"calibration": self.calibration.stored(), "format_version": FORMAT_VERSION}
 
     @property
@@ -193,6 +206,10 @@ class HierarchicalConfig(PretrainedConfig):
     @property
     def hidden_size(self) -> int:
         return self.text_config.hidden_size
+
+    @hidden_size.setter
+    def hidden_size(self, value: int) -> None:
+        self.text_config.hidden_size = value
 
 
 def read_tree(

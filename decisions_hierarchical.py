@@ -78,12 +78,10 @@ class Decisions(nn.Module):
     Attributes:
         num_classes: the columns of ``logits``. The classes are the first nodes.
         guarantee: the argument of the pipeline that asks for a prediction set.
-        window_reduction: how `Tensor.scatter_reduce` combines the probabilities of a text's windows.
         outcome_decision: for each outcome, a number that it shares with the other outcomes of its decision, (K,).
     """
 
     guarantee: str
-    window_reduction: str
 
     def __init__(self, tree: Taxonomy, num_classes: int):
         super().__init__()
@@ -162,7 +160,6 @@ class OnePath(Decisions):
     """
 
     guarantee = "coverage"
-    window_reduction = "mean"  # children still add up to their parent
 
     def __init__(self, tree: Taxonomy):
         super().__init__(tree, tree.num_leaves)
@@ -316,7 +313,6 @@ class ManyNodes(Decisions):
     """
 
     guarantee = "recall"
-    window_reduction = "amax"  # a label may be evident in one window only
 
     def __init__(self, tree: Taxonomy):
         super().__init__(tree, tree.num_nodes)

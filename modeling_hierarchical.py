@@ -11,33 +11,41 @@ Worth knowing:
 4. The heads are parameters of their own module, not an ``nn.Linear``, so no ``quantization_config`` reaches them.
 5. The heads' buffers are not saved. ``_init_weights`` refills them from the configuration, because transformers builds
    models on the meta device.
+6. A text longer than the encoder's window is encoded as several windows, and pooled over the tokens of all of them, as in PLM-ICD
+   (Huang, Tsai and Chen, 2022, "PLM-ICD: Automatic ICD coding with pretrained language models"). Its windows follow from its own
+   tokens, never from the batch.
 """
 
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import can_return_tuple
 
 try:
-    from .checkpoint_hierarchical import build_encoder, load_checkpoint, save_checkpoint, share_encoder
+    from .checkpoint_hierarchical import build_encoder, load_checkpoint, position_limit, save_checkpoint, share_encoder
     from .configuration_hierarchical import Calibration, HierarchicalConfig, read_tree
     from .decisions_hierarchical import build_decisions, calibrate
     from .taxonomy_hierarchical import Taxonomy
 except ImportError:  # as a top-level module of the repository, not as remote code of a checkpoint
-    from checkpoint_hierarchical import build_encoder, load_checkpoint, save_checkpoint, share_encoder
+    from checkpoint_hierarchical import build_encoder, load_checkpoint, position_limit, save_checkpoint, share_encoder
     from configuration_hierarchical import Calibration, HierarchicalConfig, read_tree
     from decisions_hierarchical import build_decisions, calibrate
     from taxonomy_hierarchical import Taxonomy
 
 if TYPE_CHECKING:  # never runs, but makes transformers fetch the file, which `save_pretrained` copies
     from .pipeline_hierarchical import HierarchicalTextClassificationPipeline  # noqa: F401
+
+
+TOKENS_AT_ONCE = 4096  # of several windows in one call of the encoder: they bound its memory
+SCORES_AT_ONCE = 2**26  # of label attention: more are computed in chunks of nodes
 
 
 @dataclass
@@ -91,6 +99,74 @@ class LexicalHead(nn.Module):
         return scores + self.bias.float()
 
 
+# ── Windows ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Tokens(NamedTuple):
+    """The encoded tokens of texts, in rows of one text or of one window of a text.
+
+    Attributes:
+        vectors: (K, W, H).
+        mask: which are no padding, (K, W), or None if all are.
+        num_texts: B.
+        text_of: the text of each row, (K,), or None if each text is one row.
+    """
+
+    vectors: Tensor
+    mask: Tensor | None
+    num_texts: int
+    text_of: Tensor | None = None
+
+    def to(self, device: torch.device) -> "Tokens":
+        moved = {name: value.to(device) for name, value in self._asdict().items() if isinstance(value, Tensor)}
+        return self._replace(**moved)
+
+    def sum_over_texts(self, values: Tensor) -> Tensor:
+        """Sum values (K, D) over the rows of each text, (B, D)."""
+        if self.text_of is None:
+            return values
+        sums = values.new_zeros(self.num_texts, values.shape[1])
+        return sums.scatter_add(0, self.text_of[:, None].expand_as(values), values)
+
+
+def cut_into_windows(mask: Tensor, window: int, num_before: int, num_after: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Cut texts, given by their attention mask (B, T), into windows of nearly equal length, at most ``window`` tokens.
+
+    A text that fits into one window stays as it is. Others have ``num_before`` special tokens at their start and ``num_after`` at
+    their end, which each of their windows gets. Sizes are computed from the mask, so that the graph can be exported.
+
+    Returns:
+        The text of each window, (K,). Which tokens are no padding, (K, W), padded on the right. The column of each token in the
+        texts, (K, W); in a text of several windows, -1, -2, … stand for the special tokens, those at the start first.
+    """
+    tokens = mask.bool()
+    num_texts, length = tokens.shape
+    columns = torch.arange(length, device=mask.device).expand(num_texts, -1)
+    # the columns of each text's tokens, in their order; padding goes to a further column
+    places = (tokens.long().cumsum(1) - 1).where(tokens, length)
+    in_order = torch.zeros(num_texts, length + 1, dtype=torch.long, device=mask.device).scatter(1, places, columns)
+
+    # ── How many windows, and which part of the text each has ────────────────────────────────────────────────────────
+    count, room = tokens.sum(1), window - num_before - num_after
+    is_cut = count > window
+    before, after = num_before * is_cut.long(), num_after * is_cut.long()
+    content = count - before - after
+    windows = torch.where(is_cut, (content + room - 1) // room, 1)
+    text_of = torch.repeat_interleave(torch.arange(num_texts, device=mask.device), windows)
+    number = torch.arange(text_of.shape[0], device=mask.device) - (windows.cumsum(0) - windows)[text_of]
+    before, content, windows, after = (values[text_of] for values in (before, content, windows, after))
+    start, end = number * content // windows, (number + 1) * content // windows
+    lengths = before + end - start + after
+
+    # ── The column of each token ─────────────────────────────────────────────────────────────────────────────────────
+    place = torch.arange(lengths.max().item(), device=mask.device).expand(text_of.shape[0], -1)
+    of_text = in_order[text_of].gather(1, (start[:, None] + place).clamp(max=length))
+    from_end = place - (lengths - after)[:, None]  # 0 for the first special token at the end
+    column = torch.where(place < before[:, None], -1 - place, of_text)
+    column = torch.where((from_end >= 0) & (from_end < after[:, None]), -1 - num_before - from_end, column)
+    return text_of, place < lengths[:, None], column
+
+
 class HierarchicalHeads(nn.Module):
     """All decisions of a taxonomy at once: (B, hidden_size), or with label attention (B, T, hidden_size), to (B, num_nodes).
 
@@ -130,21 +206,46 @@ class HierarchicalHeads(nn.Module):
         self.scale.copy_(torch.tensor(calibration.scales or [1.0] * self.num_nodes))
         self.shift.copy_(torch.tensor(calibration.biases or [0.0] * self.num_nodes))
 
-    def own_scores(self, vectors: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Score vectors of texts (B, H), or of their tokens (B, T, H), without the lexical head: (B, num_nodes)."""
-        vectors = self.dropout(vectors.to(self.weight.dtype))
-        if vectors.dim() == 2:
-            return nn.functional.linear(vectors, self.weight, self.bias).float()
-        attention = nn.functional.linear(vectors, self.query) / vectors.shape[-1] ** 0.5  # (B, T, num_nodes)
-        if attention_mask is not None:
-            padding = attention_mask.to(vectors.device).unsqueeze(-1) == 0
+    def attend(self, tokens: Tokens, nodes: slice) -> Tensor:
+        """Score the tokens of texts by label attention, for some nodes: (B, nodes)."""
+        vectors = tokens.vectors
+        query: Any = self.query
+        attention = nn.functional.linear(vectors, query[nodes]) / vectors.shape[-1] ** 0.5  # (K, W, nodes)
+        if tokens.mask is not None:
+            padding = tokens.mask.to(vectors.device).unsqueeze(-1) == 0
             attention = attention.masked_fill(padding, torch.finfo(attention.dtype).min)
-        return (attention.softmax(1) * nn.functional.linear(vectors, self.weight)).sum(1).float() + self.bias
+        values = nn.functional.linear(vectors, self.weight[nodes])
+        if tokens.text_of is None:
+            return (attention.softmax(1) * values).sum(1).float() + self.bias[nodes]
+        # a softmax over the tokens of all windows of a text
+        index = tokens.text_of[:, None].expand(-1, attention.shape[2])
+        peak = attention.new_full((tokens.num_texts, attention.shape[2]), -torch.inf)
+        peak = peak.scatter_reduce(0, index, attention.detach().amax(1), "amax")
+        weights = (attention - peak[tokens.text_of][:, None]).exp()
+        sums, totals = (tokens.sum_over_texts(part.sum(1)) for part in (weights * values, weights))
+        return (sums / totals).float() + self.bias[nodes]
 
-    def forward(self, vectors: Tensor, input_ids: Tensor | None = None, attention_mask: Tensor | None = None) -> Tensor:
-        """Return the scores of the decisions, (B, num_nodes)."""
-        with torch.autocast(vectors.device.type, enabled=False):
-            own, lexical = self.decisions.inclusive(self.own_scores(vectors, attention_mask)), None
+    def own_scores(self, vectors: Tensor | Tokens) -> Tensor:
+        """Score vectors of texts (B, H), or with label attention their tokens, without the lexical head: (B, num_nodes)."""
+        if isinstance(vectors, Tensor):
+            return nn.functional.linear(self.dropout(vectors.to(self.weight.dtype)), self.weight, self.bias).float()
+        tokens = vectors._replace(vectors=self.dropout(vectors.vectors.to(self.weight.dtype)))
+        if (
+            torch.compiler.is_exporting()
+            or (size := tokens.vectors.shape[:2].numel()) * self.num_nodes <= SCORES_AT_ONCE
+        ):
+            return self.attend(tokens, slice(None))
+        step = max(1, SCORES_AT_ONCE // size)
+        parts = [slice(start, start + step) for start in range(0, self.num_nodes, step)]
+        return torch.cat([self.attend(tokens, part) for part in parts], 1)
+
+    def forward(
+        self, vectors: Tensor | Tokens, input_ids: Tensor | None = None, attention_mask: Tensor | None = None
+    ) -> Tensor:
+        """Return the scores of the decisions, (B, num_nodes). ``input_ids`` and their mask are for the lexical head."""
+        device = vectors.device if isinstance(vectors, Tensor) else vectors.vectors.device
+        with torch.autocast(device.type, enabled=False):
+            own, lexical = self.decisions.inclusive(self.own_scores(vectors)), None
             if self.lexical is not None:
                 lexical = self.decisions.of_classes(self.lexical(input_ids, attention_mask))
             return calibrate(own, lexical, self.config.calibration.lexical_weight, self.scale, self.shift)
@@ -172,6 +273,8 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         self.encoder = encoder
         config.text_config = encoder.config  # one object, so that resized embeddings and attention choices are saved
         self.heads = HierarchicalHeads(config)
+        self.window = config.window or position_limit(encoder)  # None: of any length
+        self.encodes_at_once = False  # FSDP needs equally many calls of the encoder in all processes
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -191,14 +294,89 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
     def has_adapter(self) -> bool:
         return hasattr(self.encoder, "peft_config")
 
-    def pool(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Pool token vectors (B, T, H) under a mask (B, T) to (B, H), in float32. With label attention, return the mean."""
-        if self.config.pooling == "cls":
-            return hidden[:, 0].float()
+    def encode(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tokens, Any]:
+        """Encode the tokens of texts, by windows if a text is longer than one. Arguments are those of `forward`.
+
+        Returns:
+            The encoded tokens, and the encoder's outputs, None if there are several windows.
+        """
+        given: Any = input_ids if inputs_embeds is None else inputs_embeds
+        name = "input_ids" if inputs_embeds is None else "inputs_embeds"
+        num_texts, length = given.shape[:2]
+        if torch.compiler.is_exporting():  # the graph must not depend on the length of its example
+            is_one_window = self.window is None or self.config.tokens_before is None
+        else:
+            is_one_window = self.window is None or length <= self.window
+        if is_one_window:
+            outputs = self.encoder(**{name: given}, attention_mask=attention_mask, **kwargs)
+            return Tokens(outputs.last_hidden_state, attention_mask, num_texts), outputs
+        wide = {name: kwargs.pop(name) for name in ("token_type_ids", "position_ids") if name in kwargs}
+        self.check_windows(wide.get("token_type_ids"), kwargs)
         if attention_mask is None:
+            attention_mask = torch.ones(num_texts, length, dtype=torch.long, device=given.device)
+        before, after = self.config.tokens_before or [], self.config.tokens_after or []
+        text_of, mask, column = cut_into_windows(attention_mask, self.window, len(before), len(after))
+
+        # ── Inputs of each window ────────────────────────────────────────────────────────────────────────────────────
+        is_special, source = column < 0, column.clamp(min=0)
+        special = torch.tensor([*before, *after, 0], device=given.device)[(-1 - column).clamp(min=0)]  # (K, W)
+        if inputs_embeds is not None:
+            special = self.get_input_embeddings()(special).to(given.dtype)
+            is_special, source = is_special[..., None], source[..., None].expand(-1, -1, given.shape[2])
+        inputs = {name: special.where(is_special, given[text_of].gather(1, source))}
+        for name, values in wide.items():
+            places = column.clamp(min=0)
+            if name == "position_ids":  # each window counts its positions anew
+                places = torch.arange(mask.shape[1], device=given.device).expand_as(mask)
+            inputs[name] = values.expand(num_texts, -1)[text_of].gather(1, places)
+        inputs["attention_mask"] = mask.to(attention_mask.dtype)
+        return Tokens(self.encode_windows(inputs, kwargs), mask, num_texts, text_of), None
+
+    def encode_windows(self, inputs: dict[str, Tensor], kwargs: dict[str, Any]) -> Tensor:
+        """Encode windows (K, W), a limited number of tokens at once: (K, W, H)."""
+
+        def encode(*values: Tensor) -> Tensor:
+            return self.encoder(**dict(zip(inputs, values, strict=True)), **kwargs).last_hidden_state
+
+        if torch.compiler.is_exporting() or self.encodes_at_once:
+            return encode(*inputs.values())
+        step = max(1, TOKENS_AT_ONCE // inputs["attention_mask"].shape[1])
+        chunks = [*zip(*(values.split(step) for values in inputs.values()), strict=True)]
+        if len(chunks) > 1 and torch.is_grad_enabled():  # the activations of one chunk at a time
+            return torch.cat([checkpoint(encode, *chunk, use_reentrant=False) for chunk in chunks])
+        return torch.cat([encode(*chunk) for chunk in chunks])
+
+    def check_windows(self, token_type_ids: Tensor | None, kwargs: dict[str, Any]) -> None:
+        """Raise ValueError for texts beyond one window that cannot be cut."""
+        where = f"beyond {self.window} tokens, the encoder's window,"
+        if self.config.tokens_before is None:
+            raise ValueError(
+                f"{where} the special tokens of a window are needed, and this checkpoint does not name them"
+            )
+        if any(kwargs.get(name) for name in ("output_hidden_states", "output_attentions")):
+            raise ValueError(
+                f"{where} there are no hidden states or attentions of a text as a whole: truncate the text"
+            )
+        if token_type_ids is not None and not torch.compiler.is_exporting() and token_type_ids.any():
+            raise ValueError(f"{where} pairs of texts cannot be read: truncate them")
+
+    def pool(self, tokens: Tokens) -> Tensor:
+        """Pool the tokens of texts to (B, H), in float32. With label attention, return the mean."""
+        hidden = tokens.vectors
+        if self.config.pooling == "cls":
+            first = hidden[:, 0].float()
+            return tokens.sum_over_texts(first) / tokens.sum_over_texts(torch.ones_like(first[:, :1]))
+        if tokens.mask is None:
             return hidden.float().mean(1)
-        mask = attention_mask.to(hidden.device, torch.float32).unsqueeze(-1)  # (B, T, 1)
-        return (hidden.float() * mask).sum(1) / mask.sum(1).clamp(min=1)
+        mask = tokens.mask.to(hidden.device, torch.float32).unsqueeze(-1)  # (K, W, 1)
+        sums, counts = (hidden.float() * mask).sum(1), mask.sum(1)
+        return tokens.sum_over_texts(sums) / tokens.sum_over_texts(counts).clamp(min=1)
 
     @can_return_tuple
     def forward(
@@ -216,7 +394,7 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
 
         Args:
             input_ids, attention_mask, token_type_ids, position_ids: (B, T).
-            inputs_embeds: (B, T, H), instead of ``input_ids``. A model with a lexical head needs ``input_ids``.
+            inputs_embeds: (B, T, H), instead of ``input_ids``, which only a lexical head then reads.
             labels: (B,), ids of leaves or inner nodes; -100 is ignored. The loss is their negative log-likelihood in
                 nats. Or the weights of the leaves (B, num_leaves), whose sum is 1. For multi-label models (B, num_nodes): 1 for
                 the text's nodes and their ancestors, else 0, or -100 for unknown. The loss is the binary cross-entropy of
@@ -225,22 +403,20 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
             kwargs: for the encoder, such as ``output_hidden_states`` and ``output_attentions``.
         """
         # ── Encoder ──────────────────────────────────────────────────────────────────────────────────────────────────
-        optional = {"token_type_ids": token_type_ids, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
+        optional = {"token_type_ids": token_type_ids, "position_ids": position_ids}
         kwargs |= {name: value for name, value in optional.items() if value is not None}
         for name in ("output_hidden_states", "output_attentions"):  # requested when the model was loaded
             if getattr(self.config, name, False):
                 kwargs.setdefault(name, True)
         if self.heads.lexical is not None and input_ids is None:
-            raise ValueError("this model has a lexical head, which needs input_ids: give these, not inputs_embeds")
+            raise ValueError("this model has a lexical head, which needs input_ids: give these, too")
         reads_mask = self.heads.lexical is not None or self.config.pooling != "cls"
         if reads_mask and attention_mask is not None and attention_mask.dim() != 2:
             raise ValueError(f"the heads need an attention mask of shape (B, T), not {tuple(attention_mask.shape)}")
-        encoded = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        tokens, encoded = self.encode(input_ids, attention_mask, inputs_embeds, **kwargs)
 
         # ── Heads ────────────────────────────────────────────────────────────────────────────────────────────────────
-        vectors = encoded.last_hidden_state
-        if self.heads.query is None:
-            vectors = self.pool(vectors, attention_mask)
+        vectors = self.pool(tokens) if self.heads.query is None else tokens
         if not self.heads.weight.is_meta:  # offloaded heads move their inputs themselves
             vectors = vectors.to(self.heads.weight.device)
         scores = self.heads(vectors, input_ids, attention_mask)
@@ -250,8 +426,8 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
             logits=logits,
             node_log_probs=node_log_probs,
             decision_logits=scores,
-            hidden_states=encoded.hidden_states,
-            attentions=encoded.attentions,
+            hidden_states=None if encoded is None else encoded.hidden_states,
+            attentions=None if encoded is None else encoded.attentions,
         )
 
     @classmethod

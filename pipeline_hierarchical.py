@@ -5,8 +5,7 @@ Worth knowing:
 1. Texts are read some batches ahead and sorted by length, so batches hold little padding. Batches have few shapes,
    because oneDNN compiles a product for each shape. The next texts are tokenized while a batch is computed.
 2. On a CPU each core computes its own batches: in a shared batch, each would wait for the others after every operation.
-3. The probabilities of a text's windows are averaged, so children still add up to their parent. For multi-label
-   models the maximum is taken, since a label may be evident in one window only.
+3. Nothing here is about windows of long texts: the model's `forward` cuts and pools them.
 4. ``coverage`` rests on split conformal prediction, ``recall`` on conformal risk control. Both guarantees hold for texts
    drawn like the validation rows, and truncated at the same length. They ignore that the checkpoint was selected on the
    same rows; the model card has the measured shares.
@@ -20,12 +19,13 @@ import math
 import os
 import re
 import threading
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from numbers import Integral
+from operator import or_
 from typing import Any
 
 import torch
@@ -58,7 +58,7 @@ STARTING: list[int] = vars(threading).setdefault("_hierarchical_starting", [])
 class PendingTexts:
     """Texts whose batches are being computed."""
 
-    text_of_window: list[int]  # the index of each window's text, in the order of the batches
+    order: list[int]  # the index of each text, in the order of the batches
     truncated: list[bool]  # one per text
     outputs: list[Future]  # for each batch, its node log-probabilities (B, num_nodes)
 
@@ -79,16 +79,14 @@ class HierarchicalTextClassificationPipeline(Pipeline):
     - ``expected_cost``, with ``costs`` in single-path models: the expected cost of the predicted leaf.
 
     Args:
-        batch_size: number of windows in a batch; by default a power of two, for about 2,048 tokens on a CPU and 32,768
+        batch_size: number of texts in a batch; by default a power of two, for about 2,048 tokens on a CPU and 32,768
             elsewhere. A stream is read up to 64 batches ahead, by default 1,024 texts. 1 reads nothing ahead.
         top_k: number of leaves, or for multi-label models of nodes; each text then gets a list of results with
             ``label``, ``score`` and ``path``, best first.
         max_length: in tokens, special ones included; by default, and at most, the tokenizer's limit.
-        stride: read long texts in windows of ``max_length`` tokens that share this many, instead of truncating them. In
-            multi-label models it needs ``top_k``, because the thresholds were not fitted for windows.
         coverage: share of texts whose answer holds the correct leaf, rounded up to a hundredth. The answer has at most
-            three nodes, or consists of roots: see `OnePath.prediction_set`. Excludes ``stride``, and any
-            ``max_length`` other than the validation rows had.
+            three nodes, or consists of roots: see `OnePath.prediction_set`. Excludes any ``max_length`` other than the
+            validation rows had.
         recall: for multi-label models, the share of a text's correct nodes that the answer holds on average. Otherwise like
             ``coverage``.
         costs: predict the leaf of least expected cost (see `expected_costs`; in a tie, the most probable). Excludes
@@ -112,13 +110,15 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         self.decisions = build_decisions(self.tree, model.config.problem_type)  # on the CPU, where the results are
         super().__init__(model, *args, **kwargs)
         check_tokenizer(self.tokenizer, self.model)
-        limit = position_limit(self.model.encoder)
+        limit = (
+            position_limit(self.model.encoder) if model.config.tokens_before is None else None
+        )  # else it reads windows
         if limit is not None and self.tokenizer.model_max_length > limit:
             problem = f"{self.tokenizer.model_max_length:,} is beyond the encoder's {limit:,} positions"
             raise ValueError(f"the tokenizer's model_max_length {problem}: set it in tokenizer_config.json")
         # each core of a CPU computes its own batches, unless weights are offloaded
         self._uses_cpu_threads = self.device.type == "cpu" and not hasattr(self.model, "hf_device_map")
-        self._tokenizers: dict[tuple[int, int], Any] = {}
+        self._tokenizers: dict[int, Any] = {}
         if self.device.type == "cpu":
             weights = [*self.model.parameters()]
             if any(getattr(weight, name, None) is not None for weight in weights for name in ("quant_state", "CB")):
@@ -132,21 +132,20 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         self,
         top_k: int | None = None,
         max_length: int | None = None,
-        stride: int | None = None,
         coverage: float | None = None,
         recall: float | None = None,
         costs: str | os.PathLike | Mapping | None = None,
         **unknown: Any,
     ) -> tuple[dict, dict, dict]:
         if unknown:
-            known = "batch_size, top_k, max_length, stride, coverage, recall and costs"
+            known = "batch_size, top_k, max_length, coverage, recall and costs"
             raise ValueError(f"{min(unknown)!r} is not an argument of this pipeline; it has {known}")
-        for name, value, minimum in (("top_k", top_k, 1), ("max_length", max_length, 1), ("stride", stride, 0)):
-            check_number(name, value, minimum)
+        for name, value in (("top_k", top_k), ("max_length", max_length)):
+            check_number(name, value, 1)
         thresholds = self.model.config.calibration.set_thresholds
         threshold = self.decisions.set_threshold(thresholds, coverage=coverage, recall=recall)
         prepared = None if costs is None else self.decisions.prepare_costs(costs)
-        truncation = {"max_length": max_length, "stride": stride}
+        truncation = {"max_length": max_length}
         output = {"top_k": top_k, "threshold": threshold, "costs": prepared}
         # arguments that are not given leave those of the pipeline as they are
         return without_none(truncation), {}, without_none(output)
@@ -171,18 +170,14 @@ class HierarchicalTextClassificationPipeline(Pipeline):
 
     def _check_together(self, truncation: dict, output: dict) -> None:
         """Raise ValueError for arguments that exclude each other, and warn if a guarantee does not hold."""
-        config, window = self.model.config, self._window(**truncation)
+        length = self._length(**truncation)
         if "threshold" in output:
-            fitted = config.calibration.max_length or self.tokenizer.model_max_length
-            if "stride" in truncation or window != fitted:
+            fitted = self.model.config.calibration.max_length or self.tokenizer.model_max_length
+            if length != fitted:
                 raise ValueError(
-                    f"{self.decisions.guarantee} needs texts truncated at {fitted} tokens, like the validation rows: give no "
-                    f"stride, and max_length={fitted} or the tokenizer that was saved with the checkpoint"
+                    f"{self.decisions.guarantee} needs texts truncated at {fitted} tokens, like the validation rows: give "
+                    f"max_length={fitted} or the tokenizer that was saved with the checkpoint"
                 )
-        if config.is_multi_label and "stride" in truncation and "top_k" not in output:
-            raise ValueError(
-                "for multi-label models, stride needs top_k and excludes costs: thresholds were not fitted for windows"
-            )
         if {"costs", "top_k"} <= output.keys():
             raise ValueError("costs choose one prediction for each text: give either costs or top_k")
 
@@ -245,8 +240,8 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         self, texts: list[str], batch_size: int | None, truncation: dict, workers: Executor | None, alone: bool = True
     ) -> PendingTexts:
         """Tokenize texts and submit their batches to ``workers``; with None compute the batches at once."""
-        windows, text_of_window, truncated = self.preprocess(texts, **truncation)
-        lengths = [len(window["input_ids"]) for window in windows]
+        rows, truncated = self.preprocess(texts, **truncation)
+        lengths = [len(row["input_ids"]) for row in rows]
         batches = batches_by_length(
             lengths, batch_size, TOKENS_ON_CPU if self.device.type == "cpu" else TOKENS_ELSEWHERE
         )
@@ -255,82 +250,76 @@ class HierarchicalTextClassificationPipeline(Pipeline):
             length = padded_length(lengths[batch[0]], len(batch), self.tokenizer.model_max_length)
             # on the right: positions count from the first token, and "cls" pools it
             padding = {"padding": "max_length", "max_length": length, "padding_side": "right"}
-            rows = [windows[i] for i in batch]
-            inputs = dict(self.tokenizer.pad(rows, **padding, return_attention_mask=True, return_tensors="pt"))
+            some = [rows[i] for i in batch]
+            inputs = dict(self.tokenizer.pad(some, **padding, return_attention_mask=True, return_tensors="pt"))
             # a single batch, with no other being computed, gets all cores of a CPU
             if workers is not None and not (alone and len(batches) == 1):
                 outputs.append(workers.submit(self.forward, inputs))
             else:
                 outputs.append(Future())
                 outputs[-1].set_result(self.forward(inputs))
-        return PendingTexts([text_of_window[i] for batch in batches for i in batch], truncated, outputs)
+        return PendingTexts([*chain(*batches)], truncated, outputs)
 
     def _collect(self, pending: PendingTexts, costs: Any = None, **output: Any) -> Iterator:
-        """Yield the results of pending texts in order. The probabilities of windows are combined in float64.
+        """Yield the results of pending texts in order, with probabilities in float64.
 
         ``costs`` are those of `Decisions.prepare_costs`, and ``output`` are arguments of `postprocess`.
         """
-        text_of_window = torch.tensor(pending.text_of_window)
-        windows = torch.cat([batch.result()["node_log_probs"].double().exp() for batch in pending.outputs])
-        combined = torch.zeros(len(pending.truncated), self.tree.num_nodes, dtype=torch.float64)
-        reduce, index = self.decisions.window_reduction, text_of_window[:, None].expand_as(windows)
-        combined.scatter_reduce_(0, index, windows, reduce, include_self=False)
+        of_batches = torch.cat([batch.result()["node_log_probs"].double().exp() for batch in pending.outputs])
+        probabilities = of_batches[torch.tensor(pending.order).argsort()]
         thresholds = self.model.config.calibration.thresholds
-        predicted, expected_costs = self.decisions.predict(combined, thresholds, costs)
+        predicted, expected_costs = self.decisions.predict(probabilities, thresholds, costs)
         for i, truncated in enumerate(pending.truncated):
             # one text at a time: a list of floats takes four times the memory of a tensor
             expected_cost = None if expected_costs is None else expected_costs[i].item()
             nodes = predicted[i].nonzero().flatten().tolist()
-            yield self.postprocess(combined[i].tolist(), nodes, truncated, expected_cost, **output)
+            yield self.postprocess(probabilities[i].tolist(), nodes, truncated, expected_cost, **output)
 
-    def _window(self, max_length: int | None = None, stride: int | None = None) -> int:
-        """Return the length of a window in tokens, or raise ValueError if the tokenizer or stride does not allow it."""
-        limit = self.tokenizer.model_max_length
+    def _length(self, max_length: int | None = None) -> int:
+        """Return the length in tokens at which texts are truncated, or raise ValueError if the tokenizer does not allow it."""
+        limit, special = self.tokenizer.model_max_length, self.tokenizer.num_special_tokens_to_add()
         if max_length is not None and max_length > limit:
             raise ValueError(f"max_length {max_length} is beyond the model's limit of {limit} tokens")
-        window, special = max_length or limit, self.tokenizer.num_special_tokens_to_add()
-        if window <= special + (stride or 0):
-            needed = f"{special} special tokens and a stride of {stride or 0}"
-            raise ValueError(f"a window of {window} tokens leaves no room for {needed}")
-        return window
+        length = max_length or limit
+        if length <= special:
+            raise ValueError(f"a text of {length} tokens leaves no room for {special} special tokens")
+        return length
 
     def preprocess(
-        self, texts: list[str], max_length: int | None = None, stride: int | None = None
-    ) -> tuple[list[dict[str, list[int]]], list[int], list[bool]]:
-        """Return the tokens of each window, the index of its text, and for each text whether it was truncated."""
-        window = self._window(max_length, stride)
+        self, texts: list[str], max_length: int | None = None
+    ) -> tuple[list[dict[str, list[int]]], list[bool]]:
+        """Return the tokens of each text, and whether it was truncated."""
+        length = self._length(max_length)
         # only the start of a long text is tokenized: the tokens of a whole book take 60 times its memory
-        reads_start_only = stride is None and self.tokenizer.truncation_side == "right"
-        characters = CHARACTERS_PER_TOKEN * window if reads_start_only else math.inf
+        characters = CHARACTERS_PER_TOKEN * length if self.tokenizer.truncation_side == "right" else math.inf
         while True:
             starts = [start_of(text, characters) for text in texts]
-            encoded = self._tokenize(starts, window, stride or 0)
-            counts = Counter(encoded["overflow_to_sample_mapping"])
-            if all(counts[i] > 1 or len(starts[i]) == len(texts[i]) for i in range(len(texts))):
+            encoded = self._tokenize(starts, length)
+            truncated = [bool(text.overflowing) for text in encoded.encodings]
+            if all(map(or_, truncated, (len(start) == len(text) for start, text in zip(starts, texts, strict=True)))):
                 break
             characters *= 4  # a text of long words has fewer tokens per character
+        if min(map(len, encoded["input_ids"])) <= self.tokenizer.num_special_tokens_to_add():
+            raise ValueError("a text has no tokens: the model's tokenizer drops all its characters")
         names = [name for name in self.tokenizer.model_input_names if name in encoded]  # padding adds a missing mask
-        windows, text_of_window, special = [], list[int](), self.tokenizer.num_special_tokens_to_add()
-        for i, owner in enumerate(encoded["overflow_to_sample_mapping"]):
-            if stride is not None or [owner] != text_of_window[-1:]:
-                if len(encoded["input_ids"][i]) <= special:
-                    raise ValueError("a text has no tokens: the model's tokenizer drops all its characters")
-                windows.append({name: encoded[name][i] for name in names})
-                text_of_window.append(owner)
-        return windows, text_of_window, [stride is None and counts[i] > 1 for i in range(len(texts))]
+        return [{name: encoded[name][i] for name in names} for i in range(len(texts))], truncated
 
-    def _tokenize(self, texts: list[str], window: int, stride: int) -> Any:
-        settings = {"truncation": True, "max_length": window, "stride": stride, "return_overflowing_tokens": True}
-        settings |= {"return_attention_mask": True, "verbose": False}
-        # a tokenizer keeps its truncation as state, which threads share: each setting but the default has its own copy
-        default = (window, stride) == (self.tokenizer.model_max_length, 0)
-        tokenizer = self.tokenizer if default else self._tokenizers.get((window, stride))
+    def _tokenize(self, texts: list[str], length: int) -> Any:
+        settings = {
+            "truncation": True,
+            "max_length": length,
+            "stride": 0,
+            "return_attention_mask": True,
+            "verbose": False,
+        }
+        # a tokenizer keeps its truncation as state, which threads share: each length but the default has its own copy
+        tokenizer = self.tokenizer if length == self.tokenizer.model_max_length else self._tokenizers.get(length)
         if tokenizer is None:
             tokenizer = copy.deepcopy(self.tokenizer)
             tokenizer(["a"], **settings)  # its state is final from here on
             while len(self._tokenizers) >= MAX_TOKENIZERS:
                 self._tokenizers.pop(next(iter(self._tokenizers)), None)
-            self._tokenizers[window, stride] = tokenizer
+            self._tokenizers[length] = tokenizer
         return tokenizer(texts, **settings)
 
     def _forward(self, model_inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -394,10 +383,10 @@ def use_cpu_kernels(encoder: PreTrainedModel) -> None:
 
 
 def batches_by_length(lengths: list[int], batch_size: int | None, tokens: int) -> list[list[int]]:
-    """Return batches of window indices: windows of similar lengths, the longest first."""
+    """Return batches of text indices: texts of similar lengths, the longest first."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     batches: list[list[int]] = []
-    while order:  # by default a batch has the power of two of windows that comes closest to ``tokens``
+    while order:  # by default a batch has the power of two of texts that comes closest to ``tokens``
         count = batch_size or 2 ** max(0, round(math.log2(tokens / lengths[order[0]])))
         batches.append(order[:count])
         order = order[count:]

@@ -58,6 +58,7 @@ from hierarchical_clinicalbert.training.trainer import HierarchicalTrainer
 
 logger = logging.getLogger("train")
 
+MAX_LENGTH = 512  # of a text in tokens, unless --max_length is given
 BEFORE_CALIBRATION = ("_loss", "_ece", "_ece_by_chance")  # suffixes of metrics that may exist before calibration only
 SIZES = (  # of `size_report`
     "trained: {trainable_parameters:,} of {all_parameters:,} parameters; "
@@ -74,29 +75,29 @@ Prepare = Callable[[HierarchicalTrainer], HierarchicalTrainer]
 def main(argv: list[str], prepare: Prepare = lambda trainer: trainer) -> None:
     """Run a command line. ``prepare`` may change the Trainer before it trains, as in examples/ray_train.py."""
     arguments = parse(argv)
-    training = arguments.training
-    set_up_logging(training.process_index == 0)
-    with resume.lock_output_folder(training):
+    args = arguments.training
+    set_up_logging(args.process_index == 0)
+    with resume.lock_output_folder(args):
         run(arguments, prepare)
 
 
 def run(arguments: Arguments, prepare: Prepare) -> None:
     """Check the output folder, read the data, then train or score."""
     # ── Output folder: before the data are read ──────────────────────────────────────────────────────────────────────
-    training, source = arguments.training, arguments.model.model_name_or_path
-    trains = bool(training.do_train)
-    resume.check_output_folder(training, source)
-    set_seed(training.seed)
-    requested = training.resume_from_checkpoint if trains else None
-    resume_from = resume.find_checkpoint(requested, training.output_dir)
+    args, source = arguments.training, arguments.model.model_name_or_path
+    trains = bool(args.do_train)
+    resume.check_output_folder(args, source)
+    set_seed(args.seed)
+    requested = args.resume_from_checkpoint if trains else None
+    resume_from = resume.find_checkpoint(requested, args.output_dir)
 
     # ── Data: read, map labels to nodes, split ───────────────────────────────────────────────────────────────────────
-    with training.main_process_first(desc="reading the data"):
+    with args.main_process_first(desc="reading the data"):
         rows = read_rows(arguments.data, trains)  # before the Hub is asked for a checkpoint's taxonomy
         model, folder = pin_model(arguments.model)
         stored = read_config(folder) if is_checkpoint(folder) else None
         labelled = resolve_labels(rows, arguments.data, stored.tree if stored else None)
-        data = split_rows(labelled, training.seed, resume.read_earlier_texts(folder, resume_from))
+        data = split_rows(labelled, args.seed, resume.read_earlier_texts(folder, resume_from))
     if stored and stored.problem_type != data.problem_type:
         theirs, ours = stored.problem_type, data.problem_type
         raise InputError(f"{source} is a checkpoint for {theirs}, the data are for {ours} (--problem_type)")
@@ -117,33 +118,34 @@ def train(arguments: Arguments, data: LabelledSplits, resume_from: str | None, p
     """Train, measure and publish a model. All files go to ``--output_dir``."""
     form = form_of(data.taxonomy, data.problem_type)
     arguments = arguments._replace(training=fit_to_data(arguments.training, data.splits, form))
-    training, output = arguments.training, Path(arguments.training.output_dir)
+    args, output = arguments.training, Path(arguments.training.output_dir)
     heads_init = resume.check_resumed_data(resume_from, data.report) if resume_from else None
 
     # ── Model: encoder, adapter, heads, tokenizer ────────────────────────────────────────────────────────────────────
     arguments = arguments._replace(model=fetch_model(arguments.model))  # the data are known to be usable
-    model = build_model(arguments.model, data.taxonomy, training.seed, data.problem_type)
+    model = build_model(arguments.model, data.taxonomy, args.seed, data.problem_type)
     if resume_from is not None:
         resume.check_model(resume_from, model)
-    if training.push_to_hub:
-        check_hub(training, model)
+    if args.push_to_hub:
+        check_hub(args, model)
     tokenizer = load_tokenizer(arguments.model, model)
-    splits, lengths = tokenize_splits(data.splits, tokenizer, arguments.data.max_length, arguments.loss.consistency > 0)
+    max_length = arguments.data.max_length or min(MAX_LENGTH, tokenizer.model_max_length)
+    splits, lengths = tokenize_splits(data.splits, tokenizer, max_length, arguments.loss.consistency > 0)
     log_report(data.report, lengths)
 
     # ── Run: folder, trainer, initial heads ──────────────────────────────────────────────────────────────────────────
-    if training.should_save:
+    if args.should_save:
         output.mkdir(parents=True, exist_ok=True)
     trainer = prepare(build_trainer(arguments, splits, model, tokenizer))
     size = size_report(model)
-    setup = (training.device, training.precision, arguments.model.quantization, arguments.model.tuning)
+    setup = (args.device, args.precision, arguments.model.quantization, arguments.model.tuning)
     logger.info("device %s, precision %s, encoder %s, tuning %s", *setup)
     logger.info(SIZES.format_map(size))
     resume.start_run(trainer, arguments.model.model_name_or_path, data, resume_from)
     if resume_from is None:
         heads_init = initialise_heads(trainer, splits["train"], arguments.model)
     data_report = data.report | {"lengths": lengths, "heads_init": heads_init}
-    if training.should_save:
+    if args.should_save:
         if arguments.data.label_issues:
             data_report["label_issues"] = write_label_issues(form, splits["train"], model.config, output)
         write_json(output / "data_report.json", data_report)
@@ -151,10 +153,10 @@ def train(arguments: Arguments, data: LabelledSplits, resume_from: str | None, p
     trainer.write_card = functools.partial(write_card, trainer, settings, data_report)
 
     # ── Fit ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-    if training.device.type == "cpu":
+    if args.device.type == "cpu":
         keep_memory(*KEPT_MEMORY)
     result = trainer.train(resume_from_checkpoint=resume_from)
-    if training.should_save and result.global_step != result.metrics.get("resumed_from_step"):
+    if args.should_save and result.global_step != result.metrics.get("resumed_from_step"):
         delete_earlier_description(output)  # of a finished run that was resumed, and took steps
     trainer.save_model(_internal_call=True)  # else it is pushed here, before it is measured
     trainer.accelerator.wait_for_everyone()  # all processes load it
@@ -164,13 +166,13 @@ def train(arguments: Arguments, data: LabelledSplits, resume_from: str | None, p
     if arguments.model.quantization != "none":
         held_out = DatasetDict({split: rows for split, rows in splits.items() if split == "validation"})
         _, as_trained = score_splits(trainer, held_out)
-    scorer = scoring_trainer(training.output_dir, training, tokenizer, trainer.loss_function)
+    scorer = scoring_trainer(args.output_dir, args, tokenizer, trainer.loss_function)
     scored, uncalibrated = score_splits(scorer, splits)
     scores = {f"quantized_{name}": value for name, value in as_trained.items()} | uncalibrated
 
     # ── Calibrate: the lexical head and the calibration become part of the checkpoint ────────────────────────────────
     if "validation" in scored:
-        if training.should_save:
+        if args.should_save:
             write_reliability(form, scored, output / "plots" / "reliability_diagram_uncalibrated.png")
         counts = token_counts(splits["train"], model.config.text_config.vocab_size)
         labels = label_arrays(form.decisions, splits["train"])
@@ -188,7 +190,7 @@ def train(arguments: Arguments, data: LabelledSplits, resume_from: str | None, p
     thresholds = model.config.calibration.thresholds
     classes = class_scores(form, scored, thresholds)
     metrics = facts | scores | classes
-    if training.should_save:
+    if args.should_save:
         write_scores(form, scored, thresholds, classes.get("per_class", []), output)
         titles = {name: metric.title for name, metric in form.metrics.items() if metric.is_drawn}
         plots.write(plots.training_curves(trainer.state.log_history, titles), output / "plots" / "training_curves.png")
@@ -196,7 +198,7 @@ def train(arguments: Arguments, data: LabelledSplits, resume_from: str | None, p
         write_json(output / METRICS, metrics | {SCORED_MODEL: hash_model(output)})
         logger.info("checkpoint, metrics and plots are in %s", output)
     log_metrics(scores)
-    if training.push_to_hub:
+    if args.push_to_hub:
         trainer.push_to_hub()
 
 
@@ -204,8 +206,8 @@ def build_trainer(
     arguments: Arguments, splits: DatasetDict, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> HierarchicalTrainer:
     """Build the Trainer for tokenized splits, with the loss and the early stopping that the flags ask for."""
-    training, loss = arguments.training, arguments.loss
-    if training.fp16 and training.device.type == "cpu":  # accelerate would train in float32
+    args, loss = arguments.training, arguments.loss
+    if args.fp16 and args.device.type == "cpu":  # accelerate would train in float32
         raise InputError("--fp16 needs a GPU: leave it out")
     form = form_of(model.config.tree, model.config.problem_type)
     loss_function = FocalLoss(
@@ -213,12 +215,12 @@ def build_trainer(
         form.decisions.targets(splits["train"]["labels"][:]),
         gamma=loss.focal_gamma,
         balanced=loss.class_weighting == "balanced",
-        label_smoothing=training.label_smoothing_factor,
+        label_smoothing=args.label_smoothing_factor,
     )
-    patience = training.early_stopping_patience if training.load_best_model_at_end else None
+    patience = args.early_stopping_patience if args.load_best_model_at_end else None
     return HierarchicalTrainer(
         model=model,
-        args=training,
+        args=args,
         train_dataset=splits["train"],
         eval_dataset=splits.get("validation"),
         processing_class=tokenizer,
@@ -251,7 +253,7 @@ def replace_scores(uncalibrated: dict[str, float], calibrated: dict[str, float])
 
 def score_checkpoint(arguments: Arguments, data: LabelledSplits) -> None:
     """Score a finished checkpoint on labelled files, loaded as a user loads it."""
-    training = arguments.training
+    args = arguments.training
     if not set(data.splits) & {"validation", "test"}:
         before = data.report["trained_before"]
         left_out = sum(sum(before[action].values()) for action in ("moved", "left_out"))
@@ -264,21 +266,22 @@ def score_checkpoint(arguments: Arguments, data: LabelledSplits) -> None:
     source = fetch_model(arguments.model).model_name_or_path
     with as_input_error(f"cannot load the tokenizer of {source}"):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=True)
-    scorer = scoring_trainer(source, training, tokenizer)
+    scorer = scoring_trainer(source, args, tokenizer)
     with as_input_error(f"cannot score {source}"):
         check_tokenizer(tokenizer, scorer.model)
 
     # ── Score ────────────────────────────────────────────────────────────────────────────────────────────────────────
     config, form = scorer.model.config, form_of(data.taxonomy, data.problem_type)
-    splits, lengths = tokenize_splits(data.splits, tokenizer, arguments.data.max_length)
+    max_length = arguments.data.max_length or tokenizer.model_max_length
+    splits, lengths = tokenize_splits(data.splits, tokenizer, max_length)
     log_report(data.report, lengths)
     scored, metrics = score_splits(scorer, splits)
     if tokenizer.model_max_length == config.calibration.max_length:
         metrics |= measure_sets(form, scored, config.calibration)
 
     # ── Files ────────────────────────────────────────────────────────────────────────────────────────────────────────
-    if training.should_save:
-        output = Path(training.output_dir)
+    if args.should_save:
+        output = Path(args.output_dir)
         output.mkdir(parents=True, exist_ok=True)
         delete_scores(output)
         write_json(output / "data_report.json", data.report | {"lengths": lengths})

@@ -62,7 +62,7 @@ def load(task: str, data: Path, encoder: str) -> tuple[Form, dict[str, csr_matri
     arguments = DataArguments(**files, class_names=names, taxonomy=names, validation_size=0)
     loaded = split_rows(resolve_labels(read_rows(arguments), arguments), seed=0)
     tokenizer = AutoTokenizer.from_pretrained(encoder, model_max_length=512)
-    rows, _ = tokenize_splits(loaded.splits, tokenizer)
+    rows, _ = tokenize_splits(loaded.splits, tokenizer, tokenizer.model_max_length)
     counts = {split: token_counts(part, len(tokenizer)) for split, part in rows.items()}
     labels = {split: part["labels"][:] for split, part in rows.items()}
     return form_of(loaded.taxonomy, loaded.problem_type), counts, labels, np.array(rows["train"]["text_id"])

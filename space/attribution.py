@@ -109,14 +109,14 @@ class IntegrationPath:
     def __call__(self, position: Tensor) -> Tensor:
         """Compute values (B, num_nodes) at positions (B, 1) between 0 and 1."""
         vectors = self.vectors(self.first + position.unsqueeze(-1) * self.span)  # (B, T, H)
-        hooks = [self.embeddings.register_forward_hook(lambda _module, _args, output: vectors.to(output.dtype))]
+        hooks = []
         if self.lexical_head is not None:
             contributions = self.contributions(position.unsqueeze(-1) * self.lexical_span)  # (B, L, U)
             scores = self.first_scores + contributions.sum(-1)
             hooks.append(self.lexical_head.register_forward_hook(lambda *_: scores))
         try:
             inputs = {name: values.expand(len(position), -1) for name, values in self.inputs.items()}
-            outputs = self.model(**inputs)
+            outputs = self.model(**inputs, inputs_embeds=vectors.to(self.embeddings.weight.dtype))
             return outputs["logits"] if self.log_odds else outputs["node_log_probs"].exp()
         finally:
             for hook in hooks:

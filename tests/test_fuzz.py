@@ -199,7 +199,6 @@ def classify(tmp_path_factory):
         optional={
             "top_k": st.one_of(st.integers(-1, 6), SCALARS),
             "max_length": st.one_of(st.integers(0, 40), SCALARS),
-            "stride": st.one_of(st.integers(0, 32), SCALARS),
             "coverage": st.one_of(st.floats(0, 1), SCALARS),
             "batch_size": st.one_of(st.integers(0, 4), SCALARS),
         },

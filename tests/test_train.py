@@ -64,10 +64,10 @@ def test_metrics_have_the_promised_names_and_agree_with_scikit_learn(quickstart_
     assert (output / "plots" / "reliability_diagram_uncalibrated.png").is_file()
 
 
-def test_the_saved_tokenizer_knows_the_encoders_limit_and_files_hold_no_other_pickle_than_the_states(quickstart_run):
+def test_the_saved_tokenizer_knows_the_length_of_texts_and_files_hold_no_other_pickle_than_the_states(quickstart_run):
     output, _ = quickstart_run
     tokenizer = AutoTokenizer.from_pretrained(output, trust_remote_code=True)
-    assert (tokenizer.model_max_length, tokenizer.padding_side) == (128, "right")
+    assert (tokenizer.model_max_length, tokenizer.padding_side) == (256, "right")  # of the recipe
     pickles = {path for suffix in ("bin", "pkl", "pt", "pth") for path in output.rglob(f"*.{suffix}")}
     assert {path.name for path in pickles} <= {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
     assert all(path.parent.name.startswith("checkpoint-") for path in pickles)

@@ -42,7 +42,9 @@ class DataArguments:
     )
     class_names: str | None = flag(None, "Names of coded labels: table with columns code and name, or JSON object.")
     max_length: int | None = flag(
-        None, "Texts are truncated to this number of tokens. Default: 512, or the limit of the checkpoint to score."
+        None,
+        "Texts are truncated to this number of tokens. Those beyond the encoder's window are read in several windows. "
+        "Default: 512 or the window, or the limit of the checkpoint to score.",
     )
     validation_size: float | None = flag(
         None, f"Share of the training texts for validation, if no validation rows are given. Default: {SHARE}."

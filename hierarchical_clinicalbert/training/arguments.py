@@ -196,7 +196,7 @@ def parse(argv: list[str]) -> Arguments:
     # ── Checks, then defaults that depend on other flags ─────────────────────────────────────────────────────────────
     arguments = Arguments(*parsed)
     check_values(arguments)
-    model, data, _, training = arguments
+    model, data, _, args = arguments
     if model.quantization is None:
         model.quantization = "4bit" if model.tuning == "lora" else "none"
     if is_local(model.model_name_or_path):
@@ -205,9 +205,7 @@ def parse(argv: list[str]) -> Arguments:
             raise InputError(f"--model_revision {model.model_revision} {problem}")
     elif model.model_name_or_path == DEFAULT_ENCODER and model.model_revision is None:
         model.model_revision = DEFAULT_ENCODER_REVISION
-    if training.do_train and data.max_length is None:
-        data.max_length = 512
-    if not training.do_train:
+    if not args.do_train:
         data.validation_size = data.test_size = 0  # without training, the rows of a training file are not scored
     return arguments
 
@@ -239,46 +237,46 @@ def check_values(arguments: Arguments) -> None:
             raise InputError(f"--{name} is not supported: it would change which rows are scored, or the scored model")
 
     # ── Other problems, and whether they occur ───────────────────────────────────────────────────────────────────────
-    model, data, _, training = arguments
-    by_steps = training.eval_strategy == training.save_strategy == "steps"
+    model, data, _, args = arguments
+    by_steps = args.eval_strategy == args.save_strategy == "steps"
     torch_arguments = inspect.signature(torch.utils.checkpoint.checkpoint).parameters
     checkpoint_kwargs = {*torch_arguments, "every_n_layers", "offload"}
-    optim_args = (training.optim_args or "").replace(" ", "")
+    optim_args = (args.optim_args or "").replace(" ", "")
     columns, delimiter = data.label_column or [], data.label_delimiter
-    fsdp = training.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")
+    fsdp = args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")
     problems = {
         "--tuning full trains every weight, and quantized weights cannot be trained: use --quantization none": (
             model.tuning == "full" and model.quantization not in (None, "none")
         ),
         "--load_best_model_at_end needs a save at every evaluation: give the same --eval_steps and --save_steps": (
-            training.load_best_model_at_end and by_steps and training.eval_steps != training.save_steps
+            args.load_best_model_at_end and by_steps and args.eval_steps != args.save_steps
         ),
         "--activation_checkpointing_kwargs has an unknown name: give arguments of torch's checkpoint, every_n_layers, offload": (
-            not checkpoint_kwargs >= {*(training.activation_checkpointing_kwargs or {})}
+            not checkpoint_kwargs >= {*(args.activation_checkpointing_kwargs or {})}
         ),
         f"--optim_args must be name=value pairs, separated by commas, not {optim_args!r}": (
             re.fullmatch("([^=,]+=[^=,]+,?)*", optim_args) is None
         ),
         f"--torch_compile_mode must be one of {', '.join(COMPILE_MODES)}": (
-            training.torch_compile_mode not in (None, *COMPILE_MODES)
+            args.torch_compile_mode not in (None, *COMPILE_MODES)
         ),
-        "--output_dir needs the name of a folder": not training.output_dir,
-        "--max_steps must be at least 1; leave it out to train for --num_train_epochs": training.max_steps == 0,
+        "--output_dir needs the name of a folder": not args.output_dir,
+        "--max_steps must be at least 1; leave it out to train for --num_train_epochs": args.max_steps == 0,
         "--label_issues lists training rows, and --do_train false trains on none: leave it out": (
-            data.label_issues and not training.do_train
+            data.label_issues and not args.do_train
         ),
         "--enable_jit_checkpoint needs room for its checkpoint beside the best one: --save_total_limit 2 or more": (
-            training.enable_jit_checkpoint and training.save_total_limit == 1
+            args.enable_jit_checkpoint and args.save_total_limit == 1
         ),
         "--dataloader_persistent_workers changes the random numbers of a resumed run: leave it out": (
-            training.dataloader_persistent_workers
+            args.dataloader_persistent_workers
         ),
         "--dataloader_multiprocessing_context needs processes: also give --dataloader_num_workers": (
-            training.dataloader_multiprocessing_context is not None and not training.dataloader_num_workers
+            args.dataloader_multiprocessing_context is not None and not args.dataloader_num_workers
         ),
         "--label_delimiter must not be empty": delimiter == "",
         "--label_delimiter needs one --label_column": delimiter is not None and len(columns) > 1,
-        "FSDP needs GPUs; on CPUs use recipes/accelerate/ddp.yaml": fsdp and training.device.type == "cpu",
+        "FSDP needs GPUs; on CPUs use recipes/accelerate/ddp.yaml": fsdp and args.device.type == "cpu",
     }
     for problem, occurs in problems.items():
         if occurs:

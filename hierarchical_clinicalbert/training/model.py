@@ -18,7 +18,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from checkpoint_hierarchical import check_tokenizer, load_encoder, position_limit
+from checkpoint_hierarchical import check_tokenizer, load_encoder
 from configuration_hierarchical import DEFAULT_ENCODER, Calibration, HierarchicalConfig
 from hierarchical_clinicalbert.checkpoint_files import (
     MODEL_FILES,
@@ -202,7 +202,10 @@ def turn_off_dropout(text_config: PretrainedConfig) -> None:
 
 
 def load_tokenizer(arguments: ModelArguments, model: HierarchicalForSequenceClassification) -> PreTrainedTokenizerBase:
-    """Load the encoder's tokenizer, and limit ``model_max_length`` to the encoder's positions."""
+    """Load the encoder's tokenizer, with a ``model_max_length`` of one window of the encoder.
+
+    The configuration stores its special tokens, which each window of a longer text gets.
+    """
     name = arguments.model_name_or_path
     continued = is_checkpoint(name)
     revision = model.config.encoder_revision or "main"
@@ -214,12 +217,20 @@ def load_tokenizer(arguments: ModelArguments, model: HierarchicalForSequenceClas
     tokenizer.truncation_side = "right"  # predictions report truncation at the end of a text
     if "attention_mask" not in tokenizer.model_input_names:  # else batches would have no mask
         tokenizer.model_input_names = [*tokenizer.model_input_names, "attention_mask"]
-    limit = position_limit(model.encoder)
-    if limit is None:
-        raise InputError(f"{type(model.encoder).__name__} names no max_position_embeddings; use another encoder")
-    # a checkpoint's tokenizer stores its --max_length, which this run may exceed
-    tokenizer.model_max_length = limit if continued else min(tokenizer.model_max_length, limit)
+    model.config.tokens_before, model.config.tokens_after = special_tokens(tokenizer)
+    if model.window is not None:
+        # a checkpoint's tokenizer stores its --max_length, which this run may exceed
+        tokenizer.model_max_length = model.window if continued else min(tokenizer.model_max_length, model.window)
     return tokenizer
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Return the ids of the special tokens that a tokenizer puts before and after a text."""
+    encoded = tokenizer("a", return_special_tokens_mask=True)
+    ids, is_special = encoded["input_ids"], encoded["special_tokens_mask"]
+    first = is_special.index(0)
+    last = len(ids) - is_special[::-1].index(0)
+    return ids[:first], ids[last:]
 
 
 def size_report(model: HierarchicalForSequenceClassification) -> dict[str, int | float]:

@@ -99,11 +99,11 @@ def write_card(
     card.write(folder, config, settings, report, metrics, trainer.hub_model_id)
 
 
-def check_hub(training: HierarchicalTrainingArguments, model: HierarchicalForSequenceClassification) -> None:
+def check_hub(args: HierarchicalTrainingArguments, model: HierarchicalForSequenceClassification) -> None:
     """Raise InputError before training if the encoder is a local folder, or the repository cannot be written to."""
     if model.has_adapter:
         refuse_local_encoder(model.config, "train without --push_to_hub, then run push_to_hub.py --merge")
-    api = HfApi(token=training.hub_token)
-    name = training.hub_model_id or Path(training.output_dir).resolve().name
-    private = bool(training.hub_private_repo)
-    find_target(api, log_in(api), "--hub_model_id", name, revision=training.hub_revision, private=private)
+    api = HfApi(token=args.hub_token)
+    name = args.hub_model_id or Path(args.output_dir).resolve().name
+    private = bool(args.hub_private_repo)
+    find_target(api, log_in(api), "--hub_model_id", name, revision=args.hub_revision, private=private)

@@ -21,18 +21,15 @@ TOKEN_COLUMNS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 def tokenize_splits(
-    splits: DatasetDict, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None, sentences: bool = False
+    splits: DatasetDict, tokenizer: PreTrainedTokenizerBase, max_length: int, sentences: bool = False
 ) -> tuple[DatasetDict, dict[str, dict]]:
-    """Lower the tokenizer's limit to ``max_length``, tokenize texts up to this limit, and measure them by `length_report`.
+    """Set the tokenizer's limit to ``max_length``, tokenize texts up to this limit, and measure them by `length_report`.
 
     The columns are those of `TOKEN_COLUMNS` that the tokenizer has, ``length`` (of ``input_ids``), ``labels`` (lists of node
     ids), ``row``, ``text_id`` and ``moved``. If asked for, training rows have ``sentences``, see
     `training.views.sentence_numbers`. The other splits are sorted by length, to reduce padding. Nothing is padded.
     """
-    limit = tokenizer.model_max_length
-    if max_length is not None and max_length > limit:
-        logger.info("--max_length %d exceeds the model's limit: texts are truncated at %d tokens", max_length, limit)
-    tokenizer.model_max_length = min(max_length or limit, limit)
+    tokenizer.model_max_length = max_length
     if not tokenizer.is_fast:  # it has no token offsets
         problem = "is not a fast tokenizer (of the tokenizers library), which serving the checkpoint requires"
         raise InputError(f"{type(tokenizer).__name__} {problem}: use another encoder")

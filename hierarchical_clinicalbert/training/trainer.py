@@ -79,6 +79,7 @@ class HierarchicalTrainer(PublishingTrainer):
         for module in self.model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes would repack 4-bit weights in eval mode
                 module.support_avx512bf16_for_cpu = False
+        self.model.encodes_at_once = self.is_fsdp_enabled
         if self.args.device.type == "cpu" and self.model.has_adapter and not self.is_fsdp_enabled:
             use_training_kernels(self.model.encoder, torch.bfloat16 if self.args.bf16 else torch.float32)
 
@@ -123,8 +124,8 @@ class HierarchicalTrainer(PublishingTrainer):
             rows = order[start : start + EMBEDDED_AT_ONCE]
             batch = self.data_collator([{"input_ids": inputs[row]} for row in rows]).to(self.model.device)
             with self.accelerator.autocast():
-                hidden = self.model.encoder(**batch).last_hidden_state
-            pooled.append(self.model.pool(hidden, batch["attention_mask"]).to(self.model.heads.weight.device))
+                tokens, _ = self.model.encode(**batch)
+            pooled.append(self.model.pool(tokens).to(self.model.heads.weight.device))
         return torch.cat(pooled)[torch.tensor(order).argsort()]
 
     # ── Resume ───────────────────────────────────────────────────────────────────────────────────────────────────────

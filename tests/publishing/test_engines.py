@@ -285,8 +285,8 @@ def serve(folder: Path, requests: list) -> list:
 
 
 PARAMETERS = {
-    "one_path": [{"coverage": 0.8}, {"costs": "distance"}, {"stride": 16, "top_k": 2}],
-    "several_labels": [{"recall": 0.8}, {"costs": {"missing": 5, "inventing": 1}}, {"stride": 16, "top_k": 2}],
+    "one_path": [{"coverage": 0.8}, {"costs": "distance"}, {"top_k": 2}],
+    "several_labels": [{"recall": 0.8}, {"costs": {"missing": 5, "inventing": 1}}, {"top_k": 2}],
 }
 
 

@@ -34,7 +34,7 @@ from transformers import AutoTokenizer
 
 from checkpoint_hierarchical import SHIPPED_FILES
 from configuration_hierarchical import HierarchicalConfig
-from modeling_hierarchical import HierarchicalForSequenceClassification
+from modeling_hierarchical import HierarchicalForSequenceClassification, Tokens
 
 ADAPTER_REPOSITORY = {
     *(".gitattributes", "README.md", "config.json", "metrics.json"),
@@ -117,7 +117,9 @@ def by_hand(hub: HubServer, checkpoint: Path) -> torch.Tensor:
         for text in TEXTS:
             inputs = tokenizer(text, return_tensors="pt", truncation=True, max_length=128)
             tokens = encoder(**inputs).last_hidden_state
-            rows.append(heads(tokens.mean(1) if config.pooling == "mean" else tokens, inputs["input_ids"]))
+            rows.append(
+                heads(tokens.mean(1) if config.pooling == "mean" else Tokens(tokens, None, 1), inputs["input_ids"])
+            )
         return heads.decisions(torch.cat(rows))[0]
 
 
@@ -1139,7 +1141,7 @@ print(json.dumps([variables, card.data.models, card.data.sdk]))
     with SpaceServer(None, tmp_path, hosted / "app.py", shown) as server:
         client = Client(server.address, verbose=False)
         found = client.predict(TEXTS[0], api_name="/classify")
-        with pytest.raises(AppError, match="There is no text"):
+        with pytest.raises(AppError, match="The text is empty"):
             client.predict("  ", api_name="/classify")
     assert found["path"][0]["label"] in ("general pathological conditions", "specific disease")
     assert sum(found["levels"][0].values()) == pytest.approx(1, abs=1e-5)

@@ -135,19 +135,6 @@ def test_top_k_gives_the_most_probable_nodes(classify):
     assert [item["label"] for item in results] == sorted(p, key=lambda label: -p[label])[:3]
 
 
-def test_the_probability_is_the_maximum_over_windows(checkpoint, classify):
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    windows = tokenizer(LONG, truncation=True, max_length=64, stride=16, return_overflowing_tokens=True)["input_ids"]
-    with torch.inference_mode():
-        each = [classify.model(input_ids=torch.tensor([ids])).logits.sigmoid()[0] for ids in windows]
-    (result,) = classify([LONG], max_length=64, stride=16, top_k=1)
-    p = {label: score for level in result[0]["levels"] for label, score in level.items()}
-    expected = torch.stack(each).amax(0).tolist()
-    assert [p[label] for label in TREE.labels] == pytest.approx(expected, abs=1e-5)
-    with pytest.raises(ValueError, match="stride needs top_k and excludes costs"):
-        classify([LONG], max_length=64, stride=16)
-
-
 def test_the_answer_for_a_recall_holds_the_nodes_from_its_threshold_on(classify):
     result = classify(TEXTS[1], recall=0.605)  # rounded up to 0.61
     p = {label: score for level in result["levels"] for label, score in level.items()}
@@ -171,7 +158,6 @@ def test_the_answer_for_a_recall_holds_the_nodes_from_its_threshold_on(classify)
         ({"recall": 1.0}, "recall must be a number above 0 and at most 0.99"),
         ({"coverage": 0.9}, "this checkpoint guarantees a recall, no coverage: give recall"),
         ({"recall": 0.5, "max_length": 64}, "recall needs texts truncated at 512 tokens"),
-        ({"recall": 0.5, "stride": 8, "top_k": 2}, "recall needs texts truncated at 512 tokens"),
     ],
 )
 def test_arguments_that_the_checkpoint_cannot_serve_are_refused(classify, given, message):

@@ -293,7 +293,7 @@ def test_arguments_of_a_call_override_arguments_of_the_pipeline(checkpoint, clas
     assert (len(two("text")), len(two("text", top_k=3))) == (2, 3)
     assert two(LONG)[0]["truncated"]
     assert not two(TEXTS[1], max_length=100)[0]["truncated"]
-    for given in ({}, {"stride": 16, "max_length": 64}):
+    for given in ({}, {"max_length": 64}):
         found, expected = costly([*TEXTS, LONG], **given), classify([*TEXTS, LONG], costs="distance", **given)
         for one, other in zip(found, expected, strict=True):
             assert one["expected_cost"] == pytest.approx(other["expected_cost"], abs=1e-5)
@@ -304,27 +304,6 @@ def test_a_long_text_is_truncated_and_flagged(checkpoint, classify):
     assert [result["truncated"] for result in results] == [False, True]
     expected = one_by_one(checkpoint, [LONG], max_length=32)[0, : UNEVEN.num_leaves]
     assert results[1]["score"] == pytest.approx(expected.max(), abs=1e-5)
-
-
-def test_with_a_stride_a_long_text_is_the_mean_of_its_windows(checkpoint, classify):
-    window, stride = 40, 10
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True)
-    model = AutoModel.from_pretrained(checkpoint, trust_remote_code=True)
-    tokens = tokenizer(LONG, add_special_tokens=False, verbose=False)["input_ids"]
-    step = window - 2 - stride
-    starts = range(0, max(1, len(tokens) - stride), step)
-    with torch.inference_mode():
-        cut = [tokens[start : start + window - 2] for start in starts]
-        windows = [torch.tensor([[tokenizer.cls_token_id, *ids, tokenizer.sep_token_id]]) for ids in cut]
-        expected = torch.stack([model(input_ids=ids).node_log_probs[0].exp() for ids in windows]).mean(0)
-    short, result = classify([TEXTS[0], LONG], max_length=window, stride=stride)
-    assert len(windows) > 5
-    assert not result["truncated"]
-    found = {label: score for level in result["levels"] for label, score in level.items()}
-    for node, label in enumerate(UNEVEN.labels):
-        assert found[label] == pytest.approx(expected[node].item(), abs=1e-5)
-    assert sum(result["levels"][0].values()) == pytest.approx(1, abs=1e-5)
-    assert short["score"] == pytest.approx(classify(TEXTS[0])["score"], abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -358,8 +337,8 @@ def test_an_invalid_text_is_named_by_its_position(classify, item, message):
         ({"top_k": 0}, "top_k must be a whole number of at least 1"),
         ({"batch_size": 0}, "batch_size must be a whole number of at least 1"),
         ({"max_length": 10_000}, "beyond the model's limit of 512 tokens"),
-        ({"max_length": 12, "stride": 10}, "leaves no room"),
-        ({"stride": -1}, "stride must be"),
+        ({"max_length": 2}, "leaves no room"),
+        ({"stride": 16}, "'stride' is not an argument of this pipeline"),
         ({"truncation": True}, "'truncation' is not an argument of this pipeline"),
         ({"costs": "distance", "top_k": 2}, "give either costs or top_k"),
     ],
@@ -406,11 +385,11 @@ def test_a_model_sees_few_shapes_of_little_padding_and_each_core_computes_alone(
 
 
 def test_bfloat16_on_a_cpu_predicts_as_float32(checkpoint, classify):
-    """Compare predictions with attention by document, for texts of several windows."""
+    """Compare predictions with attention by document."""
     half = pipeline("hierarchical-text-classification", model=checkpoint, trust_remote_code=True, dtype=torch.bfloat16)
     assert half.model.encoder.config._attn_implementation == "per_document"
     texts = [*TEXTS, LONG]
-    for a, b in zip(classify(texts, stride=16), half(texts, stride=16), strict=True):
+    for a, b in zip(classify(texts), half(texts), strict=True):
         for one, other in zip(a["levels"], b["levels"], strict=True):
             assert list(other.values()) == pytest.approx(list(one.values()), abs=0.03)
 
@@ -462,18 +441,17 @@ def test_the_start_of_a_long_text_has_the_tokens_of_the_whole_text(checkpoint, l
         ),
         *(" " * 9000 + "fever" + " " * 9000 + "cold", "\n".join(TEXTS * 50), LONG[:1024], *TEXTS),
     ]
-    windows, text_of_window, truncated = classify.preprocess(texts, max_length=length)
-    assert text_of_window == list(range(len(texts)))
-    for text, window, was_truncated in zip(texts, windows, truncated, strict=True):
+    rows, truncated = classify.preprocess(texts, max_length=length)
+    for text, row, was_truncated in zip(texts, rows, truncated, strict=True):
         whole = classify.tokenizer(text, verbose=False)["input_ids"]
-        assert window["input_ids"] == [*whole[: length - 1], whole[-1]] if was_truncated else whole
+        assert row["input_ids"] == [*whole[: length - 1], whole[-1]] if was_truncated else whole
         assert was_truncated == (len(whole) > length)
 
 
 def test_concurrent_calls_truncate_at_their_own_lengths(checkpoint):
     classify = pipeline("hierarchical-text-classification", model=checkpoint, trust_remote_code=True)
     texts = [LONG[5 * i : 5 * i + 400] for i in range(16)]
-    cuts = [{"max_length": length} for length in (8, 12, 16, 20)] + [{"max_length": 40, "stride": 8}]
+    cuts = [{"max_length": length} for length in (8, 12, 16, 20, 40)]
     expected = {}
     for cut in cuts:
         expected[str(cut)] = classify.preprocess(texts, **cut)

@@ -77,6 +77,7 @@ def test_a_deep_taxonomy_of_thousands_is_drawn_with_few_boxes():
     assert len(bar.y) == 11
     others = bar.text.index("3,000 others 40.0 %")
     assert (bar.base[others], bar.y[others]) == pytest.approx((0.6, 0.4))
+    assert len(views.icicle(tree, scores, {tree.id("sibling 7")}).data[0].y) == 12  # what is predicted is shown
     figure = views.bars(tree, scores, chosen)
     assert sum(len(trace.y) for trace in figure.data) == 1 + 7 + 1 + 1
     assert figure.layout.height == views.bars(tree, None, set()).layout.height  # nothing moves

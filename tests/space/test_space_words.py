@@ -65,10 +65,10 @@ def test_weights_are_the_integral_of_the_gradient_word_by_word(kind, request, te
         x = (vectors[0] + part[:, None, None] * (vectors[1] - vectors[0])).requires_grad_()
         s = (tfidf[0] + part[:, None] * (tfidf[1] - tfidf[0])).requires_grad_()
         masks = mask.expand(len(part), -1)
-        states = model.encoder(inputs_embeds=x, attention_mask=masks).last_hidden_state
+        states, _ = model.encode(None, masks, x)
         with monkeypatch.context() as patched:
             patched.setattr(head, "forward", lambda ids, mask, s=s: s @ head.weight.T + head.bias)
-            scores = model.heads(states if model.heads.query is not None else model.pool(states, masks), ids, mask)
+            scores = model.heads(states if model.heads.query is not None else model.pool(states), ids, mask)
             log_probs, logits = model.heads.decisions(scores)
             values = logits if model.config.is_multi_label else log_probs.exp()
         step = torch.where((part == 0) | (part == 1), 0.5, 1.0) / steps
@@ -84,6 +84,9 @@ def test_weights_are_the_integral_of_the_gradient_word_by_word(kind, request, te
     tolerance = 8e-3 if model.config.is_multi_label else 2e-3
     assert [word["weight"] for word in explanation["words"]] == pytest.approx(list(expected.values()), abs=tolerance)
     assert max(map(abs, expected.values())) > 0.01
+    with torch.no_grad():  # the blank text keeps the special tokens
+        blank_score = model(input_ids=blank, attention_mask=mask)["node_log_probs"][0, node].exp().item()
+    assert explanation["blank_score"] == pytest.approx(blank_score, abs=1e-6)
     assert all(text[word["start"] : word["end"]] == word["word"] for word in explanation["words"])
 
 

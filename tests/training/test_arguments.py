@@ -29,7 +29,7 @@ def test_flags_override_the_recipe_and_the_recipe_the_defaults(tmp_path):
     assert (training.learning_rate, loss.focal_gamma, training.bf16) == (2e-4, 0.5, False)
     assert data.label_column == ["a", "b"]
     assert data.taxonomy is None
-    assert data.max_length == 512
+    assert data.max_length is None
 
 
 def test_the_command_line_replaces_where_the_recipe_takes_its_data_from(tmp_path):

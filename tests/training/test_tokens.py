@@ -35,7 +35,7 @@ def texts_of_lengths(lengths):
 def test_tokens_are_those_of_the_tokenizers_own_truncation(side, warned):
     words = [1, 5, 6, 7, 13, 30, 29]  # with two special tokens: 3, 7, 8, 9, 15, 32, 31
     splits, tokenizer = texts_of_lengths(words), word_tokenizer(side, model_input_names=["input_ids", "attention_mask"])
-    tokenized, lengths = tokenize_splits(splits, tokenizer)
+    tokenized, lengths = tokenize_splits(splits, tokenizer, 8)
     assert "longer than" not in warned.text
     rows = tokenized["test"]
     assert set(rows.column_names) == {"input_ids", "attention_mask", "length", "labels", "row", "text_id"}
@@ -54,15 +54,14 @@ def test_rows_of_a_file_with_a_cache_are_tokenized_anew(tmp_path):
     texts_of_lengths([20])["test"].save_to_disk(tmp_path)
     splits, tokenizer = datasets.DatasetDict({"test": datasets.load_from_disk(tmp_path)}), word_tokenizer()
     for limit in (4, 8):
-        tokenizer.model_max_length = limit
-        assert tokenize_splits(splits, tokenizer)[0]["test"]["length"][:] == [limit]
+        assert tokenize_splits(splits, tokenizer, limit)[0]["test"]["length"][:] == [limit]
 
 
 def test_token_types_only_where_the_tokenizer_has_them():
     names = ["input_ids", "token_type_ids", "attention_mask"]
-    tokenized, _ = tokenize_splits(texts_of_lengths([3]), word_tokenizer(model_input_names=names))
+    tokenized, _ = tokenize_splits(texts_of_lengths([3]), word_tokenizer(model_input_names=names), 8)
     assert tokenized["test"]["token_type_ids"][:] == [[0] * 5]
-    tokenized, _ = tokenize_splits(texts_of_lengths([3]), word_tokenizer(model_input_names=["input_ids"]))
+    tokenized, _ = tokenize_splits(texts_of_lengths([3]), word_tokenizer(model_input_names=["input_ids"]), 8)
     assert set(tokenized["test"].column_names) == {"input_ids", "attention_mask", "length", "labels", "row", "text_id"}
 
 
@@ -72,9 +71,7 @@ def test_tokens_of_training_texts_know_their_sentences(side):
     for split in ("train", "test"):
         splits[split] = texts_of_lengths([1, 1]).pop("test")
         splits[split] = splits[split].remove_columns("text").add_column("text", ["a b. c d e? f g", "a"])
-    tokenizer = word_tokenizer(side)
-    tokenizer.model_max_length = 6
-    tokenized, _ = tokenize_splits(splits, tokenizer, sentences=True)
+    tokenized, _ = tokenize_splits(splits, word_tokenizer(side), 6, sentences=True)
     cut = [0, 0, 1, 1] if side == "right" else [1, 1, 2, 2]
     assert tokenized["train"]["sentences"][:] == [[-1, *cut, -1], [-1, 0, -1]]
     assert "sentences" not in tokenized["test"].column_names

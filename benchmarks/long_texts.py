@@ -1,0 +1,86 @@
+"""Measure what long texts cost: ``python benchmarks/long_texts.py``.
+
+A model of MiniLM's size (6 layers, hidden size 384, random weights) reads texts in windows of 512 tokens. An encoder of
+ModernBERT's architecture, of the same width, depth and random weights, reads 8,192 tokens at once. A batch has at least 4,096 tokens.
+Each measurement is a process of its own, whose peak of memory is above that of the loaded model. The two models alternate.
+"""
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+from harness import flag_parser, print_table, processor, write_results
+
+from configuration_hierarchical import HierarchicalConfig
+from modeling_hierarchical import HierarchicalForSequenceClassification
+
+LENGTHS = (512, 600, 1024, 2048, 4096, 8192)
+SIZE = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
+ENCODERS = {
+    "windows": {"model_type": "bert", **SIZE},
+    "at once": {"model_type": "modernbert", **SIZE, "max_position_embeddings": 8192},
+}
+MODES = ("inference", "training")
+ROUNDS = 5
+
+
+def measure(name: str, mode: str, length: int) -> dict[str, float]:
+    """Return the tokens per second of a model, and its peak memory in MiB above that of the loaded model."""
+    torch.manual_seed(0)
+    config = HierarchicalConfig(text_config=ENCODERS[name], tokens_before=[101], tokens_after=[102])
+    model = HierarchicalForSequenceClassification(config).train(mode == "training")
+    texts = max(1, 4096 // length)
+    inputs = {"input_ids": torch.randint(1000, 30_000, (texts, length)), "attention_mask": torch.ones(texts, length)}
+    loaded, seconds = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, []
+    for _ in range(ROUNDS + 1):
+        started = time.perf_counter()
+        with torch.set_grad_enabled(mode == "training"):
+            output = model(**inputs, labels=torch.zeros(texts, dtype=torch.long))
+        if mode == "training":
+            model.zero_grad()
+            output.loss.backward()
+        seconds.append(time.perf_counter() - started)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"tokens_per_second": texts * length / statistics.median(seconds[1:]), "mib": (peak - loaded) / 1024}
+
+
+def main() -> None:
+    parser = flag_parser(__doc__, "long_texts.json")
+    parser.add_argument("--worker", nargs=3, help="internal: one measurement")
+    arguments = parser.parse_args()
+    if arguments.worker:
+        name, mode, length = arguments.worker
+        print(json.dumps(measure(name, mode, int(length))))
+        return
+    results = []
+    for mode in MODES:
+        for length in LENGTHS:
+            for name in ENCODERS:
+                line = [sys.executable, __file__, "--worker", name, mode, str(length)]
+                done = subprocess.run(line, capture_output=True, text=True, check=True)
+                measured = json.loads(done.stdout.splitlines()[-1])
+                results.append({"model": name, "mode": mode, "length": length, **measured})
+    write_results(arguments.output, {"processor": processor(), "results": results})
+    of = {(one["mode"], one["model"], one["length"]): one for one in results}
+    for mode in MODES:
+        rows = []
+        for length in LENGTHS:
+            windows, at_once = (of[mode, name, length] for name in ENCODERS)
+            share = windows["tokens_per_second"] / of[mode, "windows", 512]["tokens_per_second"]
+            speed_up = windows["tokens_per_second"] / at_once["tokens_per_second"]
+            memory = (f"{one['mib']:,.0f}" for one in (windows, at_once))
+            rows.append(
+                [f"{length:,}", f"{windows['tokens_per_second']:,.0f}", f"{share:.2f}", f"{speed_up:.1f}", *memory]
+            )
+        print(f"\n{mode}, {processor()}:")
+        print_table(
+            ["tokens", "tokens/s", "of those at 512", "speed-up over at once", "MiB", "MiB at once"], rows, left=0
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,242 @@
+"""Texts longer than the encoder's window, through all doors: cut, encoded and pooled by hand."""
+
+import csv
+import json
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from conftest import CLEAR, clear_rows, run, write_csv
+from torch.onnx import export
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+
+from configuration_hierarchical import HierarchicalConfig
+from hierarchical_clinicalbert.publishing.export import Logits
+from hierarchical_clinicalbert.training.model import special_tokens
+from modeling_hierarchical import TOKENS_AT_ONCE, HierarchicalForSequenceClassification, Tokens
+
+WINDOW, START, END = 16, 5, 6  # tokens in a window, and its special tokens
+SMALL = {
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+}
+ENCODERS = {
+    "bert": {**SMALL, "max_position_embeddings": WINDOW},
+    "roberta": {**SMALL, "pad_token_id": 1, "max_position_embeddings": WINDOW + 2},
+    "mpnet": {**SMALL, "pad_token_id": 1, "max_position_embeddings": WINDOW + 2},
+    "deberta-v2": {**SMALL, "relative_attention": True, "position_buckets": 8, "pos_att_type": ["p2c", "c2p"]},
+    "modernbert": {
+        **SMALL,
+        "pad_token_id": 0,
+        "cls_token_id": 1,
+        "sep_token_id": 2,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+}
+POOLINGS = ["mean", "cls", "label_attention"]
+LENGTHS = [7, 16, 17, 40, 63]  # of texts, special tokens included
+TREE = {"a": None, "b": ["c", "d"]}
+
+
+def small_model(kind: str = "bert", **settings) -> HierarchicalForSequenceClassification:
+    own = {"window": WINDOW, "tokens_before": [START], "tokens_after": [END]} | settings
+    torch.manual_seed(0)
+    model = HierarchicalForSequenceClassification(
+        HierarchicalConfig(text_config={"model_type": kind, **ENCODERS[kind]}, taxonomy=TREE, **own)
+    ).eval()
+    for weight in (model.heads.weight, model.heads.query):
+        if weight is not None:
+            torch.nn.init.normal_(weight)
+    return model
+
+
+def texts_of(lengths: list[int]) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return [[START, *torch.randint(10, 99, (length - 2,), generator=generator).tolist(), END] for length in lengths]
+
+
+def padded(texts: list[list[int]], width: int = 0, left: bool = False, pad: int = 0) -> dict[str, torch.Tensor]:
+    width = max(width, *map(len, texts))
+    rows = [[pad] * (width - len(text)) for text in texts]
+    masks = [[0] * len(row) for row in rows]
+    order = (lambda padding, own: padding + own) if left else (lambda padding, own: own + padding)
+    return {
+        "input_ids": torch.tensor([order(row, text) for row, text in zip(rows, texts, strict=True)]),
+        "attention_mask": torch.tensor([order(row, [1] * len(text)) for row, text in zip(masks, texts, strict=True)]),
+    }
+
+
+def by_hand(model: HierarchicalForSequenceClassification, text: list[int]) -> torch.Tensor:
+    """Cut a text into windows of nearly equal length, encode each alone, and pool the tokens of all."""
+    windows, content = [text], text[1:-1]
+    if len(text) > WINDOW:
+        count = -(-len(content) // (WINDOW - 2))
+        parts = [content[len(content) * i // count : len(content) * (i + 1) // count] for i in range(count)]
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+        windows = [[START, *part, END] for part in parts]
+    hidden = [model.encoder(torch.tensor([window])).last_hidden_state[0] for window in windows]
+    tokens, heads = torch.cat(hidden), model.heads
+    if model.config.pooling == "label_attention":
+        weights = (tokens @ heads.query.T / tokens.shape[1] ** 0.5).softmax(0)
+        scores = (weights * (tokens @ heads.weight.T)).sum(0) + heads.bias
+    else:
+        first = torch.stack([one[0] for one in hidden])
+        scores = heads.weight @ (first if model.config.pooling == "cls" else tokens).mean(0) + heads.bias
+    return heads.decisions(heads.decisions.inclusive(scores[None]))[1][0]
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("kind", ENCODERS)
+@torch.no_grad()
+def test_a_text_is_read_by_its_own_windows_alone_and_beside_others(kind, pooling):
+    model, texts = small_model(kind, pooling=pooling), texts_of(LENGTHS)
+    expected = torch.stack([by_hand(model, text) for text in texts])
+    pad = ENCODERS[kind].get("pad_token_id", 0)
+    alone = torch.cat([model(**padded([text])).logits for text in texts])
+    torch.testing.assert_close(alone, expected, atol=1e-5, rtol=0)
+    for batch in (padded(texts, pad=pad), padded(texts, 80, pad=pad), padded(texts, 80, left=True, pad=pad)):
+        torch.testing.assert_close(model(**batch).logits, alone, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_within_one_window_nothing_changes():
+    model, batch = small_model(), padded(texts_of([7, 12, 16]))
+    plain = small_model(tokens_before=None, tokens_after=None)
+    assert torch.equal(model(**batch).logits, plain(**batch).logits)
+    assert torch.equal(model(batch["input_ids"][2:]).logits, plain(**{k: v[2:] for k, v in batch.items()}).logits)
+
+
+@torch.no_grad()
+def test_embeddings_token_types_and_positions_are_cut_with_the_ids():
+    model, batch = small_model(), padded(texts_of(LENGTHS))
+    expected = model(**batch).logits
+    vectors = model.get_input_embeddings()(batch["input_ids"])
+    by_vectors = model(inputs_embeds=vectors, attention_mask=batch["attention_mask"]).logits
+    torch.testing.assert_close(by_vectors, expected, atol=1e-5, rtol=0)
+    more = {"token_type_ids": torch.zeros_like(batch["input_ids"]), "position_ids": torch.arange(63)[None]}
+    torch.testing.assert_close(model(**batch, **more).logits, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "arguments", "message"),
+    [
+        ({"tokens_before": None}, {}, "the special tokens of a window are needed"),
+        ({}, {"output_attentions": True}, "no hidden states or attentions"),
+        ({}, {"token_type_ids": torch.ones(1, 40, dtype=torch.long)}, "pairs of texts cannot be read"),
+    ],
+)
+def test_what_has_no_meaning_beyond_a_window_is_refused(settings, arguments, message):
+    model, batch = small_model(**settings), padded(texts_of([40]))
+    with pytest.raises(ValueError, match=f"beyond 16 tokens, the encoder's window, .*{message}"):
+        model(**batch, **arguments)
+    model(**padded(texts_of([16])), **{k: v for k, v in arguments.items() if k != "token_type_ids"})
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_gradients_are_those_of_one_call_of_the_encoder(pooling, monkeypatch):
+    model, batch = small_model(pooling=pooling), padded(texts_of(LENGTHS))
+
+    def gradients(at_once: int) -> list[torch.Tensor]:
+        monkeypatch.setattr("modeling_hierarchical.TOKENS_AT_ONCE", at_once)
+        model.zero_grad()
+        model(**batch, labels=torch.arange(5) % 3).loss.backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    for one, several in zip(gradients(TOKENS_AT_ONCE), gradients(40), strict=True):
+        torch.testing.assert_close(one, several, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_label_attention_over_many_nodes_is_computed_in_parts(monkeypatch):
+    model, batch = small_model(pooling="label_attention"), padded(texts_of(LENGTHS))
+    expected = model(**batch).logits
+    monkeypatch.setattr("modeling_hierarchical.SCORES_AT_ONCE", 1)
+    torch.testing.assert_close(model(**batch).logits, expected, atol=1e-5, rtol=0)
+    assert isinstance(model.encode(**batch)[0], Tokens)
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+@torch.no_grad()
+def test_an_exported_graph_reads_texts_of_any_length(pooling, tmp_path):
+    model, names = small_model(pooling=pooling), ["input_ids", "attention_mask"]
+    model.encoder.set_attn_implementation("eager")
+    shapes = (tuple({0: "batch", 1: "length"} for _ in names),)
+    example = tuple(padded(texts_of([5, 9, 7]))[name] for name in names)
+    program = export(
+        Logits(model, names), example, dynamo=True, verbose=False, input_names=names, dynamic_shapes=shapes
+    )
+    program.save(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    for lengths in ([4], [16], [17], [3, 8], LENGTHS, [200] * 3):
+        batch = padded(texts_of(lengths))
+        (logits,) = session.run(None, {name: batch[name].numpy() for name in names})
+        np.testing.assert_allclose(logits, model(**batch).logits.numpy(), atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def long_checkpoint(tiny_encoder, tmp_path_factory):
+    """Train on texts of two windows, whose class is named by their last words alone."""
+    folder = tmp_path_factory.mktemp("long")
+    generator, rows = np.random.default_rng(0), []
+    filler = [row["text"] for row in clear_rows(40)]
+    for _ in range(2):
+        for name, words in CLEAR.items():
+            for word in words:
+                text = " ".join([*generator.choice(filler, 12), f"{word} {word} {word}"])
+                rows.append({"text": text, "label": name})
+    write_csv(folder / "train.csv", rows)
+    run(
+        *("--model_name_or_path", tiny_encoder, "--train_file", folder / "train.csv", "--validation_size", "0.2"),
+        *("--max_length", "300", "--num_train_epochs", "1", "--output_dir", folder / "out", "--quantization", "none"),
+    )
+    return str(folder / "out"), [row["text"] for row in rows[:6]]
+
+
+def test_all_doors_read_the_last_words_of_a_long_text(long_checkpoint, tmp_path):
+    folder, texts = long_checkpoint
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True)
+    assert tokenizer.model_max_length == 300 > model.window
+    assert special_tokens(tokenizer) == (model.config.tokens_before, model.config.tokens_after)
+    with torch.no_grad():
+        encoded = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+        assert encoded["input_ids"].shape[1] > model.window
+        expected = model(**encoded).logits.softmax(1)
+        changed = [text.rsplit(" ", 3)[0] + " gastric ulcer" for text in texts]
+        other = model(**tokenizer(changed, padding=True, truncation=True, return_tensors="pt")).logits.softmax(1)
+    assert (expected - other).abs().max() > 1e-4  # the last words count
+
+    named = model.config.id2label
+    ours = pipeline("hierarchical-text-classification", model=folder, trust_remote_code=True)
+    flat = pipeline("text-classification", model=folder, trust_remote_code=True)
+    for results in (ours(texts, top_k=len(named)), flat(texts, top_k=None)):
+        for row, nodes in zip(expected, results, strict=True):
+            scores = {node["label"]: node["score"] for node in nodes}
+            assert [scores[named[i]] for i in named] == pytest.approx(row.tolist(), abs=1e-5)
+    assert not any(result["truncated"] for result in ours(texts))
+    assert ours(" ".join(texts))["truncated"]
+
+    source, output = tmp_path / "in.csv", tmp_path / "out.jsonl"
+    write_csv(source, [{"text": text} for text in texts])
+    run(
+        "--model",
+        folder,
+        "--input",
+        source,
+        "--output",
+        output,
+        "--probabilities",
+        "--dtype",
+        "fp32",
+        command="predict.py",
+    )
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    for row, scores in zip(rows, expected, strict=True):
+        assert [row["probabilities"][named[i]] for i in named] == pytest.approx(scores.tolist(), abs=1e-3)
+    with open(f"{folder}/validation_predictions.csv") as file:
+        assert next(csv.reader(file)) == ["row", "label", "prediction", "probability"]
