@@ -124,18 +124,18 @@ def compare(arguments: argparse.Namespace) -> dict:
             order = generator.permutation(len(labels))
             known, unseen = order[: len(order) // 2], order[len(order) // 2 :]
             threshold = coverage_threshold(tree, nodes[known], labels[known], coverage)
-            answers = [OnePath(tree).prediction_set(row, threshold) for row in nodes[unseen].tolist()]
-            scores_of.setdefault("this project", []).append(score(answers, labels[unseen], below))
+            sets = [OnePath(tree).prediction_set(row, threshold) for row in nodes[unseen].tolist()]
+            scores_of.setdefault("this project", []).append(score(sets, labels[unseen], below))
             for name in ("lac", "aps"):
-                answers = flat_answers(leaves[known], labels[known], leaves[unseen], coverage, name)
-                scores_of.setdefault(f"flat {name.upper()}", []).append(score(answers, labels[unseen], below))
-            answers = [thresholded(tree, row, coverage) for row in nodes[unseen].tolist()]
-            scores_of.setdefault("thresholding", []).append(score(answers, labels[unseen], below))
+                sets = flat_sets(leaves[known], labels[known], leaves[unseen], coverage, name)
+                scores_of.setdefault(f"flat {name.upper()}", []).append(score(sets, labels[unseen], below))
+            sets = [thresholded(tree, row, coverage) for row in nodes[unseen].tolist()]
+            scores_of.setdefault("thresholding", []).append(score(sets, labels[unseen], below))
         for name, scores in scores_of.items():
             means, spread = np.mean(scores, axis=0), np.std(scores, axis=0)
             rows.append(
                 {
-                    "coverage": coverage, "answers": name, "held": means[0], "held_std": spread[0],
+                    "coverage": coverage, "method": name, "held": means[0], "held_std": spread[0],
                     "leaves": means[1], "nodes": means[2],
                 }
             )  # fmt: skip
@@ -143,7 +143,7 @@ def compare(arguments: argparse.Namespace) -> dict:
 
 
 def print_comparison(rows: list[dict]) -> None:
-    columns = [("coverage", "{coverage:.0%}"), ("method", "{answers}")]
+    columns = [("coverage", "{coverage:.0%}"), ("method", "{method}")]
     columns.append(("measured coverage", "{held:.1%} ± {held_std:.1%}"))
     harness.print_rows(rows, [*columns, ("leaves", "{leaves:.2f}"), ("nodes", "{nodes:.2f}")])
 
@@ -158,11 +158,11 @@ def print_runs(runs: list[dict]) -> None:
     recipes = frame[(frame["model"] == "qlora") & frame["task"].isin(TEXTS)]
     rows = []
     for task, by_task in recipes.groupby("task", sort=False):
-        coverages, (n, num_test) = by_task["answer_coverage"], TEXTS[task]
+        coverages, (n, num_test) = by_task["set_coverage"], TEXTS[task]
         by_seed = ", ".join(f"{value:.1%}" for value in coverages)
         k = math.ceil((n + 1) * MEASURED_TARGET)
         low, high = np.array(betabinom(num_test, k, n + 1 - k).interval(0.95)) / num_test
-        cells = [f"{coverages.mean():.1%}", f"{low:.1%} – {high:.1%}", f"{by_task['answer_leaves'].mean():.2f}"]
+        cells = [f"{coverages.mean():.1%}", f"{low:.1%} – {high:.1%}", f"{by_task['set_leaves'].mean():.2f}"]
         rows.append([task, f"{MEASURED_TARGET:.0%}", by_seed, *cells])
     harness.print_table(("recipe", "coverage", "measured coverage, by seed", "mean", "95 % interval", "leaves"), rows)
 
@@ -185,7 +185,7 @@ def node_probabilities(classify: Callable, texts: list[str]) -> np.ndarray:
 
 
 def coverage_threshold(tree: Taxonomy, nodes: np.ndarray, labels: np.ndarray, coverage: float) -> float:
-    """Fit the threshold of this project's answers to node probabilities and leaf ids. Each row is a text."""
+    """Fit the threshold of this project's sets to node probabilities and leaf ids. Each row is a text."""
     leaves = nodes[:, : tree.num_leaves] / nodes[:, : tree.num_leaves].sum(axis=1, keepdims=True)
     sets = OnePathForm(tree).fit_sets(np.log(leaves.clip(1e-30)), labels, np.arange(len(labels)))
     return guaranteed_threshold("coverage", coverage, sets["set_thresholds"])
@@ -199,7 +199,7 @@ def read_rows(tree: Taxonomy, file: Path, class_names: Path | None) -> tuple[lis
     return list(rows["text"]), np.array([tree.id(names.get(label, label)) for label in rows["label"]])
 
 
-def flat_answers(
+def flat_sets(
     known: np.ndarray, labels: np.ndarray, unknown: np.ndarray, coverage: float, score: str
 ) -> list[list[int]]:
     """Return the sets of leaves of MAPIE's split conformal classifier."""
@@ -213,16 +213,16 @@ def flat_answers(
 
 
 def thresholded(tree: Taxonomy, nodes: list[float], coverage: float) -> list[int]:
-    """Return the answer by thresholding, from the probability of every node."""
+    """Return the prediction set by thresholding, from the probability of every node."""
     path = tree.path(int(np.argmax(nodes[: tree.num_leaves])))
     return [node for node in path if nodes[node] >= coverage][-1:] or tree.children(-1)
 
 
-def score(answers: list[list[int]], labels: np.ndarray, below: list[list[int]]) -> tuple[float, float, float]:
+def score(sets: list[list[int]], labels: np.ndarray, below: list[list[int]]) -> tuple[float, float, float]:
     """Return the coverage, and the mean numbers of leaves and of nodes, from the leaves ``below`` each node."""
-    leaves = [{leaf for node in answer for leaf in below[node]} for answer in answers]
-    covered = [label in answer for label, answer in zip(labels.tolist(), leaves, strict=True)]
-    return float(np.mean(covered)), float(np.mean(list(map(len, leaves)))), float(np.mean(list(map(len, answers))))
+    leaves = [{leaf for node in nodes for leaf in below[node]} for nodes in sets]
+    covered = [label in held for label, held in zip(labels.tolist(), leaves, strict=True)]
+    return float(np.mean(covered)), float(np.mean(list(map(len, leaves)))), float(np.mean(list(map(len, sets))))
 
 
 # ── Precisions ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -249,9 +249,9 @@ def compare_precisions(arguments: argparse.Namespace) -> list[dict]:
     form, calibration = form_of(config.tree, config.problem_type), config.calibration
 
     # ── Thresholds, always from float32 ──────────────────────────────────────────────────────────────────────────────
-    answer_threshold = guaranteed_threshold(form.decisions.guarantee, MEASURED_TARGET, calibration.set_thresholds)
+    set_threshold = guaranteed_threshold(form.decisions.guarantee, MEASURED_TARGET, calibration.set_thresholds)
     num_texts = len(rows["test"][0])
-    folds = {"test": [(np.arange(num_texts), answer_threshold, calibration.thresholds)], "validation": []}
+    folds = {"test": [(np.arange(num_texts), set_threshold, calibration.thresholds)], "validation": []}
     exact, labels = nodes["validation"]["fp32"], rows["validation"][1]
     for fitted, scored in RepeatedKFold(n_splits=2, n_repeats=SPLITS // 2, random_state=0).split(exact):
         folds["validation"].append((scored, *fit_thresholds(form, exact[fitted], labels[fitted])))
@@ -265,11 +265,11 @@ def compare_precisions(arguments: argparse.Namespace) -> list[dict]:
     ]
 
 
-Fold = tuple[np.ndarray, float, list[float] | None]  # the rows to score, and the thresholds of answers and of nodes
+Fold = tuple[np.ndarray, float, list[float] | None]  # the rows to score, and the thresholds of sets and of nodes
 
 
 def fit_thresholds(form: Form, nodes: np.ndarray, labels: np.ndarray) -> tuple[float, list[float] | None]:
-    """Fit the thresholds of answers and, for multi-label models, of nodes, to node probabilities (num_texts, num_nodes)."""
+    """Fit the thresholds of sets and, for multi-label models, of nodes, to node probabilities (num_texts, num_nodes)."""
     logits = np.log(nodes.clip(1e-30))
     if labels.ndim == 2:
         logits = logit(nodes.clip(1e-30, 1 - 1e-12))
@@ -289,23 +289,23 @@ def precision_scores(
         labels: leaf ids, or for multi-label models (num_texts, num_nodes).
 
     Returns:
-        For each precision, ``held``: coverage or recall of the answers; ``micro_f1``: accuracy or micro-F1; ``macro_f1``;
-        ``log_loss`` in nats, of a text or a node; and the differences from float32: ``…_change`` of each, the share of answers, and
+        For each precision, ``held``: coverage or recall of the sets; ``micro_f1``: accuracy or micro-F1; ``macro_f1``;
+        ``log_loss`` in nats, of a text or a node; and the differences from float32: ``…_change`` of each, the share of sets, and
         the largest change of a probability. A value with an interval is (value, low, high).
     """
     decisions, passes = form.decisions, sum(len(scored) for scored, *_ in folds) // len(labels)
     is_label = labels == 1 if labels.ndim == 2 else one_hot(labels, decisions.num_classes)
-    answers, predictions = {}, {}
+    sets, predictions = {}, {}
     for name, probabilities in nodes.items():
-        answers[name] = np.zeros((passes, *probabilities.shape), dtype=bool)
+        sets[name] = np.zeros((passes, *probabilities.shape), dtype=bool)
         predictions[name] = np.zeros((passes, *is_label.shape), dtype=bool)
         for i, (scored, threshold, node_thresholds) in enumerate(folds):
             place = i * passes // len(folds), scored
             for text, row in zip(scored, probabilities[scored].tolist(), strict=True):
-                answers[name][place[0], text, decisions.prediction_set(row, threshold)] = True
+                sets[name][place[0], text, decisions.prediction_set(row, threshold)] = True
             predicted, _ = decisions.predict(torch.from_numpy(probabilities[scored]), node_thresholds)
             predictions[name][place] = predicted[:, : decisions.num_classes].numpy()
-    held = {name: held_shares(form, answers[name], labels) for name in nodes}
+    held = {name: held_shares(form, sets[name], labels) for name in nodes}
     losses = {
         name: log_losses(probabilities[:, : decisions.num_classes], labels, is_label)
         for name, probabilities in nodes.items()
@@ -319,7 +319,7 @@ def precision_scores(
             "held_change": mean_interval(held[name] - held["fp32"]),
             "log_loss": losses[name].mean(),
             "log_loss_change": mean_interval(losses[name] - losses["fp32"]),
-            "changed_answers": (answers[name] != answers["fp32"]).any(2).mean(),
+            "changed_sets": (sets[name] != sets["fp32"]).any(2).mean(),
             "micro_f1": np.mean([*map(micro_f1, counts)]),
             "macro_f1": np.mean([*map(macro_f1, counts)]),
             "largest_change": np.abs(nodes[name] - nodes["fp32"]).max(),
@@ -328,16 +328,16 @@ def precision_scores(
     return scores
 
 
-def held_shares(form: Form, answers: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Return the share of each text's labels that its answers hold, (num_texts,), the mean over passes; NaN without a label.
+def held_shares(form: Form, sets: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Return the share of each text's labels that its sets hold, (num_texts,), the mean over passes; NaN without a label.
 
-    ``answers`` are (num_passes, num_texts, num_nodes).
+    ``sets`` are (num_passes, num_texts, num_nodes).
     """
     if labels.ndim == 2:
         true = labels == 1
-        return (answers & true).sum(2).mean(0) / np.where(true.any(1), true.sum(1), np.nan)
+        return (sets & true).sum(2).mean(0) / np.where(true.any(1), true.sum(1), np.nan)
     paths = np.array(form.tree.padded_paths)[labels]  # (num_texts, depth), padded with the id after the last node
-    padded = np.pad(answers, ((0, 0), (0, 0), (0, 1)))
+    padded = np.pad(sets, ((0, 0), (0, 0), (0, 1)))
     return np.take_along_axis(padded, paths[None], axis=2).any(2).mean(0)
 
 
@@ -361,7 +361,7 @@ def print_precisions(rows: list[dict]) -> None:
 
     columns = [("processor", "{processor}"), ("task", "{task}"), ("rows", "{split}"), ("texts", "{texts}")]
     columns += [("precision", "{precision}"), ("coverage, recall", "{held[0]:.1%} ({held[1]:.1%} – {held[2]:.1%})")]
-    columns += [("change", change("held_change", "+.2%")), ("changed sets", "{changed_answers:.1%}")]
+    columns += [("change", change("held_change", "+.2%")), ("changed sets", "{changed_sets:.1%}")]
     columns += [("accuracy, micro-F1", "{micro_f1:.1%}"), ("change", change("micro_f1_change", "+.2%"))]
     columns += [("macro-F1", "{macro_f1:.1%}"), ("change", change("macro_f1_change", "+.2%"))]
     columns += [("change of log loss", change("log_loss_change", "+.4f"))]

@@ -296,7 +296,9 @@ def score_checkpoint(folder: Path, tree: Taxonomy, rows: dict[str, Rows]) -> dic
     scores = score(tree, u, rows["test"][1], np.array(calibration.thresholds))
     labels = np.concatenate([rows[split][1] for split in SCORED])
     uncalibrated = np.concatenate([*decisions.values()]) - np.array(calibration.biases)
-    return scores | answers(tree, uncalibrated / np.array(calibration.scales), labels, len(decisions["validation"]))
+    return scores | measure_sets(
+        tree, uncalibrated / np.array(calibration.scales), labels, len(decisions["validation"])
+    )
 
 
 def score(tree: Taxonomy, u: np.ndarray, labels: np.ndarray, thresholds: np.ndarray | float) -> dict[str, Any]:
@@ -315,8 +317,8 @@ def unpack(choices: str, shape: tuple[int, int]) -> np.ndarray:
     return np.unpackbits(bits, count=shape[0] * shape[1]).reshape(shape).astype(bool)
 
 
-def answers(tree: Taxonomy, scores: np.ndarray, labels: np.ndarray, num_fitted: int) -> dict[str, float]:
-    """Measure the answers of a guaranteed recall on random splits of validation and test texts.
+def measure_sets(tree: Taxonomy, scores: np.ndarray, labels: np.ndarray, num_fitted: int) -> dict[str, float]:
+    """Measure the prediction sets of a guaranteed recall on random splits of validation and test texts.
 
     In each split, some texts calibrate the scores and fit the threshold as ``train.py`` does. The other texts are scored.
 
@@ -340,10 +342,10 @@ def answers(tree: Taxonomy, scores: np.ndarray, labels: np.ndarray, num_fitted: 
         by_split.append((measured["recall"], measured["nodes"], sets["num_texts"]))
     recall, nodes, num_texts = np.mean(by_split, axis=0)
     return {
-        "splits_answer_recall": recall,
-        "splits_answer_recall_std": np.std(by_split, axis=0)[0],
-        "splits_answer_nodes": nodes,
-        "splits_answer_texts": num_texts,
+        "splits_set_recall": recall,
+        "splits_set_recall_std": np.std(by_split, axis=0)[0],
+        "splits_set_nodes": nodes,
+        "splits_set_texts": num_texts,
     }
 
 

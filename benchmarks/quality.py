@@ -132,8 +132,8 @@ PARTS = ("accuracy", "macro_f1", "level_1_accuracy", "log_loss", "ece")
 MULTI_LABEL_PARTS = ("micro_f1", "macro_f1", "mean_average_precision", "log_loss", "ece")
 OWN = (  # from the metrics of a checkpoint
     *("test_log_loss", "test_ece", "test_level_1_ece", "test_ece_by_chance", "test_level_1_ece_by_chance"),
-    *("test_any_label_accuracy", "test_answer_coverage", "test_answer_leaves", "lexical_weight"),
-    *("test_answer_recall", "test_answer_nodes", "epoch", "train_samples_per_second"),
+    *("test_any_label_accuracy", "test_set_coverage", "test_set_leaves", "lexical_weight"),
+    *("test_set_recall", "test_set_nodes", "epoch", "train_samples_per_second"),
     *(
         f"{step}_test_{name}"
         for step in ("uncalibrated", "without_lexical_head")
@@ -236,7 +236,7 @@ def main() -> None:
         if runs := [run for run in results if run["task"] in tasks]:
             print_scores(runs, shown)
             print_ablation(runs, parts)
-    print_answers([run for run in results if "splits_answer_recall" in run])
+    print_sets([run for run in results if "splits_set_recall" in run])
     for name in filter(MULTI_LABEL_TASKS.__contains__, arguments.task):
         labels = Task(name, arguments.data, arguments.seed[0]).rows("test")[1]
         print_differences(name, [run for run in results if run["task"] == name], labels)
@@ -431,11 +431,11 @@ def print_ablation(results: list[dict], names: tuple[str, ...]) -> None:
     print_table(["task", "model", "", "seeds", *titles], rows, left=3)
 
 
-def print_answers(results: list[dict]) -> None:
+def print_sets(results: list[dict]) -> None:
     """Print the recall of prediction sets over random splits, beside its bounds (Angelopoulos et al., 2022)."""
     rows = []
     for run in results:
-        recall, nodes, texts = (run[f"splits_answer_{name}"] for name in ("recall", "nodes", "texts"))
+        recall, nodes, texts = (run[f"splits_set_{name}"] for name in ("recall", "nodes", "texts"))
         shares = (f"{100 * share:.2f}" for share in (MEASURED_TARGET, recall, MEASURED_TARGET + 2 / (texts + 1)))
         rows.append([run["task"], run["model"], run["seed"], *shares, f"{nodes:.2f}"])
     print_table(("task", "model", "seed", "requested", "measured recall", "at most", "nodes"), rows, left=2)

@@ -38,7 +38,7 @@ def test_the_log_names_columns_precision_sizes_and_scores(quickstart_run):
     table = re.split(r"validation +test\n", log)[1]
     for name in ("log_loss", "accuracy", "macro_f1", "ece", "level_2_ece"):
         assert re.search(rf"^{name} +\d\.\d{{4}} +\d\.\d{{4}}$", table, re.MULTILINE), name
-    assert re.search(r"^answer_coverage +\d\.\d{4}$", table, re.MULTILINE)  # of the test rows alone
+    assert re.search(r"^set_coverage +\d\.\d{4}$", table, re.MULTILINE)  # of the test rows alone
     assert "runtime" not in table
 
 
@@ -60,7 +60,7 @@ def test_metrics_have_the_promised_names_and_agree_with_scikit_learn(quickstart_
     assert metrics["lexical_weight"] > 0
     assert metrics["eval_log_loss"] < metrics["uncalibrated_eval_log_loss"]
     assert metrics["eval_log_loss"] < metrics["without_lexical_head_eval_log_loss"]
-    assert 0.8 < metrics["test_answer_coverage"] <= 1
+    assert 0.8 < metrics["test_set_coverage"] <= 1
     assert (output / "plots" / "reliability_diagram_uncalibrated.png").is_file()
 
 
@@ -120,7 +120,7 @@ def test_predictions_and_measured_sets_are_those_of_the_pipeline(quickstart_run,
         if true:
             shares.append(len(true & predicted_set) / len(true) if several else float(bool(true & predicted_set)))
     metrics = json.loads((output / "metrics.json").read_text())
-    assert metrics[f"test_answer_{guarantee}"] == pytest.approx(np.mean(shares))
+    assert metrics[f"test_set_{guarantee}"] == pytest.approx(np.mean(shares))
 
 
 def test_a_checkpoint_is_scored_without_training_as_it_was_after_training(quickstart_run, tmp_path):
@@ -130,7 +130,7 @@ def test_a_checkpoint_is_scored_without_training_as_it_was_after_training(quicks
     run("--do_train", "false", "--do_predict", *flags)
     scored = json.loads((tmp_path / "scores" / "metrics.json").read_text())
     trained = json.loads((output / "metrics.json").read_text())
-    of_sets = ("test_answer_coverage", "test_answer_nodes")
+    of_sets = ("test_set_coverage", "test_set_nodes")
     for name in ("test_accuracy", "test_macro_f1", "test_log_loss", "test_ece", "test_level_1_accuracy", *of_sets):
         assert scored[name] == pytest.approx(trained[name], abs=1e-6), name
     assert not (tmp_path / "scores" / "config.json").exists()
@@ -190,7 +190,7 @@ def test_without_validation_rows_nothing_is_calibrated_and_nothing_guaranteed(un
     config = json.loads((output / "config.json").read_text())
     assert config.get("calibration") is None
     metrics = json.loads((output / "metrics.json").read_text())
-    prefixes = ("eval_", "quantized_", "uncalibrated_", "without_lexical_head_", "test_answer_")
+    prefixes = ("eval_", "quantized_", "uncalibrated_", "without_lexical_head_", "test_set_")
     assert [name for name in metrics if name.startswith(prefixes)] == []
     assert not (output / "validation_predictions.csv").exists()
 

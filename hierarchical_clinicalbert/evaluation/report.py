@@ -122,13 +122,13 @@ def measured_threshold(calibration: Calibration) -> float | None:
 
 
 def measure_sets(form: Form, splits: dict[str, ScoredSplit], calibration: Calibration) -> dict[str, float]:
-    """Measure the prediction sets for `MEASURED_TARGET` on the test rows, from calibrated logits: ``test_answer_…``."""
+    """Measure the prediction sets for `MEASURED_TARGET` on the test rows, from calibrated logits: ``test_set_…``."""
     threshold = measured_threshold(calibration)
     if "test" not in splits or threshold is None:
         return {}
     test = splits["test"]
     scores = form.set_scores(test.logits, test.labels, test.texts, threshold)
-    return {f"test_answer_{name}": value for name, value in scores.items()}
+    return {f"test_set_{name}": value for name, value in scores.items()}
 
 
 def reported_split(splits: dict[str, ScoredSplit]) -> str:

@@ -117,7 +117,7 @@ def make_metrics(config: HierarchicalConfig) -> dict:
         "lexical_weight": 0.3,
         "per_class": rows,
         "intervals": {f"test_{form.micro_f1}": ends["micro_f1"], "test_macro_f1": ends["macro_f1"]},
-        **{f"test_answer_{name}": value for name, value in sets.items()},
+        **{f"test_set_{name}": value for name, value in sets.items()},
         **metrics,
     }
 
@@ -158,7 +158,7 @@ def test_the_results_parse_back_to_the_numbers_of_the_metrics_file(written, prob
     assert published == {
         name: value
         for name, value in metrics.items()
-        if re.match("(eval|test)_(?!answer)", name)
+        if re.match("(eval|test)_(?!set_)", name)
         and not re.search("_(loss|runtime|by_chance)$", name.replace("log_loss", ""))
     }
     types = {r.metric_name: r.metric_type for r in parsed.eval_results}
@@ -411,7 +411,7 @@ def test_how_a_multi_label_model_was_calibrated(written):
         assert words not in shown, words
     assert "Conformal risk control" in section(text, "Citation")
     assert "path" not in section(text, "Limits and intended use")
-    test_only = {name: value for name, value in METRICS[MULTI_LABEL].items() if re.match("test_(?!answer)", name)}
+    test_only = {name: value for name, value in METRICS[MULTI_LABEL].items() if re.match("test_(?!set_)", name)}
     shown = one_line(written(make_config(problem_type=MULTI_LABEL, calibrated=False), metrics=test_only), "Results")
     assert "every node that reaches the probability 0.5, with its ancestors" in shown
     assert "The pipeline predicts the nodes of probability 0.5 or more." in shown

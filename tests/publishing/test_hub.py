@@ -882,8 +882,8 @@ def test_a_full_temporary_folder_is_one_line(hub, checkpoint, small_disk, tmp_pa
 # continuing and scoring
 
 
-SINGLE = ("accuracy", "macro_f1", "log_loss", "ece", "answer_coverage")
-SEVERAL = ("micro_f1", "macro_f1", "example_f1", "mean_average_precision", "log_loss", "ece", "answer_recall")
+SINGLE = ("accuracy", "macro_f1", "log_loss", "ece", "set_coverage")
+SEVERAL = ("micro_f1", "macro_f1", "example_f1", "mean_average_precision", "log_loss", "ece", "set_recall")
 
 
 @pytest.mark.parametrize(
