@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, one_hot, pad
+from torch.special import entr
 
 try:
     from .configuration_hierarchical import MULTI_LABEL, SINGLE_LABEL
@@ -130,7 +131,17 @@ class Decisions(nn.Module):
         # all rows at once would take several times the memory of the labels
         return sum(self.outcome_targets(rows).double().sum(0) for rows in labels[has_labels(labels)].split(1024))
 
-    # ── Prediction sets ──────────────────────────────────────────────────────────────────────────────────────────────
+    # ── Predictions ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def entropies(self, probabilities: Tensor) -> Tensor:
+        """Return what each level's decisions add to the entropy of a prediction in nats, (B, depth), from P(node), (B, N).
+
+        The sum is the entropy of the leaf, or with many nodes of the set of nodes, by the chain rule (Cover and Thomas, 2006,
+        "Elements of Information Theory", theorem 2.5.1).
+        """
+        above = self.of_parents(probabilities, 1.0)
+        given_parent = (probabilities / above).nan_to_num().clamp(0, 1)
+        return (above * self.entropy_terms(given_parent)) @ one_hot(torch.tensor(self.tree.levels) - 1).to(above)
 
     def set_threshold(self, thresholds: list[float | None] | None, **shares: float | None) -> float | None:
         """Return the threshold of prediction sets for the given one of ``coverage`` and ``recall``; None if none is given.
@@ -237,6 +248,10 @@ class OnePath(Decisions):
 
     # ── Predictions ──────────────────────────────────────────────────────────────────────────────────────────────────
 
+    def entropy_terms(self, given_parent: Tensor) -> Tensor:
+        """Return what each node adds to the entropy of the choice among siblings, from P(node | parent)."""
+        return entr(given_parent)
+
     def predict(
         self, probabilities: Tensor, thresholds: list[float] | float | None = None, costs: "str | Tensor | None" = None
     ) -> tuple[Tensor, Tensor | None]:
@@ -253,10 +268,6 @@ class OnePath(Decisions):
             least = expected.min(1).values
             of_leaves = of_leaves.where(expected <= least[:, None] * (1 + 1e-9), -1.0)  # tied, up to rounding
         return self.outcome_targets(of_leaves.argmax(1)) > 0, least
-
-    def as_result(self, predicted: list[dict]) -> dict:
-        """Return the fields of a result for the predicted nodes."""
-        return predicted[0]
 
     def prepare_costs(self, costs: Any) -> "str | Tensor":
         """Check the costs of errors: "distance", a CSV file or {correct leaf: {predicted leaf: cost}}.
@@ -420,27 +431,38 @@ class ManyNodes(Decisions):
 
     # ── Predictions ──────────────────────────────────────────────────────────────────────────────────────────────────
 
+    def entropy_terms(self, given_parent: Tensor) -> Tensor:
+        """Return the entropy of each node's decision, from P(node | parent). Siblings are independent given their parent."""
+        return entr(given_parent) + entr(1 - given_parent)
+
     def predict(
-        self, probabilities: Tensor, thresholds: list[float] | float | None = None, costs: float | None = None
-    ) -> tuple[Tensor, None]:
-        """Predict the nodes that reach their thresholds, or with ``costs`` of `prepare_costs` that one.
+        self,
+        probabilities: Tensor,
+        thresholds: list[float] | float | None = None,
+        costs: tuple[float, float] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Predict the nodes that reach their thresholds, or with ``costs`` of `prepare_costs` the set of least expected cost.
 
         Returns:
-            The predicted nodes with their ancestors, (B, N) of bool. Then None.
+            The predicted nodes with their ancestors, (B, N) of bool. Then the expected cost, (B,), None without costs.
         """
         thresholds = DEFAULT_THRESHOLD if thresholds is None else thresholds
-        least = torch.as_tensor(thresholds if costs is None else costs, dtype=probabilities.dtype)
-        return self.sum_at_or_below((probabilities >= least).float()) > 0, None
+        least = thresholds if costs is None else cost_threshold(*costs)
+        reached = probabilities >= torch.as_tensor(least, dtype=probabilities.dtype)
+        predicted = self.sum_at_or_below(reached.float()) > 0
+        if costs is None:
+            return predicted, None
+        missing, inventing = costs
+        return predicted, torch.where(predicted, inventing * (1 - probabilities), missing * probabilities).sum(1)
 
-    def as_result(self, predicted: list[dict]) -> dict:
-        """Return the fields of a result for the predicted nodes."""
-        return {"labels": predicted}
-
-    def prepare_costs(self, costs: Any) -> float:
-        """Check the costs {"missing": a, "inventing": b}; return the `cost_threshold` of all nodes."""
+    def prepare_costs(self, costs: Any) -> tuple[float, float]:
+        """Check the costs {"missing": a, "inventing": b} of a node; return both, of which one is positive."""
         if not isinstance(costs, Mapping) or costs.keys() != {"missing", "inventing"}:
             raise ValueError('for multi-label models, costs are {"missing": a number, "inventing": a number}')
-        return cost_threshold(*(read_cost(costs[name], f"{name} a node") for name in ("missing", "inventing")))
+        missing, inventing = (read_cost(costs[name], f"{name} a node") for name in ("missing", "inventing"))
+        if missing + inventing == 0:
+            raise ValueError("the costs of missing and of inventing a node are both 0: one must be positive")
+        return missing, inventing
 
     def prediction_set(self, probabilities: list[float], threshold: float) -> list[int]:
         """Return the ids of the nodes that reach the threshold, the most probable node first."""

@@ -45,9 +45,11 @@ except ImportError:  # as a top-level module of the repository, not as remote co
 
 logger = logging.get_logger(__name__)
 
+RESULT_VERSION = 2  # of the fields of a result. In version 1, they differed between the forms of label
 TOKENS_ON_CPU, TOKENS_ELSEWHERE = 2048, 32_768  # in a batch, padding included
 TEXTS_AHEAD = 512
 CHARACTERS_PER_TOKEN = 8  # most texts have fewer
+PIECE = 2**16  # characters, in which the unread rest of a text is tokenized
 BATCHES_AHEAD = 32
 MAX_TOKENIZERS = 8
 # Core counts of the calls that are starting threads, shared by all copies of this module. Not a lock: Ctrl+C could leave it held.
@@ -59,7 +61,7 @@ class PendingTexts:
     """Texts whose batches are being computed."""
 
     order: list[int]  # the index of each text, in the order of the batches
-    truncated: list[bool]  # one per text
+    tokens: list[tuple[int, int]]  # for each text, how many it has, and how many are read
     outputs: list[Future]  # for each batch, its node log-probabilities (B, num_nodes)
 
 
@@ -67,33 +69,37 @@ class HierarchicalTextClassificationPipeline(Pipeline):
     """Classify texts into a taxonomy.
 
     A text gives a result, a list or tuple gives a list, and any other iterable (a generator, a dataset, a `KeyDataset`)
-    an iterator. An item may also be a mapping that holds the text under ``"text"``. A result has
+    an iterator. An item may also be a mapping that holds the text under ``"text"``. A result is a dictionary:
 
-    - ``label``, ``score``: the most probable leaf and its probability;
-    - ``path``: ``{"label", "score"}`` of every node from the root to that leaf;
-    - ``labels``, in place of these three in multi-label checkpoints: ``{"label", "score", "path"}``
-      of the deepest predicted nodes, most probable first; possibly none;
-    - ``levels``: for each level, from the roots down, the probability of every node;
-    - ``truncated``: whether the text was truncated;
-    - ``answer``, with ``coverage`` or ``recall``: ``{"label", "score"}`` of its nodes;
-    - ``expected_cost``, with ``costs`` in single-path models: the expected cost of the predicted leaf.
+    - ``labels``: the deepest predicted nodes, most probable first: one in single-path checkpoints, and any number in
+      multi-label ones. Each has ``label``, ``score`` (its probability), ``path`` (``{"label", "score"}`` of every node from the
+      root to it) and, where the taxonomy has one, ``description``;
+    - ``label``, ``score``, ``path``: those of the first of ``labels``; None, None and [] without one;
+    - ``prediction_set``, with ``coverage`` or ``recall``: ``{"label", "score"}`` of its nodes;
+    - ``expected_cost``, with ``costs``: that of the prediction;
+    - ``tokens``: the length of the text in tokens, special ones included, and ``tokens_read``, how many of them the model read;
+    - ``truncated``: whether these numbers differ;
+    - ``levels``, with ``levels=True``: for each level, from the roots down, the probability of every node.
 
     Args:
         batch_size: number of texts in a batch; by default a power of two, for about 2,048 tokens on a CPU and 32,768
             elsewhere. A stream is read up to 64 batches ahead, by default 1,024 texts. 1 reads nothing ahead.
-        top_k: number of leaves, or for multi-label models of nodes; each text then gets a list of results with
-            ``label``, ``score`` and ``path``, best first.
+        top_k: ``labels`` are this number of leaves, or for multi-label models of nodes, the most probable ones.
         max_length: in tokens, special ones included; by default, and at most, the tokenizer's limit.
-        coverage: share of texts whose answer holds the correct leaf, rounded up to a hundredth. The answer has at most
+        coverage: share of texts whose prediction set holds the correct leaf, rounded up to a hundredth. The set has at most
             three nodes, or consists of roots: see `OnePath.prediction_set`. Excludes any ``max_length`` other than the
             validation rows had.
-        recall: for multi-label models, the share of a text's correct nodes that the answer holds on average. Otherwise like
-            ``coverage``.
+        recall: for multi-label models, the share of a text's correct nodes that the prediction set holds on average. Otherwise
+            like ``coverage``.
         costs: predict the leaf of least expected cost (see `expected_costs`; in a tie, the most probable). Excludes
             ``top_k``. ``"distance"`` is the number of edges between correct and predicted leaf, with roots joined by a node
             above them. A table is ``{correct leaf: {predicted leaf: cost}}``, or the path of a CSV file. Its first column names
             the correct leaves, and its first row the predicted ones. For multi-label models ``{"missing": a, "inventing": b}``
             are the costs of each false negative and each false positive node: see `cost_threshold`.
+        levels: whether results have ``levels``.
+
+    Attributes:
+        result_version: `RESULT_VERSION` of the checkpoint's own code.
 
     Raises:
         ValueError: an item or argument cannot be used, or the checkpoint has no thresholds for the guarantee.
@@ -104,6 +110,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
     _load_video_processor = False
     _load_feature_extractor = False
     _load_tokenizer = True
+    result_version = RESULT_VERSION
 
     def __init__(self, model: PreTrainedModel, *args: Any, **kwargs: Any):
         self.tree = model.config.tree
@@ -135,18 +142,21 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         coverage: float | None = None,
         recall: float | None = None,
         costs: str | os.PathLike | Mapping | None = None,
+        levels: bool | None = None,
         **unknown: Any,
     ) -> tuple[dict, dict, dict]:
         if unknown:
-            known = "batch_size, top_k, max_length, coverage, recall and costs"
+            known = "batch_size, top_k, max_length, coverage, recall, costs and levels"
             raise ValueError(f"{min(unknown)!r} is not an argument of this pipeline; it has {known}")
         for name, value in (("top_k", top_k), ("max_length", max_length)):
             check_number(name, value, 1)
+        if levels not in (None, True, False):
+            raise ValueError(f"levels must be True or False, not {levels!r}")
         thresholds = self.model.config.calibration.set_thresholds
         threshold = self.decisions.set_threshold(thresholds, coverage=coverage, recall=recall)
         prepared = None if costs is None else self.decisions.prepare_costs(costs)
         truncation = {"max_length": max_length}
-        output = {"top_k": top_k, "threshold": threshold, "costs": prepared}
+        output = {"top_k": top_k, "threshold": threshold, "costs": prepared, "levels": levels}
         # arguments that are not given leave those of the pipeline as they are
         return without_none(truncation), {}, without_none(output)
 
@@ -240,7 +250,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         self, texts: list[str], batch_size: int | None, truncation: dict, workers: Executor | None, alone: bool = True
     ) -> PendingTexts:
         """Tokenize texts and submit their batches to ``workers``; with None compute the batches at once."""
-        rows, truncated = self.preprocess(texts, **truncation)
+        rows, tokens = self.preprocess(texts, **truncation)
         lengths = [len(row["input_ids"]) for row in rows]
         batches = batches_by_length(
             lengths, batch_size, TOKENS_ON_CPU if self.device.type == "cpu" else TOKENS_ELSEWHERE
@@ -258,7 +268,8 @@ class HierarchicalTextClassificationPipeline(Pipeline):
             else:
                 outputs.append(Future())
                 outputs[-1].set_result(self.forward(inputs))
-        return PendingTexts([*chain(*batches)], truncated, outputs)
+        counts = [*zip(tokens, lengths, strict=True)]
+        return PendingTexts([*chain(*batches)], counts, outputs)
 
     def _collect(self, pending: PendingTexts, costs: Any = None, **output: Any) -> Iterator:
         """Yield the results of pending texts in order, with probabilities in float64.
@@ -269,11 +280,11 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         probabilities = of_batches[torch.tensor(pending.order).argsort()]
         thresholds = self.model.config.calibration.thresholds
         predicted, expected_costs = self.decisions.predict(probabilities, thresholds, costs)
-        for i, truncated in enumerate(pending.truncated):
+        for i, tokens in enumerate(pending.tokens):
             # one text at a time: a list of floats takes four times the memory of a tensor
             expected_cost = None if expected_costs is None else expected_costs[i].item()
             nodes = predicted[i].nonzero().flatten().tolist()
-            yield self.postprocess(probabilities[i].tolist(), nodes, truncated, expected_cost, **output)
+            yield self.postprocess(probabilities[i].tolist(), nodes, *tokens, expected_cost, **output)
 
     def _length(self, max_length: int | None = None) -> int:
         """Return the length in tokens at which texts are truncated, or raise ValueError if the tokenizer does not allow it."""
@@ -287,22 +298,33 @@ class HierarchicalTextClassificationPipeline(Pipeline):
 
     def preprocess(
         self, texts: list[str], max_length: int | None = None
-    ) -> tuple[list[dict[str, list[int]]], list[bool]]:
-        """Return the tokens of each text, and whether it was truncated."""
-        length = self._length(max_length)
-        # only the start of a long text is tokenized: the tokens of a whole book take 60 times its memory
+    ) -> tuple[list[dict[str, list[int]]], list[int]]:
+        """Return the tokens of each text, truncated, and how many tokens the whole text has."""
+        length, special = self._length(max_length), self.tokenizer.num_special_tokens_to_add()
+        # only the start of a long text is tokenized at once: the tokens of a whole book take 60 times its memory
         characters = CHARACTERS_PER_TOKEN * length if self.tokenizer.truncation_side == "right" else math.inf
         while True:
-            starts = [start_of(text, characters) for text in texts]
+            starts = [piece_of(text, 0, characters) for text in texts]
             encoded = self._tokenize(starts, length)
             truncated = [bool(text.overflowing) for text in encoded.encodings]
             if all(map(or_, truncated, (len(start) == len(text) for start, text in zip(starts, texts, strict=True)))):
                 break
             characters *= 4  # a text of long words has fewer tokens per character
-        if min(map(len, encoded["input_ids"])) <= self.tokenizer.num_special_tokens_to_add():
+
+        def count(encoding: Any) -> int:  # each part of a truncated text has its own special tokens
+            return sum(len(part) - special for part in (encoding, *encoding.overflowing))
+
+        tokens = [special + count(encoding) for encoding in encoded.encodings]
+        if min(tokens) <= special:
             raise ValueError("a text has no tokens: the model's tokenizer drops all its characters")
+        for i, (start, text) in enumerate(zip(starts, texts, strict=True)):
+            done = len(start)
+            while done < len(text):
+                piece = piece_of(text, done, PIECE)
+                tokens[i] += count(self._tokenize([piece], length).encodings[0])
+                done += len(piece)
         names = [name for name in self.tokenizer.model_input_names if name in encoded]  # padding adds a missing mask
-        return [{name: encoded[name][i] for name in names} for i in range(len(texts))], truncated
+        return [{name: encoded[name][i] for name in names} for i in range(len(texts))], tokens
 
     def _tokenize(self, texts: list[str], length: int) -> Any:
         settings = {
@@ -332,34 +354,40 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         self,
         probabilities: list[float],
         predicted: list[int],
-        truncated: bool,
+        tokens: int,
+        tokens_read: int,
         expected_cost: float | None,
         top_k: int | None = None,
         threshold: float | None = None,  # of `Decisions.set_threshold`
-    ) -> dict | list[dict]:
-        """Build a result, or with ``top_k`` a list of results, from the probabilities of all nodes and the predicted nodes."""
+        levels: bool = False,
+    ) -> dict[str, Any]:
+        """Build a result from the probabilities of all nodes, the predicted nodes, and the numbers of tokens."""
         tree = self.tree
         if math.isnan(sum(probabilities)):
             raise ValueError("the model's probabilities are not numbers: its weights are damaged")
 
-        def with_scores(nodes: Iterable[int]) -> list[dict]:
+        def with_scores(nodes: Iterable[int]) -> list[dict[str, Any]]:
             return [{"label": tree.labels[node], "score": probabilities[node]} for node in nodes]
 
-        def with_paths(nodes: Iterable[int]) -> list[dict]:  # the most probable first
-            by_score = sorted(nodes, key=lambda node: -probabilities[node])[:top_k]
-            return [{**with_scores([node])[0], "path": with_scores(tree.path(node))} for node in by_score]
-
-        levels: list[dict[str, float]] = [{} for _ in range(tree.depth)]
-        for node in tree.reading_order:
-            levels[tree.levels[node] - 1][tree.labels[node]] = probabilities[node]
-        common: dict[str, Any] = {"levels": levels, "truncated": truncated}
+        labels = []
+        nodes = tree.deepest(predicted) if top_k is None else range(self.decisions.num_classes)
+        for node in sorted(nodes, key=lambda node: -probabilities[node])[:top_k]:
+            path = with_scores(tree.path(node))
+            labels.append({**path[-1], "path": path})
+            if description := tree.descriptions.get(tree.labels[node]):
+                labels[-1]["description"] = description
+        first = labels[0] if labels else {"label": None, "score": None, "path": []}
+        result = {"labels": labels, **{name: first[name] for name in ("label", "score", "path")}}
         if threshold is not None:
-            common["answer"] = with_scores(self.decisions.prediction_set(probabilities, threshold))
+            result["prediction_set"] = with_scores(self.decisions.prediction_set(probabilities, threshold))
         if expected_cost is not None:
-            common["expected_cost"] = expected_cost
-        if top_k is None:
-            return self.decisions.as_result(with_paths(tree.deepest(predicted))) | common
-        return [result | common for result in with_paths(range(self.decisions.num_classes))]
+            result["expected_cost"] = expected_cost
+        result |= {"tokens": tokens, "tokens_read": tokens_read, "truncated": tokens_read < tokens}
+        if levels:
+            result["levels"] = [{} for _ in range(tree.depth)]
+            for node in tree.reading_order:
+                result["levels"][tree.levels[node] - 1][tree.labels[node]] = probabilities[node]
+        return result
 
 
 def use_cpu_kernels(encoder: PreTrainedModel) -> None:
@@ -393,10 +421,14 @@ def batches_by_length(lengths: list[int], batch_size: int | None, tokens: int) -
     return batches
 
 
-def start_of(text: str, characters: float) -> str:
-    """Return a text up to the first space or line break after ``characters`` characters, or all of it if there is none."""
-    end = re.compile(r"[ \n]").search(text, int(characters)) if len(text) > characters else None
-    return text[: end.start()] if end else text
+def piece_of(text: str, start: int, characters: float) -> str:
+    """Return a text from ``start`` to the first white space after ``characters`` characters, or to its end if there is none.
+
+    The white space begins the next piece. Tokenizers split texts before white space, so pieces have the tokens of the whole text.
+    """
+    is_long = len(text) - start > characters
+    end = re.compile(r"(?<=\S)[ \n]").search(text, start + int(characters)) if is_long else None
+    return text[start : end.start() if end else None]
 
 
 def padded_length(longest: int, rows: int, limit: int) -> int:

@@ -92,11 +92,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     add("--overwrite", action="store_true", help="replace an existing output, and start from the beginning")
     add("--probabilities", action="store_true", help="write the probability of every leaf; multi-label: of every node")
-    add("--coverage", type=float, help="also write an answer that contains the correct leaf for this share of texts")
+    add("--coverage", type=float, help="also write a set of nodes that holds the correct leaf for this share of texts")
     add(
         "--recall",
         type=float,
-        help="multi-label: also write an answer with this share of the correct nodes, on average",
+        help="multi-label: also write a set of nodes with this share of the correct ones, on average",
     )
     costs = "distance, a CSV table (rows: correct leaf, columns: predicted), or for multi-label missing=NUMBER,inventing=NUMBER"
     add("--costs", help=f"minimise the expected cost of errors; the costs are {costs}")

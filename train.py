@@ -131,6 +131,7 @@ def train(arguments: Arguments, data: LabelledSplits, resume_from: str | None, p
     tokenizer = load_tokenizer(arguments.model, model)
     max_length = arguments.data.max_length or min(MAX_LENGTH, tokenizer.model_max_length)
     splits, lengths = tokenize_splits(data.splits, tokenizer, max_length, arguments.loss.consistency > 0)
+    model.config.calibration.max_length = tokenizer.model_max_length  # which engines read, also without a calibration
     log_report(data.report, lengths)
 
     # ── Run: folder, trainer, initial heads ──────────────────────────────────────────────────────────────────────────

@@ -177,7 +177,7 @@ def node_probabilities(classify: Callable, texts: list[str]) -> np.ndarray:
     """Return the predicted probabilities (documents, nodes) of texts."""
     tree = classify.tree
     nodes = np.zeros((len(texts), tree.num_nodes))
-    for i, result in enumerate(classify(texts)):
+    for i, result in enumerate(classify(texts, levels=True)):
         for level in result["levels"]:
             for label, probability in level.items():
                 nodes[i, tree.id(label)] = probability

@@ -294,7 +294,7 @@ def peers(
             lambda texts, classify=classify: in_order(
                 [
                     [{"label": k, "score": v} for level in prediction["levels"] for k, v in level.items()]
-                    for prediction in classify(texts)
+                    for prediction in classify(texts, levels=True)
                 ],
                 names,
             ),

@@ -50,7 +50,7 @@ def send_requests(address: str, clients: int, requests: int) -> list[tuple[str, 
         for i in range(requests):
             started = time.perf_counter()
             try:
-                result = client.predict(corpus[(7 * number + i) % len(corpus)], api_name="/classify")
+                result = client.predict(corpus[(7 * number + i) % len(corpus)], levels=True, api_name="/classify")
                 outcome = "answer" if abs(sum(result["levels"][0].values()) - 1) < 1e-3 else "wrong"
             except Exception as error:  # errors of any type are counted by their names
                 message = str(error).lower()
@@ -142,7 +142,7 @@ def measure_blank(model: str) -> dict[str, dict[str, float]]:
                 masked = masked[: word["start"]] + tokenizer.mask_token + masked[word["end"] :]
             after = {
                 label: score
-                for level in classify_all(classifier, [masked], None)[0]["levels"]
+                for level in classify_all(classifier, [masked], None, True)[0]["levels"]
                 for label, score in level.items()
             }
             lost.append(result["score"] - after[result["label"]])

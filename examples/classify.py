@@ -40,5 +40,5 @@ except ValueError as error:  # an empty text
 sys.stdout.reconfigure(encoding="utf-8")  # in any locale
 for text, result in zip(texts, results, strict=True):
     print("\n" + textwrap.fill(text, 100, initial_indent="  ", subsequent_indent="  "))
-    for one in result.get("labels", [result]):  # of a multi-label checkpoint
+    for one in result["labels"]:  # one, or of a multi-label checkpoint any number
         print("→ " + " → ".join(f"{node['label']} ({node['score']:.0%})" for node in one["path"]))

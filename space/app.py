@@ -117,7 +117,7 @@ def text_tab(service: Service) -> None:
             with gr.Column(scale=5, min_width=300):
                 text = gr.Textbox(
                     label="Abstract",
-                    info=f"At most {MAX_CHARACTERS:,} characters. Ctrl+Enter classifies.",
+                    info=f"At most {service.max_characters:,} characters. Ctrl+Enter classifies.",
                     placeholder="Paste a medical abstract",
                     lines=11,
                     max_lines=11,
@@ -213,7 +213,7 @@ def file_tab(service: Service) -> None:
                 )
         kept = gr.State(None, time_to_live=KEPT_SECONDS)
         gr.HTML(f"<h2>Preview: the first {PREVIEW} rows</h2>", elem_classes="heading")
-        table = gr.HTML(service.preview([]), elem_id="preview")
+        table = gr.HTML(views.preview([]), elem_id="preview")
         gr.HTML("<h2>Rows that could not be classified</h2>", elem_classes="heading")
         problems = gr.HTML(views.problems([]), elem_id="problems")
 
@@ -286,9 +286,10 @@ def build(classifier: Pipeline, model: str, revision: str | None = None) -> gr.B
 
         queues = {service.classify: "texts", service.explain: "words", service.classify_file: "files"}
         for method, queue in queues.items():
-            documented = inspect.getdoc(method).replace("coverage", service.guarantee)
             result = method.__annotations__["return"]
-            description = f"{documented}\n\n{result.__name__}: {inspect.getdoc(result)}"
+            description = f"{inspect.getdoc(method)}\n\n{result.__name__}: {inspect.getdoc(result)}"
+            for words, own in (("coverage", service.guarantee), (f"{MAX_CHARACTERS:,}", f"{service.max_characters:,}")):
+                description = description.replace(words, own)
             gr.api(endpoint(method), api_name=method.__name__, api_description=description, concurrency_id=queue)
         page.unload(forget)
     return page.queue(max_size=MAX_WAITING, default_concurrency_limit=1, api_open=False)

@@ -4,20 +4,21 @@ Worth knowing:
 
 1. The model and its pipeline load in one call of transformers. On the Hub, code and weights are pinned to the same commit.
 2. An invalid request raises `Refused`. Its message is shown to the user, and contains no text, at most names of columns.
-3. The part of a text that was read is counted in characters, from the tokenizer's offsets.
-4. A single-path model predicts one path per text, and guarantees a coverage. A multi-label model predicts any number of nodes,
+3. A single-path model predicts one path per text, and guarantees a coverage. A multi-label model predicts any number of nodes,
    and guarantees a recall. In this file, `target` is either.
 """
 
 from typing import Any, TypedDict
 
 import torch
-from tables import Refused, problem_of
+from tables import MAX_CHARACTERS, Refused, problem_of
 from transformers import Pipeline, pipeline
 
 from hierarchical_clinicalbert.reading.foreign_code import refuse_foreign_code
+from hierarchical_clinicalbert.reading.results import check_version
 
 MIN_TARGET, MAX_TARGET = 0.5, 0.99
+CHARACTERS_PER_TOKEN = 8  # most texts have fewer
 
 
 class Node(TypedDict):
@@ -27,44 +28,33 @@ class Node(TypedDict):
     score: float
 
 
-class Prediction(Node):
-    """A predicted node, and every node from the root to it."""
+class Prediction(Node, total=False):
+    """A predicted node, every node from the root to it, and its description if the taxonomy has one."""
 
     path: list[Node]
+    description: str
 
 
-class ReadText(TypedDict):
-    """What the results for one text have in common. `Classification` describes it."""
-
-    answer: list[Node] | None
-    levels: list[dict[str, float]]
-    characters: int
-    characters_read: int
-
-
-class Classification(Prediction, ReadText):
+class Classification(TypedDict, total=False):
     """The result for one text.
 
     Attributes:
-        label, score: the most probable leaf and its probability.
-        path: every node from the root to that leaf.
-        answer: the nodes that contain the correct leaf for the requested coverage; None without a coverage.
-        levels: for each level, from the roots down, the probability of every node.
-        characters, characters_read: the length of the text, and of the part that the model has read.
-    """
-
-
-class MultiLabelClassification(ReadText):
-    """The result for one text, of a multi-label model.
-
-    Attributes:
-        labels: the deepest predicted nodes, most probable first; possibly none.
-        answer: the nodes that hold the requested share of a text's nodes on average, most probable first; None without a recall.
-        levels: for each level, from the roots down, the probability of every node. They do not add up to 1.
-        characters, characters_read: the length of the text, and of the part that the model has read.
+        labels: the deepest predicted nodes, most probable first: one, or for a multi-label model any number.
+        label, score, path: those of the first of them; null and an empty path without one.
+        prediction_set: nodes with the requested coverage, most probable first. It is missing without a coverage.
+        tokens, tokens_read, truncated: the length of the text in tokens, how many the model has read, and whether these differ.
+        levels: if asked for: for each level, from the roots down, the probability of every node.
     """
 
     labels: list[Prediction]
+    label: str | None
+    score: float | None
+    path: list[Node]
+    prediction_set: list[Node]
+    tokens: int
+    tokens_read: int
+    truncated: bool
+    levels: list[dict[str, float]]
 
 
 def load(model: str, revision: str | None) -> Pipeline:
@@ -75,20 +65,29 @@ def load(model: str, revision: str | None) -> Pipeline:
 
     Raises:
         InputError: the checkpoint names code from outside it.
+        ValueError: its code returns the results of another release.
     """
     refuse_foreign_code(model, revision)
     pinned = {"revision": revision, "code_revision": revision}
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return pipeline("hierarchical-text-classification", model=model, trust_remote_code=True, device=device, **pinned)
+    task = "hierarchical-text-classification"
+    classifier = pipeline(task, model=model, trust_remote_code=True, device=device, **pinned)
+    check_version(classifier)
+    return classifier
 
 
-def check_text(text: Any) -> str:
+def max_characters(classifier: Pipeline) -> int:
+    """Return the greatest length of a text in characters. It follows the model's limit in tokens."""
+    return max(MAX_CHARACTERS, CHARACTERS_PER_TOKEN * classifier.tokenizer.model_max_length)
+
+
+def check_text(text: Any, length: int) -> str:
     """Return the text, if it can be classified.
 
     Raises:
-        Refused: it is not a text, or is blank, too long, or not valid Unicode.
+        Refused: it is not a text, or is blank, longer than ``length`` characters, or not valid Unicode.
     """
-    if problem := problem_of(text):
+    if problem := problem_of(text, length):
         raise Refused(f"{problem[:1].upper()}{problem[1:]}.")
     return text
 
@@ -118,29 +117,14 @@ def check_target(classifier: Pipeline, target: Any) -> None:
         raise Refused(f"{str(error).capitalize()}.") from None
 
 
-def classify_all(classifier: Pipeline, texts: list[str], target: float | None) -> list[dict[str, Any]]:
-    """Return the results of texts, in order, see `Classification` and `MultiLabelClassification`.
+def classify_all(
+    classifier: Pipeline, texts: list[str], target: float | None, levels: bool = False
+) -> list[dict[str, Any]]:
+    """Return the results of texts, in order, see `Classification`.
 
     Args:
         texts: as returned by `check_text`.
-        target: as checked by `check_target`. With None, results have no answers.
+        target: as checked by `check_target`. With None, results have no prediction sets.
     """
     options = {} if target is None else {classifier.decisions.guarantee: target}
-    results = classifier(texts, **options)
-    for text, result in zip(texts, results, strict=True):
-        truncated = result.pop("truncated")
-        result.setdefault("answer", None)
-        result["characters"] = len(text)
-        result["characters_read"] = characters_read(classifier, text) if truncated else len(text)
-    return results
-
-
-def characters_read(classifier: Pipeline, text: str) -> int:
-    """Return the number of characters up to the end of the last token that the model reads."""
-    encoded = classifier.tokenizer(text, truncation=True, return_offsets_mapping=True, verbose=False)
-    return max(end for _, end in encoded["offset_mapping"])
-
-
-def predictions(result: dict[str, Any]) -> list[Prediction]:
-    """Return the predicted nodes of a result with their paths: that of a `Classification` is the result itself."""
-    return result.get("labels", [result])
+    return classifier(texts, levels=levels, **options)

@@ -23,19 +23,13 @@ except ImportError:
 import gradio as gr
 import views
 from attribution import Explainer, Explanation
-from classification import (
-    Classification,
-    MultiLabelClassification,
-    check_target,
-    check_text,
-    classify_all,
-    is_calibrated,
-    predictions,
-)
+from classification import Classification, check_target, check_text, classify_all, is_calibrated, max_characters
 from gradio.utils import get_upload_folder
 from retention import KEPT_SECONDS
-from tables import Refused, TextRow, join_lists, read_table, to_csv, to_json_lines
+from tables import Refused, TextRow, read_table, to_csv, to_json_lines
 from transformers import Pipeline
+
+from hierarchical_clinicalbert.reading.results import to_row
 
 ROWS_BETWEEN_CHECKS = 32  # of a file, for cancellation
 PROGRESS_SECONDS = 0.5  # between two progress messages: with more, a slow browser becomes unresponsive
@@ -51,16 +45,25 @@ class Problem(TypedDict):
     problem: str
 
 
-class ClassifiedRow(TypedDict):
-    """A row that was classified: its first line, text, predicted leaf, probability, path, answer and share that was read."""
+class ClassifiedRow(TypedDict, total=False):
+    """A row that was classified: its first line, its text, and the fields of its `Classification` with nodes as labels.
+
+    ``result_version`` counts the changes of these fields.
+    """
 
     line: int
     text: str
-    predicted: str
-    probability: float
+    result_version: int
+    label: str | None
+    score: float | None
     path: list[str]
-    answer: list[str] | None
-    share_read: float
+    labels: list[str]
+    scores: list[float]
+    paths: list[list[str]]
+    prediction_set: list[str]
+    tokens: int
+    tokens_read: int
+    truncated: bool
 
 
 class FileResult(TypedDict):
@@ -68,25 +71,6 @@ class FileResult(TypedDict):
 
     column: str
     rows: list[ClassifiedRow]
-    problems: list[Problem]
-
-
-class LabelledRow(TypedDict):
-    """A row that was classified: its first line, text, predicted nodes, their scores, answer and share that was read."""
-
-    line: int
-    text: str
-    labels: list[str]
-    scores: list[float]
-    answer: list[str] | None
-    share_read: float
-
-
-class MultiLabelFileResult(TypedDict):
-    """The results of a file: the column of texts, the rows that were classified, and those that were not."""
-
-    column: str
-    rows: list[LabelledRow]
     problems: list[Problem]
 
 
@@ -133,37 +117,36 @@ class Service:
     """
 
     kicker = "Most probable class"
-    target_label = "Coverage: the share of texts whose answer contains the correct class"
-    target_info = "A higher coverage needs more classes in the answer, or nodes above them."
+    target_label = "Coverage: the share of texts whose prediction set contains the correct class"
+    target_info = "A higher coverage needs more classes in the set, or nodes above them."
     plots: tuple[tuple[str, str, str, Callable], ...] = (  # element, heading, label, and how to draw it
         ("bars", "Probabilities, level by level", "Probabilities", views.bars),
         ("icicle", "The taxonomy: probability from the roots to the leaves", "The taxonomy", views.icicle),
     )
-    answer_separator, unit = " or ", views.PROBABILITY
-    preview = staticmethod(views.preview)
-    to_csv = staticmethod(to_csv)
+    set_separator, unit = " or ", views.PROBABILITY
     facts: dict[str, str] = {}
 
     def __init__(self, classifier: Pipeline):
         self.classifier, self.tree = classifier, classifier.tree
-        self.guarantee = classifier.decisions.guarantee
+        self.guarantee, self.max_characters = classifier.decisions.guarantee, max_characters(classifier)
         # on ZeroGPU, these run in another process, which hides error messages
-        self._classify_all = gpu(lambda texts, target: classify_all(classifier, texts, target))
+        self._classify_all = gpu(lambda *arguments: classify_all(classifier, *arguments))
         self._explain = gpu(Explainer(classifier).explain)
 
     # ── The API ──
 
-    def classify(self, text: str, coverage: float | None = None) -> Classification:
+    def classify(self, text: str, coverage: float | None = None, levels: bool = False) -> Classification:
         """Classify a text into the taxonomy.
 
         Args:
             text: at most 20,000 characters.
-            coverage: between 0.5 and 0.99; the result then has an answer with this coverage.
+            coverage: between 0.5 and 0.99; the result then has a prediction set with this coverage.
+            levels: whether the result has the probability of every node.
 
         Returns:
-            The prediction, the answer, the probability of every node, and the number of characters that were read.
+            The prediction, the prediction set, and the number of tokens that were read.
         """
-        return self._classify(text, coverage)
+        return self._classify(text, coverage, levels)
 
     def explain(self, text: str, node: str | None = None) -> Explanation:
         """Attribute the probability of a node to the words of a text, by integrated gradients.
@@ -176,8 +159,8 @@ class Service:
             The node, its probability for the text and for a blank text, and the words with their weights. The weights add up
             to the difference of the two probabilities, or for multi-label models of their log-odds, up to the convergence error.
         """
-        text = check_text(text)
-        return self._explain(text, self.check_node(node) if node else self.main_node(self._classify(text, None)))
+        text = check_text(text, self.max_characters)
+        return self._explain(text, self.check_node(node) if node else self.main_node(self._classify(text, None, True)))
 
     def classify_file(self, file: gr.FileData, column: str | None = None, coverage: float | None = None) -> FileResult:
         """Classify the rows of a file. The file is deleted as soon as it is read.
@@ -193,7 +176,7 @@ class Service:
         """
         if not isinstance(file, dict) or not isinstance(file.get("path"), str):
             raise Refused("A file is needed.")
-        table = read_table(take_upload(file["path"]), file["path"], column or None)
+        table = read_table(take_upload(file["path"]), file["path"], column or None, self.max_characters)
         if coverage is not None:
             check_target(self.classifier, coverage)
         result: dict[str, Any] = {"column": table.column, "rows": [], "problems": []}
@@ -211,22 +194,17 @@ class Service:
             problems: list[Problem] = [{"line": row.line, "problem": row.problem} for row in some if row.problem]
             texts = [(row.line, row.text) for row in some if not row.problem]
             results = self._classify_all([text for _, text in texts], target)
+            version = self.classifier.result_version
             records = [
-                {
-                    "line": line,
-                    "text": text,
-                    **self.outcome(result),
-                    "answer": None if result["answer"] is None else [node["label"] for node in result["answer"]],
-                    "share_read": round(result["characters_read"] / result["characters"], 4),
-                }
+                {"line": line, "text": text, "result_version": version, **to_row(result)}
                 for (line, text), result in zip(texts, results, strict=True)
             ]
             yield records, problems
 
-    def _classify(self, text: Any, target: Any) -> Any:
+    def _classify(self, text: Any, target: Any, levels: bool) -> Any:
         if target is not None:
             check_target(self.classifier, target)
-        return self._classify_all([check_text(text)], target)[0]
+        return self._classify_all([check_text(text, self.max_characters)], target, levels)[0]
 
     def check_node(self, node: Any) -> str:
         if node not in self.tree.labels:
@@ -237,17 +215,17 @@ class Service:
 
     def show_result(self, text: str, target: float | None) -> list[Any]:
         """Return the outputs of one text: its result, its figures, and the node to explain."""
-        no_answer = ""
+        no_set = ""
         try:
             check_target(self.classifier, target)  # an empty box is None
         except Refused as error:
-            target, no_answer = None, views.escape_html(str(error))
+            target, no_set = None, views.escape_html(str(error))
         try:
-            result = self._classify(text or "", target)
+            result = self._classify(text or "", target, True)
         except Refused as error:
             return [views.refusal(str(error)), *self.figures(), gr.skip()]
-        answer = no_answer or views.answer(self.guarantee, target, result["answer"], self.answer_separator)
-        panel = views.result(self.kicker, result, answer, self.classifier.model.config)
+        held = no_set or views.prediction_set(self.guarantee, target, result["prediction_set"], self.set_separator)
+        panel = views.result(self.kicker, result, held)
         node = self.main_node(result)
         if self.tree.num_nodes > MENU:
             node = gr.Dropdown(choices=self.choices(result), value=node)
@@ -275,28 +253,20 @@ class Service:
     def main_node(self, result: dict[str, Any]) -> str:
         """Return the label of the node that is explained by default: the first predicted one, or the most probable root."""
         roots = result["levels"][0]
-        return next((node["label"] for node in predictions(result)), max(roots, key=roots.get))
-
-    def outcome(self, result: dict[str, Any]) -> dict[str, Any]:
-        """Return the predictions of a result, as they are in a `ClassifiedRow`."""
-        return {
-            "predicted": result["label"],
-            "probability": round(result["score"], 6),
-            "path": [node["label"] for node in result["path"]],
-        }
+        return result["label"] or max(roots, key=roots.get)
 
     def figures(self, result: dict[str, Any] | None = None) -> list[Any]:
         """Draw the figures. Without a result, they show no probabilities."""
         scores, chosen = None, set[int]()
         if result is not None:
             scores = self.node_scores(result)
-            chosen = self.tree.with_ancestors(self.tree.id(node["label"]) for node in predictions(result))
+            chosen = self.tree.with_ancestors(self.tree.id(node["label"]) for node in result["labels"])
         return [draw(self.tree, scores, chosen) for *_, draw in self.plots]
 
     def show_words(self, text: str, node: str) -> str:
         """Return the text with the weights of its words for a node."""
         try:
-            text, node = check_text(text or ""), self.check_node(node)
+            text, node = check_text(text or "", self.max_characters), self.check_node(node)
         except Refused as error:
             return views.refusal(str(error), "Not explained")
         return views.words(text, self._explain(text, node), self.unit)
@@ -316,13 +286,13 @@ class Service:
         if path is not None:
             try:
                 content = take_upload(path)
-                table = read_table(content, path)
+                table = read_table(content, path, length=self.max_characters)
                 kept, columns = (path, content), gr.Dropdown(choices=table.columns, value=table.column)
                 problems = sum(row.problem is not None for row in table.rows)
                 state = views.progress(0, len(table.rows), problems, "Read, and deleted from the disk. Classified:")
             except Refused as error:
                 state = views.refusal(str(error), "Not read")
-        outputs = [kept, columns, state, self.preview([]), views.problems([]), *no_downloads(), views.note("")]
+        outputs = [kept, columns, state, views.preview([]), views.problems([]), *no_downloads(), views.note("")]
         return [gr.skip()] * len(outputs) if opening and not opening.active else outputs
 
     def begin_file(self, run: Run | None) -> list[Any]:
@@ -350,7 +320,7 @@ class Service:
                 check_target(self.classifier, target)
             else:  # nobody could move the slider
                 target = None
-            table = read_table(content, name, column or "")
+            table = read_table(content, name, column or "", self.max_characters)
         except Refused as error:
             if run.end():
                 yield [views.refusal(str(error)), gr.skip(), gr.skip(), *no_downloads()]
@@ -362,7 +332,7 @@ class Service:
         done: list[dict[str, Any]] = []
         bad: list[Problem] = []
         total, sent = len(table.rows), float("-inf")
-        yield [views.progress(0, total, 0, "Classified"), self.preview([]), views.problems([]), *no_downloads()]
+        yield [views.progress(0, total, 0, "Classified"), views.preview([]), views.problems([]), *no_downloads()]
         for records, problems in self._classify_rows(table.rows, target):
             if not run.active:
                 return
@@ -370,7 +340,7 @@ class Service:
             bad += problems
             if time.monotonic() - sent >= PROGRESS_SECONDS or len(done) + len(bad) == total:
                 state = views.progress(len(done) + len(bad), total, len(bad), "Classified")
-                yield [state, self.preview(done[:PREVIEW]), views.problems(bad), gr.skip(), gr.skip()]
+                yield [state, views.preview(done[:PREVIEW]), views.problems(bad), gr.skip(), gr.skip()]
                 sent = time.monotonic()
 
         # ── Write: two files to download ──
@@ -379,7 +349,7 @@ class Service:
         with tempfile.TemporaryDirectory() as folder:  # gradio serves copies
             files = Path(folder, "predictions.csv"), Path(folder, "predictions.jsonl")
             # without a byte order mark, spreadsheets may read a CSV file in a local encoding
-            files[0].write_text(self.to_csv(done), encoding="utf-8-sig", newline="")
+            files[0].write_text(to_csv(done), encoding="utf-8-sig", newline="")
             files[1].write_text(to_json_lines(done), encoding="utf-8", newline="")
             downloads = [gr.DownloadButton(value=str(file), interactive=True) for file in files]
             yield [views.progress(total, total, len(bad), "Done:"), gr.skip(), gr.skip(), *downloads]
@@ -389,27 +359,17 @@ class MultiLabelService(Service):
     """The functions for a multi-label model."""
 
     kicker = "Predicted labels"
-    target_label = "Recall: the share of a text's correct nodes that the answer contains on average"
-    target_info = "A higher recall needs more nodes in the answer."
+    target_label = "Recall: the share of a text's correct nodes that the prediction set contains on average"
+    target_info = "A higher recall needs more nodes in the set."
     plots = (("tree", "The taxonomy: probability of each node. ✓: predicted", "The taxonomy", views.node_rows),)
-    answer_separator, unit = ", ", views.LOG_ODDS
-    preview = staticmethod(views.labels_preview)
+    set_separator, unit = ", ", views.LOG_ODDS
     facts = {"Labels": "any number of nodes per text, possibly none"}
-    to_csv = staticmethod(lambda records: to_csv([join_lists(record) for record in records]))
 
-    def classify(self, text: str, recall: float | None = None) -> MultiLabelClassification:
-        return self._classify(text, recall)
+    def classify(self, text: str, recall: float | None = None, levels: bool = False) -> Classification:
+        return self._classify(text, recall, levels)
 
-    def classify_file(
-        self, file: gr.FileData, column: str | None = None, recall: float | None = None
-    ) -> MultiLabelFileResult:
+    def classify_file(self, file: gr.FileData, column: str | None = None, recall: float | None = None) -> FileResult:
         return super().classify_file(file, column, recall)
-
-    def outcome(self, result: dict[str, Any]) -> dict[str, Any]:
-        return {
-            "labels": [node["label"] for node in result["labels"]],
-            "scores": [round(node["score"], 6) for node in result["labels"]],
-        }
 
 
 def no_downloads() -> list[gr.DownloadButton]:

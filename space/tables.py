@@ -25,11 +25,12 @@ from typing import Any, NamedTuple
 if not Path(__file__).with_name("hierarchical_clinicalbert").exists():  # in the repository
     sys.path.append(str(Path(__file__).parent.parent))
 
-from hierarchical_clinicalbert.reading.columns import TEXT_COLUMNS, find_column, join_labels, text_problem
+from hierarchical_clinicalbert.reading.columns import TEXT_COLUMNS, find_column, text_problem
+from hierarchical_clinicalbert.reading.results import join_lists
 from hierarchical_clinicalbert.reading.rows import KINDS, InputError, Limits, RowReader, has_surrogate
 from taxonomy_hierarchical import looks_like_name
 
-MAX_CHARACTERS = 20_000  # of a text
+MAX_CHARACTERS = 20_000  # of a text, unless the model reads more: see `classification.max_characters`
 MAX_BYTES = 10 * 2**20
 MAX_ROWS = 10_000
 MAX_COLUMNS = 1_000
@@ -73,21 +74,22 @@ class Table(NamedTuple):
     rows: list[TextRow]
 
 
-def problem_of(text: Any) -> str | None:
-    """Return why a value cannot be classified, as a short phrase, or None."""
+def problem_of(text: Any, length: int) -> str | None:
+    """Return why a value cannot be classified, as a short phrase, or None. Texts have at most ``length`` characters."""
     if problem := text_problem(text):
         return problem
-    if len(text) > MAX_CHARACTERS:
-        return f"the text has {len(text):,} characters; at most {MAX_CHARACTERS:,} are accepted"
+    if len(text) > length:
+        return f"the text has {len(text):,} characters; at most {length:,} are accepted"
     return "the text is not valid Unicode: it has half of a surrogate pair" if has_surrogate(text) else None
 
 
-def read_table(content: bytes, name: str, column: str | None = None) -> Table:
+def read_table(content: bytes, name: str, column: str | None = None, length: int = MAX_CHARACTERS) -> Table:
     """Read the rows of a file in a subprocess.
 
     Args:
         name: the name of the file, or its ending alone, which is its kind.
         column: the column of texts; by default found by its name, else the one with the most characters.
+        length: the greatest length of a text in characters.
 
     Raises:
         Refused: the file is too large, empty, not of its kind or of another one, lacks the column, or has two columns of one name.
@@ -99,7 +101,7 @@ def read_table(content: bytes, name: str, column: str | None = None) -> Table:
         )
     if len(content) > MAX_BYTES:
         raise Refused(f"The file has {len(content) / 2**20:.1f} MB; at most {MAX_BYTES // 2**20} MB are accepted.")
-    request = json.dumps({"kind": kind, "column": column}).encode() + b"\n" + content
+    request = json.dumps({"kind": kind, "column": column, "length": length}).encode() + b"\n" + content
     # the allocators of Arrow and the arenas of glibc reserve far more than they use, which counts against the limit
     environment = os.environ | {"ARROW_DEFAULT_MEMORY_POOL": "system", "MALLOC_ARENA_MAX": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
@@ -148,7 +150,7 @@ def limit_memory() -> None:
         pass
 
 
-def read(content: bytes, kind: str, column: str | None) -> Iterator[Any]:
+def read(content: bytes, kind: str, column: str | None, length: int) -> Iterator[Any]:
     """Yield the columns and the column of texts, then for each row its line, text and problem.
 
     Raises:
@@ -170,7 +172,7 @@ def read(content: bytes, kind: str, column: str | None) -> Iterator[Any]:
     for row in rows.read([] if text_column is None else [text_column]):
         empty = False
         text = row.values.get(text_column)
-        problem = row.problem or problem_of(text)
+        problem = row.problem or problem_of(text, length)
         yield [row.line, None if problem else text, problem]
     if empty:
         raise Refused("The file has no rows.")
@@ -194,30 +196,17 @@ def open_rows(content: bytes, kind: str) -> RowReader:
 
 
 def to_csv(records: list[dict[str, Any]]) -> str:
-    """Format records as CSV that is safe in spreadsheets: lists as JSON, formulas defused."""
+    """Format records as CSV that is safe in spreadsheets: lists are joined, and formulas defused."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\r\n")  # so that a bare \r in a cell is quoted, as RFC 4180 demands
     writer.writerow(records[0] if records else [])  # all have the same names
-    writer.writerows(map(defuse, record.values()) for record in records)
+    writer.writerows(map(defuse, join_lists(record).values()) for record in records)
     return stream.getvalue()
-
-
-def join_lists(record: dict[str, Any]) -> dict[str, Any]:
-    """Join the lists of a record by "; ", as `train.py --label_delimiter ";"` reads labels, unless an item contains ";"."""
-    return {name: join_labels(map(str, value)) if isinstance(value, list) else value for name, value in record.items()}
 
 
 def defuse(value: Any) -> Any:
     """Return the value of a cell in which no spreadsheet finds a formula."""
-    if value is None or isinstance(value, (int, float)):
-        return value
-    if isinstance(value, str):
-        return FORMULA.sub(r"\g<0>\\", value)
-    cell = json.dumps(value, ensure_ascii=False)
-    for place in reversed([match.end() for match in FORMULA.finditer(cell)]):
-        if cell[place] != "\\":  # then it has an escape of JSON already
-            cell = f"{cell[:place]}\\u{ord(cell[place]):04x}{cell[place + 1 :]}"
-    return cell
+    return FORMULA.sub(r"\g<0>\\", value) if isinstance(value, str) else value
 
 
 def to_json_lines(records: list[dict[str, Any]]) -> str:

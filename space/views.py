@@ -19,13 +19,13 @@ from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
 from attribution import LOG_ODDS_SLOPE, Explanation
-from classification import Node, Prediction, predictions
+from classification import Classification, Node, Prediction
 
 BLUE, GREY = "#0072B2", "#9AA5B1"
 BARS = 6  # per level
 LEVELS = 4  # with bars; only the icicle shows deeper levels
 TREE_ROWS, INDENT = 30, 18  # of the tree, and of a level in pixels
-ANSWER = 20  # most nodes shown of an answer for a recall
+MAX_SET = 20  # most nodes shown of a prediction set
 HEADING, ROW = 34, 27  # pixels
 TEXT = {"xanchor": "left", "xshift": 3, "yanchor": "middle", "align": "left", "showarrow": False}
 MIN_SHARE = 0.01  # of the icicle; smaller nodes are merged as "others"
@@ -83,23 +83,19 @@ LOG_ODDS = Unit(LOG_ODDS_SLOPE, 1, 2, "log-odds", "log-odds", "the log-odds by 0
 # ── One text ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def result(kicker: str, classified: dict[str, Any], answer: str, config: Any) -> str:
-    """Render the predicted nodes, each with its probability and its path, the answer, and the truncation.
+def result(kicker: str, classified: Classification, held: str) -> str:
+    """Render the predicted nodes, each with its probability and its path, the prediction set, and the truncation.
 
-    Args:
-        classified: a `Classification` or a `MultiLabelClassification`.
-        answer: HTML of `answer`, or of the reason why there is no answer.
-        config: the model's configuration.
+    ``held`` is the HTML of `prediction_set`, or of the reason why there is none.
     """
-    nodes = "".join(predicted(node, config) for node in predictions(classified))
+    nodes = "".join(map(predicted, classified["labels"]))
     none = "<p class='class none'>No label</p><p class='note'>No node of the taxonomy is probable enough.</p>"
-    return panel(f"<p class='kicker'>{kicker}</p>{nodes or none}<p class='answer'>{answer}</p>{truncation(classified)}")
+    return panel(f"<p class='kicker'>{kicker}</p>{nodes or none}<p class='held'>{held}</p>{truncation(classified)}")
 
 
-def predicted(node: Prediction, config: Any) -> str:
+def predicted(node: Prediction) -> str:
     """Render a predicted node, its description, its probability and its path."""
-    description = config.tree.descriptions.get(node["label"])
-    described = f"<p class='note'>{escape_html(description)}</p>" if description else ""
+    described = f"<p class='note'>{escape_html(node['description'])}</p>" if "description" in node else ""
     path = "".join(f"<li>{name_html(step['label'])} <b>{percent(step['score'])}</b></li>" for step in node["path"])
     return (
         f"<p class='class'>{name_html(node['label'])}</p>{described}"
@@ -108,26 +104,25 @@ def predicted(node: Prediction, config: Any) -> str:
     )
 
 
-def answer(guarantee: str, target: float, nodes: list[Node], separator: str) -> str:
+def prediction_set(guarantee: str, target: float, nodes: list[Node], separator: str) -> str:
     names = join_names([f"<b>{name_html(node['label'])}</b>" for node in nodes], separator)
     return f"For {target:.0%} {guarantee}: {names or 'no node'}"
 
 
 def join_names(names: list[str], separator: str) -> str:
-    """Join names. Of more than `ANSWER` names, the others are counted."""
-    more = f" and {len(names) - ANSWER:,} more" if len(names) > ANSWER else ""
-    return separator.join(names[:ANSWER]) + more
+    """Join names. Of more than `MAX_SET` names, the others are counted."""
+    more = f" and {len(names) - MAX_SET:,} more" if len(names) > MAX_SET else ""
+    return separator.join(names[:MAX_SET]) + more
 
 
-def truncation(classified: dict[str, Any]) -> str:
+def truncation(classified: Classification) -> str:
     """Render how much of the text was read."""
-    length, length_read = classified["characters"], classified["characters_read"]
-    if length_read == length:
+    if not classified["truncated"]:
         return "<p class='note'>The whole text was read.</p>"
-    unread = length - length_read
+    tokens, unread = classified["tokens"], classified["tokens"] - classified["tokens_read"]
     return (
-        f"<p class='note warning'>The text was truncated: the model read the first {length_read:,} of {length:,} characters; "
-        f"{unread:,} ({percent(unread / length)}) were not read.</p>"
+        f"<p class='note warning'>The text was truncated: of its {tokens:,} tokens, the last {unread:,} "
+        f"({percent(unread / tokens)}) were not read.</p>"
     )
 
 
@@ -393,21 +388,7 @@ def note(text: str) -> str:
 
 
 def preview(records: list[dict[str, Any]]) -> str:
-    """Render rows that were classified, with the beginnings of their texts."""
-    return grid(
-        {
-            "line": record["line"],
-            "text": shorten(record["text"]),
-            "most probable class": name_html(record["predicted"]),
-            "probability": percent(record["probability"]),
-            "answer for the coverage": short_answer(record, " or "),
-        }
-        for record in records
-    )
-
-
-def labels_preview(records: list[dict[str, Any]]) -> str:
-    """Render rows with their predicted nodes and probabilities."""
+    """Render rows that were classified: the beginnings of their texts, their predicted nodes and their prediction sets."""
 
     def labels(record: dict[str, Any]) -> str:
         pairs = zip(record["labels"], record["scores"], strict=True)
@@ -418,7 +399,7 @@ def labels_preview(records: list[dict[str, Any]]) -> str:
             "line": record["line"],
             "text": shorten(record["text"]),
             "labels": labels(record),
-            "answer for the recall": short_answer(record, "; "),
+            "prediction set": join_names([*map(name_html, record.get("prediction_set", ()))], "; ") or "–",
         }
         for record in records
     )
@@ -426,10 +407,6 @@ def labels_preview(records: list[dict[str, Any]]) -> str:
 
 def shorten(text: str) -> str:
     return name_html(text if len(text) <= 160 else text[:159] + "…")
-
-
-def short_answer(record: dict[str, Any], separator: str) -> str:
-    return join_names([name_html(node) for node in record["answer"] or []], separator) or "–"
 
 
 def problems(records: list[dict[str, Any]]) -> str:

@@ -402,6 +402,15 @@ def labels_space(labels_checkpoint, tmp_path_factory) -> Iterator:
         yield started
 
 
+@pytest.fixture(scope="session")
+def long_space(long_checkpoint, tmp_path_factory) -> Iterator:
+    """Serve the Space with a checkpoint for long texts."""
+    from space_server import SpaceServer
+
+    with SpaceServer(long_checkpoint, tmp_path_factory.mktemp("space")) as started:
+        yield started
+
+
 @pytest.fixture
 def warned(caplog) -> Iterator[pytest.LogCaptureFixture]:
     """Capture the warnings of transformers, and of code that uses its loggers."""
@@ -460,18 +469,34 @@ def clear_rows(offset: int, wrong: bool = True) -> list[dict[str, str]]:
     return rows
 
 
-@pytest.fixture(scope="session")
-def clear_checkpoint(tiny_encoder, tmp_path_factory) -> str:
+def train_clear(model: object, folder: Path, *flags: object) -> str:
     """Train a calibrated checkpoint with a lexical head, which predicts the classes of `clear_rows` correctly."""
-    folder = tmp_path_factory.mktemp("clear")
     for split, offset in (("train", 1), ("validation", 2)):
         write_csv(folder / f"{split}.csv", clear_rows(offset))
     run(
         *("--train_file", folder / "train.csv", "--validation_file", folder / "validation.csv"),
-        *("--model_name_or_path", tiny_encoder, "--max_steps", 5, "--eval_strategy", "no", "--save_strategy", "no"),
-        *("--load_best_model_at_end", "false", "--quantization", "none", "--output_dir", folder / "results"),
+        *("--model_name_or_path", model, "--max_steps", 5, "--eval_strategy", "no", "--save_strategy", "no"),
+        *("--load_best_model_at_end", "false", "--quantization", "none", "--output_dir", folder / "results", *flags),
     )
     return str(folder / "results")
+
+
+@pytest.fixture(scope="session")
+def clear_checkpoint(tiny_encoder, tmp_path_factory) -> str:
+    return train_clear(tiny_encoder, tmp_path_factory.mktemp("clear"))
+
+
+@pytest.fixture(scope="session")
+def long_checkpoint(tiny_encoder, tmp_path_factory) -> str:
+    """Train as for `clear_checkpoint`, for texts of up to 3,072 tokens. The encoder's window has 128."""
+    return train_clear(tiny_encoder, tmp_path_factory.mktemp("long"), "--max_length", 3072)
+
+
+@pytest.fixture(scope="session")
+def long_texts() -> dict[str, str]:
+    """Return a text of 3,000 tokens for each class, which only the last sentence names."""
+    filler = "The weather stayed mild that day. " * 429
+    return {label: f"{filler}We treated {', '.join(names)}." for label, names in CLEAR.items()}
 
 
 @pytest.fixture(scope="session")

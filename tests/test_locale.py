@@ -93,7 +93,7 @@ def test_the_page_takes_a_file_whose_name_is_not_ascii(checkpoint, predictions, 
     finally:
         model.rename(checkpoint)
     assert [row["text"] for row in found["rows"]] == TEXTS
-    assert {row["predicted"] for row in found["rows"]} <= {*NAMES}
+    assert {row["label"] for row in found["rows"]} <= {*NAMES}
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,14 @@
 """Texts longer than the encoder's window, through all doors: cut, encoded and pooled by hand."""
 
-import csv
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
-from conftest import CLEAR, clear_rows, run, write_csv
+from conftest import predict_here, train_clear, write_csv
 from torch.onnx import export
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
@@ -178,65 +179,51 @@ def test_an_exported_graph_reads_texts_of_any_length(pooling, tmp_path):
         np.testing.assert_allclose(logits, model(**batch).logits.numpy(), atol=1e-4)
 
 
-@pytest.fixture(scope="module")
-def long_checkpoint(tiny_encoder, tmp_path_factory):
-    """Train on texts of two windows, whose class is named by their last words alone."""
-    folder = tmp_path_factory.mktemp("long")
-    generator, rows = np.random.default_rng(0), []
-    filler = [row["text"] for row in clear_rows(40)]
-    for _ in range(2):
-        for name, words in CLEAR.items():
-            for word in words:
-                text = " ".join([*generator.choice(filler, 12), f"{word} {word} {word}"])
-                rows.append({"text": text, "label": name})
-    write_csv(folder / "train.csv", rows)
-    run(
-        *("--model_name_or_path", tiny_encoder, "--train_file", folder / "train.csv", "--validation_size", "0.2"),
-        *("--max_length", "300", "--num_train_epochs", "1", "--output_dir", folder / "out", "--quantization", "none"),
-    )
-    return str(folder / "out"), [row["text"] for row in rows[:6]]
-
-
-def test_all_doors_read_the_last_words_of_a_long_text(long_checkpoint, tmp_path):
-    folder, texts = long_checkpoint
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    model = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True)
-    assert tokenizer.model_max_length == 300 > model.window
+def test_all_doors_read_the_last_words_of_a_long_text(long_checkpoint, long_texts, tmp_path):
+    """Other doors are in tests/prediction, tests/publishing/test_engines.py and tests/space."""
+    labels, texts = list(long_texts), list(long_texts.values())
+    tokenizer = AutoTokenizer.from_pretrained(long_checkpoint, trust_remote_code=True)
+    model = AutoModelForSequenceClassification.from_pretrained(long_checkpoint, trust_remote_code=True)
     assert special_tokens(tokenizer) == (model.config.tokens_before, model.config.tokens_after)
+    encoded = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+    num_tokens = encoded["attention_mask"].sum(1)
+    assert 3000 <= num_tokens.min() <= num_tokens.max() < tokenizer.model_max_length == 3072
     with torch.no_grad():
-        encoded = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
-        assert encoded["input_ids"].shape[1] > model.window
         expected = model(**encoded).logits.softmax(1)
-        changed = [text.rsplit(" ", 3)[0] + " gastric ulcer" for text in texts]
-        other = model(**tokenizer(changed, padding=True, truncation=True, return_tensors="pt")).logits.softmax(1)
-    assert (expected - other).abs().max() > 1e-4  # the last words count
-
     named = model.config.id2label
-    ours = pipeline("hierarchical-text-classification", model=folder, trust_remote_code=True)
-    flat = pipeline("text-classification", model=folder, trust_remote_code=True)
-    for results in (ours(texts, top_k=len(named)), flat(texts, top_k=None)):
-        for row, nodes in zip(expected, results, strict=True):
+    assert [named[leaf] for leaf in expected.argmax(1).tolist()] == labels
+
+    ours = pipeline("hierarchical-text-classification", model=long_checkpoint, trust_remote_code=True)
+    flat = pipeline("text-classification", model=long_checkpoint, trust_remote_code=True)
+    results = ours(texts, top_k=len(named))
+    for found in ([one["labels"] for one in results], flat(texts, top_k=None)):
+        for row, nodes in zip(expected, found, strict=True):
             scores = {node["label"]: node["score"] for node in nodes}
             assert [scores[named[i]] for i in named] == pytest.approx(row.tolist(), abs=1e-5)
-    assert not any(result["truncated"] for result in ours(texts))
-    assert ours(" ".join(texts))["truncated"]
+    assert [(one["tokens"], one["tokens_read"]) for one in results] == [(n, n) for n in num_tokens.tolist()]
+    joined = ours(" ".join(texts))
+    assert (joined["tokens"], joined["tokens_read"]) == (sum(num_tokens - 2) + 2, 3072)
 
-    source, output = tmp_path / "in.csv", tmp_path / "out.jsonl"
-    write_csv(source, [{"text": text} for text in texts])
-    run(
-        "--model",
-        folder,
-        "--input",
-        source,
-        "--output",
-        output,
-        "--probabilities",
-        "--dtype",
-        "fp32",
-        command="predict.py",
-    )
-    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    write_csv(tmp_path / "in.csv", [{"text": text} for text in texts])
+    words = ("--input", tmp_path / "in.csv", "--output", tmp_path / "out.jsonl", "--dtype", "fp32", "--probabilities")
+    predict_here("--model", long_checkpoint, *words)
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [(row["label"], row["tokens_read"]) for row in rows] == list(zip(labels, num_tokens.tolist(), strict=True))
     for row, scores in zip(rows, expected, strict=True):
-        assert [row["probabilities"][named[i]] for i in named] == pytest.approx(scores.tolist(), abs=1e-3)
-    with open(f"{folder}/validation_predictions.csv") as file:
-        assert next(csv.reader(file)) == ["row", "label", "prediction", "probability"]
+        assert [row["probabilities"][named[i]] for i in named] == pytest.approx(scores.tolist(), abs=1e-5)
+
+
+def test_a_checkpoint_from_before_windows_gets_them_when_it_is_continued(clear_checkpoint, long_texts, tmp_path):
+    before = shutil.copytree(clear_checkpoint, tmp_path / "before")
+    config = json.loads((before / "config.json").read_text())
+    tokens = {name: config.pop(name) for name in ("tokens_before", "tokens_after")}
+    (before / "config.json").write_text(json.dumps(config))
+    text = long_texts["neoplasms"]
+    classify = pipeline("hierarchical-text-classification", model=str(before), trust_remote_code=True)
+    assert classify(text)["tokens_read"] == 128  # as before
+
+    continued = train_clear(before, tmp_path, "--max_length", 3072)
+    config = json.loads(Path(continued, "config.json").read_text())
+    assert {name: config[name] for name in tokens} == tokens
+    classify = pipeline("hierarchical-text-classification", model=continued, trust_remote_code=True)
+    assert not classify(text)["truncated"]

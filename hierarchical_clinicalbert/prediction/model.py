@@ -7,7 +7,6 @@ import logging
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from importlib.metadata import version
-from itertools import product
 from pathlib import Path
 
 import torch
@@ -21,9 +20,9 @@ from hierarchical_clinicalbert.files import sha256
 from hierarchical_clinicalbert.machine import give_back_memory, has_bf16, keep_memory
 from hierarchical_clinicalbert.prediction.int8 import has_int8_products, quantize
 from hierarchical_clinicalbert.prediction.output import Block, OutputRows
-from hierarchical_clinicalbert.prediction.rows import SEPARATORS, TASKS, RowFormat, output_kind
+from hierarchical_clinicalbert.prediction.rows import TASKS, RowFormat, output_kind
 from hierarchical_clinicalbert.reading.foreign_code import refuse_foreign_code
-from taxonomy_hierarchical import quote_name
+from hierarchical_clinicalbert.reading.results import check_version
 
 DTYPES = ("fp32", "bf16", "int8")
 KEPT_MEMORY = (32 * 2**20, 2**30, 64 * 2**20)  # arguments of `keep_memory`, which saves a tenth of the time
@@ -41,7 +40,7 @@ class Model:
         description: what predictions depend on, except flags and texts: dtype, weights, device and torch.
 
     Raises:
-        InputError: the checkpoint cannot be loaded, or a CSV output cannot hold its labels.
+        InputError: the checkpoint cannot be loaded.
     """
 
     def __init__(self, arguments: Namespace, gpu: bool):
@@ -49,19 +48,14 @@ class Model:
         fastest = "bf16" if has_bf16(cpu=not gpu) else "fp32"
         dtype = fastest if arguments.dtype == "auto" else arguments.dtype
         self._pipeline = load(arguments, dtype, gpu)
+        self._needs_levels = arguments.probabilities or arguments.uncertainty
         config = self._pipeline.model.config
         encoder = None if config.adapter_subfolder is None else Path(config.encoder_name_or_path)
         weights = fingerprint(arguments.model, arguments.revision, encoder)
         kind = output_kind(arguments.output, arguments.output_format)
         self.row_format = RowFormat(arguments, config, version=weights[:12] if kind == TASKS else None)
-        if kind == ".csv":
-            # ";" would be ambiguous without the space, too
-            separators = [SEPARATORS[name].replace("; ", ";") for name in SEPARATORS if name in self.row_format.types]
-            for separator, label in product(separators, config.tree.labels):
-                if separator in label:
-                    reason = f"a CSV file joins labels by {separator!r}, and the label {quote_name(label)} contains it"
-                    raise InputError(f"--output {arguments.output}: {reason}; write .jsonl or .parquet")
         self.description = {
+            "result_version": self._pipeline.result_version,
             "dtype": dtype,
             "operation_dtype": str(operation_dtype(dtype)),
             "fingerprint": weights,
@@ -76,7 +70,7 @@ class Model:
         numbered = enumerate(block.records, start=block.first)
         readable = [(number, record) for number, record in numbered if record.problem is None]
         try:
-            predictions = self._pipeline(record.text for _, record in readable)
+            predictions = self._pipeline((record.text for _, record in readable), levels=self._needs_levels)
             return [
                 self.row_format.row(number, record, prediction)
                 for (number, record), prediction in zip(readable, predictions, strict=True)
@@ -149,6 +143,7 @@ def load(arguments: Namespace, dtype: str, gpu: bool) -> Pipeline:
             classifier.model.encoder = OpenVinoEncoder(converted, operation_dtype(dtype))
         elif dtype == "int8":
             quantize(classifier.model.encoder)
+        check_version(classifier)
         classifier("a")  # checks the arguments before an existing output is overwritten
     except Exception as error:  # loading runs the checkpoint's own code, which can raise anything
         problem = describe_load_error(error)

@@ -6,7 +6,6 @@ https://labelstud.io/guide/predictions. The other formats do not contain texts.
 
 import csv
 import json
-import math
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,15 +16,16 @@ from typing import Any
 
 import pyarrow
 import pyarrow.parquet
+import torch
 
+from decisions_hierarchical import build_decisions
 from hierarchical_clinicalbert.prediction.input import InputRow
+from hierarchical_clinicalbert.reading.results import join_lists, rounded, to_row
 from hierarchical_clinicalbert.reading.stores import is_url
 
 TASKS = ".tasks.json"
 OUTPUTS = (".jsonl", ".csv", ".parquet", TASKS)
-DIGITS = 6
 ROW_GROUP_BYTES = 2**26  # of a Parquet file; one group per block would make the footer as large as the rows
-SEPARATORS = {"path": " > ", "answer": " | ", "labels": "; ", "scores": "; "}  # in the cells of a CSV file
 
 
 class RowFormat:
@@ -38,79 +38,44 @@ class RowFormat:
     """
 
     def __init__(self, arguments: Namespace, config: Any, version: str | None):
-        tree, self.version = config.tree, version
+        self.version, self.labels = version, config.tree.labels
         self.classes = [*config.id2label.values()] if arguments.probabilities else []
-        self.parents = {tree.labels[i]: tree.labels[parent] for i, parent in enumerate(tree.parents) if parent >= 0}
-        text, number = pyarrow.string(), pyarrow.float64()
+        self.decisions = build_decisions(config.tree, config.problem_type) if arguments.uncertainty else None
+        text, number, count = pyarrow.string(), pyarrow.float64(), pyarrow.int64()
         texts, numbers = pyarrow.list_(text), pyarrow.list_(number)
         # a Parquet column has one type, so ids are strings
-        self.types = {"row": pyarrow.int64()} if arguments.id_column is None else {"id": text}
-        if config.is_multi_label:
-            self.types |= {"labels": texts, "scores": numbers}
-        else:
-            self.types |= {"label": text, "score": number, "path": texts}
-            if arguments.costs is not None:
-                self.types["expected_cost"] = number
-        if arguments.uncertainty:
-            self.types |= {"uncertainty": number, "unsure_level": pyarrow.int64()}
-        self.types["truncated"] = pyarrow.bool_()
+        self.types = {"row": count} if arguments.id_column is None else {"id": text}
+        self.types |= {"label": text, "score": number, "path": texts}
+        self.types |= {"labels": texts, "scores": numbers, "paths": pyarrow.list_(texts)}
         if (arguments.coverage, arguments.recall) != (None, None):
-            self.types["answer"] = texts
+            self.types["prediction_set"] = texts
+        if arguments.costs is not None:
+            self.types["expected_cost"] = number
+        if arguments.uncertainty:
+            self.types |= {"uncertainty": number, "unsure_level": count}
+        self.types |= {"tokens": count, "tokens_read": count, "truncated": pyarrow.bool_()}
         if self.classes:
             self.types["probabilities"] = pyarrow.struct([(label, number) for label in self.classes])
 
     def row(self, number: int, record: InputRow, prediction: dict[str, Any]) -> dict[str, Any]:
         """Build the row, or the task, of a record from the pipeline's prediction."""
-        row = {"id": record.id, "row": number, "truncated": prediction["truncated"]}
-        row["answer"] = [node["label"] for node in prediction.get("answer", [])]
-        if "labels" in self.types:
-            row["labels"] = [node["label"] for node in prediction["labels"]]
-            row["scores"] = [round(node["score"], DIGITS) for node in prediction["labels"]]
-        else:
-            row["label"], row["score"] = prediction["label"], round(prediction["score"], DIGITS)
-            row["path"] = [node["label"] for node in prediction["path"]]
-            row["expected_cost"] = round(prediction.get("expected_cost", 0.0), DIGITS)
-        if "uncertainty" in self.types:
-            entropies = self.entropies(prediction["levels"])
-            row["uncertainty"] = round(sum(entropies), DIGITS)
-            row["unsure_level"] = 1 + entropies.index(max(entropies))
-        if self.classes:
-            nodes = {label: probability for level in prediction["levels"] for label, probability in level.items()}
-            row["probabilities"] = {label: round(nodes[label], DIGITS) for label in self.classes}
+        row = {"id": record.id, "row": number, **to_row(prediction)}
+        nodes = {label: score for level in prediction.get("levels", []) for label, score in level.items()}
+        row["probabilities"] = rounded({label: nodes[label] for label in self.classes})
+        if self.decisions is not None:
+            probabilities = torch.tensor([[nodes[label] for label in self.labels]], dtype=torch.float64)
+            (entropies,) = self.decisions.entropies(probabilities).tolist()
+            row |= {"uncertainty": rounded(sum(entropies)), "unsure_level": 1 + entropies.index(max(entropies))}
         row = {name: row[name] for name in self.types}
-        return row if self.version is None else self.task(row, record.text, prediction)
+        return row if self.version is None else self.task(row, record.text)
 
-    def task(self, row: dict[str, Any], text: str | None, prediction: dict[str, Any]) -> dict[str, Any]:
+    def task(self, row: dict[str, Any], text: str | None) -> dict[str, Any]:
         """Build a task with the predicted paths. Its score is the lowest probability of a predicted node."""
-        predicted = prediction["labels"] if "labels" in row else [prediction]
-        paths = [[step["label"] for step in node["path"]] for node in predicted]
-        choice = {"from_name": "taxonomy", "to_name": "text", "type": "taxonomy", "value": {"taxonomy": paths}}
-        annotation: dict[str, Any] = {"model_version": self.version, "result": [choice] if paths else []}
-        if paths:
-            annotation["score"] = round(min(node["score"] for node in predicted), DIGITS)
+        choice = {"from_name": "taxonomy", "to_name": "text", "type": "taxonomy", "value": {"taxonomy": row["paths"]}}
+        annotation: dict[str, Any] = {"model_version": self.version, "result": [choice] if row["paths"] else []}
+        if row["scores"]:
+            annotation["score"] = min(row["scores"])
         return {"data": {"text": text, **row}, "predictions": [annotation]}
-
-    def entropies(self, levels: list[dict[str, float]]) -> list[float]:
-        """Compute the contribution of each level's decisions to the entropy of a prediction, in nats.
-
-        For single-path models, a decision is the choice among siblings. The sum over levels is the entropy of the leaf, by the
-        chain rule (Cover and Thomas, 2006, "Elements of Information Theory", theorem 2.5.1). For multi-label models, a decision
-        is whether a text has a node, given its parent. Siblings are independent given their parent, so the sum is the entropy of
-        the set of nodes.
-
-        Args:
-            levels: for each level, from the roots down, the probability of every node by label.
-        """
-        probabilities, entropies = dict[str | None, float]({None: 1.0}), []
-        for level in levels:
-            entropies.append(0.0)
-            for label, probability in level.items():
-                of_parent = probabilities[self.parents.get(label)]
-                entropies[-1] += of_parent * entropy_term(probability / of_parent if of_parent else 0.0)
-                if "labels" in self.types:
-                    entropies[-1] += of_parent * entropy_term(1 - probability / of_parent if of_parent else 0.0)
-            probabilities.update(level.items())
-        return entropies
 
     @contextmanager
     def open(self, file: Path) -> Iterator[Callable[[list[str]], None]]:
@@ -152,8 +117,7 @@ class RowFormat:
     def cells(self, row: dict[str, Any]) -> list[Any]:
         """Return the CSV cells: lists as text, each probability in its own column."""
         probabilities = row.pop("probabilities", {})
-        joined = {name: SEPARATORS[name].join(map(str, row[name])) for name in SEPARATORS if name in row}
-        return [*(row | joined).values(), *probabilities.values()]
+        return [*join_lists(row).values(), *probabilities.values()]
 
     def table(self, lines: list[str]) -> pyarrow.Table:
         """Build a table from rows, given as lines of JSON. Ids become texts, because a column has one type."""
@@ -162,11 +126,6 @@ class RowFormat:
             if row.get("id") is not None:
                 row["id"] = str(row["id"])
         return pyarrow.Table.from_pylist(rows, schema=pyarrow.schema(self.types))
-
-
-def entropy_term(p: float) -> float:
-    """Return -p · log(p) in nats. It is 0 for p = 0, and where rounding left p outside of [0, 1]."""
-    return -p * math.log(p) if 0 < p < 1 else 0.0
 
 
 def file_name(output: str) -> str:

@@ -64,10 +64,11 @@ def choose_columns(
     raise InputError(f"{', '.join(sources)} have no column in common for {flag}: rename it in one of them")
 
 
-def join_labels(labels: Iterable[str]) -> str:
-    """Join labels by ``; ``, as ``train.py --label_delimiter ";"`` reads a cell. If a label contains ``;``, make a JSON list."""
+def join_labels(labels: Iterable[str], separator: str = "; ") -> str:
+    """Join labels, as ``train.py --label_delimiter ";"`` reads a cell. If a label contains the separator, make a JSON list."""
     labels = list(labels)
-    return json.dumps(labels, ensure_ascii=False) if any(";" in label for label in labels) else "; ".join(labels)
+    is_ambiguous = any(separator.strip() in label for label in labels)
+    return json.dumps(labels, ensure_ascii=False) if is_ambiguous else separator.join(labels)
 
 
 def text_problem(value: Any) -> str | None:

@@ -102,8 +102,8 @@ def save(model: HierarchicalForSequenceClassification, tokenizer: BertTokenizerF
         "labels": tree.labels,
         "num_leaves": tree.num_leaves,
         "probabilities": [[round(value, 7) for value in row] for row in output.node_log_probs.exp().tolist()],
-        "predicted": [[node["label"] for node in result.get("labels", [result])] for result in results],
-        "answers": [[node["label"] for node in result["answer"]] for result in results],
+        "predicted": [[node["label"] for node in result["labels"]] for result in results],
+        "prediction_sets": [[node["label"] for node in result["prediction_set"]] for result in results],
     }
     (FOLDER / expected).write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
 

@@ -286,7 +286,7 @@ def test_a_coverage_is_refused_with_a_tokenizer_of_another_limit(clear_checkpoin
     text, create = f"We treated {CLEAR['neoplasms'][0]}.", partial(pipeline, "hierarchical-text-classification")
     classify = create(model=clear_checkpoint, trust_remote_code=True)
     expected = classify(text, coverage=0.9)
-    assert "answer" not in classify(text, max_length=32)
+    assert "prediction_set" not in classify(text, max_length=32)
     with pytest.raises(ValueError, match="coverage needs texts truncated at 128 tokens"):
         classify(text, coverage=0.9, max_length=32)
     classify.tokenizer.model_max_length = 96
@@ -295,4 +295,4 @@ def test_a_coverage_is_refused_with_a_tokenizer_of_another_limit(clear_checkpoin
     classify.model.config.calibration.max_length = 64  # trained at 64, under a tokenizer that takes 96
     with pytest.raises(ValueError, match="truncated at 64 tokens"):
         classify(text, coverage=0.9)
-    assert classify(text, coverage=0.9, max_length=64)["answer"] == expected["answer"]
+    assert classify(text, coverage=0.9, max_length=64)["prediction_set"] == expected["prediction_set"]

@@ -53,18 +53,17 @@ def test_a_task_holds_the_text_the_row_and_the_predicted_paths(checkpoint, tmp_p
     for i, (task, row) in enumerate(zip(tasks, rows, strict=True)):
         assert task["data"] == {"text": TEXTS[i], **row}
         (prediction,) = task["predictions"]
-        scores = row["scores"] if "scores" in row else [row["score"]]
-        if not scores:
+        if not row["scores"]:
             assert prediction["result"] == []
             continue
         (result,) = prediction["result"]
-        assert prediction["score"] == min(scores)
+        assert prediction["score"] == min(row["scores"])
         assert (result["type"], result["from_name"]) == ("taxonomy", taxonomy.get("name"))
         assert result["to_name"] == taxonomy.get("toName") == text.get("name")
         paths = result["value"]["taxonomy"]
         assert {tuple(path) for path in paths} <= choices.keys()
-        assert [path[-1] for path in paths] == (row["labels"] if "labels" in row else [row["label"]])
-    assert taxonomy.get("maxUsages") == (None if "labels" in rows[0] else "1")
+        assert [path[-1] for path in paths] == row["labels"]
+    assert taxonomy.get("maxUsages") == (None if any(len(row["labels"]) > 1 for row in rows) else "1")
 
 
 def test_a_resumed_run_writes_the_same_tasks(clear_checkpoint, tmp_path, monkeypatch):
@@ -106,7 +105,7 @@ def annotated(task: dict, number: int, paths: list[list[str]], **more: object) -
 
 def test_the_export_is_training_data(checkpoint, tmp_path):
     tasks = tasks_of(checkpoint, tmp_path)
-    several = "labels" in tasks[0]["data"]
+    several = any(len(task["data"]["labels"]) > 1 for task in tasks)
     chosen = [["specific disease", label] if "general" not in label else [label] for label in CLEAR]
     export, expected = [], {}
     for i, task in enumerate(tasks[:50]):
@@ -123,7 +122,7 @@ def test_the_export_is_training_data(checkpoint, tmp_path):
     if several:
         expected |= {task["data"]["text"]: [] for task in tasks[52:54]}  # an annotator said that no label applies
     (tmp_path / "export.json").write_text(json.dumps(export), encoding="utf-8-sig")
-    lines = run("rows", tmp_path / "export.json", command="examples/label_studio.py").stdout
+    lines = run("rows", checkpoint, tmp_path / "export.json", command="examples/label_studio.py").stdout
     (tmp_path / "labelled.jsonl").write_text(lines, encoding="utf-8")
     data = load(data_path=tmp_path / "labelled.jsonl")
     tree, rows = data.taxonomy, concatenate_datasets([*data.splits.values()])
@@ -137,7 +136,7 @@ def test_two_labels_for_a_model_of_one_path_are_refused(clear_checkpoint, tmp_pa
     (task, *_) = tasks_of(clear_checkpoint, tmp_path)
     export = [annotated(task, 7, [["specific disease", "neoplasms"], ["general pathological conditions"]])]
     (tmp_path / "export.json").write_text(json.dumps(export))
-    done = run("rows", tmp_path / "export.json", command="examples/label_studio.py", check=False)
+    done = run("rows", clear_checkpoint, tmp_path / "export.json", command="examples/label_studio.py", check=False)
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("label_studio.py: error: the task 7 has 2 labels")
 
@@ -207,13 +206,17 @@ def test_the_output_pipe_may_be_closed_early(clear_checkpoint, tmp_path):
     ("command", "content", "message"),
     [
         *(
-            ("label_studio.py rows in.json", content, "is not an export in the format JSON")
+            ("label_studio.py rows CHECKPOINT in.json", content, "is not an export in the format JSON")
             for content in (
                 *('[{"text": "a secret"}]', '{"annotations": []}', '["a secret"]', '[{"annotations": null}]', "[[1]]"),
                 '[{"annotations": [], "data": {"abstract": "a secret"}}]',
             )
         ),
-        ("label_studio.py rows none.json", "", "none.json is not an export in the format JSON: [Errno 2] No such file"),
+        (
+            "label_studio.py rows CHECKPOINT none.json",
+            "",
+            "none.json is not an export in the format JSON: [Errno 2] No such file",
+        ),
         ("label_studio.py config .", "", "cannot read the checkpoint .: it is not a checkpoint of this project"),
         ("label_next.py in.json --count 2", '[{"row": 0, "unc', "in.json"),
         ("label_next.py in.json --count 2", '[{"row": 0}]', "has no column uncertainty: predict with --uncertainty"),
@@ -221,9 +224,9 @@ def test_the_output_pipe_may_be_closed_early(clear_checkpoint, tmp_path):
         ("label_next.py in.json --count 2", '[{"row": 1, "uncertainty": "a secret"}]', "must be numbers"),
     ],
 )
-def test_an_invalid_file_is_reported_in_one_line(command, content, message, tmp_path):
+def test_an_invalid_file_is_reported_in_one_line(command, content, message, clear_checkpoint, tmp_path):
     (tmp_path / "in.json").write_text(content)
-    name, *words = command.split()
+    name, *words = command.replace("CHECKPOINT", clear_checkpoint).split()
     done = run(*words, command=f"examples/{name}", check=False, cwd=tmp_path)
     (line,) = done.stderr.strip().splitlines()
     assert (done.returncode, line.startswith(f"{name}: error: ")) == (2, True)

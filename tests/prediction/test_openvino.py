@@ -31,16 +31,17 @@ def without_mask(clear_checkpoint, tmp_path) -> str:
     return str(tmp_path / "checkpoint")
 
 
-@pytest.mark.parametrize("form", ["without_mask", "labels_checkpoint"])
-def test_predictions_equal_those_of_torch_and_nearly_in_8_bits(openvino, form, request, texts, tmp_path):
-    file = write_csv(tmp_path / "in.csv", [{"text": text} for text in texts])
+@pytest.mark.parametrize("form", ["without_mask", "labels_checkpoint", "long_checkpoint"])
+def test_predictions_equal_those_of_torch_and_nearly_in_8_bits(openvino, form, request, texts, long_texts, tmp_path):
+    file = write_csv(tmp_path / "in.csv", [{"text": text} for text in [*texts, *long_texts.values()]])
     scores = {}
     for backend, dtype in (("torch", "fp32"), ("openvino", "fp32"), ("openvino", "int8")):
         output = tmp_path / f"{backend}-{dtype}.jsonl"
         words = ("--backend", backend, "--dtype", dtype, "--probabilities")
         assert predict_here("--model", request.getfixturevalue(form), "--input", file, "--output", output, *words) == 0
-        rows = [json.loads(line)["probabilities"] for line in output.read_text().splitlines()]
-        scores[backend, dtype] = [list(row.values()) for row in rows]
+        rows = [json.loads(line) for line in output.read_text().splitlines()]
+        scores[backend, dtype] = [list(row["probabilities"].values()) for row in rows]
+        assert form != "long_checkpoint" or [row["label"] for row in rows[-5:]] == list(long_texts)
     expected, exact, rounded = (torch.tensor(rows) for rows in scores.values())
     torch.testing.assert_close(exact, expected, atol=1e-4, rtol=0)
     assert not torch.equal(rounded, exact)

@@ -3,6 +3,7 @@
 import csv
 import glob
 import gzip
+import hashlib
 import json
 import os
 import resource
@@ -86,7 +87,7 @@ def test_predictions_equal_the_stock_pipeline_and_bad_rows_are_listed_separately
         assert row["label"] == expected[0]["label"] == row["path"][-1]
         assert row["score"] == pytest.approx(expected[0]["score"], abs=2e-5)
         assert row["probabilities"] == pytest.approx({entry["label"]: entry["score"] for entry in expected}, abs=2e-5)
-        assert 1 <= len(row["answer"]) <= 3
+        assert 1 <= len(row["prediction_set"]) <= 3
     problems = read_json_lines(tmp_path / "out.jsonl.errors.jsonl")
     assert [(entry["row"], entry["line"]) for entry in problems] == [(2, 4), (3, 5), (4, 6), (23, 25), (24, 26)]
     messages = [entry["problem"] for entry in problems]
@@ -132,7 +133,8 @@ def test_all_input_and_output_formats_give_the_same_predictions(checkpoint, text
         assert (cells["id"], cells["label"], float(cells["score"])) == (row["id"], row["label"], row["score"])
         assert cells["path"] == " > ".join(row["path"])
         assert {k: float(cells[f"probability of {k}"]) for k in row["probabilities"]} == row["probabilities"]
-        assert {**record, "path": list(record["path"])} == row
+        lists = {name: record[name].tolist() for name in ("path", "labels", "scores")}
+        assert {**record, **lists, "paths": [path.tolist() for path in record["paths"]]} == row
 
 
 @contextmanager
@@ -666,30 +668,68 @@ def test_a_question_mark_begins_the_query_of_a_url_and_belongs_to_the_name_of_a_
     assert output_kind(output, None) == kind
 
 
-@pytest.mark.parametrize(
-    ("form", "added", "separator", "flags"),
-    [
-        ("one path", " > 9", " > ", ()),
-        ("one path", " | 9", " | ", ("--coverage", 0.8)),
-        ("several labels", "; 9", ";", ()),
-    ],
-)
-def test_labels_that_are_ambiguous_in_csv_are_refused(
-    form, added, separator, flags, checkpoint, labels_checkpoint, texts, tmp_path
-):
-    stored = checkpoint if form == "one path" else labels_checkpoint
-    folder, name = shutil.copytree(stored, tmp_path / "checkpoint"), f"neoplasms{added}"
+@pytest.mark.parametrize("added", [" > 9", "; 9"])
+def test_labels_that_hold_a_separator_are_lists_of_json_in_csv(added, checkpoint, texts, tmp_path):
+    folder, name = shutil.copytree(checkpoint, tmp_path / "checkpoint"), f"neoplasms{added}"
     config = (folder / "config.json").read_text(encoding="utf-8")
     (folder / "config.json").write_text(config.replace('"neoplasms"', json.dumps(name)), encoding="utf-8")
-    words = ("--model", folder, "--input", write_texts(tmp_path, [*texts, "A sarcoma."]), *flags, "--output")
-    with pytest.raises(InputError) as error:
-        predict_here(*words, tmp_path / "out.csv")
-    assert f"joins labels by {separator!r}, and the label {name!r} contains it; write .jsonl" in str(error.value)
+    words = ("--model", folder, "--input", write_texts(tmp_path, [*texts, "A sarcoma."]), "--output")
+    for kind in ("csv", "jsonl"):
+        predict_here(*words, tmp_path / f"out.{kind}")
+    pairs = list(zip(read_csv(tmp_path / "out.csv"), read_json_lines(tmp_path / "out.jsonl"), strict=True))
+    assert name in {row["label"] for _, row in pairs}
+    for cells, row in pairs:
+        for field, separator in (("path", " > "), ("labels", "; ")):
+            found = json.loads(cells[field]) if cells[field].startswith("[") else cells[field].split(separator)
+            assert found == row[field]
+
+
+@pytest.mark.parametrize("form", ["checkpoint", "labels_checkpoint"])
+def test_rows_of_both_forms_have_the_fields_of_a_result(form, request, texts, tmp_path):
+    model, texts = request.getfixturevalue(form), [*texts[:3], "Nothing.", "Sepsis and fever. " * 200]
+    words = ("--model", model, "--input", write_texts(tmp_path, texts), "--dtype", "fp32", "--output")
     predict_here(*words, tmp_path / "out.jsonl")
-    assert name in (tmp_path / "out.jsonl").read_text()
+    results = pipeline("hierarchical-text-classification", model=model, trust_remote_code=True)(texts)
+    for number, (row, result) in enumerate(zip(read_json_lines(tmp_path / "out.jsonl"), results, strict=True)):
+        labels = result["labels"]
+        assert row == {
+            "row": number,
+            **{name: result[name] for name in ("label", "tokens", "tokens_read", "truncated")},
+            "score": pytest.approx(result["score"], abs=1e-5),
+            "path": [node["label"] for node in result["path"]],
+            "labels": [node["label"] for node in labels],
+            "scores": pytest.approx([node["score"] for node in labels], abs=1e-5),
+            "paths": [[step["label"] for step in node["path"]] for node in labels],
+        }
+    assert row["truncated"]
 
 
-def test_answers_for_a_recall_are_the_pipelines_in_every_format_and_the_csv_is_training_data(
+def test_a_checkpoint_with_the_code_of_another_release_is_refused_in_one_line(checkpoint, texts, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "checkpoint")
+    code = (folder / "pipeline_hierarchical.py").read_text()
+    (folder / "pipeline_hierarchical.py").write_text(code.replace("    result_version = RESULT_VERSION\n", ""))
+    words = ("--input", write_texts(tmp_path, texts), "--output", tmp_path / "out.jsonl")
+    with pytest.raises(
+        InputError, match=r"its code returns results of version 1, .* version 2: copy the files"
+    ) as error:
+        predict_here("--model", folder, *words)
+    assert "\n" not in str(error.value)
+
+
+def test_an_output_that_older_code_began_is_refused(checkpoint, finished_parts, long_input, tmp_path):
+    output = tmp_path / "out.jsonl"
+    shutil.copytree(finished_parts, f"{output}.parts")
+    for part in Path(f"{output}.parts").glob("0*.jsonl"):
+        header, _, rows = part.read_bytes().partition(b"\n")[2].partition(b"\n")
+        old = json.loads(header)
+        del old["options"]["result_version"]
+        content = json.dumps(old).encode() + b"\n" + rows
+        part.write_bytes(hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
+    with pytest.raises(InputError, match="was started with another result_version: give the same, or --overwrite"):
+        predict_here("--model", checkpoint, "--input", long_input, "--output", output)
+
+
+def test_sets_for_a_recall_are_the_pipelines_in_every_format_and_the_csv_is_training_data(
     labels_checkpoint, texts, tmp_path
 ):
     texts = [f"{text} She had colitis and angina." for text in texts[:9]] + ["Nothing of the kind."]
@@ -702,11 +742,14 @@ def test_answers_for_a_recall_are_the_pipelines_in_every_format_and_the_csv_is_t
     rows = read_json_lines(tmp_path / "out.jsonl")
     for row, one in zip(rows, expected, strict=True):
         assert row["labels"] == [node["label"] for node in one["labels"]]
-        assert row["answer"] == [node["label"] for node in one["answer"]]
+        assert row["prediction_set"] == [node["label"] for node in one["prediction_set"]]
     for cells, row in zip(read_csv(tmp_path / "out.csv"), rows, strict=True):
-        assert (cells["labels"], cells["answer"]) == ("; ".join(row["labels"]), " | ".join(row["answer"]))
+        assert (cells["labels"], cells["prediction_set"]) == (
+            "; ".join(row["labels"]),
+            "; ".join(row["prediction_set"]),
+        )
     for record, row in zip(pd.read_parquet(tmp_path / "out.parquet").to_dict("records"), rows, strict=True):
-        assert (list(record["labels"]), list(record["answer"])) == (row["labels"], row["answer"])
+        assert [list(record[name]) for name in ("labels", "prediction_set")] == [row["labels"], row["prediction_set"]]
 
     pd.read_csv(tmp_path / "out.csv").assign(text=texts).to_csv(tmp_path / "train.csv", index=False)
     settings = {"label_column": ["labels"], "label_delimiter": ";", "validation_size": 0.0}
@@ -720,7 +763,6 @@ def test_with_several_labels_costs_replace_the_thresholds(labels_checkpoint, tex
     words += ("--probabilities", "--costs", "missing=9,inventing=1")
     predict_here(*words, "--output", tmp_path / "out.jsonl")
     for row in read_json_lines(tmp_path / "out.jsonl"):
-        assert "expected_cost" not in row
         assert all(score >= 0.1 for score in row["scores"])
         reached = {label for label, probability in row["probabilities"].items() if probability >= 0.1}
         inner = {"specific disease"} if reached - {"specific disease", "general pathological conditions"} else set()
@@ -752,7 +794,7 @@ def test_the_uncertainty_is_the_entropy_and_names_the_level_that_adds_most(
     predict_here(*words, "--output", tmp_path / "out.jsonl")
     rows = read_json_lines(tmp_path / "out.jsonl")
     classify = pipeline("hierarchical-text-classification", model=model, trust_remote_code=True)
-    for row, result in zip(rows, classify(texts), strict=True):
+    for row, result in zip(rows, classify(texts, levels=True), strict=True):
         nodes = {label: probability for level in result["levels"] for label, probability in level.items()}
         expected = entropy_by_level(nodes, classify.tree, several)
         assert row["uncertainty"] == pytest.approx(expected.sum(), abs=1e-4)
@@ -765,14 +807,18 @@ def test_the_uncertainty_is_the_entropy_and_names_the_level_that_adds_most(
 
 
 @pytest.mark.skipif(not has_int8_products(), reason="this processor has no 8-bit products")
-def test_int8_predicts_nearly_as_float32(checkpoint, texts, tmp_path):
-    words = ("--model", checkpoint, "--input", write_texts(tmp_path, texts), "--probabilities", "--output")
+@pytest.mark.parametrize("form", ["checkpoint", "long_checkpoint"])
+def test_int8_predicts_nearly_as_float32(form, request, texts, long_texts, tmp_path):
+    texts = write_texts(tmp_path, [*texts, *long_texts.values()])
+    words = ("--model", request.getfixturevalue(form), "--input", texts, "--probabilities", "--output")
     predict_here(*words, tmp_path / "a.jsonl", "--dtype", "fp32")
     predict_here(*words, tmp_path / "b.jsonl", "--dtype", "int8")
     pairs = list(zip(*(read_json_lines(tmp_path / name) for name in ("a.jsonl", "b.jsonl")), strict=True))
     assert any(a != b for a, b in pairs)
     for a, b in pairs:
         assert b["probabilities"] == pytest.approx(a["probabilities"], abs=0.02)
+    read_to_the_end = [b["label"] for _, b in pairs[-5:]] == list(long_texts)
+    assert read_to_the_end == (form == "long_checkpoint")
 
 
 def test_without_native_bfloat16_the_default_is_float32(checkpoint, texts, tmp_path, monkeypatch):

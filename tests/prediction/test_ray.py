@@ -141,6 +141,15 @@ def test_a_driver_is_killed_and_its_cluster_ends_with_it(clear_checkpoint, texts
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_long_texts_are_read_to_their_ends(cluster, long_checkpoint, long_texts, tmp_path):
+    pd.DataFrame({"text": long_texts.values()}).to_csv(tmp_path / "in.csv", index=False)
+    words = ("--model", long_checkpoint, "--input", tmp_path / "in.csv", "--probabilities")
+    predict_here(*words, "--output", tmp_path / "out.jsonl", "--ray", cluster.address)
+    assert pd.read_json(tmp_path / "out.jsonl", lines=True)["label"].tolist() == list(long_texts)
+    predict_here(*words, "--output", tmp_path / "expected.jsonl")
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "expected.jsonl").read_bytes()
+
+
 def test_rows_that_kill_every_worker_are_named(cluster, clear_checkpoint, tmp_path, monkeypatch):
     """Use a checkpoint whose code ends the process at one of the texts."""
     model = shutil.copytree(clear_checkpoint, tmp_path / "model")

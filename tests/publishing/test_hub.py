@@ -852,7 +852,7 @@ for snippet in {snippets(hub.files(repo)["README.md"].decode())!r}:
         exec(compile(snippet, "snippet", "exec"), {{"__name__": "snippet"}})
     printed.append(out.getvalue())
 ModelCard.load({repo!r}).validate()
-print(json.dumps([logits.sigmoid().tolist(), own({TEXTS!r}, recall=0.9), stock({TEXTS!r}, truncation=True), printed]))
+print(json.dumps([logits.sigmoid().tolist(), own({TEXTS!r}, recall=0.9, levels=True), stock({TEXTS!r}, truncation=True), printed]))
 """
     model, own, stock, printed = run_outside(code, tmp_path, hub.environment(tmp_path / "home"))
     config = HierarchicalConfig.from_pretrained(label_sets)
@@ -862,7 +862,7 @@ print(json.dumps([logits.sigmoid().tolist(), own({TEXTS!r}, recall=0.9), stock({
         nodes = {label: score for level in result["levels"] for label, score in level.items()}
         assert nodes == pytest.approx(dict(zip(labels, expected.tolist(), strict=True)), abs=1e-4)
         assert {one["label"]: one["score"] for one in flat} == pytest.approx(nodes, abs=1e-4)
-        assert {one["label"] for one in result["answer"]} == {label for label in nodes if nodes[label] >= least}
+        assert {one["label"] for one in result["prediction_set"]} == {label for label in nodes if nodes[label] >= least}
     top = ast.literal_eval(printed[0].splitlines()[-1])
     flat = ast.literal_eval(printed[1])
     (flat,) = flat if isinstance(flat[0], list) else (flat,)
@@ -1140,10 +1140,10 @@ print(json.dumps([variables, card.data.models, card.data.sdk]))
     shown = hub.environment(tmp_path / "space-home") | variables
     with SpaceServer(None, tmp_path, hosted / "app.py", shown) as server:
         client = Client(server.address, verbose=False)
-        found = client.predict(TEXTS[0], api_name="/classify")
+        found = client.predict(TEXTS[0], levels=True, api_name="/classify")
         with pytest.raises(AppError, match="The text is empty"):
             client.predict("  ", api_name="/classify")
     assert found["path"][0]["label"] in ("general pathological conditions", "specific disease")
     assert sum(found["levels"][0].values()) == pytest.approx(1, abs=1e-5)
-    assert found["characters_read"] == len(TEXTS[0])
+    assert 0 < found["tokens_read"] == found["tokens"]
     assert TEXTS[0] not in server.log()

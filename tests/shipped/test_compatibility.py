@@ -50,8 +50,8 @@ def test_the_current_code_gives_the_stored_predictions(folder, form, monkeypatch
     classify = HierarchicalTextClassificationPipeline(model=model, tokenizer=AutoTokenizer.from_pretrained("encoder"))
     guarantee = GUARANTEES[form]
     results = classify(expected["texts"], **{guarantee: 0.841})  # rounded up to 0.85
-    assert [[node["label"] for node in result.get("labels", [result])] for result in results] == expected["predicted"]
-    assert [[node["label"] for node in result["answer"]] for result in results] == expected["answers"]
+    assert [[node["label"] for node in result["labels"]] for result in results] == expected["predicted"]
+    assert [[node["label"] for node in result["prediction_set"]] for result in results] == expected["prediction_sets"]
     thresholds = model.config.calibration.set_thresholds  # of the shares 0.01, 0.02 …: the next one serves
     for place in range(1, 991):
         found = classify.decisions.set_threshold(thresholds, **{guarantee: place / 1000})
@@ -105,19 +105,19 @@ def test_a_fresh_process_loads_it_and_saves_what_loads_again(folder, tmp_path):
     code = f"""
 import json, os
 from transformers import AutoModel, AutoTokenizer, pipeline
-answers = []
+found = []
 for form in {FORMS!r}:
     model = AutoModel.from_pretrained(form, trust_remote_code=True)
     model.save_pretrained(os.path.join({str(tmp_path)!r}, form))
     AutoTokenizer.from_pretrained(form, trust_remote_code=True).save_pretrained(os.path.join({str(tmp_path)!r}, form))
     for folder in (form, os.path.join({str(tmp_path)!r}, form)):
         classify = pipeline("hierarchical-text-classification", model=folder, trust_remote_code=True)
-        answers.append((form, classify({texts!r})))
-print(json.dumps(answers))
+        found.append((form, classify({texts!r}, levels=True)))
+print(json.dumps(found))
 """
     for form, results in run_outside(code, published, {"HF_MODULES_CACHE": str(tmp_path / "modules")}):
         expected = read_expected(folder, form)
-        predicted = [[node["label"] for node in result.get("labels", [result])] for result in results]
+        predicted = [[node["label"] for node in result["labels"]] for result in results]
         assert predicted == expected["predicted"]
         assert [result["truncated"] for result in results] == [False, False, True]
         for result, probabilities in zip(results, expected["probabilities"], strict=True):

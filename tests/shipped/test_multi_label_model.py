@@ -103,7 +103,7 @@ def deepest_reached(result: dict, thresholds: list[float]) -> dict[str, float]:
 
 
 def test_the_deepest_nodes_that_reach_their_threshold_are_predicted(classify):
-    for result in classify(TEXTS):
+    for result in classify(TEXTS, levels=True):
         deepest = deepest_reached(result, THRESHOLDS)
         assert {node["label"] for node in result["labels"]} == deepest.keys()
         assert [node["score"] for node in result["labels"]] == sorted(deepest.values(), reverse=True)
@@ -120,25 +120,25 @@ def test_with_costs_no_other_set_of_nodes_has_a_lower_expected_cost(classify, mi
     sets = np.array(list(product([False, True], repeat=TREE.num_nodes)))
     parents = np.array(TREE.parents)
     closed = np.all((parents < 0) | sets[:, parents] | ~sets, axis=1)  # with a node its parent
-    for result in classify(TEXTS, costs={"missing": missing, "inventing": inventing}):
+    for result in classify(TEXTS, costs={"missing": missing, "inventing": inventing}, levels=True):
         p = np.array([next(level[label] for level in result["levels"] if label in level) for label in TREE.labels])
         costs = np.where(sets[closed], inventing * (1 - p), missing * p).sum(1)
         predicted = TREE.with_ancestors(TREE.id(node["label"]) for node in result["labels"])
         cost = sum(inventing * (1 - p[i]) if i in predicted else missing * p[i] for i in range(TREE.num_nodes))
         assert cost == pytest.approx(costs.min(), abs=1e-9)
-        assert "expected_cost" not in result
+        assert result["expected_cost"] == pytest.approx(cost, abs=1e-9)
 
 
 def test_top_k_gives_the_most_probable_nodes(classify):
-    results = classify(TEXTS[0], top_k=3)
-    p = {label: score for level in results[0]["levels"] for label, score in level.items()}
-    assert [item["label"] for item in results] == sorted(p, key=lambda label: -p[label])[:3]
-
-
-def test_the_answer_for_a_recall_holds_the_nodes_from_its_threshold_on(classify):
-    result = classify(TEXTS[1], recall=0.605)  # rounded up to 0.61
+    result = classify(TEXTS[0], top_k=3, levels=True)
     p = {label: score for level in result["levels"] for label, score in level.items()}
-    assert {node["label"] for node in result["answer"]} == {label for label in p if p[label] >= RECALL[60]}
+    assert [item["label"] for item in result["labels"]] == sorted(p, key=lambda label: -p[label])[:3]
+
+
+def test_the_set_for_a_recall_holds_the_nodes_from_its_threshold_on(classify):
+    result = classify(TEXTS[1], recall=0.605, levels=True)  # rounded up to 0.61
+    p = {label: score for level in result["levels"] for label, score in level.items()}
+    assert {node["label"] for node in result["prediction_set"]} == {label for label in p if p[label] >= RECALL[60]}
 
 
 @pytest.mark.parametrize(
@@ -171,11 +171,12 @@ def test_an_uncalibrated_checkpoint_has_thresholds_of_one_half_and_no_guarantee(
     model.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(minilm).save_pretrained(tmp_path)
     classify = pipeline("hierarchical-text-classification", model=str(tmp_path), trust_remote_code=True)
-    results = classify(TEXTS)
+    results = classify(TEXTS, levels=True)
     expected = [deepest_reached(result, [0.5] * TREE.num_nodes) for result in results]
     assert any(expected)
     assert [{node["label"]: node["score"] for node in result["labels"]} for result in results] == expected
     with pytest.raises(ValueError, match="this checkpoint was not calibrated: recall needs"):
         classify(TEXTS[0], recall=0.9)
     classify.model.config.calibration.thresholds = [1.1] * TREE.num_nodes
-    assert classify(TEXTS[0])["labels"] == []  # no label is a prediction, too
+    result = classify(TEXTS[0])  # no label is a prediction, too
+    assert (result["labels"], result["label"], result["score"], result["path"]) == ([], None, None, [])

@@ -100,9 +100,11 @@ def one_by_one(checkpoint: str, texts: list[str], **cutting) -> np.ndarray:
 def test_a_result_is_the_path_to_the_most_probable_leaf_and_every_node_by_level(checkpoint, classify):
     expected = one_by_one(checkpoint, TEXTS)
     for text, nodes in zip(TEXTS, expected, strict=True):
-        result = classify(text)
+        result = classify(text, levels=True)
         leaf = int(nodes[: UNEVEN.num_leaves].argmax())
-        assert result.keys() == {"label", "score", "path", "levels", "truncated"}
+        first = {name: result[name] for name in ("label", "score", "path")}
+        counts = {name: result[name] for name in ("tokens", "tokens_read", "truncated")}
+        assert result == {"labels": [first], **first, **counts, "levels": result["levels"]}
         assert result["label"] == UNEVEN.labels[leaf]
         assert result["score"] == result["path"][-1]["score"] == pytest.approx(nodes[leaf], abs=1e-5)
         assert [step["label"] for step in result["path"]] == [UNEVEN.labels[node] for node in UNEVEN.path(leaf)]
@@ -110,7 +112,19 @@ def test_a_result_is_the_path_to_the_most_probable_leaf_and_every_node_by_level(
         found = {label: score for level in result["levels"] for label, score in level.items()}
         for node, label in enumerate(UNEVEN.labels):
             assert found[label] == pytest.approx(nodes[node], abs=1e-5)
-        assert result["truncated"] is False
+        assert "levels" not in classify(text)
+        num_tokens = len(classify.tokenizer(text)["input_ids"])
+        assert counts == {"tokens": num_tokens, "tokens_read": num_tokens, "truncated": False}
+
+
+def test_a_description_is_in_the_result_of_its_node(small_checkpoint):
+    classify = pipeline("hierarchical-text-classification", model=small_checkpoint, trust_remote_code=True)
+    described = {"d": "a rash", "a": "skin"}
+    classify.tree.descriptions = described
+    for node in classify("text", top_k=99)["labels"]:
+        assert node.get("description") == described.get(node["label"])
+        assert all(step.keys() == {"label", "score"} for step in node["path"])
+    classify.tree.descriptions = {}
 
 
 def test_a_pipeline_with_the_configuration_of_a_model_leaves_the_model_as_it_was(checkpoint, tmp_path):
@@ -171,7 +185,7 @@ def test_a_stream_is_read_no_further_than_needed(classify):
 def test_top_k_leaves_best_first(checkpoint, classify):
     nodes = one_by_one(checkpoint, TEXTS[:1])[0, : UNEVEN.num_leaves]
     for k in (1, 3, 100):
-        results = classify(TEXTS[0], top_k=k)
+        results = classify(TEXTS[0], top_k=k)["labels"]
         order = np.argsort(-nodes)[:k]
         assert [result["label"] for result in results] == [UNEVEN.labels[leaf] for leaf in order]
         np.testing.assert_allclose([result["score"] for result in results], nodes[order], atol=1e-5)
@@ -220,7 +234,7 @@ def test_with_costs_the_leaf_of_least_expected_cost_is_predicted(kind, small_che
     texts = [f"{text} {number}" for number in range(20) for text in TEXTS]
     probabilities = one_by_one(small_checkpoint, texts)[:, : len(LEAVES)].astype(np.float64)
     expected = probabilities @ costs
-    most_probable, results = classify(texts), classify(texts, costs=given)
+    most_probable, results = classify(texts, levels=True), classify(texts, costs=given, levels=True)
     assert any(one["label"] != other["label"] for one, other in zip(results, most_probable, strict=True))
     for result, same, row, leaves in zip(results, most_probable, expected, probabilities, strict=True):
         best = LEAVES.index(result["label"])
@@ -236,11 +250,11 @@ def test_of_leaves_with_equal_costs_the_most_probable_is_predicted(classify):
     root_of = {label: UNEVEN.path_names(leaf)[0] for leaf, label in enumerate(LEAVES)}
     costs = {one: {other: float(root_of[one] != root_of[other]) for other in LEAVES} for one in LEAVES}
     texts = [f"{text} {number}" for number in range(20) for text in TEXTS]
-    results, ranked = classify(texts, costs=costs), classify(texts, top_k=len(LEAVES))
+    results, ranked = classify(texts, costs=costs, levels=True), classify(texts, top_k=len(LEAVES))
     for result, leaves in zip(results, ranked, strict=True):
         roots = result["levels"][0]
         best = max(roots, key=roots.get)
-        assert result["label"] == next(one["label"] for one in leaves if root_of[one["label"]] == best)
+        assert result["label"] == next(one["label"] for one in leaves["labels"] if root_of[one["label"]] == best)
     assert len({result["label"] for result in results}) > 1
 
 
@@ -290,9 +304,9 @@ def test_costs_that_cannot_be_used_are_refused(classify, costs, message, tmp_pat
 def test_arguments_of_a_call_override_arguments_of_the_pipeline(checkpoint, classify):
     load = partial(pipeline, "hierarchical-text-classification", model=checkpoint, trust_remote_code=True)
     two, costly = load(top_k=2, max_length=16), load(costs="distance")
-    assert (len(two("text")), len(two("text", top_k=3))) == (2, 3)
-    assert two(LONG)[0]["truncated"]
-    assert not two(TEXTS[1], max_length=100)[0]["truncated"]
+    assert [len(result["labels"]) for result in (two("text"), two("text", top_k=3))] == [2, 3]
+    assert two(LONG)["truncated"]
+    assert not two(TEXTS[1], max_length=100)["truncated"]
     for given in ({}, {"max_length": 64}):
         found, expected = costly([*TEXTS, LONG], **given), classify([*TEXTS, LONG], costs="distance", **given)
         for one, other in zip(found, expected, strict=True):
@@ -302,6 +316,7 @@ def test_arguments_of_a_call_override_arguments_of_the_pipeline(checkpoint, clas
 def test_a_long_text_is_truncated_and_flagged(checkpoint, classify):
     results = classify([TEXTS[0], LONG], max_length=32)
     assert [result["truncated"] for result in results] == [False, True]
+    assert [result["tokens_read"] for result in results] == [results[0]["tokens"], 32]
     expected = one_by_one(checkpoint, [LONG], max_length=32)[0, : UNEVEN.num_leaves]
     assert results[1]["score"] == pytest.approx(expected.max(), abs=1e-5)
 
@@ -334,6 +349,7 @@ def test_an_invalid_text_is_named_by_its_position(classify, item, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"levels": "all"}, "levels must be True or False, not 'all'"),
         ({"top_k": 0}, "top_k must be a whole number of at least 1"),
         ({"batch_size": 0}, "batch_size must be a whole number of at least 1"),
         ({"max_length": 10_000}, "beyond the model's limit of 512 tokens"),
@@ -389,7 +405,7 @@ def test_bfloat16_on_a_cpu_predicts_as_float32(checkpoint, classify):
     half = pipeline("hierarchical-text-classification", model=checkpoint, trust_remote_code=True, dtype=torch.bfloat16)
     assert half.model.encoder.config._attn_implementation == "per_document"
     texts = [*TEXTS, LONG]
-    for a, b in zip(classify(texts), half(texts), strict=True):
+    for a, b in zip(classify(texts, levels=True), half(texts, levels=True), strict=True):
         for one, other in zip(a["levels"], b["levels"], strict=True):
             assert list(other.values()) == pytest.approx(list(one.values()), abs=0.03)
 
@@ -412,7 +428,7 @@ logging.getLogger().addHandler(handler)
 for folder in reversed({list(renamed)!r}):
     for _ in range(2):
         classify = pipeline("hierarchical-text-classification", model=folder, trust_remote_code=True, dtype=torch.bfloat16)
-    answers[folder] = [list(level.values()) for result in classify({TEXTS!r}) for level in result["levels"]]
+    answers[folder] = [list(level.values()) for result in classify({TEXTS!r}, levels=True) for level in result["levels"]]
     classify.model.save_pretrained(folder + "_saved")
 print(json.dumps([answers, warned, torch.ops.mkldnn._is_mkldnn_bf16_supported()]))
 """
@@ -428,7 +444,7 @@ print(json.dumps([answers, warned, torch.ops.mkldnn._is_mkldnn_bf16_supported()]
 
 
 @pytest.mark.parametrize("length", [5, 16, 128])
-def test_the_start_of_a_long_text_has_the_tokens_of_the_whole_text(checkpoint, length):
+def test_a_long_text_is_tokenized_in_pieces_that_have_the_tokens_of_the_whole(checkpoint, length, monkeypatch):
     classify = pipeline("hierarchical-text-classification", model=checkpoint, trust_remote_code=True)
     texts = [
         *(
@@ -441,11 +457,12 @@ def test_the_start_of_a_long_text_has_the_tokens_of_the_whole_text(checkpoint, l
         ),
         *(" " * 9000 + "fever" + " " * 9000 + "cold", "\n".join(TEXTS * 50), LONG[:1024], *TEXTS),
     ]
-    rows, truncated = classify.preprocess(texts, max_length=length)
-    for text, row, was_truncated in zip(texts, rows, truncated, strict=True):
+    monkeypatch.setattr(sys.modules[type(classify).__module__], "PIECE", 500)
+    rows, tokens = classify.preprocess(texts, max_length=length)
+    for text, row, num_tokens in zip(texts, rows, tokens, strict=True):
         whole = classify.tokenizer(text, verbose=False)["input_ids"]
-        assert row["input_ids"] == [*whole[: length - 1], whole[-1]] if was_truncated else whole
-        assert was_truncated == (len(whole) > length)
+        assert row["input_ids"] == ([*whole[: length - 1], whole[-1]] if len(whole) > length else whole)
+        assert num_tokens == len(whole)
 
 
 def test_concurrent_calls_truncate_at_their_own_lengths(checkpoint):

@@ -12,18 +12,18 @@ from transformers import pipeline
 
 TEXTS = ("Outcomes of epilepsy after hypertension.", "Fever and dementia", "We report on the weather.")
 FORMS = {
-    "one path": ("space", "clear_checkpoint", "coverage", ["label", "score", "path", "answer"]),
-    "several labels": ("labels_space", "labels_checkpoint", "recall", ["labels", "answer"]),
+    "one path": ("space", "clear_checkpoint", "coverage"),
+    "several labels": ("labels_space", "labels_checkpoint", "recall"),
 }
 
 
 @pytest.fixture(scope="module", params=FORMS)
 def form(request) -> SimpleNamespace:
-    """Return a served checkpoint with a client, the pipeline of the same checkpoint, and what differs between the forms."""
-    server, checkpoint, guarantee, fields = FORMS[request.param]
+    """Return a served checkpoint with a client, the pipeline of the same checkpoint, and the name of its guarantee."""
+    server, checkpoint, guarantee = FORMS[request.param]
     server, model = request.getfixturevalue(server), request.getfixturevalue(checkpoint)
     classify = pipeline("hierarchical-text-classification", model=model, trust_remote_code=True)
-    return SimpleNamespace(client=server.client, server=server, classify=classify, guarantee=guarantee, fields=fields)
+    return SimpleNamespace(client=server.client, server=server, classify=classify, guarantee=guarantee)
 
 
 def flat(value) -> list:
@@ -42,18 +42,18 @@ def assert_same(value, expected) -> None:
 
 def test_results_are_those_of_the_pipeline(form, texts):
     for text in (*TEXTS, *texts[:3]):
-        result = form.client.predict(text, 0.8, api_name="/classify")
-        expected = form.classify(text, **{form.guarantee: 0.8})
-        for field in (*form.fields, "levels"):
-            assert_same(result[field], expected[field])
-    assert form.client.predict(TEXTS[0], api_name="/classify")["answer"] is None
+        for levels in (True, False):
+            result = form.client.predict(text, 0.8, levels, api_name="/classify")
+            expected = form.classify(text, levels=levels, **{form.guarantee: 0.8})
+            assert result.keys() == expected.keys()
+            assert_same(result, expected)
+    assert "prediction_set" not in form.client.predict(TEXTS[0], api_name="/classify")
 
 
 def test_the_words_of_the_first_prediction_are_explained_or_else_of_the_most_probable_root(form):
     for text in TEXTS:
-        result = form.classify(text)
-        predictions = result.get("labels", [result])
-        expected = predictions[0]["label"] if predictions else max(result["levels"][0], key=result["levels"][0].get)
+        result = form.classify(text, levels=True)
+        expected = result["label"] or max(result["levels"][0], key=result["levels"][0].get)
         assert form.client.predict(text, api_name="/explain")["label"] == expected
 
 
@@ -68,30 +68,30 @@ def test_the_rows_of_a_file_are_classified_as_single_texts(form, tmp_path):
     assert "20,001 characters; at most 20,000" in result["problems"][2]["problem"]
     for row in result["rows"]:
         single = form.classify(row["text"], **{form.guarantee: 0.9})
-        if form.guarantee == "coverage":
-            path = [node["label"] for node in single["path"]]
-            expected = {"predicted": single["label"], "probability": round(single["score"], 6), "path": path}
-        else:
-            expected = {name: [node[name[:-1]] for node in single["labels"]] for name in ("labels", "scores")}
-        assert_same({name: row[name] for name in expected}, expected)
-        assert row["answer"] == [node["label"] for node in single["answer"]]
-        assert row["share_read"] == 1
+        expected = {"line": row["line"], "text": row["text"], "result_version": 2, **single}
+        for name in ("labels", "scores", "paths"):
+            expected[name] = [node[name[:-1]] for node in single["labels"]]
+        expected["paths"] = [[step["label"] for step in path] for path in expected["paths"]]
+        for name in ("path", "prediction_set"):
+            expected[name] = [node["label"] for node in single[name]]
+        assert row.keys() == expected.keys()
+        assert_same(row, {name: expected[name] for name in row})
 
 
 def test_the_api_is_typed_and_documented(form):
     api = form.client.view_api(return_format="dict")["named_endpoints"]
     assert api.keys() == {"/classify", "/explain", "/classify_file"}
-    assert [one["parameter_name"] for one in api["/classify"]["parameters"]] == ["text", form.guarantee]
+    assert [one["parameter_name"] for one in api["/classify"]["parameters"]] == ["text", form.guarantee, "levels"]
     types = {name: endpoint["returns"][0]["python_type"]["type"] for name, endpoint in api.items()}
-    assert all(f"{field}: " in types["/classify"] for field in (*form.fields, "levels", "characters_read"))
+    fields = ("labels", "label", "score", "path", "prediction_set", "tokens", "tokens_read", "truncated", "levels")
+    assert all(f"{field}: " in types["/classify"] for field in fields)
     assert "words: list[dict(word: str, start: int, end: int, weight: float" in types["/explain"]
     assert "problems: list[dict(line: int, problem: str)]" in types["/classify_file"]
-    row = "path: list[str]" if form.guarantee == "coverage" else "scores: list[float]"
-    assert row in types["/classify_file"]
+    assert "paths: list[list[str]]" in types["/classify_file"]
     documented = form.server.http.get("/gradio_api/info").json()["named_endpoints"]
     for name, sentence in (
-        ("/classify", f"answer with this {form.guarantee}"),
-        ("/classify", f"None without a {form.guarantee}"),
+        ("/classify", f"prediction set with this {form.guarantee}"),
+        ("/classify", f"missing without a {form.guarantee}"),
         ("/explain", "integrated gradients"),
         ("/classify_file", "10,000 rows"),
     ):
@@ -120,7 +120,7 @@ def test_a_refusal_says_why(form, given, message):
 
 def test_a_recall_that_needs_more_texts_is_refused(labels_space):
     message = "Recall 0.97 needs 33 labelled validation texts, and the checkpoint was calibrated on fewer"
-    assert message in labels_space.result("classify", labels_space.call("classify", "Epilepsy", 0.97)).text
+    assert message in labels_space.result("classify", labels_space.call("classify", "Epilepsy", 0.97, False)).text
 
 
 def test_a_model_without_calibration_classifies_and_has_no_coverage(uncalibrated_run, texts, tmp_path):
@@ -135,7 +135,7 @@ def test_a_model_without_calibration_classifies_and_has_no_coverage(uncalibrated
             assert "Not available: this model was trained without validation rows" in controls[name]["info"]
         assert "no: trained without validation rows" in controls["facts"]["value"]
         result = server.client.predict(texts[0], api_name="/classify")
-        assert (result["label"], result["answer"]) == (expected["label"], None)
+        assert (result["label"], "prediction_set" in result) == (expected["label"], False)
         with pytest.raises(AppError, match="This checkpoint was not calibrated"):
             server.client.predict(texts[0], 0.9, api_name="/classify")
         # the page sends the value of its slider, which nobody can move
@@ -153,16 +153,30 @@ def test_a_model_without_calibration_classifies_and_has_no_coverage(uncalibrated
 def test_the_prediction_depends_only_on_the_characters_read(space, texts):
     long, whole = " ".join(texts), "A study of ulcers. \n"
     result = space.client.predict(long, api_name="/classify")
-    assert 0 < result["characters_read"] < result["characters"] == len(long)
-    explained = space.client.predict(whole, "neoplasms", api_name="/explain")
-    assert (
-        explained["characters_read"]
-        == space.client.predict(whole, api_name="/classify")["characters_read"]
-        == len(whole)
-    )
-    shortened = space.client.predict(long[: result["characters_read"]], api_name="/classify")
+    assert 128 == result["tokens_read"] < result["tokens"]
+    assert space.client.predict(whole, "neoplasms", api_name="/explain")["characters_read"] == len(whole)
+    read = space.client.predict(long, "neoplasms", api_name="/explain")["characters_read"]
+    shortened = space.client.predict(long[:read], api_name="/classify")
     assert shortened["score"] == pytest.approx(result["score"], abs=1e-5)
-    assert shortened["characters_read"] == result["characters_read"]
+    assert shortened["tokens_read"] == shortened["tokens"] == result["tokens_read"]
+
+
+def test_long_texts_are_read_to_their_ends(long_space, long_texts):
+    for label, text in long_texts.items():
+        result = long_space.client.predict(text, api_name="/classify")
+        assert (result["label"], result["truncated"]) == (label, False)
+    explained = long_space.client.predict(text, label, api_name="/explain")
+    heaviest = max(explained["words"], key=lambda word: word["weight"])
+    assert heaviest["start"] > text.index("We treated")
+    assert explained["characters_read"] == len(text)
+    difference = explained["score"] - explained["blank_score"] + explained["error"]
+    total = sum(word["weight"] for word in explained["words"]) + explained["rest"]
+    assert total == pytest.approx(difference, abs=1e-4)
+    assert long_space.client.predict("word " * 4_915, api_name="/classify")[
+        "truncated"
+    ]  # 8 characters for each of 3,072 tokens
+    with pytest.raises(AppError, match="24,580 characters; at most 24,576"):
+        long_space.client.predict("word " * 4_916, api_name="/classify")
 
 
 def test_equal_files_of_several_clients_are_each_read(space, tmp_path):

@@ -221,7 +221,7 @@ def test_an_abstract_is_typed_submitted_by_ctrl_enter_and_its_result_read(any_pa
     assert page.text("#result .class") == "nervous system diseases"
     assert "%" in page.text("#result .certainty")
     assert page.text("#result .path").split()[:2] == ["specific", "disease"]
-    assert f"For 90% {'recall' if several else 'coverage'}: " in page.text("#result .answer")
+    assert f"For 90% {'recall' if several else 'coverage'}: " in page.text("#result .held")
     assert "The whole text was read" in page.text("#result")
     for figure in page.figures:
         marked = "✓ nervous system diseases" if several else "nervous system diseases"
@@ -249,13 +249,13 @@ def test_a_coverage_is_typed_key_by_key_and_a_higher_one_backs_off(page):
     page.classify("Outcomes of epilepsy after angina, colitis and carcinoma.")
     page.target().send_keys(Keys.CONTROL, "a", Keys.DELETE)
     page.press("#classify")
-    page.until(lambda: "must be a number between" in page.text("#result .answer"))
+    page.until(lambda: "must be a number between" in page.text("#result .held"))
     page.target().send_keys("0")
     answers = []
     for shown, kind, keys in (("50%", "number", [".5", Keys.TAB]), ("95%", "range", [Keys.ARROW_RIGHT] * 45)):
         page.target(kind).send_keys(*keys)
-        page.until(lambda shown=shown: shown in page.text("#result .answer"))
-        answers.append(page.text("#result .answer").split(": ")[1].split(" or "))
+        page.until(lambda shown=shown: shown in page.text("#result .held"))
+        answers.append(page.text("#result .held").split(": ")[1].split(" or "))
     assert not page.all(".toast-body")
     (leaf,), higher = answers
     assert leaf in CLEAR
@@ -299,6 +299,17 @@ def test_a_text_is_refused_or_truncated_in_words_and_the_page_goes_on(page):
     assert "goes on and on." in page.text("#words .text .unread")
 
 
+def test_the_last_words_of_a_text_of_many_windows_decide_and_are_explained(chromium, long_space, long_texts):
+    page = Page(chromium, long_space.address).open()
+    for label in ("neoplasms", "cardiovascular diseases"):
+        page.classify(long_texts[label])
+        assert page.text("#result .class") == label
+        assert "The whole text was read" in page.text("#result")
+    weights = page.show()
+    assert label in page.text("#words h3")
+    assert max(weights, key=weights.get) in CLEAR[label]
+
+
 def test_a_hostile_text_is_shown_and_nothing_of_it_runs(page):
     page.open()
     title = page.driver.title
@@ -316,7 +327,7 @@ def test_a_hostile_text_is_shown_and_nothing_of_it_runs(page):
 
 
 def test_a_file_is_classified_and_its_downloads_parse(any_page, downloads, tmp_path):
-    page, several = any_page
+    page, _ = any_page
     texts = [NEURO, "=cmd epilepsy and seizures", "Angina <img src=x onerror=alert(1)>"]
     rows = [["n", "abstract"], ["1", texts[0]], ["2"], ["3", texts[1]], ["4", " "], ["5", texts[2]]]
     page.open()
@@ -333,9 +344,9 @@ def test_a_file_is_classified_and_its_downloads_parse(any_page, downloads, tmp_p
         found = page.download(downloads, kind, 3)
         assert [row["text"] for row in found] == [texts[0], start + texts[1], texts[2]]
         assert [int(row["line"]) for row in found] == [2, 4, 6]
-        labels = [row["labels" if several else "predicted"] for row in found][1:]
         expected = ["nervous system diseases", "cardiovascular diseases"]
-        assert labels == ([[label] for label in expected] if several and kind == "jsonl" else expected)
+        assert [row["label"] for row in found][1:] == expected
+        assert [row["labels"] for row in found][1:] == ([[one] for one in expected] if kind == "jsonl" else expected)
 
 
 def test_a_file_is_cancelled_or_removed_and_the_next_one_runs(page, tmp_path):

@@ -90,7 +90,7 @@ def test_results_sessions_and_files_that_nobody_uses_are_deleted_in_time(clear_c
     with strict_space(clear_checkpoint, tmp_path, **limits) as space:
         # ── Results: the first is more than half of the limit
         classify_lines(space, LONG_LINES)
-        unread, read = (space.call("classify", "Zebrafish with colitis", None) for _ in range(2))
+        unread, read = (space.call("classify", "Zebrafish with colitis", None, False) for _ in range(2))
         assert "event: complete" in space.result("classify", read).text  # so the first one is complete, too
         space.upload(b"Okapi\n")
         assert is_on_disk(space, b"Okapi")
@@ -142,7 +142,7 @@ def test_what_was_sent_is_not_kept_in_memory(space):
 
     def memory_after(count: int) -> int:
         for _ in range(count):
-            answer = space.result("classify", space.call("classify", "a" * 3 * MEGABYTE, None))
+            answer = space.result("classify", space.call("classify", "a" * 3 * MEGABYTE, None, False))
             assert "at most 20,000 are accepted" in answer.text
         return space.memory()
 
@@ -177,7 +177,7 @@ def test_unread_results_have_a_limit(clear_checkpoint, tmp_path):
         answer = space.result("classify_file", refused).text
         assert answer.startswith("event: error")
         assert "the unread results of all users have reached 2 MB" in answer
-        assert "event: complete" in space.result("classify", space.call("classify", "Colitis", None)).text
+        assert "event: complete" in space.result("classify", space.call("classify", "Colitis", None, False)).text
         assert "event: complete" in space.result("classify_file", unread).text
 
 

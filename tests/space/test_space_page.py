@@ -28,18 +28,16 @@ def notes(figure) -> list[str]:
 
 def test_nothing_hostile_becomes_markup():
     node = {"label": HOSTILE, "score": 0.7}
-    result = {**node, "path": [node], "characters": 9, "characters_read": 9}
-    config = SimpleNamespace(tree=SimpleNamespace(descriptions={HOSTILE: HOSTILE}))
+    result = {"labels": [{**node, "path": [node], "description": HOSTILE}], "truncated": False}
     word = {"word": HOSTILE[:20], "start": 0, "end": 20, "weight": 0.4}
     explained = node | {"blank_score": 0.1, "rest": 0.0, "error": 0.0, "characters_read": 20, "words": [word]}
-    record = {"line": 1, "text": HOSTILE, "predicted": HOSTILE, "probability": 1.0, "answer": [HOSTILE]}
+    record = {"line": 1, "text": HOSTILE, "labels": [HOSTILE], "scores": [1.0], "prediction_set": [HOSTILE]}
     pages = [
-        views.result("", result, views.answer("recall", 0.9, [node], ", "), config),
+        views.result("", result, views.prediction_set("recall", 0.9, [node], ", ")),
         views.words(HOSTILE, explained, views.PROBABILITY),
         views.refusal(HOSTILE),
         views.facts({HOSTILE: HOSTILE}),
         views.preview([record]),
-        views.labels_preview([record | {"labels": [HOSTILE], "scores": [1.0]}]),
         views.problems([{"line": 1, "problem": HOSTILE}]),
     ]
     for page in pages:
@@ -59,10 +57,10 @@ def test_nothing_hostile_becomes_markup():
 
 
 def test_a_description_stands_beside_the_label():
-    result = {"label": "fits", "score": 0.5, "path": [], "characters": 1, "characters_read": 1}
-    for named in ("fits", "another"):
-        config = SimpleNamespace(tree=SimpleNamespace(descriptions={named: "a seizure disorder"}))
-        assert ("a seizure disorder" in views.result("", result, "", config)) == (named == "fits")
+    node = {"label": "fits", "score": 0.5, "path": []}
+    for more in ({"description": "a seizure disorder"}, {}):
+        shown = views.result("", {"labels": [node | more], "truncated": False}, "")
+        assert ("a seizure disorder" in shown) == bool(more)
 
 
 def test_a_deep_taxonomy_of_thousands_is_drawn_with_few_boxes():
@@ -121,13 +119,15 @@ def test_a_single_remaining_node_is_drawn_instead_of_others():
         assert "2 others" in notes(draw(Taxonomy([f"leaf {i}" for i in range(count + 1)]), None, set()))[-1]
 
 
-def test_no_label_and_a_long_answer_are_shown():
-    assert "No label" in views.result("", {"labels": [], "characters": 1, "characters_read": 1}, "", None)
-    assert views.answer("recall", 0.5, [], ", ") == "For 50% recall: no node"
-    long = views.answer("recall", 0.9, [{"label": f"n{i}", "score": 0.5} for i in range(100)], ", ")
+def test_no_label_a_truncation_and_a_long_set_are_shown():
+    shown = views.result("", {"labels": [], "truncated": True, "tokens": 2000, "tokens_read": 500}, "")
+    assert "No label" in shown
+    assert "of its 2,000 tokens, the last 1,500 (75.0 %) were not read" in shown
+    assert views.prediction_set("recall", 0.5, [], ", ") == "For 50% recall: no node"
+    long = views.prediction_set("recall", 0.9, [{"label": f"n{i}", "score": 0.5} for i in range(100)], ", ")
     assert long.endswith("<bdi>n19</bdi></b> and 80 more")
-    record = {"line": 1, "text": "a", "labels": [], "scores": [], "answer": [f"n{i}" for i in range(100)]}
-    assert "<bdi>n19</bdi> and 80 more<" in views.labels_preview([record])
+    record = {"line": 1, "text": "a", "labels": [], "scores": [], "prediction_set": [f"n{i}" for i in range(100)]}
+    assert "<bdi>n19</bdi> and 80 more<" in views.preview([record])
 
 
 def test_only_exact_probabilities_are_shown_as_0_or_100_percent():
@@ -219,6 +219,11 @@ except SystemExit as error:
     [
         ("tiny_encoder", "", "cannot load the model MODEL: it is not a checkpoint of this project"),
         ("torn", "", "cannot load the model MODEL: .*config.json"),
+        (
+            "clear_checkpoint",
+            "app.load.__globals__['check_version'].__globals__['RESULT_VERSION'] = 3",
+            "returns results of version 2",
+        ),
         ("clear_checkpoint", "import gradio; del gradio.queueing.AsyncQueue", "needs gradio 6.31, .*'AsyncQueue'"),
     ],
 )

@@ -106,7 +106,7 @@ def test_weights_add_up_and_the_pieces_of_a_word_are_one_word(checkpoint, unit, 
             assert abs(explanation["error"]) < 0.02
             words = [word["word"] for word in explanation["words"] if word["word"].isalpha()]
             assert words == re.findall(r"[A-Za-z]+", re.sub(r"\w*\d\w*", "", text))
-            levels = classify_all(classifier, [text], None)[0]["levels"]
+            levels = classify_all(classifier, [text], None, levels=True)[0]["levels"]
             assert explanation["score"] == pytest.approx({**levels[0], **levels[1]}[node], abs=1e-5)
     explanation = explainer.explain("Outcomes of epilepsy after hypertension.", "nervous system diseases")
     assert max(explanation["words"], key=lambda word: word["weight"])["word"] == "epilepsy"
