@@ -29,7 +29,8 @@ SINGLE_LABEL, MULTI_LABEL = "single_label_classification", "multi_label_classifi
 ENCODER_FIELDS = ("hidden_size", "num_hidden_layers", "max_position_embeddings", "pad_token_id")
 # ENCODER_FIELDS repeat text_config, and a stored attn_implementation can name a repository of unpinned code
 NOT_READ = (*ENCODER_FIELDS, "attn_implementation", "_attn_implementation", "format_version")
-WINDOWS = ("window", "tokens_before", "tokens_after")  # fields that are stored if they are given
+IF_GIVEN = ("window", "tokens_before", "tokens_after", "page")  # fields that are stored if they are given
+PAGE = {"title": str, "medical": bool, "examples": list}  # what ``page`` may hold
 DEFAULT_ENCODER = "emilyalsentzer/Bio_ClinicalBERT"
 DEFAULT_ENCODER_REVISION = "d5892b39a4adaed74b92212a44081509db72f87b"
 # fields of `Calibration`, and their names at the top level of config.json in format 1
@@ -98,6 +99,8 @@ class HierarchicalConfig(PretrainedConfig):
             number of positions.
         tokens_before, tokens_after: ids of the special tokens that the tokenizer puts before and after a text. Without them, a
             text of several windows cannot be read.
+        page: what card and Space show: ``title``, ``medical``, which is whether to say that the model is no medical device, and
+            ``examples``, a list of texts. Each may be missing.
         calibration: a `Calibration`, or a dict of its fields.
         problem_type: ``"multi_label_classification"`` for multi-label models. By default a text has one path.
 
@@ -126,6 +129,7 @@ class HierarchicalConfig(PretrainedConfig):
         window: int | None = None,
         tokens_before: list[int] | None = None,
         tokens_after: list[int] | None = None,
+        page: dict[str, Any] | None = None,
         calibration: Calibration | dict | None = None,
         problem_type: str | None = None,
         **kwargs,
@@ -147,6 +151,12 @@ class HierarchicalConfig(PretrainedConfig):
             raise ValueError("lexical_vocab_size and the calibration's lexical_weight must be given together")
         self.lexical_vocab_size = lexical_vocab_size
         self.window, self.tokens_before, self.tokens_after = window, tokens_before, tokens_after
+        self.page = page or {}
+        for name, value in self.page.items():
+            if not isinstance(value, PAGE.get(name, ())):
+                raise ValueError(
+                    f"page holds title (text), medical (true or false) and examples (a list), not {name}: {value!r}"
+                )
         problem_type = problem_type or SINGLE_LABEL
         if problem_type not in (SINGLE_LABEL, MULTI_LABEL):
             raise ValueError(f"problem_type must be {SINGLE_LABEL!r} or {MULTI_LABEL!r}, not {problem_type!r}")
@@ -195,7 +205,7 @@ class HierarchicalConfig(PretrainedConfig):
         if self.tokens_before is not None and positions is not None:  # else engines truncate long texts
             fields["max_position_embeddings"] = max(positions, self.calibration.max_length or 0)
         stored = super().to_dict() | {name: value for name, value in fields.items() if value is not None}
-        for name in ("tree", *(name for name in WINDOWS if stored.get(name) is None)):
+        for name in ("tree", *(name for name in IF_GIVEN if stored.get(name) in (None, {}))):
             stored.pop(name, None)  # a configuration is shown in errors before it is complete
         return stored | {"calibration": self.calibration.stored(), "format_version": FORMAT_VERSION}
 

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from tqdm import tqdm
 
 from hierarchical_clinicalbert.checkpoint_files import find_snapshot, is_checkpoint, require_encoder
 from hierarchical_clinicalbert.errors import ArgumentParser, InputError, refuse_undecodable, run_command
@@ -62,8 +61,7 @@ def main(argv: list[str]) -> int:
                 output.delete()
             flags = {flag: value for flag, value in vars(arguments).items() if flag not in WITHOUT_EFFECT}
             options = flags | {"costs": costs_description, "output_format": output.kind} | model.description
-            with tqdm(unit=" rows", disable=None) as bar:
-                output.write_blocks(chain([first], records), options, model.predict_blocks, bar)
+            output.write_blocks(chain([first], records), options, model.predict_blocks)
         files = [{"name": source.name, "bytes": source.size} for source in sources]
         manifest = {"model": arguments.model, "commit": arguments.revision, "options": options, "input": files}
         num_problems = output.join_blocks(model.row_format.open, manifest)

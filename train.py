@@ -7,15 +7,18 @@ validation rows. Then its calibration, its thresholds and the weight of its lexi
 import dataclasses
 import functools
 import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 # silence bitsandbytes before its import: it suggests unpinned kernels from the Hub, and warns of each 8-bit layer's cast
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
+import datasets
 import numpy as np
 import transformers
 from datasets import Dataset, DatasetDict
+from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import AutoTokenizer, EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from checkpoint_hierarchical import check_tokenizer
@@ -51,7 +54,14 @@ from hierarchical_clinicalbert.training.cpu import KEPT_MEMORY
 from hierarchical_clinicalbert.training.losses import FocalLoss
 from hierarchical_clinicalbert.training.model import build_model, fetch_model, load_tokenizer, pin_model, size_report
 from hierarchical_clinicalbert.training.prototypes import initialise_heads
-from hierarchical_clinicalbert.training.publish import check_hub, run_facts, run_settings, write_card
+from hierarchical_clinicalbert.training.publish import (
+    check_hub,
+    classify_example,
+    describe_page,
+    run_facts,
+    run_settings,
+    write_card,
+)
 from hierarchical_clinicalbert.training.score import label_arrays, score_splits, scoring_trainer, token_counts
 from hierarchical_clinicalbert.training.tokens import build_collator, tokenize_splits
 from hierarchical_clinicalbert.training.trainer import HierarchicalTrainer
@@ -69,6 +79,9 @@ ADVICE = {  # of `run_command`
     "memory": "give --activation_checkpointing true, or a lower --per_device_train_batch_size or --per_device_eval_batch_size",
     "resume": "--resume_from_checkpoint auto resumes",
 }
+NEXT = """  python predict.py --model {0} --input texts.csv --output predictions.csv
+  python space/app.py --model {0}
+  python push_to_hub.py --model {0} --repo_id user/name --dry_run"""
 Prepare = Callable[[HierarchicalTrainer], HierarchicalTrainer]
 
 
@@ -77,7 +90,7 @@ def main(argv: list[str], prepare: Prepare = lambda trainer: trainer) -> None:
     arguments = parse(argv)
     args = arguments.training
     set_up_logging(args.process_index == 0)
-    with resume.lock_output_folder(args):
+    with resume.lock_output_folder(args), logging_redirect_tqdm():
         run(arguments, prepare)
 
 
@@ -124,6 +137,7 @@ def train(arguments: Arguments, data: LabelledSplits, resume_from: str | None, p
     # ── Model: encoder, adapter, heads, tokenizer ────────────────────────────────────────────────────────────────────
     arguments = arguments._replace(model=fetch_model(arguments.model))  # the data are known to be usable
     model = build_model(arguments.model, data.taxonomy, args.seed, data.problem_type)
+    model.config.page = describe_page(args, model.config)
     if resume_from is not None:
         resume.check_model(resume_from, model)
     if args.push_to_hub:
@@ -180,7 +194,9 @@ def train(arguments: Arguments, data: LabelledSplits, resume_from: str | None, p
         classifier = form.fit_classifier(counts, labels, arguments.model.lexical_head)
         calibration, scored, calibrated = calibrate_splits(form, scored, classifier)
         calibration = dataclasses.replace(calibration, max_length=tokenizer.model_max_length)
-        model.set_calibration(calibration, classifier.weights() if classifier and calibration.lexical_weight else None)
+        lexical = classifier.weights() if classifier and calibration.lexical_weight else None
+        for one in (model, scorer.model):
+            one.set_calibration(calibration, lexical)
         trainer.save_model(_internal_call=True)
         scores = replace_scores(scores, calibrated) | measure_sets(form, scored, calibration)
     else:
@@ -195,10 +211,11 @@ def train(arguments: Arguments, data: LabelledSplits, resume_from: str | None, p
         write_scores(form, scored, thresholds, classes.get("per_class", []), output)
         titles = {name: metric.title for name, metric in form.metrics.items() if metric.is_drawn}
         plots.write(plots.training_curves(trainer.state.log_history, titles), output / "plots" / "training_curves.png")
-        write_card(trainer, settings, data_report, output, metrics)
+        write_card(trainer, settings, data_report, output, metrics, classify_example(scorer.model, tokenizer))
         write_json(output / METRICS, metrics | {SCORED_MODEL: hash_model(output)})
         logger.info("checkpoint, metrics and plots are in %s", output)
-    log_metrics(scores)
+    log_metrics(form, scores, scored)
+    logger.info("best epoch: %.4g of %.4g; next:\n%s", trainer.best_epoch, trainer.state.epoch, NEXT.format(output))
     if args.push_to_hub:
         trainer.push_to_hub()
 
@@ -290,7 +307,7 @@ def score_checkpoint(arguments: Arguments, data: LabelledSplits) -> None:
         write_scores(form, scored, config.calibration.thresholds, classes.get("per_class", []), output)
         write_json(output / METRICS, metrics | classes | {SCORED_MODEL: hash_model(Path(source))})
         logger.info("metrics and plots are in %s", output)
-    log_metrics(metrics)
+    log_metrics(form, metrics, scored)
 
 
 def set_up_logging(first: bool) -> None:
@@ -299,6 +316,9 @@ def set_up_logging(first: bool) -> None:
     for name in ("train", "hierarchical_clinicalbert"):
         logging.getLogger(name).setLevel(logging.INFO if first else logging.ERROR)
     logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
+    if not sys.stderr.isatty():  # bars fill a log file
+        datasets.disable_progress_bars()
+        transformers.logging.disable_progress_bar()
     if not first:
         transformers.logging.set_verbosity_error()
 

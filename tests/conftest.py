@@ -293,9 +293,9 @@ def train_label_sets(encoder: str, output: Path, *flags: object, settings: dict[
 
 
 def snippets(card: str) -> list[str]:
-    """Return the Python snippets in the section "Use" of a model card."""
-    use = card.split("\n## Use\n")[1].split("\n## ")[0]
-    return re.findall(r"(?ms)^```python\n(.*?)^```", use)
+    """Return the Python snippets of a model card, outside of its taxonomy."""
+    card = re.sub("(?s)<summary>Taxonomy</summary>.*?\n</details>", "", card)
+    return re.findall(r"(?ms)^```python\n(.*?)^```", card)
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,8 @@ def flag(default: Any, help: str, **metadata: Any) -> Any:
 
 @dataclass
 class DataArguments:
+    _argument_group_name = "data"
+
     dataset_name: str | None = flag(None, "Data set on the Hub.")
     dataset_config_name: str | None = flag(None, "Configuration of the data set, if it has several.")
     dataset_revision: str | None = flag(None, "Commit, tag or branch of the data set.")

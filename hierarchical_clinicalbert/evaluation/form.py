@@ -1,6 +1,7 @@
 """What both forms of label have in common in evaluation: the base class of `OnePathForm` and `ManyNodesForm`."""
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from decisions_hierarchical import Decisions
 from hierarchical_clinicalbert.errors import InputError
 from hierarchical_clinicalbert.evaluation.lexical import MAX_WEIGHTS, LexicalClassifier
 from hierarchical_clinicalbert.evaluation.metrics import Metric, of_all_levels
+from hierarchical_clinicalbert.reading.columns import join_labels
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +56,14 @@ class FormBase:
         """Compute the metrics for a Trainer. Predictions are logits, or a tuple that begins with them."""
         logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
         return self.measure(logits, prediction.label_ids)
+
+    def joined_path(self, node: int) -> str:
+        """Return the names of a node's path as text."""
+        return join_labels((self.tree.names[step] for step in self.tree.path(node)), " > ")
+
+    def headline(self, scores: dict[str, float], texts: str, share: Callable[[float], str]) -> str:
+        """Return the scores of a split that matter most, in one sentence. ``texts`` names its rows, ``share`` formats a share."""
+        raise NotImplementedError
 
     def fit_classifier(
         self, counts: csr_matrix, labels: np.ndarray, wanted: bool | None = None

@@ -16,7 +16,7 @@ sigmoid is P(node). Both are (num_texts, num_nodes), and ``thresholds`` are prob
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from decimal import ROUND_FLOOR, Context
 from itertools import accumulate
@@ -373,12 +373,26 @@ class ManyNodesForm(FormBase):
         return plots.reliability_diagram(probabilities, correct, "Pairs of document and node", "Share of correct pairs")
 
     def prediction_columns(self, logits: np.ndarray, labels: np.ndarray, thresholds: Any) -> dict[str, Any]:
-        """Return the columns of a CSV file: each text's deepest labels, and its deepest predicted nodes, most probable first."""
-        tree, columns = self.tree, {"labels": list[str](), "predictions": list[str](), "probabilities": list[str]()}
+        """Return the columns of a CSV file: each text's deepest labels, and its deepest predicted nodes, most probable first.
+
+        The second choice is the most probable of the nodes that are not predicted.
+        """
+        tree = self.tree
+        names = ("labels", "predictions", "correct", "probabilities", "paths", "second_choice", "second_probability")
+        columns: dict[str, list[Any]] = {name: [] for name in names}
         chosen, probabilities = predict_nodes(self.decisions, logits, thresholds), expit(logits)
         for labelled, nodes, of_nodes in zip(self.nodes_of(labels), chosen, probabilities, strict=True):
             predicted = sorted(tree.deepest(np.flatnonzero(nodes).tolist()), key=lambda node: -of_nodes[node])
             columns["labels"].append(join_labels(tree.labels[node] for node in tree.deepest(labelled)))
             columns["predictions"].append(join_labels(tree.labels[node] for node in predicted))
+            columns["correct"].append(set(predicted) == set(tree.deepest(labelled)))
             columns["probabilities"].append("; ".join(f"{of_nodes[node]:.6f}" for node in predicted))
+            columns["paths"].append(join_labels(map(self.joined_path, predicted)))
+            second = max(np.flatnonzero(~nodes), key=lambda node: of_nodes[node], default=None)
+            columns["second_choice"].append("" if second is None else tree.labels[second])
+            columns["second_probability"].append(np.nan if second is None else of_nodes[second])
         return columns
+
+    def headline(self, scores: dict[str, float], texts: str, share: Callable[[float], str]) -> str:
+        correct = f"F1 {scores['micro_f1']:.2f} over all nodes of {texts}"
+        return f"{correct}, {scores['level_1_micro_f1']:.2f} at level 1" if self.tree.depth > 1 else correct

@@ -312,8 +312,22 @@ class OnePathForm(FormBase):
 
     def prediction_columns(self, logits: np.ndarray, labels: np.ndarray, thresholds: Any) -> dict[str, Any]:
         """Return the columns of a CSV file of predictions."""
+        tree, probabilities = self.tree, softmax(logits, axis=1)
+        second, first = np.argsort(probabilities, axis=1, kind="stable")[:, -2:].T
         return {
-            "label": [self.tree.labels[node] for node in labels],
-            "prediction": [self.tree.labels[leaf] for leaf in logits.argmax(axis=1)],
-            "probability": softmax(logits, axis=1).max(axis=1),
+            "label": [tree.labels[node] for node in labels],
+            "prediction": [tree.labels[leaf] for leaf in first],
+            "correct": [label in tree.path(leaf) for label, leaf in zip(labels, first, strict=True)],
+            "probability": probabilities.max(axis=1),
+            "path": [self.joined_path(leaf) for leaf in first],
+            "second_choice": [tree.labels[leaf] for leaf in second],
+            "second_probability": np.take_along_axis(probabilities, second[:, None], axis=1)[:, 0],
         }
+
+    def headline(self, scores: dict[str, float], texts: str, share: Callable[[float], str]) -> str:
+        parts = [f"{share(scores['accuracy'])} of {texts} are classified correctly"] if "accuracy" in scores else []
+        if self.tree.depth > 1 and "level_1_accuracy" in scores:
+            parts.append(
+                f"{share(scores['level_1_accuracy'])} {'' if parts else f'of {texts} '}are in the right branch"
+            )
+        return ", ".join(parts)

@@ -13,6 +13,7 @@ In this file ``splits`` are `ScoredSplit`s by name, ``validation`` and ``test``,
 
 import dataclasses
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -162,12 +163,12 @@ def write_scores(
 ) -> None:
     """Write the plots of the `reported_split`, and ``<split>_predictions.csv`` of all.
 
-    The latter has each row's number in its source, labels, predictions and probabilities. ``per_class`` are the rows of
-    `class_scores`.
+    The latter has each row's number in its source, the same ``text_id`` for the same text, and the form's columns. ``per_class``
+    are the rows of `class_scores`.
     """
     for name, split in splits.items():
         columns = form.prediction_columns(split.logits, split.labels, thresholds)
-        table = pd.DataFrame({"row": split.rows, **columns}).sort_values("row", kind="stable")
+        table = pd.DataFrame({"row": split.rows, "text_id": split.texts, **columns}).sort_values("row", kind="stable")
         table.to_csv(folder / f"{name}_predictions.csv", index=False, float_format="%.6f")
     if splits:
         split = splits[reported_split(splits)]
@@ -176,8 +177,30 @@ def write_scores(
         write_reliability(form, splits, folder / "plots" / "reliability_diagram.png")
 
 
-def log_metrics(metrics: dict[str, float]) -> None:
-    """Log a table of the metrics, with one column per scored split."""
-    table = pd.DataFrame(scores_by_split(metrics)).filter(regex="^(?!.*(_per_second|_time|runtime)$)", axis="index")
-    if table.size:  # rows were scored
-        logger.info("scores\n%s", table.to_string(float_format="%.4f", na_rep=""))
+def headline(form: Form, metrics: dict[str, float], num_rows: dict[str, int]) -> str:
+    """Return the scores that matter most in one sentence, of the `reported_split` among ``num_rows``; empty without scores."""
+    by_split = scores_by_split(metrics)
+    split = next((name for name in ("test", "validation") if name in by_split), None)
+    if split is None:
+        return ""
+    scores, share = by_split[split], share_format(num_rows[split])
+    sentence = form.headline(scores, f"{num_rows[split]:,} {split} texts", share)
+    if "set_nodes" in scores:
+        guarantee, nodes = form.decisions.guarantee, f"{scores['set_nodes']:.1f} nodes"
+        sentence += f"; sets for a {guarantee} of {share_format(0)(MEASURED_TARGET)} hold {nodes}, and reach {share(scores[f'set_{guarantee}'])}"
+    return sentence
+
+
+def share_format(num_rows: int) -> Callable[[float], str]:
+    """Return the function that formats a share of so many rows, with no more decimals than they allow."""
+    digits = 1 if num_rows >= 1000 else 0
+    return lambda share: f"{100 * share:.{digits}f} %"
+
+
+def log_metrics(form: Form, metrics: dict[str, float], splits: dict[str, ScoredSplit]) -> None:
+    """Log the headline, and a table of the metrics that matter most, with one column per scored split."""
+    if splits:
+        table = pd.DataFrame(scores_by_split(metrics)).filter([*form.metrics, "ece"], axis="index")
+        shown = [name for name in table.index if name == "ece" or form.metrics[name].is_compared]
+        logger.info("scores\n%s", table.loc[shown].to_string(float_format="%.4f", na_rep=""))
+        logger.info("%s", headline(form, metrics, {name: len(split.rows) for name, split in splits.items()}))

@@ -17,6 +17,7 @@ import json
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from hierarchical_clinicalbert.prediction.storage import Bucket, Disk
 from hierarchical_clinicalbert.reading.sources import Source
 from hierarchical_clinicalbert.reading.stores import connect, is_url
 
+SECONDS_A_LINE = 60  # of progress in a log file
 ROWS = 1024  # per block: read, classified and written together
 BLOCKS_PER_FILE = 97  # in a folder: 99,328 rows
 OWN_PARTS = r"\d{9}\.jsonl|part\.new|output\..+|errors\.jsonl"  # names of files in the folder of blocks
@@ -55,6 +57,46 @@ class Block:
         """Return a hash of the records, by which a resumed run detects that its input has changed."""
         content = repr([(r.source, r.line, r.id, r.text, r.problem) for r in self.records])
         return hashlib.sha256(content.encode()).hexdigest()
+
+
+class Progress:
+    """Show on stderr how many rows are done and how long the others will take: on one line of a terminal, else a line a minute.
+
+    Attributes:
+        total: the estimated number of all rows, or None.
+    """
+
+    def __init__(self) -> None:
+        self.total: int | None = None
+        self.kept = self.done = 0  # rows of an earlier run, which say nothing about this run's speed, and of this one
+        self.started = self.shown = 0.0  # seconds; 0 before the first row that this run classifies
+        self.is_terminal = sys.stderr.isatty()
+
+    def start(self) -> None:
+        """Note the time, at the first row that this run classifies."""
+        if not self.started:
+            self.started = self.shown = time.monotonic()
+            if self.kept:
+                print(f"continuing at row {self.kept:,}", file=sys.stderr)
+
+    def add(self, rows: int) -> None:
+        self.done += rows
+        if time.monotonic() - self.shown >= (0.1 if self.is_terminal else SECONDS_A_LINE):
+            self.show()
+
+    def show(self) -> None:
+        self.shown = time.monotonic()
+        counted = (self.kept + self.done, self.total, self.shown - self.started)
+        line = tqdm.format_meter(*counted, unit=" rows", initial=self.kept)
+        print(
+            f"\r{line}" if self.is_terminal else line, end="" if self.is_terminal else "\n", file=sys.stderr, flush=True
+        )
+
+    def close(self) -> None:
+        self.start()  # if an earlier run has classified all rows
+        if self.is_terminal:
+            self.show()
+            print(file=sys.stderr)
 
 
 class RestartableOutput:
@@ -129,44 +171,41 @@ class RestartableOutput:
         records: Iterator[InputRow],
         options: dict[str, Any],
         predict_blocks: Callable[[Iterator[Block]], Iterable[tuple[Block, OutputRows]]],
-        bar: tqdm,
     ) -> None:
         """Predict and write the blocks that are missing.
 
         Args:
             options: everything that the predictions depend on, except the texts.
             predict_blocks: takes blocks; yields them, in any order, with their output rows.
-            bar: counts the rows. Its total is the estimated number of all rows.
 
         Raises:
             InputError: a finished block is damaged, or was written with other options or for another input.
         """
         existing, is_finished = self.store.names(self.parts), self.store.exists(self.marker)
-        num_read, num_kept = 0, 0
+        num_read, progress = 0, Progress()
 
         def missing() -> Iterator[Block]:
-            nonlocal num_read, num_kept
+            nonlocal num_read
             blocks = iter(lambda: list(islice(records, ROWS)), [])
             for block in (Block(index, chunk) for index, chunk in enumerate(blocks)):
                 num_read, done = num_read + len(block.records), block.records[-1].done
-                bar.total = round(num_read / done) if done else None
+                progress.total = round(num_read / done) if done else None
                 self.headers.append({"options": options, "digest": block.digest()})
                 if block_name(block.index) in existing:
                     self.num_rows += len(self._read_block(block.index)[0])
-                    num_kept += len(block.records)
-                    bar.update(len(block.records))
+                    progress.kept += len(block.records)
                 elif is_finished:  # killed while it deleted its blocks
                     self.store.delete_folder(self.parts)
                     raise self._exists_error()
                 else:
+                    progress.start()
                     yield block
 
         for block, rows in predict_blocks(missing()):
             self._write_block(block, rows)
             self.num_rows += len(rows)
-            bar.update(len(block.records))
-        if num_kept:
-            print(f"continued after {num_kept:,} rows", file=sys.stderr)
+            progress.add(len(block.records))
+        progress.close()
 
     def join_blocks(
         self,

@@ -26,7 +26,8 @@ from hierarchical_clinicalbert.checkpoint_files import encoder_on_hub
 from hierarchical_clinicalbert.data.report import list_rows
 from hierarchical_clinicalbert.evaluation.forms import form_of
 from hierarchical_clinicalbert.evaluation.metrics import PREFIXES, of_all_levels, scores_by_split
-from hierarchical_clinicalbert.evaluation.report import measured_threshold
+from hierarchical_clinicalbert.evaluation.report import headline, measured_threshold, share_format
+from taxonomy_hierarchical import Taxonomy
 
 logger = logging.getLogger(__name__)
 
@@ -41,9 +42,12 @@ PLOTS = {
     "reliability_diagram": "Reliability diagram of the {split} rows",
     "reliability_diagram_uncalibrated": "The same before calibration",
 }
+MIN_SUPPORT = 10  # texts of a class that the first lines name as weak: the F1 of fewer is mostly chance
+SHOWN_ROOTS = 4  # in a title
+NOT_SHARES = ("log_loss", "ece")  # types of metrics
 HUB_METRICS = ("accuracy", "f1", "precision", "recall")  # the types that hf.co/metrics lists
 
-EXAMPLE = "Colonoscopy was performed in 120 patients with suspected inflammatory bowel disease."
+MEDICAL_EXAMPLE = "Colonoscopy was performed in 120 patients with suspected inflammatory bowel disease."
 SIGNATURE = "\n<!-- sha256 of the text above as it was generated: {} -->\n"
 LICENCE = "apache-2.0"  # of the weights, as an identifier of the Hub
 MODEL_PLACEHOLDER = "your-name/your-model"
@@ -66,6 +70,7 @@ def write(
     data_report: dict[str, Any],
     metrics: dict[str, Any],
     model_id: str | None = None,
+    example_result: dict[str, Any] | None = None,
 ) -> None:
     """Write README.md into a checkpoint's folder, which may also hold plots. A card that a person wrote or edited is renamed.
 
@@ -73,10 +78,11 @@ def write(
         settings: the flags of the run.
         data_report, metrics: content of data_report.json and metrics.json. There are no metrics before the end of a run.
         model_id: id on the Hub; None for a placeholder in the snippets.
+        example_result: what the pipeline returns for the text of `example`.
     """
     facts = collect_facts(folder, config, settings, data_report, metrics)
     facts |= {"model_id": model_id or MODEL_PLACEHOLDER, "placeholder_note": "" if model_id else PLACEHOLDER_NOTE}
-    facts |= {"licence": LICENCE, "example": EXAMPLE}
+    facts |= {"licence": LICENCE, "example": example(config), "example_result": example_result, "printed": printed}
     facts |= {"escape": escape, "count": "{:,}".format, "score": "{:.4f}".format, "median": median}
     facts["source_name"] = source_name
     card = ModelCard.from_template(metadata(facts), template_path=str(TEMPLATE), **facts)
@@ -162,6 +168,9 @@ def collect_facts(
         "fence": "`" * max(3, 1 + max(map(len, re.findall("`+", drawn)), default=0)),
         "parts_template": jinja2.Template(parts_template.read_text(encoding="utf-8")),
         "offers_sets": measured_threshold(config.calibration) is not None,
+        "guarantee": form.decisions.guarantee,
+        "title": config.page.get("title") or default_title(tree),
+        "medical": config.page.get("medical", False),
         "continued": start and config.encoder_name_or_path not in (start, str(Path(start).resolve()), Path(start).name),
         "settings_shown": {name: format_setting(value) for name, value in shown.items()},
         "taxonomy_source": f"from {Path(origin[5:]).name}" if origin.startswith("from ") else origin,
@@ -175,16 +184,20 @@ def collect_facts(
     titles = {
         f"{PREFIXES[split]}_{name}": f"{split} {metric.title}" for split in scored for name, metric in table.items()
     }
-    compared = {key: title for key, title in titles.items() if table[key.partition("_")[2]].is_compared}
-    before = ["uncalibrated_", *(["without_lexical_head_"] if metrics.get("lexical_weight") else [])]
     best_split = "test" if "test" in scored else "validation"
+    num_rows = {split: report["splits"][split]["rows"] for split in scored}
+    share = share_format(num_rows.get(best_split, 0))
+    worst = sorted(metrics.get("per_class", []), key=lambda row: row["f1"])
     return facts | {
         "scores": {split: {name: scores[name] for name in table if name in scores} for split, scores in scored.items()},
         "metrics_table": table,
+        "key_metrics": {name: metric for name, metric in form.metrics.items() if metric.is_compared},
+        "headline": headline(form, metrics, num_rows),
+        "weakest": [row for row in worst if row["support"] >= MIN_SUPPORT][:3],
+        "share": share,
+        "measured": lambda metric, value: f"{value:.3f}" if metric.hub_type in NOT_SHARES else share(value),
         "best_split": best_split,
         "intervals": {titles[name]: ends for name, ends in metrics.get("intervals", {}).items()},
-        "quantized_rows": compare(metrics, compared, ["quantized_", "uncalibrated_"]),
-        "calibration_rows": compare(metrics, compared, [*before, ""]),
         "plots": {
             name: title.format(split=best_split, level=k)
             for pattern, title in (form.plot_titles | PLOTS).items()
@@ -194,10 +207,24 @@ def collect_facts(
     }
 
 
-def compare(metrics: dict[str, Any], titles: dict[str, str], stages: list[str]) -> list[list]:
-    """Return a row for each score that was measured at all stages, given by their prefixes: its title, then the scores."""
-    rows = [[title, *(metrics.get(stage + name) for stage in stages)] for name, title in titles.items()]
-    return [row for row in rows if None not in row]
+def default_title(tree: Taxonomy) -> str:
+    """Return a title from the names of the roots."""
+    roots = tree.children(-1)
+    more = ", …" if len(roots) > SHOWN_ROOTS else ""
+    return f"Text classifier: {', '.join(tree.names[root] for root in roots[:SHOWN_ROOTS])}{more}"
+
+
+def example(config: HierarchicalConfig) -> str:
+    """Return the text of the card's code: the publisher's first example, or one that suits the model."""
+    return next(iter(config.page.get("examples", [])), MEDICAL_EXAMPLE if config.page.get("medical") else "A text.")
+
+
+def printed(result: dict[str, Any]) -> str:
+    """Return what the card's code prints for a result of the pipeline, with two decimals."""
+    lines = [str([(node["label"], round(node["score"], 2)) for node in result["labels"]])]
+    if "prediction_set" in result:
+        lines.append(str([node["label"] for node in result["prediction_set"]]))
+    return "\n".join(lines)
 
 
 def source_name(source: dict[str, Any]) -> str:
@@ -225,18 +252,19 @@ def metadata(facts: dict[str, Any]) -> ModelCardData:
     lora = ["lora"] if facts["settings"].get("tuning") == "lora" else []
     relation = "adapter" if facts["config"].adapter_subfolder else "finetune"
     types = {result.metric_type for result in results}
+    medical = ["medical", "clinical"] if facts["medical"] else []
     return ModelCardData(
         license=facts["licence"],
         library_name="transformers",
         pipeline_tag="text-classification",
-        tags=["hierarchical-text-classification", "medical", "clinical", *lora],
+        tags=["hierarchical-text-classification", *medical, *lora],
         base_model=encoder,
         base_model_relation=relation if encoder else None,
         datasets=list(dict.fromkeys(filter(None, datasets))) or None,
         metrics=[name for name in HUB_METRICS if name in types] or None,
         eval_results=results or None,
         model_name=facts["model_id"],
-        widget=[{"text": EXAMPLE}],
+        widget=[{"text": text} for text in facts["config"].page.get("examples", [facts["example"]])],
     )
 
 

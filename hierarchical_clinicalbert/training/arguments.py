@@ -6,8 +6,10 @@ import inspect
 import logging
 import os
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -34,6 +36,8 @@ FEW_ROWS = 32  # training rows per class, on average, below which heads start fr
 # ruff: noqa: RUF009 - `flag` returns a dataclass field
 @dataclass
 class ModelArguments:
+    _argument_group_name = "encoder, adapter and heads"
+
     model_name_or_path: str = flag(DEFAULT_ENCODER, "Encoder, or checkpoint to continue: a Hub id or a folder.")
     model_revision: str | None = flag(None, "Commit, tag or branch on the Hub. The checkpoint records the commit.")
     quantization: Literal["none", "8bit", "4bit"] | None = flag(
@@ -59,6 +63,8 @@ class ModelArguments:
 class LossArguments:
     """Flags of `training.losses` and `training.views`. The loss also uses ``--label_smoothing_factor``."""
 
+    _argument_group_name = "loss"
+
     focal_gamma: float = flag(0.0, "Exponent of (1 - p) in the focal loss. 0: cross-entropy.")
     class_weighting: Literal["none", "balanced"] = flag(
         "none", "balanced: more weight for the rarer outcomes of each decision."
@@ -69,6 +75,8 @@ class LossArguments:
 @dataclass
 class HierarchicalTrainingArguments(TrainingArguments):
     """TrainingArguments of transformers, with defaults for this task."""
+
+    _argument_group_name = "training and publishing"
 
     output_dir: str = flag("results", "Folder for the checkpoint.")
     resume_from_checkpoint: str | None = flag(None, "Checkpoint to resume from, or auto: the last one in --output_dir.")
@@ -87,7 +95,7 @@ class HierarchicalTrainingArguments(TrainingArguments):
     eval_strategy: str = flag("epoch", "When to evaluate.")
     save_strategy: str = flag("epoch", "When to save.")
     # the Trainer's filter waits for the GPU at every step, and logs earlier losses in place of one that is not finite
-    logging_nan_inf_filter: bool = flag(False, "No effect: a loss that is not finite ends the run.")
+    logging_nan_inf_filter: bool = flag(False, argparse.SUPPRESS)
     save_total_limit: int | None = flag(2, "Number of checkpoints to keep.")
     load_best_model_at_end: bool = flag(True, "Load the best checkpoint at the end.")
     metric_for_best_model: str | None = flag("macro_f1", "Metric that selects the best checkpoint.")
@@ -101,8 +109,12 @@ class HierarchicalTrainingArguments(TrainingArguments):
         choices=["random", "sequential", "group_by_length", "batch_rebalance"],
     )
     report_to: list[str] = flag(["none"], "Services to log to: tensorboard, trackio, ...")
+    title: str | None = flag(None, "Title of the card and the page. Default: from the names of the roots.")
+    medical: bool | None = flag(None, "Warn against use for diagnosis. Default: with the default taxonomy.")
+    project: str | None = flag(None, "Project that trackio logs to. Default: the name of --output_dir.")
+    run_name: str | None = flag(None, "Name of the run in these services. Default: the name of --output_dir.")
     logging_steps: float = flag(10, "Number of steps between log lines, or, below 1, their share of all steps.")
-    remove_unused_columns: bool = flag(False, "No effect: the collator takes the columns that it needs.")
+    remove_unused_columns: bool = flag(False, argparse.SUPPRESS)
     bf16: bool | None = flag(None, "bfloat16 autocast. Default: as given to accelerate launch, else true if native.")
 
     def __post_init__(self):
@@ -120,6 +132,10 @@ class HierarchicalTrainingArguments(TrainingArguments):
             self.fp16 = self.fp16 or precision == "fp16"
         if self.greater_is_better is None and direction_of(self.metric_for_best_model or "") < 0:
             self.greater_is_better = False  # transformers assumes that a metric other than a loss is better if greater
+        folder = Path(self.output_dir).resolve().name
+        self.run_name, self.project = self.run_name or folder, self.project or folder
+        if self.disable_tqdm is None:
+            self.disable_tqdm = not sys.stderr.isatty()  # a bar fills a log file
         do_eval = self.do_eval
         super().__post_init__()
         # transformers sets do_eval if it evaluates during training; here it asks for scores at the end
@@ -162,6 +178,11 @@ FIXED_FLAGS = {
     "eval_do_concat_batches": True,
     "label_names": None,
 }
+# Flags of transformers that ``--help`` shows beside this project's own.
+USUAL_FLAGS = (
+    *("max_steps", "seed", "gradient_accumulation_steps", "label_smoothing_factor", "activation_checkpointing"),
+    *("eval_steps", "save_steps", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy"),
+)
 COMPILE_MODES = ("default", "lite", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")  # of torch.compile
 METRIC_SCHEDULERS = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)  # they follow the evaluation metric
 
@@ -171,11 +192,17 @@ def parse(argv: list[str]) -> Arguments:
     # ── Parser: a bare switch means true ─────────────────────────────────────────────────────────────────────────────
     classes, usage = [*Arguments.__annotations__.values()], "train.py [recipe.yaml] [--flag value ...]"
     parser = Parser(dataclass_types=classes, prog="train.py", usage=usage, formatter_class=HelpFormatter)
+    parser.add_argument("--help-all", action="help", help="show all flags of transformers' TrainingArguments, too")
+    inherited = TrainingArguments.__annotations__.keys() - HierarchicalTrainingArguments.__annotations__.keys()
+    rare = inherited - {*USUAL_FLAGS} | {"restore_callback_states_from_checkpoint"}
+    hidden = {*FIXED_FLAGS} | (set() if "--help-all" in argv else rare)
     for action in parser._actions:
         if action.type is string_to_bool:
             action.nargs, action.const = "?", True
-        if action.dest in FIXED_FLAGS:
+        if action.dest in hidden or action.option_strings[0].startswith("--no_"):  # the other half of a switch
             action.help = argparse.SUPPRESS
+        elif action.dest in inherited:
+            action.help = (action.help or "").partition(". ")[0]
 
     # ── Arguments: flags override the recipe ─────────────────────────────────────────────────────────────────────────
     if argv and not argv[0].startswith("-"):
@@ -210,12 +237,22 @@ def parse(argv: list[str]) -> Arguments:
     return arguments
 
 
+VALUES = {int: "INTEGER", float: "NUMBER", string_to_bool: "true|false"}  # what a flag of this type takes, in its help
+
+
 class Parser(HfArgumentParser, ArgumentParser):
     """A parser of dataclasses whose errors are one line."""
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Show defaults, but not None: the help of such a flag says what it means."""
+    """Show each flag once, and its default unless that is None: the help of such a flag says what it means."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=40, width=120)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        values = "|".join(action.choices) if action.choices else VALUES.get(action.type, "TEXT")
+        return f"{action.option_strings[0]} {values if action.nargs != 0 else ''}".rstrip()
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default is None else super()._get_help_string(action)

@@ -1,5 +1,6 @@
-"""Callbacks of the Trainer: check the losses, stop at SIGTERM, and resume with the settings of this run."""
+"""Callbacks of the Trainer: log lines, check the losses, stop at SIGTERM, and resume with the settings of this run."""
 
+import logging
 import math
 import signal
 from pathlib import Path
@@ -11,6 +12,7 @@ from accelerate.utils import reduce
 from torch import Tensor
 from transformers import (
     EarlyStoppingCallback,
+    ProgressCallback,
     Trainer,
     TrainerCallback,
     TrainerState,
@@ -21,8 +23,41 @@ from transformers.trainer_callback import ExportableState
 from hierarchical_clinicalbert.errors import InputError
 from hierarchical_clinicalbert.training.resume import find_best_checkpoint
 
+logger = logging.getLogger(__name__)
+
 MAX_UNREAD = 100  # losses of micro-batches that stay on the device before they are read
 RESUME_HINT = "--resume_from_checkpoint auto continues from the last checkpoint"
+
+
+class ProgressBar(ProgressCallback):
+    """A bar of the steps. `LogLines` writes what the Trainer logs."""
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+class LogLines(TrainerCallback):
+    """Log a line for each training loss that the Trainer logs, and for each evaluation, in place of its dicts."""
+
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        if "loss" in logs:
+            shown = f"loss {logs['loss']:.4g}, learning rate {logs['learning_rate']:.3g}"
+            logger.info("step %d of %d: %s", state.global_step, state.max_steps, shown)
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Log the epoch, the losses, the metric that selects the checkpoint, and its best value so far."""
+        name = args.metric_for_best_model or "loss"
+        key = name if name.startswith("eval_") else f"eval_{name}"
+        history = [entry for entry in state.log_history if key in entry]
+        if not history:  # an evaluation with a prefix of its own
+            return
+        losses = [entry["loss"] for entry in state.log_history if "loss" in entry][-1:]
+        shown = [f"loss {loss:.4g}" for loss in losses] + [f"validation loss {history[-1]['eval_loss']:.4g}"]
+        if key != "eval_loss":
+            shown.append(f"{key.removeprefix('eval_')} {history[-1][key]:.4f}")
+        best = (max if args.greater_is_better else min)(history, key=lambda entry: entry[key])
+        so_far = "best so far" if best is history[-1] else f"best: {best[key]:.4f}, epoch {best['epoch']:.4g}"
+        logger.info("epoch %.4g: %s (%s)", state.epoch, ", ".join(shown), so_far)
 
 
 class LossCheck(TrainerCallback):

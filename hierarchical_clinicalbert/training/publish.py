@@ -10,15 +10,19 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi
+from transformers import PreTrainedTokenizerBase
 
 from configuration_hierarchical import HierarchicalConfig
 from hierarchical_clinicalbert.checkpoint_files import METRICS, read_json_object
 from hierarchical_clinicalbert.errors import ROOT
+from hierarchical_clinicalbert.evaluation.report import MEASURED_TARGET, measured_threshold
 from hierarchical_clinicalbert.publishing import card
 from hierarchical_clinicalbert.publishing.hub import find_target, log_in, refuse_local_encoder
 from hierarchical_clinicalbert.training.arguments import Arguments, HierarchicalTrainingArguments
 from hierarchical_clinicalbert.training.trainer import HierarchicalTrainer
 from modeling_hierarchical import HierarchicalForSequenceClassification
+from pipeline_hierarchical import HierarchicalTextClassificationPipeline
+from taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy
 
 
 def run_settings(
@@ -89,14 +93,36 @@ def source_commit() -> str | None:
     return subprocess.run(describe, capture_output=True, text=True).stdout.strip() or None
 
 
+def describe_page(args: HierarchicalTrainingArguments, config: HierarchicalConfig) -> dict[str, Any]:
+    """Return what card and page show, see `HierarchicalConfig`: as the flags say, else as in the continued checkpoint, else by default."""
+    default = {"title": card.default_title(config.tree), "medical": config.tree == Taxonomy(DEFAULT_TAXONOMY)}
+    given = {"title": args.title, "medical": args.medical}
+    return default | config.page | {name: value for name, value in given.items() if value is not None}
+
+
+def classify_example(
+    model: HierarchicalForSequenceClassification, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    """Return the pipeline's result for the example of the card, with a prediction set if the calibration has thresholds."""
+    classify = HierarchicalTextClassificationPipeline(model=model, tokenizer=tokenizer)
+    offers_sets = measured_threshold(model.config.calibration) is not None
+    sets: dict[str, Any] = {classify.decisions.guarantee: MEASURED_TARGET} if offers_sets else {}
+    return classify(card.example(model.config), **sets)
+
+
 def write_card(
-    trainer: HierarchicalTrainer, settings: dict, report: dict, folder: Path, metrics: dict[str, Any] | None = None
+    trainer: HierarchicalTrainer,
+    settings: dict,
+    report: dict,
+    folder: Path,
+    metrics: dict[str, Any] | None = None,
+    example_result: dict[str, Any] | None = None,
 ) -> None:
     """Write README.md into a checkpoint's folder, with the metrics of the run or by default of its metrics.json, if any."""
     config, file = HierarchicalConfig.from_pretrained(folder), folder / METRICS
     if metrics is None:
         metrics = read_json_object(file) if file.is_file() else {}
-    card.write(folder, config, settings, report, metrics, trainer.hub_model_id)
+    card.write(folder, config, settings, report, metrics, trainer.hub_model_id, example_result)
 
 
 def check_hub(args: HierarchicalTrainingArguments, model: HierarchicalForSequenceClassification) -> None:

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
-from transformers import TrainingArguments, trainer_pt_utils
+from transformers import PrinterCallback, ProgressCallback, TrainingArguments, trainer_pt_utils
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import TrainOutput
 
@@ -28,7 +28,7 @@ from decisions_hierarchical import average_over_labels
 from hierarchical_clinicalbert.errors import InputError, as_input_error, one_line
 from hierarchical_clinicalbert.publishing.trainer import PublishingTrainer
 from hierarchical_clinicalbert.training.arguments import METRIC_SCHEDULERS
-from hierarchical_clinicalbert.training.callbacks import LossCheck, ResumedRun, StopAtSigterm
+from hierarchical_clinicalbert.training.callbacks import LogLines, LossCheck, ProgressBar, ResumedRun, StopAtSigterm
 from hierarchical_clinicalbert.training.cpu import use_training_kernels
 from hierarchical_clinicalbert.training.sampler import LengthGroupedSampler
 from hierarchical_clinicalbert.training.views import halves
@@ -74,6 +74,10 @@ class HierarchicalTrainer(PublishingTrainer):
             callback.on_train_end(self.args, self.state, self.control)  # resets the handler of the signal
             self.sigterm = StopAtSigterm()
             self.add_callback(self.sigterm)
+        self.pop_callback(PrinterCallback)
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(ProgressBar)
+        self.add_callback(LogLines)
         self.losses = LossCheck()
         self.add_callback(self.losses)  # after the callbacks that request a save
         for module in self.model.modules():

@@ -208,7 +208,7 @@ def test_a_killed_run_is_resumed_and_writes_the_same_bytes(checkpoint, long_inpu
             with pytest.raises(InputError, match="started with another probabilities"):
                 predict_here(*words, "--probabilities")
     assert predict_here(*words) == 1
-    assert "continued after 2,100 rows" in capsys.readouterr().err
+    assert "continuing at row 2,100" in capsys.readouterr().err
     assert_same_files(output, unbroken[0])
     assert [row["row"] for row in read_json_lines(f"{output}.errors.jsonl")] == [7, 2090]
     assert {path.name for path in tmp_path.iterdir()} == {"out.jsonl", "out.jsonl.errors.jsonl"}

@@ -122,13 +122,12 @@ def test_a_driver_is_killed_and_its_cluster_ends_with_it(clear_checkpoint, texts
         ray_processes = [pid for pid, _ in children(driver.pid)]
         assert ray_processes
     assert driver.returncode == -signal.SIGKILL
-    written = num_parts(f"{output}/")
     assert not (output / "manifest.json").exists()
     with pytest.raises(InputError, match="started with another batch_size"):
         predict_here(*words, "--batch_size", 3)
     done = run(*words, "--ray", command="predict.py", check=False, settings=SETTINGS, fresh=True)
     assert done.returncode == 1
-    assert f"continued after {1024 * written:,}" in done.stderr
+    assert "continuing at row " in done.stderr  # the first one that is missing
     assert not [pid for pid in ray_processes if Path(f"/proc/{pid}").exists()]
     assert (output / "part-00000.jsonl").read_bytes() == expected[clear_checkpoint].read_bytes()
     problems = (output / "errors.jsonl").read_text().splitlines()

@@ -2,18 +2,20 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from conftest import ROOT
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from configuration_hierarchical import DEFAULT_ENCODER_REVISION, MULTI_LABEL, SINGLE_LABEL
+from hierarchical_clinicalbert.data.arguments import DataArguments
 from hierarchical_clinicalbert.errors import InputError
 from hierarchical_clinicalbert.evaluation.forms import form_of
-from hierarchical_clinicalbert.training.arguments import fit_to_data, parse
+from hierarchical_clinicalbert.training.arguments import FIXED_FLAGS, LossArguments, ModelArguments, fit_to_data, parse
 from hierarchical_clinicalbert.training.score import SCORING_ARGUMENTS
 from taxonomy_hierarchical import Taxonomy
 
@@ -21,6 +23,22 @@ from taxonomy_hierarchical import Taxonomy
 def recipe(folder: Path, **flags) -> str:
     (folder / "recipe.yaml").write_text(yaml.safe_dump(flags))
     return str(folder / "recipe.yaml")
+
+
+def test_the_help_shows_each_flag_of_the_project_once_and_those_of_transformers_on_request(capsys):
+    helped = {}
+    for flag in ("--help", "--help-all"):
+        with pytest.raises(SystemExit):
+            parse([flag])
+        helped[flag] = capsys.readouterr().out
+    flags = re.findall(r"^  (--\w+)", helped["--help"], re.MULTILINE)
+    assert len(flags) == len({*flags})
+    own = {name for part in (ModelArguments, DataArguments, LossArguments) for name in part.__dataclass_fields__}
+    assert {f"--{name}" for name in own} <= {*flags}
+    assert len(helped["--help"].splitlines()) <= 110
+    every = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
+    without_effect = {*FIXED_FLAGS, "logging_nan_inf_filter"}
+    assert every - without_effect <= {*re.findall(r"^  --(\w+)", helped["--help-all"], re.MULTILINE)}
 
 
 def test_flags_override_the_recipe_and_the_recipe_the_defaults(tmp_path):

@@ -1,4 +1,5 @@
 import os
+import re
 import signal
 from collections.abc import Iterator
 
@@ -336,6 +337,25 @@ class LimitedMemory(Collator):
         if len(rows) > self.fits and len(self.sizes) > self.calls:
             torch.empty(2**60)
         return super().__call__(rows)
+
+
+def test_the_log_has_a_line_for_each_loss_and_each_evaluation(tmp_path, tokenizer, caplog, capsys):
+    caplog.set_level("INFO")
+    data, every = rows(), {"eval_strategy": "steps", "eval_steps": 2, "logging_steps": 2, "max_steps": 6}
+    settings = arguments(tmp_path, metric_for_best_model="f1", per_device_train_batch_size=4, **every)
+    f1 = iter([0.25, 0.75, 0.5])
+    trainer(tiny_model(), tokenizer, data, settings, compute_metrics=lambda _: {"f1": next(f1)}).train()
+    lines = [re.sub(r"(loss|rate) [\d.e-]+", r"\1 _", line) for line in caplog.messages]
+    losses = "loss _, validation loss _"
+    assert [line for line in lines if line.startswith(("step", "epoch"))] == [
+        "step 2 of 6: loss _, learning rate _",
+        f"epoch 0.5: {losses}, f1 0.2500 (best so far)",
+        "step 4 of 6: loss _, learning rate _",
+        f"epoch 1: {losses}, f1 0.7500 (best so far)",
+        "step 6 of 6: loss _, learning rate _",
+        f"epoch 1.5: {losses}, f1 0.5000 (best: 0.7500, epoch 1)",
+    ]
+    assert capsys.readouterr().out == ""  # no dicts
 
 
 def test_a_batch_size_that_fits_is_found(tmp_path, tokenizer):
