@@ -45,7 +45,7 @@ CUSTOM_PIPELINES = {
         "type": "text",
     }
 }
-MODULES = ("taxonomy", "configuration", "decisions", "checkpoint", "modeling", "cpu", "pipeline")
+MODULES = ("taxonomy", "configuration", "decisions", "open_world", "checkpoint", "modeling", "cpu", "pipeline")
 SHIPPED_FILES = tuple(f"{module}_hierarchical.py" for module in MODULES)
 ADAPTER_SUBFOLDER = "adapter"
 ADAPTER_PREFIX = "base_model.model."  # how PeftModel names the module that it wraps

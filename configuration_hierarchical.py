@@ -55,25 +55,43 @@ class Calibration:
         lexical_weight: weight of the lexical head's scores, relative to the encoder's. None without a lexical head.
         scales, biases: of each node's score, (num_nodes,). By default 1 and 0.
         thresholds: least probability at which each node is predicted, (num_nodes,), for multi-label models. By default 0.5.
-        set_thresholds: thresholds of prediction sets for coverages, or recalls, of 0.01, 0.02, … 0.99. An entry is None if
-            texts were too few.
+        set_thresholds: thresholds of prediction sets for coverages, or recalls, of 0.01, 0.02, … 0.99. An entry is one
+            threshold for all texts, or a list of one for each band, or None if texts were too few.
+        set_bands: the probabilities of a text's most probable leaf that separate the bands, if there are any.
+        set_scores, set_labels: of each text in the fit, the least common threshold whose set holds its labels, and the ids of
+            these labels, for single-path models.
+        prior: the mean probability of each class over the validation rows, (num_classes,).
         max_length: the length in tokens, special ones included, at which texts were truncated in the fit.
-        num_texts: number of labelled texts that ``set_thresholds`` were fitted on, for multi-label models.
+        num_texts: number of labelled texts that ``set_thresholds`` were fitted on.
     """
 
     lexical_weight: float | None = None
     scales: list[float] | None = None
     biases: list[float] | None = None
     thresholds: list[float] | None = None
-    set_thresholds: list[float | None] | None = None
+    set_thresholds: list[float | list[float] | None] | None = None
+    set_bands: list[float] | None = None
+    set_scores: list[float] | None = None
+    set_labels: list[list[int]] | None = None
+    prior: list[float] | None = None
     max_length: int | None = None
     num_texts: int | None = None
 
-    def check(self, num_nodes: int) -> None:
+    def check(self, num_nodes: int, num_classes: int) -> None:
         """Raise ValueError unless each list has its length and holds numbers."""
         for name in ("scales", "biases", "thresholds"):
             check_numbers(f"calibration: {name}", getattr(self, name), num_nodes)
-        check_numbers("calibration: set_thresholds", self.set_thresholds, 99, or_none=True)
+        check_numbers("calibration: prior", self.prior, num_classes)
+        num_bands, num_scores = (
+            len(values) if isinstance(values, (list, tuple)) else 0 for values in (self.set_bands, self.set_labels)
+        )
+        check_numbers("calibration: set_bands", self.set_bands, num_bands)
+        check_numbers("calibration: set_thresholds", self.set_thresholds, 99, or_none=True, or_lists_of=num_bands + 1)
+        check_numbers("calibration: set_scores", self.set_scores, num_scores)
+        for labels in self.set_labels or ():
+            is_list = isinstance(labels, (list, tuple)) and len(labels) > 0
+            if not is_list or not all(type(node) is int and 0 <= node < num_nodes for node in labels):
+                raise ValueError(f"calibration: set_labels must hold lists of node ids, not {labels!r:.50}")
 
     def stored(self) -> dict[str, Any] | None:
         """Return the fields that are not None, or None if there are none."""
@@ -146,7 +164,6 @@ class HierarchicalConfig(PretrainedConfig):
         self.pooling = pooling
         self.head_dropout, self.initializer_range = head_dropout, initializer_range
         self.calibration = read_calibration(calibration)
-        self.calibration.check(tree.num_nodes)
         if (lexical_vocab_size is None) != (self.calibration.lexical_weight is None):
             raise ValueError("lexical_vocab_size and the calibration's lexical_weight must be given together")
         self.lexical_vocab_size = lexical_vocab_size
@@ -165,6 +182,7 @@ class HierarchicalConfig(PretrainedConfig):
         kwargs.pop("label2id", None)
         super().__init__(problem_type=problem_type, **kwargs)
         self.set_taxonomy(tree)
+        self.calibration.check(tree.num_nodes, len(self.id2label))
         given = {int(i): to_nfc(label) for i, label in given.items()} if isinstance(given, dict) else given
         if given not in (None, self.id2label) or number not in (None, len(self.id2label)):
             problem = "id2label is not the list of the taxonomy's classes, or num_labels not their number"
@@ -265,10 +283,18 @@ def upgrade_calibration(stored: dict[str, Any]) -> dict[str, Any]:
     return {**kept, "calibration": calibration} if calibration else kept
 
 
-def check_numbers(name: str, values: Any, count: int, or_none: bool = False) -> None:
-    """Raise ValueError unless a field is None, or a list of ``count`` numbers. With ``or_none``, an entry may be None."""
+def check_numbers(name: str, values: Any, count: int, or_none: bool = False, or_lists_of: int | None = None) -> None:
+    """Raise ValueError unless a field is None, or a list of ``count`` numbers.
+
+    With ``or_none``, an entry may be None. With ``or_lists_of``, it may be a list of as many numbers.
+    """
     if values is None:
         return
+    if or_lists_of is not None and isinstance(values, (list, tuple)):
+        for entry in values:
+            if isinstance(entry, (list, tuple)):
+                check_numbers(f"an entry of {name}", entry, or_lists_of)
+        values = [0.0 if isinstance(entry, (list, tuple)) else entry for entry in values]
     allowed = {int, float, type(None)} if or_none else {int, float}
     if not isinstance(values, (list, tuple)) or len(values) != count or not {*map(type, values)} <= allowed:
         raise ValueError(f"{name} must be a list of {count} numbers")

@@ -24,17 +24,20 @@ from torch.nn.functional import logsigmoid, one_hot, pad
 from torch.special import entr
 
 try:
-    from .configuration_hierarchical import MULTI_LABEL, SINGLE_LABEL
+    from .configuration_hierarchical import MULTI_LABEL, SINGLE_LABEL, Calibration
     from .taxonomy_hierarchical import Taxonomy, quote_name
 except ImportError:  # as a top-level module of the repository, not as remote code of a checkpoint
-    from configuration_hierarchical import MULTI_LABEL, SINGLE_LABEL
+    from configuration_hierarchical import MULTI_LABEL, SINGLE_LABEL, Calibration
     from taxonomy_hierarchical import Taxonomy, quote_name
 
 IGNORED_LABEL = -100
 ROOT_PARENT_LOGIT = 1e4  # the logit above the roots: its sigmoid is 1
 DEFAULT_THRESHOLD = 0.5  # least probability of a predicted node, before calibration
 MAX_SET_NODES = 3  # maximum nodes in a prediction set
+MIN_FREQUENCY = 1e-9  # of a node: with 0 or 1, the odds of a certain node would be undefined
 MAX_COST = 1e300  # the sum of two is finite
+# of prediction sets: one for all texts; or for each band of confidence, its greatest probability and its threshold
+SetThreshold = float | list[tuple[float, float]]
 
 
 def segment_logsumexp(scores: Tensor, group: Tensor, num_groups: int) -> Tensor:
@@ -131,6 +134,12 @@ class Decisions(nn.Module):
         # all rows at once would take several times the memory of the labels
         return sum(self.outcome_targets(rows).double().sum(0) for rows in labels[has_labels(labels)].split(1024))
 
+    # ── Other class frequencies ──────────────────────────────────────────────────────────────────────────────────────
+
+    def adapt(self, probabilities: Tensor, fitted: Tensor, prior: Tensor) -> Tensor:
+        """Correct node probabilities (B, N) for other frequencies of the classes than the fit had, see `adapt_classes`."""
+        return self.from_classes(self.adapt_classes(probabilities[:, : self.num_classes], fitted, prior))
+
     # ── Predictions ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     def entropies(self, probabilities: Tensor) -> Tensor:
@@ -143,8 +152,12 @@ class Decisions(nn.Module):
         given_parent = (probabilities / above).nan_to_num().clamp(0, 1)
         return (above * self.entropy_terms(given_parent)) @ one_hot(torch.tensor(self.tree.levels) - 1).to(above)
 
-    def set_threshold(self, thresholds: list[float | None] | None, **shares: float | None) -> float | None:
+    def set_threshold(
+        self, calibration: Calibration, prior: Tensor | None = None, **shares: float | None
+    ) -> SetThreshold | None:
         """Return the threshold of prediction sets for the given one of ``coverage`` and ``recall``; None if none is given.
+
+        With the ``prior`` of `adapt`, it is for texts with these class frequencies, and uncorrected probabilities.
 
         Raises:
             ValueError: it is the guarantee of the other form of label, or has no threshold in this checkpoint.
@@ -152,7 +165,10 @@ class Decisions(nn.Module):
         given = {name: share for name, share in shares.items() if share is not None}
         for name in given.keys() - {self.guarantee}:
             raise ValueError(f"this checkpoint guarantees a {self.guarantee}, no {name}: give {self.guarantee}")
-        return guaranteed_threshold(self.guarantee, given[self.guarantee], thresholds) if given else None
+        if not given:
+            return None
+        threshold = guaranteed_threshold(self.guarantee, given[self.guarantee], calibration)
+        return threshold if prior is None else self.shifted_threshold(given[self.guarantee], calibration, prior)
 
 
 def build_decisions(tree: Taxonomy, problem_type: str) -> "OnePath | ManyNodes":
@@ -246,6 +262,49 @@ class OnePath(Decisions):
         log_p, log_q = (self(scores)[1] for scores in (one, other))
         return ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(1) / 2
 
+    # ── Other class frequencies ──────────────────────────────────────────────────────────────────────────────────────
+
+    def from_classes(self, probabilities: Tensor) -> Tensor:
+        """Return the probabilities of all nodes (B, N) from those of the leaves."""
+        return self.sum_at_or_below(pad(probabilities, (0, self.num_nodes - self.num_leaves)))
+
+    def adapt_classes(self, probabilities: Tensor, fitted: Tensor, prior: Tensor) -> Tensor:
+        """Return P(leaf) · prior / fitted, scaled to a sum of 1, (B, num_leaves), from frequencies (num_leaves,).
+
+        By Bayes' theorem these are the probabilities under the ``prior``, if texts of a leaf look the same under both.
+        """
+        weighted = probabilities * (prior / fitted)
+        return weighted / weighted.sum(1, keepdim=True)
+
+    def check_prior(self, prior: Tensor) -> Tensor:
+        """Scale class frequencies to a sum of 1, (num_leaves,). ValueError: all are 0."""
+        if not prior.sum() > 0:
+            raise ValueError("prior: the frequency of at least one class must be above 0")
+        return prior / prior.sum()
+
+    def shifted_threshold(self, coverage: float, calibration: Calibration, prior: Tensor) -> float:
+        """Return the threshold of prediction sets for a coverage among texts whose leaves have the frequencies ``prior``.
+
+        This is weighted conformal prediction (Podkopaev and Ramdas, 2021, "Distribution-free uncertainty quantification for
+        classification under label shift"). A validation text has the weight prior / fitted of its label, or the mean over
+        several labels. The weight of the new text depends on its unknown label, so the largest one counts.
+
+        Raises:
+            ValueError: the checkpoint stores no scores, or the validation texts are too few for these weights.
+        """
+        if calibration.set_scores is None or calibration.set_labels is None:
+            raise ValueError("this checkpoint stores no scores for coverage with prior: leave out coverage or prior")
+        both = torch.stack([prior, torch.tensor(calibration.prior, dtype=prior.dtype)])
+        of_prior, of_fit = self.from_classes(both)  # a label may be an inner node
+        weights = of_prior / of_fit
+        of_texts = torch.stack([weights[labels].mean() for labels in calibration.set_labels])
+        scores, order = torch.tensor(calibration.set_scores, dtype=prior.dtype).sort()
+        reached = of_texts[order].cumsum(0)
+        needed = (threshold_index(coverage) + 1) / 100 * (of_texts.sum() + weights[: self.num_leaves].max())
+        if needed > reached[-1]:
+            raise ValueError(f"coverage {coverage} with this prior needs more validation texts: give a lower coverage")
+        return scores[(reached < needed).sum()].item()
+
     # ── Predictions ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     def entropy_terms(self, given_parent: Tensor) -> Tensor:
@@ -289,7 +348,7 @@ class OnePath(Decisions):
             )
         return torch.tensor(rows, dtype=torch.float64)
 
-    def prediction_set(self, probabilities: list[float], threshold: float) -> list[int]:
+    def prediction_set(self, probabilities: list[float], threshold: SetThreshold) -> list[int]:
         """Return the ids of nodes that cover the likely leaves, the most probable node first.
 
         The likely leaves have a probability of at least 1 - threshold, and always include the most probable leaf. Up to three
@@ -302,7 +361,8 @@ class OnePath(Decisions):
         """
         tree = self.tree
         order = sorted(range(tree.num_leaves), key=lambda leaf: -probabilities[leaf])
-        count = sum(1 - probabilities[leaf] <= threshold for leaf in order)
+        least = threshold_at(threshold, probabilities[order[0]])
+        count = sum(1 - probabilities[leaf] <= least for leaf in order)
         *_, (_, nodes) = growing_sets(tree, order[: max(count, 1)])
         while complete := {
             parent for node in nodes if (parent := tree.parents[node]) >= 0 and nodes.issuperset(tree.children(parent))
@@ -429,6 +489,36 @@ class ManyNodes(Decisions):
             divergence = divergence + (above * (yes.exp() * gap_yes + no.exp() * gap_no)).sum(1) / 2
         return divergence
 
+    # ── Other class frequencies ──────────────────────────────────────────────────────────────────────────────────────
+
+    def from_classes(self, probabilities: Tensor) -> Tensor:
+        """Return the probabilities of all nodes, which are the classes."""
+        return probabilities
+
+    def adapt_classes(self, probabilities: Tensor, fitted: Tensor, prior: Tensor) -> Tensor:
+        """Multiply each node's odds by those of ``prior`` over those of ``fitted``, (B, N), from frequencies (N,).
+
+        A node is no more probable than its parent.
+        """
+        present = probabilities * (prior / fitted)
+        absent = (1 - probabilities) * ((1 - prior) / (1 - fitted))
+        adapted = present / (present + absent)
+        for _ in range(self.tree.depth - 1):  # each pass reaches one level more
+            adapted = torch.minimum(adapted, self.of_parents(adapted, 1.0))
+        return adapted
+
+    def check_prior(self, prior: Tensor) -> Tensor:
+        """Return node frequencies (N,), a little above 0 and below 1. ValueError: one is above 1."""
+        if (prior > 1).any():
+            raise ValueError("prior: the frequency of a node must be at most 1")
+        return prior.clamp(MIN_FREQUENCY, 1 - MIN_FREQUENCY)
+
+    def shifted_threshold(self, recall: float, calibration: Calibration, prior: Tensor) -> float:
+        """Raise ValueError: frequencies of nodes do not tell how often nodes occur together, so no recall follows."""
+        raise ValueError(
+            "recall holds for texts with the node frequencies of the validation rows: leave out recall or prior"
+        )
+
     # ── Predictions ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     def entropy_terms(self, given_parent: Tensor) -> Tensor:
@@ -464,9 +554,10 @@ class ManyNodes(Decisions):
             raise ValueError("the costs of missing and of inventing a node are both 0: one must be positive")
         return missing, inventing
 
-    def prediction_set(self, probabilities: list[float], threshold: float) -> list[int]:
+    def prediction_set(self, probabilities: list[float], threshold: SetThreshold) -> list[int]:
         """Return the ids of the nodes that reach the threshold, the most probable node first."""
-        nodes = (node for node in range(self.num_nodes) if probabilities[node] >= threshold)
+        least = threshold_at(threshold, max(probabilities[: self.num_leaves]))
+        nodes = (node for node in range(self.num_nodes) if probabilities[node] >= least)
         return sorted(nodes, key=lambda node: -probabilities[node])
 
 
@@ -478,8 +569,16 @@ def threshold_index(share: float) -> int:
     return max(1, math.ceil(round(100 * share, 6))) - 1
 
 
-def guaranteed_threshold(name: str, share: float, thresholds: list[float | None] | None) -> float:
+def threshold_at(threshold: SetThreshold, confidence: float) -> float:
+    """Return the threshold for a text whose most probable leaf has the probability ``confidence``."""
+    if not isinstance(threshold, list):
+        return threshold
+    return next((of_band for greatest, of_band in threshold if confidence <= greatest), threshold[-1][1])
+
+
+def guaranteed_threshold(name: str, share: float, calibration: Calibration) -> SetThreshold:
     """Return the threshold for a coverage or recall, rounded up to a hundredth, or raise ValueError if there is none."""
+    thresholds = calibration.set_thresholds
     if not isinstance(share, Real) or not (share > 0 and round(share, 6) <= 0.99):
         raise ValueError(f"{name} must be a number above 0 and at most 0.99, not {share!r}")
     if thresholds is None:
@@ -490,6 +589,8 @@ def guaranteed_threshold(name: str, share: float, thresholds: list[float | None]
         needed = -(-100 // (99 - index)) - 1
         problem = f"needs {needed} labelled validation texts, and the checkpoint was calibrated on fewer"
         raise ValueError(f"{name} {share} {problem}: give a lower {name}, or calibrate on more texts")
+    if isinstance(threshold, list):
+        return [*zip([*(calibration.set_bands or []), 1.0], threshold, strict=True)]
     return threshold
 
 

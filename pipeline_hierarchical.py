@@ -20,9 +20,10 @@ import os
 import re
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from numbers import Integral
 from operator import or_
@@ -37,10 +38,12 @@ from transformers.utils import logging
 try:
     from .checkpoint_hierarchical import check_tokenizer, position_limit
     from .decisions_hierarchical import build_decisions
+    from .open_world_hierarchical import estimate_prior, fitted_prior, read_prior
     from .taxonomy_hierarchical import quote_name
 except ImportError:  # as a top-level module of the repository, not as remote code of a checkpoint
     from checkpoint_hierarchical import check_tokenizer, position_limit
     from decisions_hierarchical import build_decisions
+    from open_world_hierarchical import estimate_prior, fitted_prior, read_prior
     from taxonomy_hierarchical import quote_name
 
 logger = logging.get_logger(__name__)
@@ -96,6 +99,9 @@ class HierarchicalTextClassificationPipeline(Pipeline):
             above them. A table is ``{correct leaf: {predicted leaf: cost}}``, or the path of a CSV file. Its first column names
             the correct leaves, and its first row the predicted ones. For multi-label models ``{"missing": a, "inventing": b}``
             are the costs of each false negative and each false positive node: see `cost_threshold`.
+        prior: how frequent the classes are in these texts, if they are not like the validation rows: a list in the order of the
+            classes, as `estimate_prior` returns it, or a mapping from their labels. It corrects all probabilities, and
+            ``coverage`` is then for texts with these frequencies. Excludes ``recall``.
         levels: whether results have ``levels``.
 
     Attributes:
@@ -142,21 +148,24 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         coverage: float | None = None,
         recall: float | None = None,
         costs: str | os.PathLike | Mapping | None = None,
+        prior: list[float] | Mapping[str, float] | None = None,
         levels: bool | None = None,
         **unknown: Any,
     ) -> tuple[dict, dict, dict]:
         if unknown:
-            known = "batch_size, top_k, max_length, coverage, recall, costs and levels"
+            known = "batch_size, top_k, max_length, coverage, recall, costs, prior and levels"
             raise ValueError(f"{min(unknown)!r} is not an argument of this pipeline; it has {known}")
         for name, value in (("top_k", top_k), ("max_length", max_length)):
             check_number(name, value, 1)
         if levels not in (None, True, False):
             raise ValueError(f"levels must be True or False, not {levels!r}")
-        thresholds = self.model.config.calibration.set_thresholds
-        threshold = self.decisions.set_threshold(thresholds, coverage=coverage, recall=recall)
+        calibration, guarantee = self.model.config.calibration, without_none({"coverage": coverage, "recall": recall})
+        self.decisions.set_threshold(calibration, **guarantee)
         prepared = None if costs is None else self.decisions.prepare_costs(costs)
+        frequencies = None if prior is None else read_prior(self.decisions, calibration, prior)
         truncation = {"max_length": max_length}
-        output = {"top_k": top_k, "threshold": threshold, "costs": prepared, "levels": levels}
+        output = {"guarantee": guarantee or None, "costs": prepared, "prior": frequencies}
+        output |= {"top_k": top_k, "levels": levels}
         # arguments that are not given leave those of the pipeline as they are
         return without_none(truncation), {}, without_none(output)
 
@@ -171,17 +180,31 @@ class HierarchicalTextClassificationPipeline(Pipeline):
             raise ValueError("a table is not a list of texts: give the column that holds them, such as table['text']")
         if isinstance(inputs, (list, tuple)):
             texts = [read_text(item, position) for position, item in enumerate(inputs)]
-            return list(self._classify(texts, batch_size, truncation, output))
+            return list(self._classify(texts, batch_size, truncation, partial(self._collect, **output)))
         is_stream = isinstance(inputs, Iterable) or (hasattr(inputs, "__getitem__") and hasattr(inputs, "__len__"))
         if isinstance(inputs, (str, bytes, Mapping)) or not is_stream:
             pending = self._submit([read_text(inputs, 0)], batch_size, truncation, None)
             return next(self._collect(pending, **output))
-        return self._classify(inputs, batch_size, truncation, output)
+        return self._classify(inputs, batch_size, truncation, partial(self._collect, **output))
+
+    def estimate_prior(self, texts: Iterable) -> list[float]:
+        """Estimate how frequent the classes are in unlabelled texts, for the argument ``prior``.
+
+        Raises:
+            ValueError: the checkpoint does not store the frequencies of its validation rows, or there are no texts.
+        """
+        calibration = self.model.config.calibration
+        fitted_prior(calibration)  # raises before texts are read
+        rows = [*self._classify(texts, self._batch_size, self._preprocess_params, self._class_probabilities)]
+        if not rows:
+            raise ValueError("no class frequencies can be estimated without texts")
+        return estimate_prior(self.decisions, calibration, torch.stack(rows)).tolist()
 
     def _check_together(self, truncation: dict, output: dict) -> None:
         """Raise ValueError for arguments that exclude each other, and warn if a guarantee does not hold."""
         length = self._length(**truncation)
-        if "threshold" in output:
+        self.decisions.set_threshold(self.model.config.calibration, output.get("prior"), **output.get("guarantee", {}))
+        if "guarantee" in output:
             fitted = self.model.config.calibration.max_length or self.tokenizer.model_max_length
             if length != fitted:
                 raise ValueError(
@@ -191,8 +214,10 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         if {"costs", "top_k"} <= output.keys():
             raise ValueError("costs choose one prediction for each text: give either costs or top_k")
 
-    def _classify(self, items: Iterable, batch_size: int | None, truncation: dict, output: dict) -> Iterator:
-        """Yield results in the order of the items. Some batches are read ahead."""
+    def _classify(
+        self, items: Iterable, batch_size: int | None, truncation: dict, collect: Callable[[PendingTexts], Iterator]
+    ) -> Iterator:
+        """Yield what ``collect`` makes of the items, in their order. Some batches are read ahead."""
         numbered = enumerate(items if isinstance(items, Iterable) else (items[i] for i in range(len(items))))
         ahead = TEXTS_AHEAD if batch_size is None else 1 if batch_size == 1 else BATCHES_AHEAD * batch_size
         workers = self._workers()
@@ -210,7 +235,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
                     waiting.append(self._submit(texts, batch_size, truncation, workers, alone))
                 is_last = not texts or read_error is not None
                 while len(waiting) > (0 if is_last or ahead == 1 else 1):
-                    yield from self._collect(waiting.popleft(), **output)
+                    yield from collect(waiting.popleft())
                 if read_error is not None:
                     raise read_error
                 if not texts:
@@ -271,19 +296,40 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         counts = [*zip(tokens, lengths, strict=True)]
         return PendingTexts([*chain(*batches)], counts, outputs)
 
-    def _collect(self, pending: PendingTexts, costs: Any = None, **output: Any) -> Iterator:
-        """Yield the results of pending texts in order, with probabilities in float64.
-
-        ``costs`` are those of `Decisions.prepare_costs`, and ``output`` are arguments of `postprocess`.
-        """
+    def _probabilities(self, pending: PendingTexts) -> Tensor:
+        """Return the node probabilities of pending texts in order, (B, num_nodes), in float64."""
         of_batches = torch.cat([batch.result()["node_log_probs"].double().exp() for batch in pending.outputs])
-        probabilities = of_batches[torch.tensor(pending.order).argsort()]
-        thresholds = self.model.config.calibration.thresholds
-        predicted, expected_costs = self.decisions.predict(probabilities, thresholds, costs)
+        return of_batches[torch.tensor(pending.order).argsort()]
+
+    def _class_probabilities(self, pending: PendingTexts) -> Iterator[Tensor]:
+        """Yield the class probabilities of each pending text, (num_classes,), in float32."""
+        yield from self._probabilities(pending)[:, : self.decisions.num_classes].float()
+
+    def _collect(
+        self,
+        pending: PendingTexts,
+        costs: Any = None,
+        prior: Tensor | None = None,
+        guarantee: dict[str, float] | None = None,
+        **output: Any,
+    ) -> Iterator:
+        """Yield the results of pending texts in order.
+
+        ``costs`` and ``prior`` are those of `Decisions.prepare_costs` and `read_prior`, and ``output`` are arguments of
+        `postprocess`.
+        """
+        calibration, uncorrected = self.model.config.calibration, self._probabilities(pending)
+        probabilities = uncorrected
+        if prior is not None:
+            probabilities = self.decisions.adapt(uncorrected, fitted_prior(calibration), prior)
+        threshold = self.decisions.set_threshold(calibration, prior, **(guarantee or {}))
+        predicted, expected_costs = self.decisions.predict(probabilities, calibration.thresholds, costs)
         for i, tokens in enumerate(pending.tokens):
             # one text at a time: a list of floats takes four times the memory of a tensor
             expected_cost = None if expected_costs is None else expected_costs[i].item()
             nodes = predicted[i].nonzero().flatten().tolist()
+            if threshold is not None:
+                output["prediction_set"] = self.decisions.prediction_set(uncorrected[i].tolist(), threshold)
             yield self.postprocess(probabilities[i].tolist(), nodes, *tokens, expected_cost, **output)
 
     def _length(self, max_length: int | None = None) -> int:
@@ -358,7 +404,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         tokens_read: int,
         expected_cost: float | None,
         top_k: int | None = None,
-        threshold: float | None = None,  # of `Decisions.set_threshold`
+        prediction_set: list[int] | None = None,
         levels: bool = False,
     ) -> dict[str, Any]:
         """Build a result from the probabilities of all nodes, the predicted nodes, and the numbers of tokens."""
@@ -378,8 +424,9 @@ class HierarchicalTextClassificationPipeline(Pipeline):
                 labels[-1]["description"] = description
         first = labels[0] if labels else {"label": None, "score": None, "path": []}
         result = {"labels": labels, **{name: first[name] for name in ("label", "score", "path")}}
-        if threshold is not None:
-            result["prediction_set"] = with_scores(self.decisions.prediction_set(probabilities, threshold))
+        if prediction_set is not None:
+            by_score = sorted(prediction_set, key=lambda node: -probabilities[node])
+            result["prediction_set"] = with_scores(by_score)
         if expected_cost is not None:
             result["expected_cost"] = expected_cost
         result |= {"tokens": tokens, "tokens_read": tokens_read, "truncated": tokens_read < tokens}

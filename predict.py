@@ -14,6 +14,7 @@ import argparse
 import importlib.util
 import sys
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +23,7 @@ import torch
 
 from hierarchical_clinicalbert.checkpoint_files import find_snapshot, is_checkpoint, require_encoder
 from hierarchical_clinicalbert.errors import ArgumentParser, InputError, refuse_undecodable, run_command
-from hierarchical_clinicalbert.prediction.input import read_records
+from hierarchical_clinicalbert.prediction.input import SAMPLED_TEXTS, read_records, sample_texts
 from hierarchical_clinicalbert.prediction.model import DTYPES, Model, read_costs
 from hierarchical_clinicalbert.prediction.output import RestartableOutput
 from hierarchical_clinicalbert.prediction.rows import OUTPUTS, file_name, output_kind
@@ -61,7 +62,13 @@ def main(argv: list[str]) -> int:
                 output.delete()
             flags = {flag: value for flag, value in vars(arguments).items() if flag not in WITHOUT_EFFECT}
             options = flags | {"costs": costs_description, "output_format": output.kind} | model.description
-            output.write_blocks(chain([first], records), options, model.predict_blocks)
+            prior = None
+            if arguments.adapt_prior:
+                again = read_records(sources, arguments.text_column, arguments.id_column)
+                prior = output.stored_option("prior") or model.estimate_prior(sample_texts(again))
+                options |= {"prior": prior}
+            predict = partial(model.predict_blocks, prior=prior)
+            output.write_blocks(chain([first], records), options, predict)
         files = [{"name": source.name, "bytes": source.size} for source in sources]
         manifest = {"model": arguments.model, "commit": arguments.revision, "options": options, "input": files}
         num_problems = output.join_blocks(model.row_format.open, manifest)
@@ -98,6 +105,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     costs = "distance, a CSV table (rows: correct leaf, columns: predicted), or for multi-label missing=NUMBER,inventing=NUMBER"
     add("--costs", help=f"minimise the expected cost of errors; the costs are {costs}")
+    sample = f"estimated on at most {SAMPLED_TEXTS:,} of them"
+    add("--adapt_prior", action="store_true", help=f"correct probabilities for the texts' class frequencies, {sample}")
     add("--uncertainty", action="store_true", help="also write the entropy, and the level that contributes most to it")
     dtypes = "bf16 if the machine supports it, else fp32; int8 is faster on CPUs with VNNI or AMX, and less accurate"
     add("--dtype", choices=("auto", *DTYPES), default="auto", help=f"default: auto, which is {dtypes}")
@@ -122,6 +131,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise InputError(f"--revision {arguments.revision} does not apply to the folder {arguments.model}")
     if arguments.output_format and not name.endswith("/"):
         raise InputError(f"--output_format is for a folder, and --output {arguments.output} is a file: leave it out")
+    if arguments.adapt_prior and "-" in arguments.input:
+        raise InputError("--adapt_prior reads --input twice, and standard input can be read once: give a file")
     cpus, gpus = arguments.ray_cpus_per_actor, arguments.ray_gpus_per_actor
     for flag, number in (("--ray_cpus_per_actor", cpus), ("--ray_gpus_per_actor", gpus)):
         if arguments.ray is None and number is not None:

@@ -47,12 +47,12 @@ from scipy.stats import betabinom
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.model_selection import RepeatedKFold
 
-from configuration_hierarchical import HierarchicalConfig
+from configuration_hierarchical import Calibration, HierarchicalConfig
 from decisions_hierarchical import OnePath, guaranteed_threshold
 from hierarchical_clinicalbert.evaluation.forms import Form, form_of
 from hierarchical_clinicalbert.evaluation.metrics import confusion_counts, macro_f1, micro_f1, one_hot
 from hierarchical_clinicalbert.evaluation.one_path import OnePathForm
-from hierarchical_clinicalbert.evaluation.report import MEASURED_TARGET
+from hierarchical_clinicalbert.evaluation.report import MEASURED_TARGET, measured_threshold
 from hierarchical_clinicalbert.prediction.int8 import quantize
 from taxonomy_hierarchical import Taxonomy
 
@@ -188,7 +188,7 @@ def coverage_threshold(tree: Taxonomy, nodes: np.ndarray, labels: np.ndarray, co
     """Fit the threshold of this project's sets to node probabilities and leaf ids. Each row is a text."""
     leaves = nodes[:, : tree.num_leaves] / nodes[:, : tree.num_leaves].sum(axis=1, keepdims=True)
     sets = OnePathForm(tree).fit_sets(np.log(leaves.clip(1e-30)), labels, np.arange(len(labels)))
-    return guaranteed_threshold("coverage", coverage, sets["set_thresholds"])
+    return guaranteed_threshold("coverage", coverage, Calibration(**sets))
 
 
 def read_rows(tree: Taxonomy, file: Path, class_names: Path | None) -> tuple[list[str], np.ndarray]:
@@ -249,7 +249,7 @@ def compare_precisions(arguments: argparse.Namespace) -> list[dict]:
     form, calibration = form_of(config.tree, config.problem_type), config.calibration
 
     # ── Thresholds, always from float32 ──────────────────────────────────────────────────────────────────────────────
-    set_threshold = guaranteed_threshold(form.decisions.guarantee, MEASURED_TARGET, calibration.set_thresholds)
+    set_threshold = measured_threshold(form.decisions, calibration)
     num_texts = len(rows["test"][0])
     folds = {"test": [(np.arange(num_texts), set_threshold, calibration.thresholds)], "validation": []}
     exact, labels = nodes["validation"]["fp32"], rows["validation"][1]
@@ -274,8 +274,8 @@ def fit_thresholds(form: Form, nodes: np.ndarray, labels: np.ndarray) -> tuple[f
     if labels.ndim == 2:
         logits = logit(nodes.clip(1e-30, 1 - 1e-12))
     logits = logits[:, : form.decisions.num_classes]
-    thresholds = form.fit_sets(logits, labels, np.arange(len(labels)))["set_thresholds"]
-    threshold = guaranteed_threshold(form.decisions.guarantee, MEASURED_TARGET, thresholds)
+    sets = Calibration(**form.fit_sets(logits, labels, np.arange(len(labels))))
+    threshold = guaranteed_threshold(form.decisions.guarantee, MEASURED_TARGET, sets)
     return threshold, form.fit_thresholds(logits, labels)
 
 

@@ -34,8 +34,8 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from configuration_hierarchical import MULTI_LABEL
-from decisions_hierarchical import ManyNodes, threshold_index
+from configuration_hierarchical import MULTI_LABEL, Calibration
+from decisions_hierarchical import ManyNodes, guaranteed_threshold
 from hierarchical_clinicalbert.evaluation.calibration import calibrate_out_of_fold, calibrated_logits, fit_calibration
 from hierarchical_clinicalbert.evaluation.forms import form_of
 from hierarchical_clinicalbert.evaluation.many_nodes import (
@@ -337,8 +337,8 @@ def measure_sets(tree: Taxonomy, scores: np.ndarray, labels: np.ndarray, num_fit
         calibrated = calibrate_out_of_fold(form, *inputs, fitted)
         sets = form.fit_sets(calibrated, labels[fitted], fitted)
         u = calibrated_logits(form.decisions, fit_calibration(form, *inputs), scores[scored], None)
-        threshold = sets["set_thresholds"][threshold_index(MEASURED_TARGET)]
-        measured = form.set_scores(u, labels[scored], scored, threshold)
+        threshold = guaranteed_threshold("recall", MEASURED_TARGET, Calibration(**sets))
+        measured = form.predict_sets(u, labels[scored], scored, threshold).scores()
         by_split.append((measured["recall"], measured["nodes"], sets["num_texts"]))
     recall, nodes, num_texts = np.mean(by_split, axis=0)
     return {

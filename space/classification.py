@@ -112,7 +112,7 @@ def check_target(classifier: Pipeline, target: Any) -> None:
     if not isinstance(target, (int, float)) or not MIN_TARGET <= target <= MAX_TARGET:
         raise Refused(f"The {name} must be a number between {MIN_TARGET} and {MAX_TARGET}.")
     try:
-        classifier.decisions.set_threshold(classifier.model.config.calibration.set_thresholds, **{name: target})
+        classifier.decisions.set_threshold(classifier.model.config.calibration, **{name: target})
     except ValueError as error:  # no validation texts, or too few
         raise Refused(f"{str(error).capitalize()}.") from None
 

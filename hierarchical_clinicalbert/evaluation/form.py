@@ -5,6 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pandas as pd
+import torch
 from scipy.sparse import csr_matrix
 from transformers import EvalPrediction
 
@@ -12,6 +14,7 @@ from decisions_hierarchical import Decisions
 from hierarchical_clinicalbert.errors import InputError
 from hierarchical_clinicalbert.evaluation.lexical import MAX_WEIGHTS, LexicalClassifier
 from hierarchical_clinicalbert.evaluation.metrics import Metric, of_all_levels
+from hierarchical_clinicalbert.evaluation.sets import choose_bands, split_by_band
 from hierarchical_clinicalbert.reading.columns import join_labels
 
 logger = logging.getLogger(__name__)
@@ -34,6 +37,9 @@ class FormBase:
     plot_titles: dict[str, str]
     classifier: Any  # a subclass of LexicalClassifier
     predictions: Any  # what the functions of the table of metrics read
+    set_scores: Any  # what `thresholds_of` reads of each text
+    thresholds_of: Any
+    scores_to_store: Any
 
     def __init__(self, decisions: Decisions):
         self.decisions: Any = decisions
@@ -51,6 +57,34 @@ class FormBase:
         metrics = of_all_levels(self.metrics, self.tree.depth)
         measured = {name: metric.compute(predictions) for name, metric in metrics.items()}
         return {name: float(value) for name, value in measured.items() if value is not None}
+
+    def class_probabilities(self, logits: np.ndarray) -> np.ndarray:
+        """Return the probabilities of the classes, (num_rows, num_classes), in float64."""
+        log_probs = self.decisions.log_probs(torch.tensor(logits, dtype=torch.float64))
+        return log_probs[:, : self.decisions.num_classes].exp().numpy()
+
+    # ── Prediction sets ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    def confidence(self, logits: np.ndarray, texts: np.ndarray) -> pd.Series:
+        """Return the probability of each text's most probable leaf, by text."""
+        of_leaves = self.class_probabilities(logits)[:, : self.tree.num_leaves]
+        return pd.Series(of_leaves.max(axis=1)).groupby(texts).first()
+
+    def fit_sets(self, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray) -> dict[str, Any]:
+        """Return the fields of `Calibration` for prediction sets, from logits whose calibration was fitted to other texts.
+
+        ``set_thresholds`` are for the shares 0.01, …, 0.99. An entry is one threshold for each band if the bands of `choose_bands`
+        all have enough texts (Mondrian conformal prediction: Vovk et al., 2005), else one for all texts.
+        """
+        scores, confidence = self.set_scores(logits, labels, texts), self.confidence(logits, texts)
+        bands, thresholds = choose_bands(self, logits, labels, texts), self.thresholds_of(scores)
+        if bands:
+            by_band = map(self.thresholds_of, split_by_band(scores, confidence, bands))
+            thresholds = [
+                common if None in of_bands else of_bands for common, *of_bands in zip(thresholds, *by_band, strict=True)
+            ]
+        fields = {"set_thresholds": thresholds, "set_bands": bands or None, "num_texts": scores.index.nunique()}
+        return fields | self.scores_to_store(scores, labels, texts)
 
     def compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """Compute the metrics for a Trainer. Predictions are logits, or a tuple that begins with them."""

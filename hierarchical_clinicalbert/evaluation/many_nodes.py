@@ -30,7 +30,7 @@ from scipy.special import expit
 from sklearn.metrics import average_precision_score
 from sklearn.model_selection import RepeatedKFold
 
-from decisions_hierarchical import DEFAULT_THRESHOLD, ManyNodes
+from decisions_hierarchical import DEFAULT_THRESHOLD, ManyNodes, SetThreshold, threshold_at
 from hierarchical_clinicalbert.evaluation import plots
 from hierarchical_clinicalbert.evaluation.form import FormBase
 from hierarchical_clinicalbert.evaluation.lexical import NodeClassifier
@@ -46,6 +46,7 @@ from hierarchical_clinicalbert.evaluation.metrics import (
     micro_f1,
     node_f1,
 )
+from hierarchical_clinicalbert.evaluation.sets import PredictedSets
 from hierarchical_clinicalbert.reading.columns import join_labels
 from taxonomy_hierarchical import Taxonomy
 
@@ -288,49 +289,57 @@ class ManyNodesForm(FormBase):
         strength = choose_strength(self.decisions, logits, labels)
         return shrunk_thresholds(self.tree, logits, labels, (strength,))[strength].tolist()
 
-    def fit_sets(self, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray) -> dict[str, Any]:
-        """Return the fields of `Calibration` for prediction sets, from logits whose calibration was fitted to other texts.
-
-        ``set_thresholds`` are for the recalls 0.01, …, 0.99. The threshold of a recall is the greatest t with
-        (Σ loss + 1) / (n + 1) <= 1 - recall, over the n texts with a label 1, ``num_texts``. It is None where 1 / (n + 1) >
-        1 - recall: the recall needs more texts. The sum changes at probabilities of true nodes only, and is computed in integers,
-        so that t is exact. It is rounded down to 6 significant digits, which misses no more.
-        """
-        sizes = np.count_nonzero(labels == 1, axis=1)
-        num_texts = int(np.count_nonzero(sizes))  # Python's integers below have no limit
+    def set_scores(self, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray) -> pd.Series:
+        """Return the probability of each node that a text has, by text."""
         rows, nodes = np.nonzero(labels == 1)
-        probabilities = expit(logits[rows, nodes].astype(np.float64))
-        order = np.argsort(probabilities)
+        return pd.Series(expit(logits[rows, nodes].astype(np.float64)), texts[rows])
+
+    def thresholds_of(self, scores: pd.Series) -> list[float | None]:
+        """Return one threshold of prediction sets for each recall 0.01, …, 0.99.
+
+        The threshold of a recall is the greatest t with (Σ loss + 1) / (n + 1) <= 1 - recall, over the n texts with a label 1. It
+        is None where 1 / (n + 1) > 1 - recall: the recall needs more texts. The sum changes at probabilities of true nodes only,
+        and is computed in integers, so that t is exact. It is rounded down to 6 significant digits, which misses no more.
+        """
+        ascending = scores.sort_values()
+        sizes, probabilities = ascending.groupby(level=0).transform("size").tolist(), ascending.tolist()
+        num_texts = scores.index.nunique()
         # in integers, so that sums are exact: a text that misses all its s nodes costs `whole`, and each of them whole // s
-        whole = math.lcm(*np.unique(sizes[sizes > 0]).tolist())
-        costs = [whole // size for size in sizes[rows[order]].tolist()]
-        losses = list(accumulate(costs))  # at t just above each probability
+        whole = math.lcm(*{*sizes})
+        losses = list(accumulate(whole // size for size in sizes))  # at t just above each probability
 
         thresholds: list[float | None] = []
         for percent in range(1, 100):
             allowed = ((100 - percent) * (num_texts + 1) - 100) * whole // 100  # the greatest sum of losses
             threshold = None
             if allowed >= 0:
-                exact = probabilities[order[bisect_right(losses, allowed)]]  # of the first node that must not be missed
-                threshold = float(SIX_DIGITS_DOWN.create_decimal_from_float(float(exact)))
+                exact = probabilities[bisect_right(losses, allowed)]  # of the first node that must not be missed
+                threshold = float(SIX_DIGITS_DOWN.create_decimal_from_float(exact))
             thresholds.append(threshold)
-        return {"set_thresholds": thresholds, "num_texts": num_texts}
+        return thresholds
+
+    def scores_to_store(self, scores: pd.Series, labels: np.ndarray, texts: np.ndarray) -> dict[str, Any]:
+        """Return no fields: no recall follows from other node frequencies, see `ManyNodes.shifted_threshold`."""
+        return {}
 
     # ── Scores ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def set_scores(
-        self, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray, threshold: float
-    ) -> dict[str, float]:
-        """Measure the prediction sets {P(node) >= threshold} on the texts with a label 1; empty without such texts.
+    def predict_sets(
+        self, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray, threshold: SetThreshold
+    ) -> PredictedSets:
+        """Predict sets for the texts with a label 1. A text counts for the share of its nodes that the set holds.
 
-        ``recall`` is the mean share of a text's true nodes in its set, ``nodes`` the mean number of nodes in a set.
+        The size is the number of ``nodes`` in a set.
         """
         has_label = (labels == 1).any(axis=1)
-        if not has_label.any():
-            return {}
-        true, sets = labels[has_label] == 1, expit(logits[has_label].astype(np.float64)) >= threshold
-        recall = (true & sets).sum(axis=1) / true.sum(axis=1)
-        return {"recall": float(recall.mean()), "nodes": float(sets.sum(axis=1).mean())}
+        logits, labels, texts = logits[has_label], labels[has_label], texts[has_label]
+        confidence = self.confidence(logits, texts)
+        limits = np.array([threshold_at(threshold, best) for best in confidence[texts]])
+        sets = expit(logits.astype(np.float64)) >= limits.reshape(-1, 1)
+        rows, nodes = np.nonzero(labels == 1)
+        of_labels = pd.DataFrame({"text": texts[rows], "node": nodes, "held": sets[rows, nodes].astype(float)})
+        of_texts = pd.DataFrame({"nodes": sets.sum(axis=1).astype(float)}).groupby(texts).mean()
+        return PredictedSets(self.decisions, of_labels, of_texts, confidence, "mean")
 
     def class_outcomes(
         self, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray, thresholds: Any

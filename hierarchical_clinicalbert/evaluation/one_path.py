@@ -32,11 +32,12 @@ from matplotlib.figure import Figure
 from scipy.special import logsumexp, softmax
 from sklearn.metrics import accuracy_score, f1_score
 
-from decisions_hierarchical import OnePath, nonconformity
+from decisions_hierarchical import OnePath, SetThreshold, nonconformity
 from hierarchical_clinicalbert.evaluation import plots
 from hierarchical_clinicalbert.evaluation.form import FormBase
 from hierarchical_clinicalbert.evaluation.lexical import LeafClassifier
 from hierarchical_clinicalbert.evaluation.metrics import ECE, ECE_BY_CHANCE, Metric, calibration_bins, micro_f1, one_hot
+from hierarchical_clinicalbert.evaluation.sets import PredictedSets
 from taxonomy_hierarchical import Taxonomy
 
 # ── Metrics ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -165,6 +166,11 @@ METRICS = {
 }
 
 
+def rounded_up(score: float) -> float:
+    """Round a threshold up to 6 decimals: a larger one covers at least as much."""
+    return float(Decimal(float(score)).quantize(Decimal("1e-6"), rounding=ROUND_CEILING))
+
+
 def node_log_probs(decisions: OnePath, logits: np.ndarray) -> np.ndarray:
     """Compute log-probabilities of all nodes, (num_rows, num_nodes) float64."""
     return decisions.log_probs(torch.tensor(logits, dtype=torch.float64)).numpy()
@@ -215,42 +221,42 @@ class OnePathForm(FormBase):
         """Return the thresholds of predicted nodes: None, because the most probable leaf is predicted."""
         return None
 
-    def fit_sets(self, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray) -> dict[str, Any]:
-        """Return the fields of `Calibration` for prediction sets, from calibrated logits.
-
-        ``set_thresholds`` are for the coverages 0.01, …, 0.99; None where it needs more texts.
-        """
+    def set_scores(self, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray) -> pd.Series:
+        """Return the nonconformity score of each text, by text: the greatest of its rows."""
         rows = zip(node_probabilities(self.decisions, logits), labels.tolist(), strict=True)
-        of_rows = pd.Series([nonconformity(self.tree, nodes, label) for nodes, label in rows])
-        scores = np.sort(of_rows.groupby(texts).max())
-        thresholds: list[float | None] = []
+        return pd.Series([nonconformity(self.tree, nodes, label) for nodes, label in rows]).groupby(texts).max()
+
+    def thresholds_of(self, scores: pd.Series) -> list[float | None]:
+        """Return one threshold of prediction sets for each coverage 0.01, …, 0.99; None where it needs more texts."""
+        ordered, thresholds = np.sort(scores), list[float | None]()
         for percent in range(1, 100):
-            rank, threshold = -(-(len(scores) + 1) * percent // 100), None  # ⌈(n + 1) · coverage⌉ in integers
-            if rank <= len(scores):  # rounded up to 6 decimals: a larger threshold covers at least as much
-                exact = Decimal(float(scores[rank - 1]))
-                threshold = float(exact.quantize(Decimal("1e-6"), rounding=ROUND_CEILING))
-            thresholds.append(threshold)
-        return {"set_thresholds": thresholds}
+            rank = -(-(len(ordered) + 1) * percent // 100)  # ⌈(n + 1) · coverage⌉ in integers
+            thresholds.append(rounded_up(ordered[rank - 1]) if rank <= len(ordered) else None)
+        return thresholds
+
+    def scores_to_store(self, scores: pd.Series, labels: np.ndarray, texts: np.ndarray) -> dict[str, Any]:
+        """Return the fields of `Calibration` that thresholds for other class frequencies are computed from."""
+        of_texts = pd.Series(labels).groupby(texts).agg(list)
+        return {"set_scores": [*map(rounded_up, scores)], "set_labels": of_texts[scores.index].tolist()}
 
     # ── Scores ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def set_scores(
-        self, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray, threshold: float
-    ) -> dict[str, float]:
-        """Measure the prediction sets for a threshold. Each text counts once.
+    def predict_sets(
+        self, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray, threshold: SetThreshold
+    ) -> PredictedSets:
+        """Predict sets. A set holds a label if it contains all leaves at or below it, and a text must have all its labels held.
 
-        Returns:
-            coverage: share of texts whose sets contain all their labels.
-            single_leaf: share of sets that are one leaf.
-            leaves, nodes: mean number of leaves in a set, and of nodes that it names.
+        Sizes are the numbers of ``leaves`` and of ``nodes`` that a set names, and ``single_leaf``, whether it is one leaf.
         """
-        rows, leaves_at_or_below = [], self.tree.leaves_at_or_below
+        held, sizes, leaves_at_or_below = [], [], self.tree.leaves_at_or_below
         for probabilities, label in zip(node_probabilities(self.decisions, logits), labels.tolist(), strict=True):
             nodes = self.decisions.prediction_set(probabilities, threshold)
             leaves = {leaf for node in nodes for leaf in leaves_at_or_below[node]}
-            rows.append((leaves.issuperset(leaves_at_or_below[label]), len(leaves), len(nodes), len(leaves) == 1))
-        by_text = pd.DataFrame(rows, columns=["coverage", "leaves", "nodes", "single_leaf"], dtype=float).groupby(texts)
-        return {**by_text.mean().mean(), "coverage": by_text["coverage"].min().mean()}
+            held.append(leaves.issuperset(leaves_at_or_below[label]))
+            sizes.append((len(leaves), len(nodes), len(leaves) == 1))
+        of_labels = pd.DataFrame({"text": texts, "node": labels, "held": np.array(held, dtype=float)})
+        of_texts = pd.DataFrame(sizes, columns=["leaves", "nodes", "single_leaf"], dtype=float).groupby(texts).mean()
+        return PredictedSets(self.decisions, of_labels, of_texts, self.confidence(logits, texts), "min")
 
     def class_outcomes(
         self, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray, thresholds: Any

@@ -23,16 +23,15 @@ import pandas as pd
 from scipy.sparse import csr_matrix
 
 from configuration_hierarchical import Calibration
-from decisions_hierarchical import threshold_index
+from decisions_hierarchical import MIN_FREQUENCY, Decisions, SetThreshold, guaranteed_threshold, threshold_index
 from hierarchical_clinicalbert.evaluation import plots
 from hierarchical_clinicalbert.evaluation.calibration import calibrate_out_of_fold, calibrated_logits, fit_calibration
 from hierarchical_clinicalbert.evaluation.forms import Form
 from hierarchical_clinicalbert.evaluation.lexical import LexicalClassifier
 from hierarchical_clinicalbert.evaluation.metrics import PREFIXES, per_class_report, scores_by_split
+from hierarchical_clinicalbert.evaluation.sets import MEASURED_TARGET
 
 logger = logging.getLogger(__name__)
-
-MEASURED_TARGET = 0.9  # coverage or recall of the prediction sets in metrics.json
 
 
 @dataclass(frozen=True)
@@ -77,6 +76,7 @@ def calibrate_splits(
     calibration, calibrated = _calibrate(form, splits, lexical, log_prior)
     weight, validation = calibration.lexical_weight or None, calibrated["validation"]
     sets = form.fit_sets(validation.logits, validation.labels, validation.texts)
+    prior = form.class_probabilities(validation.logits).mean(axis=0).clip(MIN_FREQUENCY, 1 - MIN_FREQUENCY)
     scales = calibration.scales or [1.0]
     shown = f"scales of the scores from {min(scales):.2f} to {max(scales):.2f}"
     logger.info("calibrated on the validation rows: %s; weight of the lexical head %.2f", shown, weight or 0)
@@ -85,7 +85,7 @@ def calibrate_splits(
         without, uncorrected = _calibrate(form, splits, {}, log_prior)
         measured = measure(form, uncorrected, without.thresholds)
         metrics |= {f"without_lexical_head_{name}": value for name, value in measured.items()}
-    return dataclasses.replace(calibration, lexical_weight=weight, **sets), calibrated, metrics
+    return dataclasses.replace(calibration, lexical_weight=weight, prior=prior.tolist(), **sets), calibrated, metrics
 
 
 def _calibrate(
@@ -117,19 +117,30 @@ def measure(form: Form, splits: dict[str, ScoredSplit], thresholds: Any) -> dict
     return metrics
 
 
-def measured_threshold(calibration: Calibration) -> float | None:
+def measured_threshold(decisions: Decisions, calibration: Calibration) -> SetThreshold | None:
     """Return the threshold of prediction sets for `MEASURED_TARGET`; None if validation rows were too few."""
-    return (calibration.set_thresholds or [None] * 99)[threshold_index(MEASURED_TARGET)]
+    if (calibration.set_thresholds or [None] * 99)[threshold_index(MEASURED_TARGET)] is None:
+        return None
+    return guaranteed_threshold(decisions.guarantee, MEASURED_TARGET, calibration)
 
 
-def measure_sets(form: Form, splits: dict[str, ScoredSplit], calibration: Calibration) -> dict[str, float]:
-    """Measure the prediction sets for `MEASURED_TARGET` on the test rows, from calibrated logits: ``test_set_…``."""
-    threshold = measured_threshold(calibration)
+def measure_sets(form: Form, splits: dict[str, ScoredSplit], calibration: Calibration) -> dict[str, Any]:
+    """Measure the prediction sets for `MEASURED_TARGET` on the test rows, from calibrated logits.
+
+    Returns:
+        ``test_set_…``, the scores over all texts and what the worst band of confidence holds. Then ``set_groups``, see
+        `PredictedSets.groups`, and ``worst_band``, the group of that band, if a band has enough texts.
+    """
+    threshold = measured_threshold(form.decisions, calibration)
     if "test" not in splits or threshold is None:
         return {}
     test = splits["test"]
-    scores = form.set_scores(test.logits, test.labels, test.texts, threshold)
-    return {f"test_set_{name}": value for name, value in scores.items()}
+    sets = form.predict_sets(test.logits, test.labels, test.texts, threshold)
+    scores, worst = sets.scores(), sets.worst_band()
+    of_worst = {"worst_band": worst} if worst else {}
+    if worst:
+        scores["worst_band"] = worst[form.decisions.guarantee]
+    return {f"test_set_{name}": value for name, value in scores.items()} | {"set_groups": sets.groups()} | of_worst
 
 
 def reported_split(splits: dict[str, ScoredSplit]) -> str:
@@ -188,6 +199,8 @@ def headline(form: Form, metrics: dict[str, float], num_rows: dict[str, int]) ->
     if "set_nodes" in scores:
         guarantee, nodes = form.decisions.guarantee, f"{scores['set_nodes']:.1f} nodes"
         sentence += f"; sets for a {guarantee} of {share_format(0)(MEASURED_TARGET)} hold {nodes}, and reach {share(scores[f'set_{guarantee}'])}"
+        if "set_worst_band" in scores:
+            sentence += f", {share(scores['set_worst_band'])} in the worst band of confidence"
     return sentence
 
 

@@ -1,12 +1,15 @@
 """Read the input files as records, each with a text, an id and a line number."""
 
 import math
-from collections.abc import Iterator, Sequence
+import random
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from hierarchical_clinicalbert.reading.columns import TEXT_COLUMNS, choose_columns, text_problem
 from hierarchical_clinicalbert.reading.sources import Source, open_rows
+
+SAMPLED_TEXTS = 10_000  # of an input, to estimate its class frequencies
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,17 @@ def read_records(sources: Sequence[Source], text_column: str | None, id_column: 
                 done = (bytes_before + size * (rows.done() or 0)) / total if total else None
                 yield InputRow(source.name, row.line, record_id, None if problem else text, problem, done)
         bytes_before += size
+
+
+def sample_texts(records: Iterable[InputRow]) -> list[str]:
+    """Draw `SAMPLED_TEXTS` readable texts, or all if there are fewer: the same ones of the same input (Vitter, 1985, algorithm R)."""
+    sample, generator = list[str](), random.Random(0)
+    for number, text in enumerate(record.text for record in records if record.text is not None):
+        if number < SAMPLED_TEXTS:
+            sample.append(text)
+        elif (place := generator.randrange(number + 1)) < SAMPLED_TEXTS:
+            sample[place] = text
+    return sample
 
 
 def json_id(value: Any) -> tuple[Any, str | None]:

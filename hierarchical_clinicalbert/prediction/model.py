@@ -65,12 +65,19 @@ class Model:
         if arguments.backend == "openvino":
             self.description["openvino"] = version("openvino")
 
-    def predict(self, block: Block) -> OutputRows:
+    def estimate_prior(self, texts: list[str]) -> list[float]:
+        """Estimate the class frequencies of texts. InputError: there are none."""
+        with as_input_error(self._pipeline.model.name_or_path):
+            return self._pipeline.estimate_prior(texts)
+
+    def predict(self, block: Block, prior: list[float] | None = None) -> OutputRows:
         """Classify the readable records of a block, and return one output row for each."""
         numbered = enumerate(block.records, start=block.first)
         readable = [(number, record) for number, record in numbered if record.problem is None]
         try:
-            predictions = self._pipeline((record.text for _, record in readable), levels=self._needs_levels)
+            corrected = {} if prior is None else {"prior": prior}
+            texts = (record.text for _, record in readable)
+            predictions = self._pipeline(texts, levels=self._needs_levels, **corrected)
             return [
                 self.row_format.row(number, record, prediction)
                 for (number, record), prediction in zip(readable, predictions, strict=True)
@@ -80,10 +87,12 @@ class Model:
         finally:
             give_back_memory()
 
-    def predict_blocks(self, blocks: Iterable[Block]) -> Iterator[tuple[Block, OutputRows]]:
+    def predict_blocks(
+        self, blocks: Iterable[Block], prior: list[float] | None = None
+    ) -> Iterator[tuple[Block, OutputRows]]:
         """Yield each block with its output rows."""
         for block in blocks:
-            yield block, self.predict(block)
+            yield block, self.predict(block, prior)
 
 
 def read_costs(flag: str | None) -> tuple[str | dict | None, str | None]:
@@ -145,6 +154,10 @@ def load(arguments: Namespace, dtype: str, gpu: bool) -> Pipeline:
             quantize(classifier.model.encoder)
         check_version(classifier)
         classifier("a")  # checks the arguments before an existing output is overwritten
+        # checks the arguments before an existing output is overwritten; in place of an estimated prior, the stored one, or [], which
+        # is refused
+        stored = getattr(getattr(classifier.model.config, "calibration", None), "prior", None) or []
+        classifier("a", **({"prior": stored} if arguments.adapt_prior else {}))
     except Exception as error:  # loading runs the checkpoint's own code, which can raise anything
         problem = describe_load_error(error)
         # DeBERTa (version 1) and MRA mix dtypes unless they run in float32

@@ -166,6 +166,11 @@ class RestartableOutput:
             self.store.delete(file)
         self.store.delete_folder(self.parts)
 
+    def stored_option(self, name: str) -> Any:
+        """Return an option with which the blocks of a killed run were written; None without a block."""
+        blocks = sorted(block for block in self.store.names(self.parts) if re.fullmatch(r"\d{9}\.jsonl", block))
+        return self._read_lines(int(blocks[0][:9]))[0]["options"].get(name) if blocks else None
+
     def write_blocks(
         self,
         records: Iterator[InputRow],
@@ -278,11 +283,7 @@ class RestartableOutput:
 
     def _read_block(self, index: int) -> tuple[list[str], list[str]]:
         """Return the lines of a block's rows, and of its problems. Raise InputError as `write_blocks`."""
-        checksum, _, content = self.store.read(self._block_file(index)).partition(b"\n")
-        if checksum.decode(errors="replace") != hashlib.sha256(content).hexdigest():
-            raise InputError(f"{self._block_file(index)} is damaged: delete it, and run the same command again")
-        first, *lines = content.decode().split("\n")[:-1]  # splitlines also splits at line ends of Unicode in names
-        header, expected = json.loads(first), self.headers[index]
+        (header, lines), expected = self._read_lines(index), self.headers[index]
         changed = [name for name, value in expected["options"].items() if header["options"].get(name) != value]
         if changed:
             raise InputError(
@@ -290,8 +291,15 @@ class RestartableOutput:
             )
         if header["digest"] != expected["digest"]:
             raise InputError(f"the input changed since {self.parts} was started: give --overwrite to start again")
-        lines = [f"{line}\n" for line in lines]
         return lines[: header["rows"]], lines[header["rows"] :]
+
+    def _read_lines(self, index: int) -> tuple[dict[str, Any], list[str]]:
+        """Return a block's header and its other lines. InputError: it is damaged."""
+        checksum, _, content = self.store.read(self._block_file(index)).partition(b"\n")
+        if checksum.decode(errors="replace") != hashlib.sha256(content).hexdigest():
+            raise InputError(f"{self._block_file(index)} is damaged: delete it, and run the same command again")
+        first, *lines = content.decode().split("\n")[:-1]  # splitlines also splits at line ends of Unicode in names
+        return json.loads(first), [f"{line}\n" for line in lines]
 
 
 def block_name(index: int) -> str:

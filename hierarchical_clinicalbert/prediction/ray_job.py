@@ -62,8 +62,11 @@ class Classifier:
             raise InputError(f"node {node}: {error}") from error
         return node, self.model.description, self.model.row_format
 
-    def predict(self, block: Block) -> OutputRows:
-        return self.model.predict(block)
+    def estimate_prior(self, texts: list[str]) -> list[float]:
+        return self.model.estimate_prior(texts)
+
+    def predict(self, block: Block, prior: list[float] | None) -> OutputRows:
+        return self.model.predict(block, prior)
 
 
 class RayJob:
@@ -112,8 +115,20 @@ class RayJob:
     def __exit__(self, *error: Any) -> None:
         ray.shutdown()
 
-    def predict_blocks(self, blocks: Iterator[Block]) -> Iterator[tuple[Block, OutputRows]]:
+    def estimate_prior(self, texts: list[str]) -> list[float]:
+        """Estimate the class frequencies of texts on one actor. InputError: it died, or there are no texts."""
+        try:
+            return ray.get(next(iter(self._actors)).estimate_prior.remote(texts))
+        except RayTaskError as error:
+            raise error.cause from error
+        except RayError as error:
+            raise InputError(f"the worker that estimated the class frequencies died: {one_line(error)}") from error
+
+    def predict_blocks(
+        self, blocks: Iterator[Block], prior: list[float] | None = None
+    ) -> Iterator[tuple[Block, OutputRows]]:
         """Yield each block with its output rows as soon as it is finished. The blocks of lost actors go to other actors."""
+        self._prior = prior  # the same for all actors
         while True:
             for depth in range(BLOCKS_PER_ACTOR):  # first one block for every actor, then a second one
                 for actor, tasks in self._actors.items():
@@ -135,7 +150,7 @@ class RayJob:
 
     def _submit(self, actor: Any, block: Block) -> None:
         name = f"Classifier: rows {block.first} to {block.first + len(block.records) - 1}"
-        task = actor.predict.options(name=name).remote(block)
+        task = actor.predict.options(name=name).remote(block, self._prior)
         self._actors[actor].append((task, block))
         self._tasks[task] = actor
 

@@ -167,7 +167,7 @@ def collect_facts(
         "drawn": drawn.split("\n"),
         "fence": "`" * max(3, 1 + max(map(len, re.findall("`+", drawn)), default=0)),
         "parts_template": jinja2.Template(parts_template.read_text(encoding="utf-8")),
-        "offers_sets": measured_threshold(config.calibration) is not None,
+        "offers_sets": measured_threshold(form.decisions, config.calibration) is not None,
         "guarantee": form.decisions.guarantee,
         "title": config.page.get("title") or default_title(tree),
         "medical": config.page.get("medical", False),

@@ -105,7 +105,7 @@ def classify_example(
 ) -> dict[str, Any]:
     """Return the pipeline's result for the example of the card, with a prediction set if the calibration has thresholds."""
     classify = HierarchicalTextClassificationPipeline(model=model, tokenizer=tokenizer)
-    offers_sets = measured_threshold(model.config.calibration) is not None
+    offers_sets = measured_threshold(classify.decisions, model.config.calibration) is not None
     sets: dict[str, Any] = {classify.decisions.guarantee: MEASURED_TARGET} if offers_sets else {}
     return classify(card.example(model.config), **sets)
 

@@ -13,7 +13,7 @@ from scipy.special import log_expit, log_softmax, logsumexp
 from transformers import pipeline
 
 from configuration_hierarchical import MULTI_LABEL, SINGLE_LABEL, Calibration, HierarchicalConfig
-from decisions_hierarchical import MAX_SET_NODES, OnePath, guaranteed_threshold, nonconformity, threshold_index
+from decisions_hierarchical import MAX_SET_NODES, OnePath, guaranteed_threshold, nonconformity
 from hierarchical_clinicalbert.evaluation import calibration
 from hierarchical_clinicalbert.evaluation.calibration import calibrated_logits, fit_calibration
 from hierarchical_clinicalbert.evaluation.forms import form_of
@@ -227,7 +227,7 @@ def test_thresholds_are_the_ranks_of_split_conformal_prediction():
     assert len(thresholds) == 99
 
     def threshold(coverage: float) -> float:
-        return guaranteed_threshold("coverage", coverage, thresholds)
+        return guaranteed_threshold("coverage", coverage, Calibration(set_thresholds=thresholds))
 
     # ranks of (9 + 1) · coverage, both rounded up
     for coverage, rank in ((0.9, 9), (0.5, 5), (1e-9, 1), (0.501, 6), (0.895, 9)):
@@ -248,9 +248,11 @@ def test_sets_have_the_requested_coverage_if_a_share_of_labels_are_inner_nodes(s
     known, generator = labels.copy(), np.random.default_rng(2)
     inside = np.isin(labels, TREE.leaves_at_or_below[TREE.id("b")])
     known[inside & (generator.random(len(labels)) < share)] = TREE.id("b")
-    threshold = form.fit_sets(logits[:2000], known[:2000], texts)["set_thresholds"][threshold_index(0.8)]
+    sets = form.fit_sets(logits[:2000], known[:2000], texts)
+    threshold = guaranteed_threshold("coverage", 0.8, Calibration(**sets))
     of_known, of_leaves = (
-        form.set_scores(logits[2000:], truth[2000:], texts, threshold)["coverage"] for truth in (known, labels)
+        form.predict_sets(logits[2000:], truth[2000:], texts, threshold).scores()["coverage"]
+        for truth in (known, labels)
     )
     assert of_known == pytest.approx(0.8, abs=0.025)
     assert of_leaves >= of_known
@@ -278,7 +280,7 @@ def test_a_repeated_text_counts_once_in_the_measured_coverage():
     leaves[:, TREE.id("c")] = 1
     labels = np.array([TREE.id("a")] * 20 + [TREE.id("c"), TREE.id("c"), TREE.id("d")])
     texts = np.array([5] * 20 + [6, 7, 7])
-    measured = OnePathForm(TREE).set_scores(np.log(leaves), labels, texts, 0.0)
+    measured = OnePathForm(TREE).predict_sets(np.log(leaves), labels, texts, 0.0).scores()
     assert measured == {"coverage": pytest.approx(1 / 3), "leaves": 1, "nodes": 1, "single_leaf": 1}
 
 

@@ -133,13 +133,13 @@ def test_the_strength_of_the_shrinkage_is_that_of_the_best_f1_on_other_folds():
 
 
 def fit_recall_thresholds(u: np.ndarray, labels: np.ndarray) -> tuple[list[float | None], int]:
-    sets = ManyNodesForm(Taxonomy([f"node {i}" for i in range(u.shape[1])])).fit_sets(u, labels, np.arange(len(u)))
-    return sets["set_thresholds"], sets["num_texts"]
+    form, texts = ManyNodesForm(Taxonomy([f"node {i}" for i in range(u.shape[1])])), np.arange(len(u))
+    return form.thresholds_of(form.set_scores(u, labels, texts)), form.fit_sets(u, labels, texts)["num_texts"]
 
 
 def recall_scores(u: np.ndarray, labels: np.ndarray, threshold: float) -> dict[str, float]:
     flat = ManyNodesForm(Taxonomy([f"node {i}" for i in range(u.shape[1])]))
-    return flat.set_scores(u, labels, np.arange(len(u)), threshold)
+    return flat.predict_sets(u, labels, np.arange(len(u)), threshold).scores()
 
 
 def check_thresholds(u: np.ndarray, labels: np.ndarray) -> None:

@@ -1,0 +1,133 @@
+"""Test thresholds by band of confidence, and measured groups, against their definitions; in both forms of label."""
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from drawn import draw_labels, logits_of
+from scipy.special import log_softmax
+
+from configuration_hierarchical import MULTI_LABEL, Calibration, HierarchicalConfig
+from decisions_hierarchical import ManyNodes, OnePath, guaranteed_threshold
+from hierarchical_clinicalbert.evaluation.many_nodes import ManyNodesForm
+from hierarchical_clinicalbert.evaluation.one_path import OnePathForm
+from hierarchical_clinicalbert.evaluation.report import ScoredSplit, measure_sets
+from taxonomy_hierarchical import Taxonomy
+
+FLAT = Taxonomy([f"leaf {i}" for i in range(12)])
+DEEP = Taxonomy({f"root {i}": [f"{i} {j}" for j in range(3)] for i in range(4)})
+FORMS = pytest.mark.parametrize(
+    "form", [OnePathForm(FLAT), OnePathForm(DEEP), ManyNodesForm(DEEP)], ids=["leaves", "one path", "many nodes"]
+)
+
+
+def sure_and_unsure(form, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draw logits and labels. Half of the texts are unsure, and their most probable leaf is too often wrong."""
+    generator = np.random.default_rng(0)
+    scales = np.where(np.arange(rows)[:, None] % 2, 0.7, 4.0)
+    scores = scales * generator.normal(size=(rows, form.tree.num_nodes)) - isinstance(form, ManyNodesForm)
+    labels = draw_labels(form, scores * np.where(scales < 1, 0.2, 1.0), seed=1)
+    return logits_of(form, scores), labels
+
+
+@FORMS
+def test_thresholds_by_band_hold_in_each_band_of_new_texts(form):
+    logits, labels = sure_and_unsure(form, 3000)
+    texts = np.arange(1000)
+    calibration = Calibration(**form.fit_sets(logits[:1000], labels[:1000], texts))
+    guarantee = form.decisions.guarantee
+    assert calibration.set_bands
+    by_band = guaranteed_threshold(guarantee, 0.9, calibration)
+    common = form.thresholds_of(form.set_scores(logits[:1000], labels[:1000], texts))[89]
+    worst = {}
+    for name, threshold in (("by band", by_band), ("common", common)):
+        sets = form.predict_sets(logits[1000:], labels[1000:], np.arange(2000), threshold)
+        assert sets.scores()[guarantee] == pytest.approx(0.9, abs=0.03)
+        worst[name] = sets.worst_band()
+    assert worst["by band"][guarantee] > worst["common"][guarantee] + 0.03
+    assert worst["common"]["group"] in ("at most 40%", "40% to 60%")
+    # stored and read again
+    problem_type = MULTI_LABEL if isinstance(form, ManyNodesForm) else None
+    config = HierarchicalConfig(taxonomy=form.tree, calibration=calibration, problem_type=problem_type)
+    assert HierarchicalConfig.from_dict(config.to_dict()).calibration == config.calibration
+
+
+def test_each_band_has_the_ranks_of_its_own_texts():
+    form = OnePathForm(FLAT)
+    logits, labels = sure_and_unsure(form, 600)
+    sets = form.fit_sets(logits, labels, np.arange(600))
+    p = np.exp(log_softmax(logits, axis=1))
+    edges = [0, *sets["set_bands"], 1]
+    # in a flat taxonomy, more than three leaves are all leaves: only the order of leaves counts
+    scores = form.set_scores(logits, labels, np.arange(600)).to_numpy()
+    for number, (low, high) in enumerate(pairwise(edges)):
+        of_band = np.sort(scores[(p.max(1) > low) & (p.max(1) <= high)])
+        rank = math.ceil((len(of_band) + 1) * 0.8 - 1e-9)
+        assert sets["set_thresholds"][79][number] == pytest.approx(of_band[rank - 1], abs=1e-6)
+
+
+def test_few_texts_and_texts_of_equal_confidence_get_one_threshold():
+    form = OnePathForm(FLAT)
+    logits, labels = sure_and_unsure(form, 600)
+    assert form.fit_sets(logits[:30], labels[:30], np.arange(30))["set_bands"] is None
+    sure = np.flatnonzero(np.exp(log_softmax(logits, axis=1)).max(1) > 0.8)
+    assert form.fit_sets(logits[sure], labels[sure], np.arange(len(sure)))["set_bands"] is None
+
+
+def test_where_a_band_has_too_few_texts_all_texts_have_one_threshold():
+    form = OnePathForm(FLAT)
+    logits, labels = sure_and_unsure(form, 300)
+    thresholds = form.fit_sets(logits, labels, np.arange(300))["set_thresholds"]
+    assert isinstance(thresholds[89], list)
+    assert isinstance(thresholds[98], float)
+
+
+def test_the_band_of_a_text_is_that_of_its_most_probable_leaf():
+    by_band = [(0.5, 0.9), (1.0, 0.1)]
+    one, many = OnePath(Taxonomy(["a", "b", "c"])), ManyNodes(Taxonomy({"r": ["a", "b", "c"]}))
+    assert one.prediction_set([0.5, 0.3, 0.2], by_band) == one.prediction_set([0.5, 0.3, 0.2], 0.9) == [0, 1, 2]
+    assert one.prediction_set([0.51, 0.3, 0.19], by_band) == [0]
+    assert many.prediction_set([0.5, 0.3, 0.2, 0.95], by_band) == [3]
+    assert many.prediction_set([0.51, 0.3, 0.05, 0.95], by_band) == [3, 0, 1]
+
+
+def test_groups_are_counted_by_hand():
+    tree = Taxonomy({"r": ["a", "b"], "s": ["c"]})
+    # texts 0 and 1 are sure, text 2 is not; text 0 is repeated with another label
+    leaves = np.array([[0.9, 0.06, 0.04], [0.9, 0.06, 0.04], [0.05, 0.05, 0.9], [0.35, 0.33, 0.32]])
+    rows = ScoredSplit(leaves, np.log(leaves), np.array([0, 1, 2, 0]), np.array([0, 0, 1, 2]), np.arange(4), None)
+    measured = measure_sets(OnePathForm(tree), {"test": rows}, Calibration(set_thresholds=[0.2] * 99))
+    groups = {
+        (row["by"], row["group"]): (row["texts"], row["coverage"], row["nodes"]) for row in measured["set_groups"]
+    }
+    assert groups == {
+        ("confidence", "at most 40%"): (1, 1.0, 1.0),
+        ("confidence", "above 80%"): (2, 0.5, 1.0),
+        ("frequency", "above 5%"): (3, 2 / 3, 1.0),
+        ("root", "r"): (2, 0.5, 1.0),
+        ("root", "s"): (1, 1.0, 1.0),
+    }
+    assert "worst_band" not in measured  # of too few texts
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"set_bands": 0.4}, "calibration: set_bands must be a list"),
+        (
+            {"set_bands": [0.4], "set_thresholds": [[0.1]] * 99},
+            "an entry of calibration: set_thresholds must be a list of 2",
+        ),
+        ({"set_thresholds": [["a"]] * 99}, "an entry of calibration: set_thresholds must be a list of 1 numbers"),
+        ({"prior": [0.5]}, "calibration: prior must be a list of 12 numbers"),
+        ({"set_scores": [0.5]}, "calibration: set_scores must be a list of 0 numbers"),
+        (
+            {"set_scores": [0.5], "set_labels": [[99]]},
+            r"calibration: set_labels must hold lists of node ids, not \[99\]",
+        ),
+    ],
+)
+def test_stored_thresholds_of_another_form_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        HierarchicalConfig(taxonomy=FLAT, calibration=changes)
