@@ -27,23 +27,34 @@ from hierarchical_clinicalbert.prediction.input import SAMPLED_TEXTS, read_recor
 from hierarchical_clinicalbert.prediction.model import DTYPES, Model, read_costs
 from hierarchical_clinicalbert.prediction.output import RestartableOutput
 from hierarchical_clinicalbert.prediction.rows import OUTPUTS, file_name, output_kind
-from hierarchical_clinicalbert.reading.rows import KINDS
+from hierarchical_clinicalbert.reading.rows import FOLDER, KINDS
 from hierarchical_clinicalbert.reading.sources import find_all_sources
 
 if TYPE_CHECKING:
     from hierarchical_clinicalbert.prediction.ray_job import RayJob
 
 # flags that change no prediction for a text, or that the model's description covers
-WITHOUT_EFFECT = {"revision", "input", "output", "overwrite", "ray", "ray_cpus_per_actor", "ray_gpus_per_actor"}
+WITHOUT_EFFECT = {
+    "revision",
+    "input",
+    "encoding",
+    "output",
+    "overwrite",
+    "ray",
+    "ray_cpus_per_actor",
+    "ray_gpus_per_actor",
+}
 
 
 def main(argv: list[str]) -> int:
     """Run the command, and return its exit code."""
     arguments = parse(argv)
     try:
-        sources = find_all_sources(arguments.input, arguments.input_format)
+        sources = find_all_sources(arguments.input, arguments.input_format, arguments.encoding)
     except InputError as error:
         raise InputError(f"--input {error}") from error
+    if arguments.id_column is None and all(source.kind == FOLDER for source in sources):
+        arguments.id_column = "id"  # the name of a text's file
     arguments.costs, costs_description = read_costs(arguments.costs)
     output = RestartableOutput(arguments.output, output_kind(arguments.output, arguments.output_format))
     sources = output.without_own(sources)  # --input may match the files of a killed run
@@ -86,6 +97,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     places = "files, quoted patterns like 'part-*.csv', folders, URLs like s3://bucket/folder/, or - for stdin"
     add("--input", required=True, nargs="+", action="extend", help=places)
     add("--input_format", choices=KINDS, help="default: from the file name's suffix")
+    add("--encoding", help="of text files, such as cp1252 or utf-16; default: UTF-8")
     add("--text_column", help="the column of texts; default: the first usual name, such as abstract or text")
     add("--id_column", help="a column of ids, in place of row numbers")
     suffixes = ", ".join(OUTPUTS)

@@ -31,6 +31,7 @@ def main() -> str:
     parser.add_argument("--count", type=int, required=True)
     parser.add_argument("--input", nargs="+", action="extend", default=[], help="as for predict.py")
     parser.add_argument("--input_format", choices=KINDS, help="as for predict.py")
+    parser.add_argument("--encoding", help="as for predict.py")
     parser.add_argument("--text_column", help="as for predict.py")
     arguments = parser.parse_args()
     if arguments.count < 1:
@@ -38,7 +39,7 @@ def main() -> str:
     predictions = arguments.predictions.removesuffix("/")
     is_folder = predictions != arguments.predictions or Path(predictions).is_dir()
     outputs = find_sources(f"{glob.escape(predictions)}/part-*" if is_folder else predictions)
-    inputs = find_all_sources(arguments.input, arguments.input_format)
+    inputs = find_all_sources(arguments.input, arguments.input_format, arguments.encoding)
     rows = dict(heapq.nlargest(arguments.count, uncertainties(outputs), key=itemgetter(1)))  # in ties, the first
     texts = texts_of(inputs, arguments.text_column, rows, sum(1 for _ in uncertainties(outputs))) if inputs else {}
     # texts are always quoted: they may hold a lone carriage return

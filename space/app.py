@@ -189,7 +189,7 @@ def file_tab(service: Service) -> None:
         with gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=300):
                 file = gr.File(
-                    label=f"CSV, TSV, JSON, Parquet or text; at most {MAX_BYTES // 2**20} MB, {MAX_ROWS:,} rows",
+                    label=f"CSV, TSV, Excel, JSON, Parquet or text; at most {MAX_BYTES // 2**20} MB, {MAX_ROWS:,} rows",
                     file_types=[f".{kind}" for kind in KINDS],
                     height=140,
                     elem_id="file",

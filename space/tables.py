@@ -38,7 +38,7 @@ MAX_UNPACKED = 4 * MAX_BYTES  # of the column of texts
 MAX_MEMORY = 512 * 2**20  # of the subprocess, in addition to its memory before it reads the file
 MAX_SECONDS = 30  # of the subprocess
 SAMPLE = 100  # rows in which `longest_column` counts characters
-LIMITS = Limits(bytes=MAX_UNPACKED, rows=MAX_ROWS, columns=MAX_COLUMNS)
+LIMITS = Limits(bytes=MAX_UNPACKED, rows=MAX_ROWS, columns=MAX_COLUMNS, unpacked_bytes=MAX_UNPACKED)
 # The places in a cell where a spreadsheet can find a formula: at the start, and where it may begin another cell, after a comma, a
 # semicolon, a tab, a vertical bar or a line break. Quotes and spaces in between may be dropped. The characters are those of
 # OWASP's page "CSV Injection". A backslash marks these places, because an apostrophe can be a quote, too. Backslashes that
@@ -97,7 +97,7 @@ def read_table(content: bytes, name: str, column: str | None = None, length: int
     kind = name.lower().rpartition(".")[2]
     if kind not in KINDS:
         raise Refused(
-            "The file must be CSV, TSV, JSON, JSON Lines, Parquet or text (.txt), with that ending in its name."
+            "The file must be CSV, TSV, Excel (.xlsx), JSON, JSON Lines, Parquet or text (.txt), with that ending in its name."
         )
     if len(content) > MAX_BYTES:
         raise Refused(f"The file has {len(content) / 2**20:.1f} MB; at most {MAX_BYTES // 2**20} MB are accepted.")
@@ -126,6 +126,8 @@ def main() -> None:
     request = json.loads(sys.stdin.buffer.readline())
     if request["kind"] == "parquet":
         import pyarrow.parquet  # noqa: F401 (before the limit, which counts from here)
+    if request["kind"] == "xlsx":
+        import openpyxl  # noqa: F401
     limit_memory()
     lines = io.BytesIO()
     try:

@@ -1,6 +1,7 @@
 import csv
 import gc
 import glob
+import io
 import json
 import logging
 import os
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from itertools import islice
@@ -235,6 +237,29 @@ def parquet(columns, **options) -> bytes:
     table = columns if isinstance(columns, pyarrow.Table) else pyarrow.table(columns)
     pyarrow.parquet.write_table(table, stream, **options)
     return stream.getvalue().to_pybytes()
+
+
+def xlsx(*sheets: list[list]) -> bytes:
+    """Return the content of a workbook with sheets, given as rows of values."""
+    import openpyxl
+
+    workbook, stream = openpyxl.Workbook(), io.BytesIO()
+    workbook.remove(workbook.active)
+    for rows in sheets:
+        sheet = workbook.create_sheet()
+        for row in rows:
+            sheet.append(row)
+    workbook.save(stream)
+    return stream.getvalue()
+
+
+def sheet(xml: str) -> bytes:
+    """Return the content of a workbook whose only sheet has this XML."""
+    changed = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(xlsx([["text"]]))) as archive, zipfile.ZipFile(changed, "w", 8) as new:
+        for name in archive.namelist():
+            new.writestr(name, xml if name.endswith("sheet1.xml") else archive.read(name))
+    return changed.getvalue()
 
 
 def first_rows(corpus: str, folder: Path, train: int, validation: int, test: int) -> list[str]:

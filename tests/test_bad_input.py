@@ -62,7 +62,7 @@ TRAIN = [
     (("--train_file", "one_class.csv"), "the only label is 'a'; at least two are needed"),
     (("--train_file", "empty.csv"), "empty.csv is empty"),
     (("--train_file", "damaged.parquet"), "damaged.parquet"),
-    (("--data_path", "folder.csv"), "is not a folder saved by `datasets`"),
+    (("--data_path", "folder.csv"), "folder.csv: it contains no file of a known format"),
     ((), "no data"),
     (("--data_path", "good.csv", *DATA), "--data_path and --train_file contradict"),
     ((*DATA, "--dataset_revision", "v1"), "--dataset_revision needs"),

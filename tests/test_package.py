@@ -1,13 +1,16 @@
-"""The library as pip installs it."""
+"""The library as pip installs it, and the files of the container."""
 
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
+from fnmatch import fnmatch
 from pathlib import PurePosixPath
 
-from conftest import ROOT, complete
+from conftest import ROOT, complete, copy_checkpoint, xlsx
 
 INSTALLED = {"hierarchical_clinicalbert"} | {path.name for path in ROOT.glob("*_hierarchical.py")}
 EXTRAS = ("openvino", "ray_job")  # modules that need more than requirements.txt
@@ -52,3 +55,25 @@ def test_pip_installs_the_library_and_the_shipped_files_alone_and_all_can_be_imp
     assert {*imported} <= files.keys()
     assert all(file.startswith(str(tmp_path / "installed")) for file in files.values())
     assert (tmp_path / "installed" / "hierarchical_clinicalbert" / "publishing" / "card.md.jinja").is_file()
+
+
+def test_the_container_has_the_files_that_its_commands_need(tmp_path):
+    kept = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
+    for sources, target in re.findall(r"(?m)^COPY (.+) (\S+)$", (ROOT / "Dockerfile").read_text()):
+        folder = tmp_path / "app" / target
+        for file in (file for source in sources.split() for file in ROOT.glob(source)):
+            assert any(fnmatch(file.relative_to(ROOT).parts[0], pattern) for pattern in kept), file
+            if file.is_dir():
+                shutil.copytree(file, folder, dirs_exist_ok=True)
+            else:
+                folder.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, folder)
+    (tmp_path / "texts.xlsx").write_bytes(xlsx([["text"], ["a study of ulcers"]]))
+    copy_checkpoint("self_contained", tmp_path / "model")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "huggingface")}
+    words = ("--model", tmp_path / "model", "--input", tmp_path / "texts.xlsx", "--output", tmp_path / "out.jsonl")
+    for command in (("predict.py", *words), ("space/app.py", "--help")):
+        done = complete(*command, cwd=tmp_path / "app", environment=environment, modules=None)
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 1

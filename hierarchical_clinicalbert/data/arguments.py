@@ -23,11 +23,13 @@ class DataArguments:
     dataset_config_name: str | None = flag(None, "Configuration of the data set, if it has several.")
     dataset_revision: str | None = flag(None, "Commit, tag or branch of the data set.")
     data_path: str | None = flag(
-        None, "File to split (.csv .tsv .json .jsonl .parquet), or folder saved by `datasets`."
+        None,
+        "File to split (.csv .tsv .json .jsonl .parquet .xlsx), folder of .txt files, or folder saved by `datasets`.",
     )
     train_file: str | None = flag(None, "File with the training rows.")
     validation_file: str | None = flag(None, "File with the rows that select the checkpoint and calibrate it.")
     test_file: str | None = flag(None, "File with the rows for the final scores.")
+    encoding: str | None = flag(None, "Encoding of text files, such as cp1252 or utf-16. Default: UTF-8.")
     text_column: str | None = flag(None, "Column with the texts. Default: chosen by its name.")
     label_column: list[str] | None = flag(None, "Column of the labels, or one per level, or one of 0 and 1 per label.")
     problem_type: Literal["single_label_classification", "multi_label_classification"] | None = flag(

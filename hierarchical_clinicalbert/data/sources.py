@@ -1,5 +1,6 @@
 """Read the rows of the splits from files and data sets: find the sources, choose their columns, read texts and labels."""
 
+import hashlib
 import logging
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
@@ -29,7 +30,8 @@ from hierarchical_clinicalbert.data.tables import place, read_table, refuse_rows
 from hierarchical_clinicalbert.errors import InputError, as_input_error
 from hierarchical_clinicalbert.files import sha256
 from hierarchical_clinicalbert.reading.columns import LABEL_COLUMNS, TEXT_COLUMNS, choose_columns, text_problem
-from hierarchical_clinicalbert.reading.sources import Source, kind_of, open_rows
+from hierarchical_clinicalbert.reading.rows import FOLDER
+from hierarchical_clinicalbert.reading.sources import SAVED_BY_DATASETS, Source, find_sources, kind_of, open_rows
 from taxonomy_hierarchical import quote_name
 
 logger = logging.getLogger(__name__)
@@ -116,14 +118,14 @@ def find_split_sources(arguments: DataArguments) -> tuple[dict[str, SplitSource]
 
     # ── Files ────────────────────────────────────────────────────────────────────────────────────────────────────────
     if files:
-        return {split: _from_file(path) for split, path in files.items()}, False
+        return {split: _from_file(path, arguments.encoding) for split, path in files.items()}, False
     name = arguments.dataset_name or arguments.data_path or ""
-    if arguments.dataset_name is None and not Path(name).is_dir():
-        return {"train": _from_file(name)}, True
+    if arguments.dataset_name is None and not any(Path(name, file).exists() for file in SAVED_BY_DATASETS):
+        return {"train": _from_file(name, arguments.encoding)}, True
 
     # ── Data sets ────────────────────────────────────────────────────────────────────────────────────────────────────
     if arguments.dataset_name is None:
-        with as_input_error(f"--data_path {name} is not a folder saved by `datasets`"):
+        with as_input_error(f"cannot load --data_path {name}"):
             loaded = datasets.load_from_disk(name)
     else:
         what = f"cannot load --dataset_name {name} (revision {arguments.dataset_revision or 'main'})"
@@ -192,8 +194,13 @@ def _with_class_names(table: pd.DataFrame, features: Mapping[str, Any]) -> pd.Da
     return table
 
 
-def _from_file(path: str) -> SplitSource:
-    source = Source(path, kind_of(path))
+def _from_file(path: str, encoding: str | None) -> SplitSource:
+    if not Path(path).is_dir():
+        source = Source(path, kind_of(path), encoding=encoding or "utf-8")
+    else:
+        source = find_sources(path, encoding=encoding)[0]
+        if source.kind != FOLDER:
+            raise InputError(f"{path} is not a folder saved by `datasets`, nor one of .txt files alone: give one file")
     with open_rows(source) as rows:
         columns = rows.columns
     features: Mapping[str, Any] = {}
@@ -203,7 +210,11 @@ def _from_file(path: str) -> SplitSource:
     def read(names: list[str]) -> pd.DataFrame:
         return _with_class_names(read_table(source, names), features)
 
-    return SplitSource(path, columns, read, sha256([Path(path)]))
+    hashes = sha256([] if source.kind == FOLDER else [Path(path)])
+    if source.kind == FOLDER:  # one hash for all, because there may be thousands
+        files = [(source.name_of(file), sha256([Path(file)])) for file in source.files]
+        hashes = {Path(path).name: hashlib.sha256(repr(files).encode()).hexdigest()}
+    return SplitSource(path, columns, read, hashes)
 
 
 def find_shares(arguments: DataArguments, splits: Container[str], single: bool) -> dict[str, float]:

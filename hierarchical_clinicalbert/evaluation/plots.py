@@ -1,16 +1,20 @@
 """Draw a run's training curves, confusion matrices and reliability diagrams as PNG files.
 
 `matplotlib.figure.Figure` without pyplot needs neither global state nor a display. Class names are user input, so ``$`` is
-escaped, which matplotlib reads as mathematics.
+escaped, which matplotlib reads as mathematics. They may be in any script: `show_names` finds fonts.
 """
 
+import unicodedata
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from PIL import Image
 from sklearn.calibration import CalibrationDisplay
 from sklearn.metrics import ConfusionMatrixDisplay, PrecisionRecallDisplay, confusion_matrix
 
@@ -19,13 +23,20 @@ from taxonomy_hierarchical import Taxonomy
 
 MAX_CLASSES = 40
 MAX_NAME = 40  # characters
+FONT = "DejaVu Sans"  # comes with matplotlib
 
 
 def write(figure: Figure | None, path: Path) -> None:
-    """Write a figure as PNG, and create its folder; do nothing for None."""
+    """Write a figure as PNG, with its label as the description, and create its folder; do nothing for None."""
     if figure is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
+        figure.savefig(path, dpi=150, metadata={"Description": str(figure.get_label())})
+
+
+def read_description(path: Path) -> str:
+    """Return the description that `write` stored: the names that the figure shows as numbers, or nothing."""
+    with Image.open(path) as image:
+        return image.info.get("Description", "")
 
 
 def training_curves(log_history: list[dict], scores: dict[str, str]) -> Figure | None:
@@ -82,10 +93,14 @@ def _confusion_matrix(taxonomy: Taxonomy, level: int, true: np.ndarray, predicte
     shares = confusion_matrix(true, predicted, labels=nodes) / np.maximum(support[nodes], 1)[:, None]
     side = max(3.6, 0.4 * len(nodes))  # inches
     figure = Figure(figsize=(side + 4.6, side + 3.2), layout="constrained")
-    display = ConfusionMatrixDisplay(shares, display_labels=[shorten(taxonomy.labels[node]) for node in nodes])
+    names, fonts, legend = show_names([taxonomy.labels[node] for node in nodes])
+    figure.set_label(legend)
+    display = ConfusionMatrixDisplay(shares, display_labels=names)
     small = {"fontsize": 7 if len(nodes) > 10 else 10}
     style = {"cmap": "Blues", "im_kw": {"vmin": 0, "vmax": 1}, "colorbar": False, "text_kw": small}
     display.plot(ax=figure.subplots(), values_format=".0%", xticks_rotation="vertical", **style)
+    for label in (*display.ax_.get_xticklabels(), *display.ax_.get_yticklabels()):
+        label.set_fontfamily(fonts)
     for text in display.text_.flat:
         if text.get_text() == "0%":
             text.set_text("")
@@ -157,6 +172,35 @@ def shorten(name: str) -> str:
         tail = MAX_NAME // 3
         name = f"{name[: MAX_NAME - tail - 1].rstrip(' ,')}…{name[-tail:].lstrip()}"
     return name.replace("$", r"\$")
+
+
+def show_names(names: Sequence[str]) -> tuple[list[str], list[str], str]:
+    """Return names for a figure, the fonts that they need, in order, and a legend.
+
+    A name for which no installed font has all characters is replaced by its number, and the legend gives the name.
+    """
+    short = list(map(shorten, names))
+    fonts, missing = find_fonts({*"".join(short)})
+    numbered = [i for i, name in enumerate(short) if missing & {*name}]
+    for i in numbered:
+        short[i] = str(i + 1)
+    return short, fonts, "; ".join(f"{i + 1}: {names[i]}" for i in numbered)
+
+
+def find_fonts(characters: Collection[str]) -> tuple[list[str], set[str]]:
+    """Return names of installed fonts that have the characters, `FONT` first, and the characters that none of them has."""
+    fonts, missing = [FONT], {ord(one) for one in characters if unicodedata.category(one)[0] not in "CZ"}
+    missing -= _characters_of(font_manager.findfont(FONT))
+    plain = [entry for entry in font_manager.fontManager.ttflist if (entry.style, entry.weight) == ("normal", 400)]
+    for entry in sorted(plain, key=lambda entry: entry.name):
+        # the last resort draws every character as a box
+        if missing and not entry.name.startswith("Last Resort") and (known := missing & _characters_of(entry.fname)):
+            fonts, missing = [*fonts, entry.name], missing - known
+    return fonts, set(map(chr, missing))
+
+
+def _characters_of(file: str) -> set[int]:
+    return {*font_manager.get_font(file).get_charmap()}
 
 
 def _grid(axes: Axes) -> None:

@@ -1,9 +1,12 @@
-"""Read the rows of CSV and TSV from lines. Quotes are those of RFC 4180."""
+"""Read the rows of CSV and TSV from lines, and find their separator. Quotes are those of RFC 4180."""
 
 import csv
 import re
 from collections.abc import Iterator
 
+from taxonomy_hierarchical import looks_like_name
+
+SEPARATORS = ",;\t|"
 Line = tuple[int, str, str | None]  # number from 1, content with its line end, problem
 Fields = tuple[int, list[str], str | None]  # first line of a row, its fields, problem
 
@@ -37,12 +40,35 @@ class RowLines:
         return self.last  # even if it is not UTF-8, because its quotation marks determine where the row ends
 
 
-def read_delimited(lines: RowLines, separator: str) -> Iterator[Fields]:
-    """Yield the first line, the fields and the problem of each row. The first row is the header. No fields: not parsed.
+def find_separators(header: str, usual: str, num_fields: int) -> list[str]:
+    """Return the separators that split a header into the most names: the ``usual`` one alone if no other splits it.
+
+    Several separators mean that the header does not tell. By the usual one it has ``num_fields``, which need not be names.
+    """
+    counts = {separator: _count_names(header, separator) for separator in SEPARATORS if separator != usual}
+    most = max(counts.values())
+    if most > 1 and most >= num_fields:
+        best = [separator for separator in counts if counts[separator] == most]
+        return best if num_fields < 2 else [usual, *best]
+    return [usual]
+
+
+def _count_names(header: str, separator: str) -> int:
+    try:
+        fields = next(csv.reader([header], delimiter=separator, strict=True), [])
+    except csv.Error:
+        return 0
+    return len(fields) if all(looks_like_name(name) and '"' not in name for name in fields) else 0
+
+
+def read_delimited(lines: RowLines, separator: str, width: int = 0) -> Iterator[Fields]:
+    """Yield the first line, the fields and the problem of each row. No fields: not parsed.
+
+    Without the ``width`` of a header that was read before, the first row is the header.
 
     pyarrow.csv is faster, but does not count lines, accepts stray quotation marks, and stops at a cell that is not UTF-8.
     """
-    reader, width = csv.reader(lines, delimiter=separator, strict=True), 0
+    reader = csv.reader(lines, delimiter=separator, strict=True)
     while True:
         lines.begin_row()
         fields: list[str] = []

@@ -6,39 +6,64 @@ Worth knowing:
 2. `RowReader` and its `read` raise `InputError` if the columns are unknown, or the source is damaged or exceeds its `Limits`.
 3. Types are never inferred. A CSV cell "NA" or "007" is that text, and an empty cell is an empty text. In JSON and Parquet
    an integer beside nulls stays an integer.
-4. Text is UTF-8, with or without a byte order mark. Lines end with \\n, \\r\\n or \\r. Blank lines are not rows.
+4. Text is UTF-8, with or without a byte order mark, unless another encoding is given. The problem of a text in another one
+   names an encoding that fits, but none is ever guessed. Lines end with \\n, \\r\\n or \\r. Blank lines are not rows.
 5. CSV and TSV rows are quoted as in RFC 4180. A stray quotation mark swallows rows; the problem names their lines. Many TSV
    files are not quoted at all. So a TSV row of several lines that may as well be several rows is a problem, unless the
-   header is quoted (`refuse_swallowed_rows`).
-6. Of a Parquet file, only the requested columns are read, a few rows at a time.
-7. Memory holds a few rows, or up to 1,024 of JSON Lines. Only a ``json`` file is loaded completely.
-8. Messages show no values. They show the name of a column only if it looks like a name.
+   header is quoted (`refuse_swallowed_rows`). Another separator than that of the file's name is found in the header, and logged.
+6. Of an .xlsx file, the first visible sheet is read. Its first row is the header; columns that it does not name are left out.
+7. In a folder of texts, each file is a row. Files in a subfolder have its path as their label.
+8. Of a Parquet file, only the requested columns are read, a few rows at a time.
+9. Memory holds a few rows, or up to 1,024 of JSON Lines. Only a ``json`` file is loaded completely.
+10. Messages show no values. They show the name of a column only if it looks like a name.
 """
 
+import codecs
 import csv
 import gzip
 import io
 import json
+import logging
 import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain, islice
-from typing import Any, NoReturn
+from itertools import chain, islice, zip_longest
+from typing import Any
 
-from hierarchical_clinicalbert.reading.delimited import Fields, Line, RowLines, read_delimited, refuse_swallowed_rows
-from taxonomy_hierarchical import looks_like_name, quote_name
+from hierarchical_clinicalbert.reading import workbook
+from hierarchical_clinicalbert.reading.delimited import (
+    Fields,
+    Line,
+    RowLines,
+    find_separators,
+    read_delimited,
+    refuse_swallowed_rows,
+)
+from taxonomy_hierarchical import quote_name
 
-KINDS = ("csv", "tsv", "jsonl", "ndjson", "json", "parquet", "txt")
+logger = logging.getLogger(__name__)
+
+KINDS = ("csv", "tsv", "jsonl", "ndjson", "json", "parquet", "txt", "xlsx")
+SEEKABLE = ("parquet", "xlsx")  # read from their end
+FOLDER = "folder"  # of texts, one a file: the kind of a source that is no file
+UNITS = {"json": "row", "parquet": "row", "xlsx": "row", FOLDER: "file"}
 FIRST_ROWS = 1024  # of JSON Lines, whose names become the columns
 BYTES_AT_ONCE = 2**23  # of a Parquet column; without it, pyarrow reads the column's part of a whole row group
 ROWS_PER_BATCH = (
     16  # of Parquet: a value that is stored once is decoded for every row, so small batches bound the memory
 )
-
-
+# the first four bytes of text in a wide encoding: a byte order mark, or the zero bytes of an ASCII character
+WIDE = {
+    b"\xff\xfe\0\0|\0\0\xfe\xff": "utf-32",
+    b"\xff\xfe|\xfe\xff": "utf-16",
+    b"[^\0]\0\0\0": "utf-32-le",
+    b"\0\0\0[^\0]": "utf-32-be",
+    b"[^\0]\0[^\0]\0": "utf-16-le",
+    b"\0[^\0]\0[^\0]": "utf-16-be",
+}
 UNREADABLE = object()
 UNREADABLE_ERRORS = (LookupError, OSError, OverflowError, RuntimeError, TypeError, ValueError)  # of pyarrow or Python
 
@@ -57,7 +82,7 @@ def reason_of(error: Exception) -> str:
 class Row:
     """A row of a source."""
 
-    line: int  # where the row begins, from 1. For Parquet and JSON, the number of the row.
+    line: int  # where the row begins, from 1; else the number of the row or file, see `UNITS`
     values: dict[str, Any]  # by column name; empty if there is a problem. A JSON row has only the names in it.
     problem: str | None = None  # why the row cannot be read, as a short phrase
 
@@ -69,22 +94,26 @@ class Limits:
     bytes: int | None = None  # of the file, decompressed; for Parquet, of the requested columns, decoded
     rows: int | None = None
     columns: int | None = None
-    characters: int = 2**24  # of a row with its line ends; a longer row is a problem. Ignored for JSON and Parquet.
+    characters: int = 2**24  # of a row of lines, with their ends, or of a text in a folder; a longer one is a problem
+    cells: int = 10**8  # of a sheet
+    unpacked_bytes: int = 2**30  # of all parts of a workbook, whose texts are held in memory
 
 
 class RowReader:
     """Read the rows of one source, once.
 
     Args:
-        stream: a binary stream, which the caller closes. Only read() is called; for Parquet also seekable() and seek().
-        kind: one of `KINDS`.
+        stream: a binary stream, which the caller closes. Only read() is called; for `SEEKABLE` kinds also seekable() and
+            seek(). For a `FOLDER`, the names of its files, each with a function that reads a number of bytes.
+        kind: one of `KINDS`, or `FOLDER`.
         name: name of the source in messages.
         progress: returns the share of the stream that was read, or None if it is unknown. Ignored for Parquet.
+        encoding: of text files. None for UTF-8 where no flag ``--encoding`` can be offered.
 
     Attributes:
         columns: column names in order, each with the share of rows that have it: 1, except for JSON. For JSON Lines, the
             names of the first 1,024 rows.
-        unit: what `Row.line` counts: "line", or "row" for JSON and Parquet.
+        unit: what `Row.line` counts: "line", "row" or "file".
         done: returns the share of the source that was read so far, or None.
     """
 
@@ -95,21 +124,27 @@ class RowReader:
         name: str,
         limits: Limits | None = None,
         progress: Callable[[], float | None] = lambda: None,
+        encoding: str | None = None,
     ):
         self.kind, self.name, self.limits, self.done = kind, name, limits or Limits(), progress
-        self.unit = "row" if kind in ("json", "parquet") else "line"
+        self.unit = UNITS.get(kind, "line")
         self.columns: dict[str, float] = {}
+        self._encoding = Encoding(encoding)
+        self._notice = ""  # what is logged once the rows are read
         self._read: Callable[[list[str]], Iterator[Row]]
-        self._parquet_errors: tuple[type[Exception], ...] = ()
+        self._library_errors: tuple[type[Exception], ...] = ()
         with self._as_input_error():
             if kind == "parquet":
                 self._read = self._open_parquet(stream)
             else:
-                rows = self._open_text(stream)
+                openers = {"xlsx": self._open_workbook, FOLDER: self._open_folder}
+                rows = openers.get(kind, self._open_text)(stream)
                 self._read = lambda requested: rows
 
     def read(self, requested: Sequence[str] | None = None) -> Iterator[Row]:
         """Yield the rows, with the requested columns, by default all. Other columns of a Parquet file are skipped."""
+        if self._notice:
+            logger.warning("%s %s", self.name, self._notice)
         with self._as_input_error():
             for count, row in enumerate(self._read(list(self.columns if requested is None else requested)), start=1):
                 self.check("rows", count)
@@ -123,7 +158,7 @@ class RowReader:
         """Raise InputError if a count exceeds one of the `Limits`."""
         most = getattr(self.limits, limit)
         if most is not None and count > most:
-            raise InputError(f"{self.name} has more than {most:,} {limit}, the most that is accepted")
+            raise InputError(f"{self.name} has more than {most:,} {limit.replace('_', ' ')}, the most that is accepted")
 
     def set_columns(self, names: Sequence[str], shares: Iterable[float] | None = None) -> None:
         """Set ``columns``, or raise InputError if there are too many, or two have the same name."""
@@ -138,24 +173,27 @@ class RowReader:
         """Convert the exceptions that libraries raise for a damaged source into an `InputError`."""
         try:
             yield
+        except InputError:
+            raise
         except MemoryError as error:
             raise InputError(f"{self.name} does not fit in memory, or is damaged: split it") from error
+        except self._library_errors as error:
+            kind = "a Parquet file" if self.kind == "parquet" else "an .xlsx workbook without a password"
+            raise InputError(f"{self.name} is not {kind}, or is damaged: write or copy it again") from error
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise InputError(f"{self.name} is damaged or incomplete: copy or download it again") from error
-        except self._parquet_errors as error:
-            raise InputError(f"{self.name} is not a Parquet file, or is damaged: write or copy it again") from error
+        except UnicodeError as error:  # of a wide encoding
+            raise InputError(f"{self.name} is not {self._encoding.name} text, or is damaged") from error
 
     def _open_text(self, stream: Any) -> Iterator[Row]:
         buffered = io.BufferedReader(Raw(stream, self.name, lambda count: self.check("bytes", count)), 2**16)
-        start = buffered.peek(4)[:4]
-        # UTF-16 or UTF-32: a byte order mark, or a zero byte beside the first ASCII character
-        if start.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in start:
-            self._refuse_encoding()
-        # bytes that are not UTF-8 become unpaired surrogates
-        text = io.TextIOWrapper(buffered, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        if problem := self._encoding.problem_of_start(buffered.peek(4)[:4]):
+            raise InputError(f"{self.name} is {problem}")
+        # bytes that cannot be decoded become unpaired surrogates
+        text = io.TextIOWrapper(buffered, encoding=self._encoding.codec, errors="surrogateescape", newline="")
         if self.kind == "json":
             return self._open_json(text.read())
-        lines = _lines(text, self.limits.characters)
+        lines = _lines(text, self.limits.characters, self._encoding.problem_of)
         if self.kind in ("csv", "tsv"):
             return self._open_delimited(RowLines(lines, self.limits.characters))
         filled = (line for line in lines if line[2] or line[1].strip())
@@ -167,24 +205,32 @@ class RowReader:
     def _open_delimited(self, lines: RowLines) -> Iterator[Row]:
         # The csv module's limit is global to the process. It is only raised, never lowered, because other threads read too.
         csv.field_size_limit(max(csv.field_size_limit(), self.limits.characters))
-        separator = "\t" if self.kind == "tsv" else ","
+        separator = usual = "\t" if self.kind == "tsv" else ","
         rows: Iterator[Fields] = read_delimited(lines, separator)
         _, header, problem = next(rows, (0, [], None))
         if lines.problem:
-            self._refuse_encoding()
+            raise InputError(f"{self.name} is {lines.problem}")
+        if lines.number == lines.begin:  # a header of several lines is quoted for the usual separator
+            separator, *others = find_separators(lines.last, usual, len(header))
+            if others:
+                shown = " or ".join(map(repr, [separator, *others]))
+                raise InputError(
+                    f"{self.name}: its first line may be separated by {shown}: rename the columns without one of them"
+                )
+        if separator != usual:
+            header, problem = next(csv.reader([lines.last], delimiter=separator)), None
+            rows = read_delimited(lines, separator, len(header))
+            self._notice = f"is separated by {separator!r}"
         if problem:
             raise InputError(f"{self.name}: the first line, which names the columns, cannot be read: {problem}")
-        mark = re.search(r"[;|,\t]", header[0]) if len(header) == 1 else None
-        if mark and all(map(looks_like_name, header[0].split(mark[0]))):
-            raise InputError(f"{self.name} is separated by {mark[0]!r}: a .{self.kind} file needs {separator!r}")
         self.set_columns(header)
-        if self.kind == "tsv" and len(header) > 1:
+        if separator == "\t" and len(header) > 1:
             rows = refuse_swallowed_rows(rows, lines)
         return (Row(n, {} if bad else dict(zip(header, fields, strict=True)), bad) for n, fields, bad in rows)
 
     def _open_json(self, text: str) -> Iterator[Row]:
-        if has_surrogate(text):
-            self._refuse_encoding()
+        if problem := self._encoding.problem_of(text):
+            raise InputError(f"{self.name} is {problem}")
         try:
             records = JSON.decode(text)
         except (ValueError, RecursionError) as error:
@@ -210,11 +256,8 @@ class RowReader:
     def _open_parquet(self, stream: Any) -> Callable[[list[str]], Iterator[Row]]:
         import pyarrow.parquet  # lazily, because it is slow to import
 
-        self._parquet_errors = (pyarrow.ArrowException, UnicodeDecodeError, OSError)
-        raw = Raw(stream, self.name)
-        if not raw.seekable():
-            raise InputError(f"{self.name}: a Parquet file is read from its end, so save it to a disk first")
-        file = pyarrow.parquet.ParquetFile(io.BufferedReader(raw), pre_buffer=False, buffer_size=BYTES_AT_ONCE)
+        self._library_errors = (pyarrow.ArrowException, UnicodeDecodeError, OSError)
+        file = pyarrow.parquet.ParquetFile(self._seekable(stream), pre_buffer=False, buffer_size=BYTES_AT_ONCE)
         self.set_columns(file.schema_arrow.names)
         return lambda requested: self._read_parquet(file, requested)
 
@@ -235,8 +278,78 @@ class RowReader:
                 problem = unreadable and f"the column {quote_name(unreadable)} holds a value that cannot be read"
                 yield Row(count, {} if problem else values, problem)
 
-    def _refuse_encoding(self) -> NoReturn:
-        raise InputError(f"{self.name} is not UTF-8 text: save it as UTF-8")
+    def _open_workbook(self, stream: Any) -> Iterator[Row]:
+        self._library_errors = workbook.ERRORS
+        sheets, rows = workbook.read_workbook(self._seekable(stream), self.check)
+        if len(sheets) > 1:
+            self._notice = f"has {len(sheets)} sheets: only the first is read, {quote_name(sheets[0])}"
+        _, header = next(rows, (0, []))
+        names = ["" if value is None else str(value) for value in header]
+        self.set_columns(names)
+        return (Row(number, dict(zip_longest(names, values[: len(names)]))) for number, values in rows)
+
+    def _open_folder(self, files: Sequence[tuple[str, Callable[[int], bytes]]]) -> Iterator[Row]:
+        labelled = any("/" in name for name, _ in files)
+        self.set_columns(["id", "text", "label"] if labelled else ["id", "text"])
+        self._notice = f"holds {len(files):,} texts, one a file; for one a line, give its files by a pattern"
+        return (self._text_row(number, *file) for number, file in enumerate(files, start=1))
+
+    def _text_row(self, number: int, name: str, read: Callable[[int], bytes]) -> Row:
+        most = self.limits.characters
+        content = read(4 * most)  # bytes, at most 4 a character
+        text = content.decode(self._encoding.codec, "surrogateescape")
+        problem = self._encoding.problem_of_start(content[:4]) or self._encoding.problem_of(text)
+        problem = problem or (f"{most:,} characters or more" if len(text) >= most else None)
+        if problem or not text.strip():
+            return Row(number, {}, f"{name}: {problem or 'the text is empty'}")
+        folder = name.rpartition("/")[0]
+        return Row(number, {"id": name, "text": text, "label": folder} if folder else {"id": name, "text": text})
+
+    def _seekable(self, stream: Any) -> io.BufferedReader:
+        raw = Raw(stream, self.name)
+        if not raw.seekable():
+            raise InputError(f"{self.name}: .{self.kind} is read from its end, so save the file to a disk first")
+        return io.BufferedReader(raw)
+
+
+class Encoding:
+    """The encoding of a source of text, and why a part of the source is not text of this encoding.
+
+    A problem offers an encoding that fits, as far as can be told: UTF-16 and UTF-32 by their first bytes, and else cp1252 if
+    the text has no character of UTF-8. It also names the flag, unless ``given`` is None.
+    """
+
+    def __init__(self, given: str | None):
+        try:
+            "".encode(given or "utf-8")  # refuses codecs that are not encodings of text
+            self.name = codecs.lookup(given or "utf-8").name.upper().removesuffix("-SIG")
+        except (LookupError, ValueError) as error:
+            raise InputError(f"--encoding {given}: Python has no such encoding of text") from error
+        self._has_flag, self._has_utf8 = given is not None, False
+        self.codec = "utf-8-sig" if self.name == "UTF-8" else self.name
+
+    def problem_of_start(self, start: bytes) -> str | None:
+        """Return why a source with these first four bytes cannot be read, or None."""
+        wide = next((name for mark, name in WIDE.items() if re.match(mark, start, re.DOTALL)), None)
+        return self._problem(wide) if self.name == "UTF-8" and (wide or b"\0" in start) else None
+
+    def problem_of(self, text: str) -> str | None:
+        """Return the problem of a text in which unpaired surrogates stand for bytes that cannot be decoded, or None."""
+        if not has_surrogate(text):
+            self._has_utf8 = self._has_utf8 or not text.isascii()
+            return None
+        # neither characters of UTF-8 nor control characters, as in binary files
+        if self._has_utf8 or self.name != "UTF-8" or re.search("[^\t-\r -~\ud800-\udfff]", text):
+            return self._problem(None)
+        try:
+            text.encode(errors="surrogateescape").decode("cp1252")
+        except UnicodeDecodeError:
+            return self._problem(None)
+        return self._problem("cp1252")
+
+    def _problem(self, fits: str | None) -> str:
+        offer = f", or give --encoding {fits}" if fits and self._has_flag else ""
+        return f"not {self.name} text{f' but fits {fits}' if fits else ''}: save it as UTF-8{offer}"
 
 
 class Raw(io.RawIOBase):
@@ -267,13 +380,13 @@ class Raw(io.RawIOBase):
         return len(content)
 
 
-def _lines(stream: io.TextIOWrapper, limit: int) -> Iterator[Line]:
+def _lines(stream: io.TextIOWrapper, limit: int, problem_of: Callable[[str], str | None]) -> Iterator[Line]:
     """Yield all lines. The content of a line of ``limit`` or more characters is replaced by a problem."""
     number = 0
     while text := stream.readline(limit):
         number += 1
         if len(text) < limit or text.endswith("\n"):
-            yield number, text, "not UTF-8" if has_surrogate(text) else None
+            yield number, text, problem_of(text)
             continue
         while len(text) == limit and not text.endswith("\n"):
             text = stream.readline(limit)

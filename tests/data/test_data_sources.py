@@ -23,6 +23,8 @@ def write_as(kind, path):
         frame.to_csv(path, index=False, sep="\t" if kind == "tsv" else ",")
     elif kind == "parquet":
         frame.to_parquet(path)
+    elif kind == "xlsx":
+        frame.to_excel(path, index=False)
     elif kind == "json":
         path.write_text(json.dumps(records))
     elif kind == "data.json":
@@ -31,7 +33,7 @@ def write_as(kind, path):
         path.write_text("\n".join(map(json.dumps, records)) + "\n\n")
 
 
-@pytest.mark.parametrize("kind", ["csv", "csv.gz", "tsv", "json", "data.json", "jsonl", "ndjson", "parquet"])
+@pytest.mark.parametrize("kind", ["csv", "csv.gz", "tsv", "json", "data.json", "jsonl", "ndjson", "parquet", "xlsx"])
 def test_every_format_gives_the_same_rows(tmp_path, kind):
     path = tmp_path / f"rows.{kind}"
     write_as(kind, path)
@@ -45,6 +47,40 @@ def test_every_format_gives_the_same_rows(tmp_path, kind):
     assert nodes_of(data) == [0, 1, 2, 3]
     hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest()}
     assert data.report["sources"] == [{"split": "train", "name": str(path), "dataset": None, "sha256": hashes}]
+
+
+def test_a_folder_of_texts_has_the_labels_of_its_subfolders(tmp_path):
+    folder = tmp_path / "notes"
+    for number, (text, label) in enumerate(ROWS):
+        (folder / label).mkdir(parents=True, exist_ok=True)
+        (folder / label / f"{number}.txt").write_bytes(text.encode())
+    data = load(train_file=folder, validation_size=0)
+    texts = dict(zip(data.splits["train"]["text"], nodes_of(data), strict=True))
+    assert [texts[text] for text, _ in ROWS] == [0, 1, 2, 3]
+    hashes = data.report["sources"][0]["sha256"]
+    assert hashes == load(data_path=folder, validation_size=0, test_size=0).report["sources"][0]["sha256"]
+    (folder / "b" / "2.txt").write_text("another text")
+    assert (
+        load(train_file=folder, validation_size=0).report["sources"][0]["sha256"].keys() == hashes.keys() == {"notes"}
+    )
+    assert load(train_file=folder, validation_size=0).report["sources"][0]["sha256"] != hashes
+    (folder / "empty.txt").write_text("")
+    with pytest.raises(InputError, match=r"notes, file 5: empty.txt: the text is empty"):
+        load(train_file=folder, validation_size=0)
+    (folder / "more.csv").write_text("text,label\n")
+    for flags in ({"train_file": folder}, {"data_path": folder}):
+        with pytest.raises(InputError, match=r"is not a folder saved by `datasets`, nor one of .txt files alone"):
+            load(**flags)
+
+
+def test_an_encoding_is_that_of_the_data_files(tmp_path):
+    (tmp_path / "rows.csv").write_bytes("Text;Label\nKöln;Städte\nUlm;a\n".encode("cp1252"))
+    with pytest.raises(
+        InputError, match=r"rows.csv, line 2: not UTF-8 text but fits cp1252: .* give --encoding cp1252"
+    ):
+        load(train_file=tmp_path / "rows.csv", validation_size=0)
+    data = load(train_file=tmp_path / "rows.csv", validation_size=0, encoding="cp1252")
+    assert sorted(data.taxonomy.labels) == ["Städte", "a"]
 
 
 @pytest.mark.parametrize("kind", ["parquet", "folder"])

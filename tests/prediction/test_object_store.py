@@ -119,6 +119,10 @@ def test_every_kind_of_source_is_read_as_on_a_disk(bucket, texts):
         f"s3://{BUCKET}/odd/{name}" for name in ("a b.csv", "a%20b.csv")
     ]
     assert find_sources(f"s3://{BUCKET}/odd/a%20b.csv")[0].name == f"s3://{BUCKET}/odd/a%20b.csv"
+    for key in ("notes/a.txt", "notes/flu/b.txt", "notes/_x.txt"):
+        bucket.put_object(Key=key, Body=key.encode())
+    records = read_records(find_sources(f"s3://{BUCKET}/notes"), None, "id")
+    assert [(one.id, one.text) for one in records] == [("a.txt", "notes/a.txt"), ("flu/b.txt", "notes/flu/b.txt")]
     names = [source.name for source in find_sources(f"s3://{BUCKET}/in")]
     assert names == [f"s3://{BUCKET}/in/{name}" for name in ("part-1.csv", "part-2.jsonl.gz", "part-3.parquet")]
 

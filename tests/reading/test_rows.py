@@ -5,19 +5,25 @@ import gzip
 import io
 import itertools
 import json
+import logging
 import os
+import re
+import tracemalloc
+import warnings
+import zipfile
 from datetime import date, datetime
 from decimal import Decimal
 
+import openpyxl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import parquet
+from conftest import parquet, sheet, xlsx
 from fuzzing import fuzz, refused_in_one_line
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hierarchical_clinicalbert.reading.rows import InputError, Limits, Row, RowReader
+from hierarchical_clinicalbert.reading.rows import SEEKABLE, InputError, Limits, Row, RowReader
 
 SECRET = "Mrs Miller of Nowhere Lane was admitted with chest pain."  # a text, which no message may show
 
@@ -65,6 +71,14 @@ class Endless:
         content, self._rest = self._rest[:size], self._rest[size:]
         self.given += size
         return content
+
+
+class Sparse:
+    """A sheet of Excel's largest size, which has a header, one row, and a cell in its last row and column."""
+
+    HEAD = '<worksheet xmlns="http://schemas.openxmlformats.org/spreadsheetml/2006/main"><dimension ref="A1:XFD1048576"/><sheetData>'
+    ROWS = '<row r="1"><c r="A1" t="str"><v>text</v></c></row><row r="3"><c r="A3" t="str"><v>a</v></c></row>'
+    LAST = '<row r="1048576"><c r="XFD1048576"><v>1</v></c></row></sheetData></worksheet>'
 
 
 def read(content: bytes, kind: str, **limits: int) -> list[Row]:
@@ -127,6 +141,25 @@ CORPUS: dict[str, tuple[str, bytes, list[tuple[int, dict | str]]]] = {
         "tsv", b'text\tyear\n"two\nlines"\t1\nthe "red" one\t2\n"Heart was\t3\n\nend"\t4', [
         (2, {"text": "two\nlines", "year": "1"}), (4, {"text": 'the "red" one', "year": "2"}), (5, f"{SWALLOWS} (lines 5 to 7)")]),
     "a zero byte is a character": ("csv", b"text,id\na\0b,1\n", [(2, {"text": "a\0b", "id": "1"})]),
+    "semicolons": ("csv", b'id;text\n1;"a; b\nc"\n2;c, d\n3;x;y\n', [
+        (2, {"id": "1", "text": "a; b\nc"}), (4, {"id": "2", "text": "c, d"}), (5, "3 fields, where the header has 2")]),
+    "semicolons, and a comma in a name": ("csv", b'"text, or abstract";"text"\r\na;b,c\r\n', [
+        (2, {"text, or abstract": "a", "text": "b,c"})]),
+    "vertical bars in TSV": ("tsv", b"text|id\na\tb|1\n", [(2, {"text": "a\tb", "id": "1"})]),
+    "a stray mark in CSV with tabs": ("csv", b'text\tyear\n"one\t1\ntwo\t2\nend"\t3\n', [(2, f"{SWALLOWS} (lines 2 to 4)")]),
+    "one column of texts with semicolons": ("csv", b"text\na;b\nc\td\n", [(2, {"text": "a;b"}), (3, {"text": "c\td"})]),
+    "a semicolon in a quoted name": ("csv", b'"a;b",text\n1,2\n', [(2, {"a;b": "1", "text": "2"})]),
+    "a workbook": ("xlsx", xlsx([
+        ["text", "id", None, "when"], ["007", 7, None, date(2024, 2, 3)], [], [None, 1.5, "no name", True, "off"], ["two\nlines"],
+        ["", None, None, ""], ["_x000D_\n", 1]]), [
+        (2, {"text": "007", "id": 7, "": None, "when": datetime(2024, 2, 3)}),
+        (4, {"text": None, "id": 1.5, "": "no name", "when": True}),
+        (5, {"text": "two\nlines", "id": None, "": None, "when": None}),
+        (7, {"text": "\r\n", "id": 1, "": None, "when": None})]),
+    "a workbook whose header is not in the first row": ("xlsx", xlsx([[], [None, None], ["text", 2024], ["a", "b"]]), [
+        (4, {"text": "a", "2024": "b"})]),
+    "a sheet of Excel's largest size": ("xlsx", sheet(Sparse.HEAD + Sparse.ROWS + Sparse.LAST), [
+        (3, {"text": "a"}), (1048576, {"text": None})]),
     "a text a line": ("txt", b"\xef\xbb\xbfa,\"b\n\n  \n c \r\nd", [
         (1, {"text": 'a,"b'}), (4, {"text": " c "}), (5, {"text": "d"})]),
     "JSON Lines": ("jsonl", b'{"text": "a", "n": 1}\n\n{"n": null, "text": "b"}\r\n{"n": 1.5, "x": [{"y": NaN}]}', [
@@ -178,7 +211,7 @@ CORPUS: dict[str, tuple[str, bytes, list[tuple[int, dict | str]]]] = {
 @pytest.mark.parametrize("name", CORPUS)
 def test_odd_files_give_every_row_or_its_problem(name):
     kind, content, expected = CORPUS[name]
-    for stream in (io.BytesIO(content), Seekable(content) if kind == "parquet" else Plain(content)):
+    for stream in (io.BytesIO(content), Seekable(content) if kind in SEEKABLE else Plain(content)):
         found = list(RowReader(stream, kind, "a file").read())
         assert [row.line for row in found] == [line for line, _ in expected]
         for row, (_, content) in zip(found, expected, strict=True):
@@ -200,16 +233,21 @@ def test_nan_and_infinity_in_json_are_floats():
 @pytest.mark.parametrize(
     ("kind", "content", "message"),
     [
-        ("csv", b"id;text\n1;a\n", "a file is separated by ';': a .csv file needs ','"),
-        ("csv", b"id\ttext\n1\ta\n", "a file is separated by '\\t': a .csv file needs ','"),
-        ("tsv", b"id,text\n1,a\n", "a file is separated by ',': a .tsv file needs '\\t'"),
-        ("csv", "text,id\na,1\n".encode("utf-16"), "a file is not UTF-8 text: save it as UTF-8"),
-        ("csv", "text,id\na,1\n".encode("utf-16-le"), "a file is not UTF-8 text"),
-        ("jsonl", '{"text": "a"}\n'.encode("utf-16-be"), "a file is not UTF-8 text"),
-        ("jsonl", '{"text": "a"}\n'.encode("utf-32"), "a file is not UTF-8 text"),
-        ("txt", "a text".encode("utf-16"), "a file is not UTF-8 text"),
-        ("csv", b"caf\xe9,id\na,1\n", "a file is not UTF-8 text"),
-        ("csv", b'id,"a\ncaf\xe9"\n1,2\n', "a file is not UTF-8 text"),
+        ("csv", b"id;text,label\n1;a,b\n", "a file: its first line may be separated by ',' or ';': rename the columns"),
+        ("csv", b"id;text|label\n1;a|b\n", "a file: its first line may be separated by ';' or '|': rename the columns"),
+        ("csv", "text,id\na,1\n".encode("utf-16"), "a file is not UTF-8 text but fits utf-16: save it as UTF-8"),
+        ("csv", "text,id\na,1\n".encode("utf-16-le"), "a file is not UTF-8 text but fits utf-16-le"),
+        ("jsonl", '{"text": "a"}\n'.encode("utf-16-be"), "a file is not UTF-8 text but fits utf-16-be"),
+        ("jsonl", '{"text": "a"}\n'.encode("utf-32"), "a file is not UTF-8 text but fits utf-32"),
+        ("txt", "a text".encode("utf-16"), "a file is not UTF-8 text but fits utf-16"),
+        ("csv", b"caf\xe9,id\na,1\n", "a file is not UTF-8 text but fits cp1252"),
+        ("csv", b'id,"a\ncaf\xe9"\n1,2\n', "a file is not UTF-8 text but fits cp1252"),
+        ("csv", b"\0\0\0\0", "a file is not UTF-8 text: save it as UTF-8"),
+        ("csv", xlsx([["text"]]), "a file is not UTF-8 text: save it as UTF-8"),  # a wrong suffix
+        ("xlsx", b"text,id\n", "a file is not an .xlsx workbook without a password, or is damaged"),
+        ("xlsx", xlsx([["text"]])[:-100], "a file is not an .xlsx workbook without a password, or is damaged"),
+        ("xlsx", parquet({"text": ["a"]}), "a file is not an .xlsx workbook"),
+        ("xlsx", xlsx([["text", "id", "text"]]), "a file has two columns called 'text': rename or remove one"),
         (
             "csv",
             b'"text" x,id\na,1\n',
@@ -241,7 +279,7 @@ def test_a_file_that_cannot_be_read_is_named_in_one_line(kind, content, message)
 
 def test_a_file_without_rows_has_columns_or_none():
     for kind, content, columns in (("csv", b"a,b\n", ["a", "b"]), ("jsonl", b"\n\n", []), ("json", b"[]", []),
-                                   ("txt", b"", ["text"]), ("parquet", parquet({"a": pa.array([], pa.string())}), ["a"])):  # fmt: skip
+                                   ("txt", b"", ["text"]), ("xlsx", xlsx([[]]), []), ("xlsx", xlsx([["a", "b"]]), ["a", "b"]), ("parquet", parquet({"a": pa.array([], pa.string())}), ["a"])):  # fmt: skip
         rows = RowReader(io.BytesIO(content), kind, "a file")
         assert list(rows.columns) == columns
         assert list(rows.read()) == []
@@ -336,6 +374,12 @@ def test_more_than_a_limit_is_refused():
     table = parquet({"a": list(range(10)), "b": ["x"] * 10})
     assert "has more than 9 rows" in refusal(table, "parquet", rows=9)
     assert "has more than 1 columns" in refusal(table, "parquet", columns=1)
+    book = xlsx([["a", "b"], *[[i, "x"] for i in range(10)]])
+    assert len(read(book, "xlsx", rows=10, columns=2, cells=22)) == 10
+    assert "has more than 9 rows" in refusal(book, "xlsx", rows=9)
+    assert "has more than 1 columns" in refusal(book, "xlsx", columns=1)
+    assert "has more than 21 cells" in refusal(book, "xlsx", cells=21)
+    assert "has more than 999 unpacked bytes" in refusal(book, "xlsx", unpacked_bytes=999)
     # packed again and again, a few bytes become many
     packed = gzip.GzipFile(fileobj=io.BytesIO(gzip.compress(b"text\n" + b"a\n" * 10**6)))
     with pytest.raises(InputError, match="has more than 10,000 bytes"):
@@ -365,6 +409,27 @@ def test_a_parquet_file_that_unpacks_to_gigabytes_is_refused_before_it_does():
     ) == (sum(range(10_000)))
 
 
+def test_a_workbook_that_unpacks_to_gigabytes_is_refused_before_it_does():
+    bomb = io.BytesIO()
+    with (
+        zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
+        archive.open("xl/a", "w", True) as part,
+    ):
+        for _ in range(65):
+            part.write(bytes(2**24))
+    assert len(bomb.getvalue()) < 2**23
+    tracemalloc.start()
+    assert "a file has more than 1,073,741,824 unpacked bytes" in refusal(bomb.getvalue(), "xlsx")
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()
+    # gaps count as cells: each row ends in Excel's last column
+    wide = "".join(f'<row r="{i}"><c r="XFD{i}"><v>1</v></c></row>' for i in range(2, 9000))
+    content = sheet(Sparse.HEAD + Sparse.ROWS.partition("</row>")[0] + "</row>" + wide + "</sheetData></worksheet>")
+    assert "a file has more than 100,000,000 cells" in refusal(content, "xlsx")
+    beyond = Sparse.HEAD + Sparse.ROWS + '<row r="9999999999"><c><v>1</v></c></row></sheetData></worksheet>'
+    assert "is not an .xlsx workbook" in refusal(sheet(beyond), "xlsx")
+
+
 # ── Parquet ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -391,9 +456,11 @@ def test_damage_affects_neither_earlier_rows_nor_other_columns():
 
 def test_parquet_needs_a_stream_that_can_seek_and_leaves_it_open():
     content = parquet({"a": [1]})
-    with pytest.raises(InputError, match="is read from its end, so save it to a disk first"):
+    with pytest.raises(InputError, match="is read from its end, so save the file to a disk first"):
         RowReader(Plain(content), "parquet", "a file")
-    for kind, some in (("parquet", content), ("csv", b"a\n1\n")):
+    with pytest.raises(InputError, match="is read from its end, so save the file to a disk first"):
+        RowReader(Plain(xlsx([["a"]])), "xlsx", "a file")
+    for kind, some in (("parquet", content), ("xlsx", xlsx([["a"], [1]])), ("csv", b"a\n1\n")):
         stream = io.BytesIO(some)
         rows = RowReader(stream, kind, "a file")
         assert len(list(rows.read())) == 1
@@ -477,6 +544,104 @@ def test_any_objects_come_back_from_json(objects, escaped):
     whole = json.dumps({"data": objects}, ensure_ascii=escaped, indent=1).encode()
     for found in (read(lines, "jsonl"), read(whole, "json")):
         assert found == [Row(i, one) for i, one in enumerate(objects, start=1)]
+
+
+# ── separators, sheets and encodings ─────────────────────────────────────────────────────────────────────────────────
+
+
+def test_what_was_found_in_a_file_is_logged_once_it_is_read(caplog):
+    two = xlsx([["text"], ["a"]], [["text"], ["b"]])
+    for kind, content, notice in (
+        ("csv", b"id;text\n1;a\n", "a file is separated by ';'"),
+        ("tsv", b"id,text\n1,a\n", "a file is separated by ','"),
+        ("csv", b"id\ttext\n1\ta\n", "a file is separated by '\\t'"),
+        ("xlsx", two, "a file has 2 sheets: only the first is read, 'Sheet'"),
+        ("csv", b"id,text\n1,a\n", None),
+    ):
+        caplog.clear()
+        rows = RowReader(io.BytesIO(content), kind, "a file")
+        assert not caplog.records
+        assert len(list(rows.read())) == 1
+        assert [record.getMessage() for record in caplog.records] == ([notice] if notice else [])
+        assert {record.levelno for record in caplog.records} <= {logging.WARNING}
+
+
+def test_hidden_sheets_and_stored_values_of_formulas(caplog):
+    workbook, stream = openpyxl.Workbook(), io.BytesIO()
+    hidden, shown = workbook.active, workbook.create_sheet("Notes")
+    hidden.sheet_state = "hidden"
+    hidden.append(["text"])
+    for row in (["text", "sum"], ["a", "=1+1"]):
+        shown.append(row)
+    workbook.save(stream)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read(stream.getvalue(), "xlsx") == [Row(2, {"text": "a", "sum": None})]  # nothing has computed it
+    assert not caplog.records
+
+
+def encoded(content: bytes, encoding: str | None, kind: str = "csv") -> list[Row]:
+    return list(RowReader(io.BytesIO(content), kind, "a file", encoding=encoding).read())
+
+
+def test_an_encoding_that_fits_is_offered_with_its_flag_and_never_guessed():
+    utf8, offer = (
+        "not UTF-8 text: save it as UTF-8",
+        "not UTF-8 text but fits cp1252: save it as UTF-8, or give --encoding cp1252",
+    )
+    for lines, problems in (
+        ("text\ncafé\na\n“é”\n".encode("cp1252"), [offer, None, offer]),
+        ("text\nü\n".encode() + b"caf\xe9\n", [None, utf8]),  # a damaged row of UTF-8
+        (b"text\n\xc3\xbc caf\xe9\n", [utf8]),
+        (b"text\ncaf\xe9 \x8d\n", [utf8]),  # no character of cp1252
+        (b"text\ncaf\xe9 \x01\n", [utf8]),  # binary
+    ):
+        assert [row.problem for row in encoded(lines, "utf-8")] == problems
+    with pytest.raises(InputError, match=r"a file is not UTF-8 text but fits utf-16: .*, or give --encoding utf-16$"):
+        encoded("text\na\n".encode("utf-16"), "utf-8")
+    with pytest.raises(InputError, match=r"fits cp1252: save it as UTF-8$"):  # where there is no flag
+        encoded(b"caf\xe9\n", None)
+    for name in ("nix", "rot13", "a\0b"):
+        with pytest.raises(InputError, match="Python has no such encoding of text"):
+            encoded(b"text\n", name)
+    assert encoded(b"text\n\x8d\n", "cp1252")[0].problem == "not CP1252 text: save it as UTF-8"
+    for content in (b"text\na\n", "text\na\n".encode("utf-16")[:-1], "text\n".encode("utf-16") + b"\0\xd8\0\0"):
+        with pytest.raises(InputError, match="a file is not UTF-16 text, or is damaged"):
+            encoded(content, "utf-16")
+
+
+@fuzz
+@given(
+    st.lists(TEXT, max_size=5),
+    st.sampled_from(["utf-16", "utf-16-le", "utf-32", "utf-8", "UTF-8-SIG", "cp1252", "latin-1"]),
+)
+def test_any_texts_come_back_from_any_encoding(texts, encoding):
+    texts = [text.encode(encoding, "ignore").decode(encoding) for text in texts]
+    stream = io.StringIO(newline="")
+    csv.writer(stream, delimiter=";", quoting=csv.QUOTE_ALL).writerows([["a", "text"], *(["", text] for text in texts)])
+    rows = encoded(stream.getvalue().encode(encoding), encoding)
+    assert [row.values["text"] for row in rows] == texts
+
+
+# XML has no control characters, and openpyxl would write a formula
+CELL_TEXT = TEXT.filter(lambda text: not re.search("^=|[\0-\x08\x0b-\x1f\ufffe\uffff]", text))
+NUMBERS = st.one_of(st.integers(-(10**15), 10**15), st.floats(allow_nan=False, allow_infinity=False))
+
+
+@fuzz
+@given(st.lists(st.lists(st.one_of(st.none(), st.booleans(), NUMBERS, CELL_TEXT), min_size=3, max_size=3), max_size=5))
+def test_any_values_come_back_from_a_workbook(rows):
+    found = [[*row.values.values()] for row in read(xlsx([["a", "b", "c"], *rows]), "xlsx")]
+    expected = [[None if value == "" else value for value in row] for row in rows]
+    assert found == [row for row in expected if row != [None] * 3]
+
+
+@fuzz
+@given(st.binary(max_size=60), st.integers(0, 6000))
+def test_a_damaged_workbook_gives_rows_or_one_line(damage, at):
+    content = xlsx([["text", "id"], ["one", 1], ["two", date(2024, 2, 3)]])
+    with refused_in_one_line():
+        read(content[:at] + damage + content[at + len(damage) :], "xlsx")
 
 
 @fuzz

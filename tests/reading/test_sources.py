@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
 import datasets
 import pyarrow
@@ -47,7 +48,8 @@ def test_a_pattern_means_its_files_in_sorted_order(tmp_path, monkeypatch):
     names = ("a.csv", "B.TSV", "c.x.json", "d.ndjson.gz", "e.parquet", "f.txt")
     assert list(map(kind_of, names)) == ["csv", "tsv", "json", "ndjson", "parquet", "txt"]
     (tmp_path / "a.parquet.gz").write_bytes(b"")
-    (tmp_path / "a.xlsx").write_bytes(b"")
+    (tmp_path / "a.docx").write_bytes(b"")
+    (tmp_path / "a.xlsx.gz").write_bytes(b"")
     assert find_sources("-", "jsonl")[0].name == "standard input"
     for pattern, kind, message in (
         ("none*.csv", None, "none*.csv: there is no such file"),
@@ -57,8 +59,9 @@ def test_a_pattern_means_its_files_in_sorted_order(tmp_path, monkeypatch):
         ("lost*.csv", None, "lost.csv: this link points to no file"),
         ("none://bucket/a.csv", None, "none://bucket/a.csv: "),
         ("-", None, "- has no file name: give --input_format, one of csv, tsv"),
-        ("a.xlsx", None, "unknown format: the name must end in one of .csv"),
-        ("a.parquet.gz", None, "so unpack it first"),
+        ("a.docx", None, "unknown format: the name must end in one of .csv"),
+        ("a.parquet.gz", None, ".parquet is read from its end, so unpack the file first"),
+        ("a.xlsx.gz", None, ".xlsx is read from its end, so unpack the file first"),
     ):
         with pytest.raises(InputError) as refused:
             find_sources(pattern, kind)
@@ -131,6 +134,51 @@ def test_a_folder_means_its_files_of_known_kinds(tmp_path):
     assert [os.path.basename(source.path) for source in find_sources(str(tmp_path), "txt")] == [
         "README", "a.jsonl.gz", "b.csv",
     ]  # fmt: skip
+
+
+def test_a_folder_of_txt_files_has_a_text_in_each_file(tmp_path, caplog):
+    notes = tmp_path / "notes [1]"
+    for name, content in {
+        "b.txt": b"\xef\xbb\xbftwo\r\nlines\n",
+        "a.TXT": b"not matched",
+        "flu/a.txt": b"Grippe in K\xc3\xb6ln",
+        "flu/avian/c.txt": b"caf\xe9",
+        "_temporary/x.txt": b"",
+        "flu/.hidden.txt": b"",
+        "z.txt": b" \n",
+        "z.pdf": b"",
+    }.items():
+        (notes / name).parent.mkdir(parents=True, exist_ok=True)
+        (notes / name).write_bytes(content)
+    (notes / "a.TXT").unlink()
+    fits = "not UTF-8 text but fits cp1252: save it as UTF-8, or give --encoding cp1252"
+    for given in (str(notes), f"{notes}/", f"file://{notes}"):
+        (source,) = find_sources(given)
+        caplog.clear()
+        with open_rows(source) as rows:
+            assert list(rows.columns) == ["id", "text", "label"]
+            found = [(row.line, row.values, row.problem, rows.done()) for row in rows.read()]
+        assert found == [
+            (1, {"id": "b.txt", "text": "two\r\nlines\n"}, None, 0.25),
+            (2, {"id": "flu/a.txt", "text": "Grippe in Köln", "label": "flu"}, None, 0.5),
+            (3, {}, f"flu/avian/c.txt: {fits}", 0.75),
+            (4, {}, "z.txt: the text is empty", 1),
+        ]
+        notice = "holds 4 texts, one a file; for one a line, give its files by a pattern"
+        assert [record.getMessage() for record in caplog.records] == [f"{source.name} {notice}"]
+    (source,) = find_sources(str(notes), encoding="cp1252")
+    (notes / "z.txt").unlink()
+    (notes / "b.txt").unlink()
+    records = list(read_records([replace(source, files=source.files[1:3])], None, "id"))
+    assert [(record.id, record.text, record.problem) for record in records] == [
+        ("flu/a.txt", "Grippe in KÃ¶ln", None), ("flu/avian/c.txt", "café", None),
+    ]  # fmt: skip
+    # one text a line: by a pattern, with --input_format, or beside files of other kinds
+    assert [source.kind for source in find_sources(f"{glob.escape(str(notes))}/**/*.txt")] == ["txt", "txt"]
+    (notes / "flat.txt").write_bytes(b"a\n")
+    assert [source.kind for source in find_sources(str(notes), "txt")] == ["txt", "txt"]
+    (notes / "rows.csv").write_bytes(CSV)
+    assert [source.kind for source in find_sources(str(notes))] == ["txt", "csv"]
 
 
 def test_a_folder_saved_by_datasets_is_refused(tmp_path):

@@ -8,7 +8,7 @@ import sys
 
 import pyarrow as pa
 import pytest
-from conftest import ROOT, parquet, run_outside
+from conftest import ROOT, parquet, run_outside, sheet, xlsx
 
 sys.path.insert(0, str(ROOT / "space"))
 
@@ -20,7 +20,8 @@ from tables import FORMULA, MAX_BYTES, MAX_COLUMNS, Refused, read_table, to_csv
     [
         (b"text\n", "csv", "no rows"),
         (b"We followed 212 patients with fibrillation.\nBlood was drawn.\n", "csv", "is the header missing"),
-        (b"id;befund\n1;Kolitis\n", "csv", "separated by ';'"),
+        (b"id;befund,text\n1;Kolitis\n", "csv", "separated by ',' or ';'"),
+        ("text\nKoliken\n".encode("utf-16"), "csv", "fits utf-16: save it as UTF-8."),
         (b"text\n" * 10_002, "csv", "more than 10,000 rows"),
         (b"x" * (MAX_BYTES + 1), "txt", "at most 10 MB"),
         (b",".join(b"%d" % i for i in range(MAX_COLUMNS + 1)) + b"\n", "csv", "more than 1,000 columns"),
@@ -41,8 +42,9 @@ def test_the_column_of_texts_is_the_requested_one_or_the_one_with_the_most_chara
         read_table(b"a,b\n1,2\n", "csv", "c")
 
 
-def test_parquet_files_within_the_limits_are_read():
+def test_files_within_the_limits_are_read():
     texts = [f"text {i} " + "x" * 150 for i in range(10_000)]
+    assert [row.text for row in read_table(xlsx([["text"], *[[text] for text in texts]]), "xlsx").rows] == texts
     vectors = pa.array([[0.5] * 384] * 3000, pa.list_(pa.float32()))
     for columns in ({"text": pa.array(texts).dictionary_encode()}, {"a": texts[:3000], "vector": vectors}):
         rows = read_table(parquet(columns), "parquet").rows
@@ -54,7 +56,11 @@ def test_parquet_files_within_the_limits_are_read():
 
 def hostile_files() -> dict[str, bytes]:
     """Return contents, by name, of files of at most 10 MB that unpack to much more."""
-    full = MAX_BYTES - 100
+    full, head = (
+        MAX_BYTES - 100,
+        '<worksheet xmlns="http://schemas.openxmlformats.org/spreadsheetml/2006/main"><sheetData>',
+    )
+    entities = '<!DOCTYPE x [<!ENTITY a0 "text">' + "".join(f'<!ENTITY a{i + 1} "{f"&a{i};" * 10}">' for i in range(9))
     repeated = pa.DictionaryArray.from_arrays(pa.array([0] * 10_000, pa.int32()), ["x" * 2**20])
     return {
         "page.parquet": parquet({"text": ["x" * 2**20] * 200}, use_dictionary=False, compression="zstd"),
@@ -64,6 +70,9 @@ def hostile_files() -> dict[str, bytes]:
         "fields.csv": b"12," * (full // 3),
         "cells.csv": b",".join(b"%x" % i for i in range(1000)) + b"\n" + (b"," * 999 + b"\n") * 10_000,
         "lines.csv": b'text\n"\xff' + b"\n" * (full // 2) + b'"\n',
+        "bytes.xlsx": sheet("x" * 50 * 2**20),
+        "cells.xlsx": sheet(f"{head}<row>{'<c/>' * 9 * 2**20}</row></sheetData></worksheet>"),
+        "entities.xlsx": sheet(f'{entities}]>{head}<row><c t="str"><v>&a9;</v></c></row></sheetData></worksheet>'),
         "wide.txt": ("\U0001f600" + "a" * 1030 + "\n").encode() * 10_000,
     }
 
@@ -94,6 +103,9 @@ print(json.dumps([results, most(resource.RUSAGE_SELF) - rest + most(resource.RUS
     assert memory < 10**9, results
     packed = [results[name] for name in results if name.endswith("parquet")]
     assert all("more than 41,943,040 bytes" in one for one in packed), packed
+    assert "more than 41,943,040 unpacked bytes" in results["bytes.xlsx"]
+    assert "damaged" in results["cells.xlsx"]
+    assert "damaged" in results["entities.xlsx"]
     assert results["wide.txt"] == results["cells.csv"] == 10_000
     too_many = "The file has more than 1,000 columns, the most that is accepted."
     assert results["names.jsonl"] == results["fields.csv"] == too_many
