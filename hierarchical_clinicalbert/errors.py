@@ -11,10 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from hierarchical_clinicalbert.reading.rows import (  # defined there, since `reading` imports no other package
-    InputError,
-    has_surrogate,
-)
+from hierarchical_clinicalbert.reading.encodings import has_surrogate
+from hierarchical_clinicalbert.reading.rows import InputError  # defined there, since `reading` imports no other package
 from taxonomy_hierarchical import TaxonomyError
 
 PACKAGE = Path(__file__).parent

@@ -26,8 +26,9 @@ if not Path(__file__).with_name("hierarchical_clinicalbert").exists():  # in the
     sys.path.append(str(Path(__file__).parent.parent))
 
 from hierarchical_clinicalbert.reading.columns import TEXT_COLUMNS, find_column, text_problem
+from hierarchical_clinicalbert.reading.encodings import has_surrogate
 from hierarchical_clinicalbert.reading.results import join_lists
-from hierarchical_clinicalbert.reading.rows import KINDS, InputError, Limits, RowReader, has_surrogate
+from hierarchical_clinicalbert.reading.rows import KINDS, InputError, Limits, RowReader
 from taxonomy_hierarchical import looks_like_name
 
 MAX_CHARACTERS = 20_000  # of a text, unless the model reads more: see `classification.max_characters`

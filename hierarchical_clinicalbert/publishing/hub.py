@@ -28,7 +28,7 @@ SPACE_FILES = (
     *("taxonomy_hierarchical.py", "hierarchical_clinicalbert/__init__.py"),
     *(
         f"hierarchical_clinicalbert/reading/{name}.py"
-        for name in ("__init__", "columns", "delimited", "foreign_code", "results", "rows", "workbook")
+        for name in ("__init__", "columns", "delimited", "encodings", "foreign_code", "results", "rows", "workbook")
     ),
 )
 SPACE_TAG = "hierarchical-text-classification"  # in the front matter of our Spaces

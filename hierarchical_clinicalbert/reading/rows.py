@@ -18,7 +18,6 @@ Worth knowing:
 10. Messages show no values. They show the name of a column only if it looks like a name.
 """
 
-import codecs
 import csv
 import gzip
 import io
@@ -42,6 +41,7 @@ from hierarchical_clinicalbert.reading.delimited import (
     read_delimited,
     refuse_swallowed_rows,
 )
+from hierarchical_clinicalbert.reading.encodings import Encoding
 from taxonomy_hierarchical import quote_name
 
 logger = logging.getLogger(__name__)
@@ -55,15 +55,6 @@ BYTES_AT_ONCE = 2**23  # of a Parquet column; without it, pyarrow reads the colu
 ROWS_PER_BATCH = (
     16  # of Parquet: a value that is stored once is decoded for every row, so small batches bound the memory
 )
-# the first four bytes of text in a wide encoding: a byte order mark, or the zero bytes of an ASCII character
-WIDE = {
-    b"\xff\xfe\0\0|\0\0\xfe\xff": "utf-32",
-    b"\xff\xfe|\xfe\xff": "utf-16",
-    b"[^\0]\0\0\0": "utf-32-le",
-    b"\0\0\0[^\0]": "utf-32-be",
-    b"[^\0]\0[^\0]\0": "utf-16-le",
-    b"\0[^\0]\0[^\0]": "utf-16-be",
-}
 UNREADABLE = object()
 UNREADABLE_ERRORS = (LookupError, OSError, OverflowError, RuntimeError, TypeError, ValueError)  # of pyarrow or Python
 
@@ -129,7 +120,10 @@ class RowReader:
         self.kind, self.name, self.limits, self.done = kind, name, limits or Limits(), progress
         self.unit = UNITS.get(kind, "line")
         self.columns: dict[str, float] = {}
-        self._encoding = Encoding(encoding)
+        try:
+            self._encoding = Encoding(encoding)
+        except LookupError as error:
+            raise InputError(f"--encoding {encoding}: Python has no such encoding of text") from error
         self._notice = ""  # what is logged once the rows are read
         self._read: Callable[[list[str]], Iterator[Row]]
         self._library_errors: tuple[type[Exception], ...] = ()
@@ -297,8 +291,7 @@ class RowReader:
     def _text_row(self, number: int, name: str, read: Callable[[int], bytes]) -> Row:
         most = self.limits.characters
         content = read(4 * most)  # bytes, at most 4 a character
-        text = content.decode(self._encoding.codec, "surrogateescape")
-        problem = self._encoding.problem_of_start(content[:4]) or self._encoding.problem_of(text)
+        text, problem = self._encoding.decode(content)
         problem = problem or (f"{most:,} characters or more" if len(text) >= most else None)
         if problem or not text.strip():
             return Row(number, {}, f"{name}: {problem or 'the text is empty'}")
@@ -310,46 +303,6 @@ class RowReader:
         if not raw.seekable():
             raise InputError(f"{self.name}: .{self.kind} is read from its end, so save the file to a disk first")
         return io.BufferedReader(raw)
-
-
-class Encoding:
-    """The encoding of a source of text, and why a part of the source is not text of this encoding.
-
-    A problem offers an encoding that fits, as far as can be told: UTF-16 and UTF-32 by their first bytes, and else cp1252 if
-    the text has no character of UTF-8. It also names the flag, unless ``given`` is None.
-    """
-
-    def __init__(self, given: str | None):
-        try:
-            "".encode(given or "utf-8")  # refuses codecs that are not encodings of text
-            self.name = codecs.lookup(given or "utf-8").name.upper().removesuffix("-SIG")
-        except (LookupError, ValueError) as error:
-            raise InputError(f"--encoding {given}: Python has no such encoding of text") from error
-        self._has_flag, self._has_utf8 = given is not None, False
-        self.codec = "utf-8-sig" if self.name == "UTF-8" else self.name
-
-    def problem_of_start(self, start: bytes) -> str | None:
-        """Return why a source with these first four bytes cannot be read, or None."""
-        wide = next((name for mark, name in WIDE.items() if re.match(mark, start, re.DOTALL)), None)
-        return self._problem(wide) if self.name == "UTF-8" and (wide or b"\0" in start) else None
-
-    def problem_of(self, text: str) -> str | None:
-        """Return the problem of a text in which unpaired surrogates stand for bytes that cannot be decoded, or None."""
-        if not has_surrogate(text):
-            self._has_utf8 = self._has_utf8 or not text.isascii()
-            return None
-        # neither characters of UTF-8 nor control characters, as in binary files
-        if self._has_utf8 or self.name != "UTF-8" or re.search("[^\t-\r -~\ud800-\udfff]", text):
-            return self._problem(None)
-        try:
-            text.encode(errors="surrogateescape").decode("cp1252")
-        except UnicodeDecodeError:
-            return self._problem(None)
-        return self._problem("cp1252")
-
-    def _problem(self, fits: str | None) -> str:
-        offer = f", or give --encoding {fits}" if fits and self._has_flag else ""
-        return f"not {self.name} text{f' but fits {fits}' if fits else ''}: save it as UTF-8{offer}"
 
 
 class Raw(io.RawIOBase):
@@ -391,11 +344,6 @@ def _lines(stream: io.TextIOWrapper, limit: int, problem_of: Callable[[str], str
         while len(text) == limit and not text.endswith("\n"):
             text = stream.readline(limit)
         yield number, "", f"{limit:,} characters or more"
-
-
-def has_surrogate(text: str) -> bool:
-    """Return whether a text has an unpaired surrogate, which stands for a byte that is not UTF-8."""
-    return not text.isascii() and re.search("[\ud800-\udfff]", text) is not None
 
 
 # ── Values of JSON and Parquet ───────────────────────────────────────────────────────────────────────────────────────
