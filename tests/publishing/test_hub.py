@@ -1114,7 +1114,7 @@ def test_a_space_is_published_pointing_at_the_commit_and_serves_it(hub, checkpoi
     ours = {file.name for file in (ROOT / "space").iterdir() if file.is_file()}
     ours |= {"taxonomy_hierarchical.py", "hierarchical_clinicalbert/__init__.py"} | {
         f"hierarchical_clinicalbert/reading/{name}.py"
-        for name in ("__init__", "columns", "delimited", "encodings", "foreign_code", "rows", "workbook")
+        for name in ("__init__", "columns", "delimited", "encodings", "foreign_code", "results", "rows", "workbook")
     }
     assert files.keys() == {".gitattributes", *ours}
     titles = [commit.title for commit in hub.commits("alice/served-space", repo_type="space")]
