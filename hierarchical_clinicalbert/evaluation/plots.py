@@ -23,6 +23,7 @@ from taxonomy_hierarchical import Taxonomy
 
 MAX_CLASSES = 40
 MAX_NAME = 40  # characters
+NAMED = 5  # classes of each kind that `f1_by_frequency` names
 FONT = "DejaVu Sans"  # comes with matplotlib
 
 
@@ -112,7 +113,10 @@ def _confusion_matrix(taxonomy: Taxonomy, level: int, true: np.ndarray, predicte
 
 
 def f1_by_frequency(per_class: list[dict]) -> Figure | None:
-    """Draw each class's F1 over its number of documents, from the rows of `per_class_report`; return None without any."""
+    """Draw each class's F1 over its number of documents, from the rows of `per_class_report`; return None without any.
+
+    The classes with the lowest F1 and those with the most documents are named.
+    """
     rows = [row for row in per_class if row["support"]]
     if not rows:
         return None
@@ -121,6 +125,13 @@ def f1_by_frequency(per_class: list[dict]) -> Figure | None:
     figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.subplots()
     axes.errorbar(support, f1, np.abs(ends - f1), fmt=".", ecolor="lightgray", markersize=9)
+    ranks = [sorted(rows, key=key)[:NAMED] for key in (lambda row: row["f1"], lambda row: -row["support"])]
+    named = [row for row in rows if any(row in rank for rank in ranks)]
+    names, fonts, legend = show_names([row["label"] for row in named])
+    figure.set_label(legend)
+    for name, row in zip(names, named, strict=True):
+        beside = {"xytext": (5, 3), "textcoords": "offset points", "fontsize": 7, "fontfamily": fonts}
+        axes.annotate(name, (row["support"], row["f1"]), **beside)
     axes.set(xscale="log", xlabel="Documents of the class", ylabel="F1, with 95 % intervals", ylim=(-0.02, 1.02))
     _grid(axes)
     figure.suptitle(f"F1 by frequency: {len(rows)} classes")

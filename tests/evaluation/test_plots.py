@@ -162,17 +162,19 @@ def test_the_curves_of_precision_and_recall_are_those_of_scikit_learn():
         assert line.get_label() == f"level {level} (AP = {average:.2f})"
 
 
-def test_f1_by_frequency_shows_the_classes_that_occur_with_their_intervals():
-    rows = [
-        {"support": 20, "f1": 0.5, "f1_interval": [0.25, 0.625]},
-        {"support": 0, "f1": 0.0, "f1_interval": None},
-        {"support": 1, "f1": 1.0, "f1_interval": None},
-    ]
-    (drawn,) = f1_by_frequency(rows).axes[0].containers
-    points, _, (bars,) = drawn
-    np.testing.assert_allclose(points.get_xydata(), [[20, 0.5], [1, 1.0]])
-    np.testing.assert_allclose(bars.get_segments(), [[[20, 0.25], [20, 0.625]], [[1, 1.0], [1, 1.0]]])
-    assert f1_by_frequency(rows[1:2]) is None
+def test_f1_by_frequency_shows_the_classes_that_occur_with_their_intervals_and_names_the_worst_and_the_largest():
+    rows = [{"label": f"kind {i}", "support": 100 + i, "f1": i / 20, "f1_interval": None} for i in range(20)]
+    rows[3]["f1_interval"] = [0.1, 0.25]
+    rows.append({"label": "absent", "support": 0, "f1": 0.0, "f1_interval": None})
+    axes = f1_by_frequency(rows).axes[0]
+    points, _, (bars,) = axes.containers[0]
+    np.testing.assert_allclose(points.get_xydata(), [[100 + i, i / 20] for i in range(20)])
+    np.testing.assert_allclose(bars.get_segments()[3], [[103, 0.1], [103, 0.25]])
+    np.testing.assert_allclose(bars.get_segments()[4], [[104, 0.2], [104, 0.2]])
+    worst_and_largest = [*range(5), *range(15, 20)]
+    named = {text.get_text(): tuple(text.xy) for text in axes.texts}
+    assert named == {f"kind {i}": (100 + i, i / 20) for i in worst_and_largest}
+    assert f1_by_frequency(rows[-1:]) is None
 
 
 def test_names_of_any_script_are_drawn_by_a_font_that_has_them_or_numbered(tmp_path):
