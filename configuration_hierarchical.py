@@ -29,7 +29,7 @@ SINGLE_LABEL, MULTI_LABEL = "single_label_classification", "multi_label_classifi
 ENCODER_FIELDS = ("hidden_size", "num_hidden_layers", "max_position_embeddings", "pad_token_id")
 # ENCODER_FIELDS repeat text_config, and a stored attn_implementation can name a repository of unpinned code
 NOT_READ = (*ENCODER_FIELDS, "attn_implementation", "_attn_implementation", "format_version")
-IF_GIVEN = ("window", "tokens_before", "tokens_after", "page")  # fields that are stored if they are given
+IF_GIVEN = ("window", "tokens_before", "tokens_after", "page", "open_world")  # fields that are stored if they are given
 PAGE = {"title": str, "medical": bool, "examples": list}  # what ``page`` may hold
 DEFAULT_ENCODER = "emilyalsentzer/Bio_ClinicalBERT"
 DEFAULT_ENCODER_REVISION = "d5892b39a4adaed74b92212a44081509db72f87b"
@@ -120,6 +120,7 @@ class HierarchicalConfig(PretrainedConfig):
         page: what card and Space show: ``title``, ``medical``, which is whether to say that the model is no medical device, and
             ``examples``, a list of texts. Each may be missing.
         calibration: a `Calibration`, or a dict of its fields.
+        open_world: the number of references of the model's `OpenWorld`. None without one.
         problem_type: ``"multi_label_classification"`` for multi-label models. By default a text has one path.
 
     Raises:
@@ -129,7 +130,7 @@ class HierarchicalConfig(PretrainedConfig):
 
     model_type = "hierarchical_text_classification"
     sub_configs = {"text_config": AutoConfig}
-    keys_to_ignore_at_inference = ["node_log_probs", "decision_logits", "hidden_states", "attentions"]
+    keys_to_ignore_at_inference = ["node_log_probs", "decision_logits", "vectors", "hidden_states", "attentions"]
 
     def __init__(
         self,
@@ -149,6 +150,7 @@ class HierarchicalConfig(PretrainedConfig):
         tokens_after: list[int] | None = None,
         page: dict[str, Any] | None = None,
         calibration: Calibration | dict | None = None,
+        open_world: int | None = None,
         problem_type: str | None = None,
         **kwargs,
     ):
@@ -166,7 +168,9 @@ class HierarchicalConfig(PretrainedConfig):
         self.calibration = read_calibration(calibration)
         if (lexical_vocab_size is None) != (self.calibration.lexical_weight is None):
             raise ValueError("lexical_vocab_size and the calibration's lexical_weight must be given together")
-        self.lexical_vocab_size = lexical_vocab_size
+        if open_world is not None and (type(open_world) is not int or open_world < 0):
+            raise ValueError(f"open_world must be a number of references, not {open_world!r}")
+        self.lexical_vocab_size, self.open_world = lexical_vocab_size, open_world
         self.window, self.tokens_before, self.tokens_after = window, tokens_before, tokens_after
         self.page = page or {}
         for name, value in self.page.items():

@@ -33,11 +33,13 @@ try:
     from .checkpoint_hierarchical import build_encoder, load_checkpoint, position_limit, save_checkpoint, share_encoder
     from .configuration_hierarchical import Calibration, HierarchicalConfig, read_tree
     from .decisions_hierarchical import build_decisions, calibrate
+    from .open_world_hierarchical import OpenWorld
     from .taxonomy_hierarchical import Taxonomy
 except ImportError:  # as a top-level module of the repository, not as remote code of a checkpoint
     from checkpoint_hierarchical import build_encoder, load_checkpoint, position_limit, save_checkpoint, share_encoder
     from configuration_hierarchical import Calibration, HierarchicalConfig, read_tree
     from decisions_hierarchical import build_decisions, calibrate
+    from open_world_hierarchical import OpenWorld
     from taxonomy_hierarchical import Taxonomy
 
 if TYPE_CHECKING:  # never runs, but makes transformers fetch the file, which `save_pretrained` copies
@@ -54,11 +56,13 @@ class HierarchicalOutput(SequenceClassifierOutput):
 
     ``logits`` are the log-probabilities of the leaves (B, num_leaves). For multi-label models they are the logits of
     the nodes' marginal probabilities (B, num_nodes). ``decision_logits`` are the scores of the decisions: the softmax among
-    siblings, or for multi-label models the sigmoid, is P(node | parent).
+    siblings, or for multi-label models the sigmoid, is P(node | parent). ``vectors`` are the means of the texts' tokens, if
+    ``output_vectors`` was given.
     """
 
     node_log_probs: Tensor | None = None  # (B, num_nodes), leaves first
     decision_logits: Tensor | None = None  # (B, num_nodes)
+    vectors: Tensor | None = None  # (B, hidden_size)
 
 
 class LexicalHead(nn.Module):
@@ -198,6 +202,9 @@ class HierarchicalHeads(nn.Module):
         self.lexical = None
         if config.lexical_vocab_size is not None:
             self.lexical = LexicalHead(config.lexical_vocab_size, self.decisions.num_classes)
+        self.open_world = None
+        if config.open_world is not None:
+            self.open_world = OpenWorld(config.tree, config.hidden_size, config.open_world)
         self.fill_buffers()
 
     def fill_buffers(self) -> None:
@@ -284,7 +291,7 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
             if module.query is not None:
                 init.zeros_(module.query)
             module.fill_buffers()
-        elif isinstance(module, LexicalHead):
+        elif isinstance(module, (LexicalHead, OpenWorld)):
             for parameter in module.parameters():
                 init.zeros_(parameter)
         else:
@@ -368,10 +375,15 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
 
     def pool(self, tokens: Tokens) -> Tensor:
         """Pool the tokens of texts to (B, H), in float32. With label attention, return the mean."""
+        if self.config.pooling != "cls":
+            return self.mean(tokens)
+        first = tokens.vectors[:, 0].float()
+        return tokens.sum_over_texts(first) / tokens.sum_over_texts(torch.ones_like(first[:, :1]))
+
+    @staticmethod
+    def mean(tokens: Tokens) -> Tensor:
+        """Return the means of the texts' tokens, (B, H), in float32."""
         hidden = tokens.vectors
-        if self.config.pooling == "cls":
-            first = hidden[:, 0].float()
-            return tokens.sum_over_texts(first) / tokens.sum_over_texts(torch.ones_like(first[:, :1]))
         if tokens.mask is None:
             return hidden.float().mean(1)
         mask = tokens.mask.to(hidden.device, torch.float32).unsqueeze(-1)  # (K, W, 1)
@@ -388,6 +400,7 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        output_vectors: bool = False,
         **kwargs: Any,
     ) -> HierarchicalOutput:
         """Return the log-probabilities of all nodes, and the loss if labels are given.
@@ -400,6 +413,7 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
                 the text's nodes and their ancestors, else 0, or -100 for unknown. The loss is the binary cross-entropy of
                 the probabilities, summed over a text's nodes.
             num_items_in_batch: divisor of the summed loss, by default the number of labelled texts.
+            output_vectors: whether to return the means of the texts' tokens, which `OpenWorld` reads.
             kwargs: for the encoder, such as ``output_hidden_states`` and ``output_attentions``.
         """
         # ── Encoder ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -417,6 +431,9 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
 
         # ── Heads ────────────────────────────────────────────────────────────────────────────────────────────────────
         vectors = self.pool(tokens) if self.heads.query is None else tokens
+        mean = None
+        if output_vectors:
+            mean = vectors if self.config.pooling == "mean" else self.mean(tokens)
         if not self.heads.weight.is_meta:  # offloaded heads move their inputs themselves
             vectors = vectors.to(self.heads.weight.device)
         scores = self.heads(vectors, input_ids, attention_mask)
@@ -426,6 +443,7 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
             logits=logits,
             node_log_probs=node_log_probs,
             decision_logits=scores,
+            vectors=mean,
             hidden_states=None if encoded is None else encoded.hidden_states,
             attentions=None if encoded is None else encoded.attentions,
         )
@@ -443,12 +461,16 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         load_self_contained = super().from_pretrained
         return load_checkpoint(cls, load_self_contained, pretrained_model_name_or_path, config, merge_adapter, **kwargs)
 
-    def set_calibration(self, calibration: Calibration, lexical: dict[str, Tensor] | None = None) -> None:
-        """Set the calibration, and the lexical head that it weights or None.
+    def set_calibration(
+        self, calibration: Calibration, lexical: dict[str, Tensor] | None = None, open_world: OpenWorld | None = None
+    ) -> None:
+        """Set the calibration, the lexical head that it weights or None, and what measures how strange texts are or None.
 
         The lexical head is given by ``idf`` (V,), ``weight`` (num_classes, V) and ``bias`` (num_classes,).
         """
         self.config.calibration, self.heads.lexical, self.config.lexical_vocab_size = calibration, None, None
+        self.heads.open_world = None if open_world is None else open_world.to(self.heads.weight.device)
+        self.config.open_world = None if open_world is None else len(open_world.references)
         if lexical is not None:
             head = LexicalHead(len(lexical["idf"]), self.heads.decisions.num_classes)
             head.load_state_dict(lexical)
@@ -457,7 +479,7 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         self.heads.fill_buffers()
 
     def change_taxonomy(self, taxonomy: Taxonomy | list | dict) -> tuple[list[str], list[str]]:
-        """Replace the heads by heads for another taxonomy, to be trained, and remove the calibration and the lexical head.
+        """Replace the heads by heads for another taxonomy, to be trained. Remove calibration, lexical head and `OpenWorld`.
 
         Nodes whose path is in both taxonomies keep their heads. Return the labels of the new nodes and of the dropped nodes.
         """

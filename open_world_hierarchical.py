@@ -1,33 +1,135 @@
-"""Estimate how frequent the classes are in other texts than a model was fitted to.
+"""Measure how strange a text is to a model, and how frequent the classes are in other texts than it was fitted to.
 
 Worth knowing:
 
-1. Probabilities are calibrated for the class frequencies of the validation rows, the *prior*. `Decisions.adapt` corrects them
+1. The strangeness of a text is the squared Mahalanobis distance of its vector from the nearest class. Classes have a normal
+   distribution each, with a covariance in common (Lee et al., 2018, "A simple unified framework for detecting out-of-distribution
+   samples"; for encoders of text: Podolskiy et al., 2021, "Revisiting Mahalanobis distance for transformer-based out-of-domain
+   detection").
+2. The p-value of a text is the share of validation texts that are at least as strange, the text itself included. If the text is
+   drawn like them, its p-value is at most α with probability at most α (Bates et al., 2023, "Testing for outliers with conformal
+   p-values").
+3. A leaf's test asks whether a text is like the leaf's validation texts. An inner node's test asks whether it is like a text of
+   a child that training has not seen. So its validation texts are measured against the classes of the node's other children.
+4. `evaluation.open_world` fits the numbers that are stored here. No vector of a single training text is among them.
+5. Probabilities are calibrated for the class frequencies of the validation rows, the *prior*. `Decisions.adapt` corrects them
    for another prior. It assumes label shift: texts of one class look the same in both populations.
-2. `estimate_prior` needs no labels. `benchmarks/shift.py` measures what it gains, and that it does no harm where nothing shifted.
+6. `estimate_prior` needs no labels. `benchmarks/shift.py` measures what it gains, and that it does no harm where nothing shifted.
 """
 
-from collections.abc import Mapping
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from statistics import NormalDist
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 try:
     from .configuration_hierarchical import Calibration
     from .decisions_hierarchical import Decisions
-    from .taxonomy_hierarchical import quote_name
+    from .taxonomy_hierarchical import Taxonomy, quote_name
 except ImportError:  # as a top-level module of the repository, not as remote code of a checkpoint
     from configuration_hierarchical import Calibration
     from decisions_hierarchical import Decisions
-    from taxonomy_hierarchical import quote_name
+    from taxonomy_hierarchical import Taxonomy, quote_name
 
+FULL_PRECISION = 2**20  # numbers: 500 classes at BERT's base size
 MAX_STEPS = 1000  # of the EM algorithm
 TOLERANCE = 1e-6  # largest change of a frequency in its last step
 FITTED_TEXTS = 7.0  # with as many validation texts a class, the fitted prior counts as much as the new texts
 SIGNIFICANCE = 0.05  # of a shift, corrected for the number of classes (Bonferroni)
+
+
+# ── Texts that belong nowhere ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+class OpenWorld(nn.Module):
+    """Strangeness of texts, and its p-values. There is one test for each node, and test N, of all texts.
+
+    Args:
+        num_references: number of stored strangeness values.
+
+    Attributes:
+        center: mean of the training texts' vectors, (H,).
+        whitening: turns vectors minus ``center`` into vectors whose covariance within the classes is the identity, (H, H).
+        means: whitened means of the classes, (N + 1, H). A class is a node with the texts that have no label below it. The last
+            class is of texts without a label. Beyond `FULL_PRECISION`, this and the former are in half precision.
+        shares: share of the training texts in each class, (N + 1,).
+        references: strangeness of validation texts in ascending order, for one test after the other, (num_references,).
+        counts: number of references of each test, (N + 1,).
+    """
+
+    def __init__(self, tree: Taxonomy, hidden_size: int, num_references: int):
+        super().__init__()
+        self.tree, num_classes = tree, tree.num_nodes + 1
+        is_small = (hidden_size + num_classes) * hidden_size <= FULL_PRECISION
+        precision = torch.float32 if is_small else torch.float16
+        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "center": ((hidden_size,), torch.float32),
+            "whitening": ((hidden_size, hidden_size), precision),
+            "means": ((num_classes, hidden_size), precision),
+            "shares": ((num_classes,), torch.float32),
+            "references": ((num_references,), torch.float32),
+            "counts": ((num_classes,), torch.int32),
+        }
+        for name, (shape, kind) in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=kind), requires_grad=False))
+
+    def distances(self, vectors: Tensor) -> Tensor:
+        """Return squared Mahalanobis distances of vectors (B, H) from all classes, (B, N + 1); infinite from one without texts."""
+        whitened = (vectors.to(self.center.device, torch.float32) - self.center) @ self.whitening.float()
+        means = self.means.float()
+        squares = means.square().sum(1).where(self.shares > 0, torch.inf)
+        return whitened.square().sum(1, keepdim=True) - 2 * whitened @ means.T + squares
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        """Return the strangeness of vectors (B, H) in each test, (B, N + 1): the distance from the nearest class of the node."""
+        distances = self.distances(vectors)
+        parents = torch.tensor(self.tree.parents, device=distances.device)
+        parents = parents.where(parents >= 0, self.tree.num_nodes).expand(len(vectors), -1)
+        nearest = distances
+        for _ in range(self.tree.depth):  # each pass reaches one level more
+            nearest = distances.scatter_reduce(1, parents, nearest[:, :-1], "amin")
+        return nearest
+
+
+class NoveltyTests:
+    """The tests of an `OpenWorld`, on lists. In all methods, ``strangeness`` are a text's values in each test, (N + 1,).
+
+    Attributes:
+        references: of each test, in ascending order.
+        test_of: for each node, and then for all texts, the number of its test: its own, or that of its nearest ancestor with one.
+    """
+
+    def __init__(self, open_world: OpenWorld):
+        tree, counts = open_world.tree, open_world.counts.tolist()
+        self.references = [values.tolist() for values in open_world.references.cpu().split(counts)]
+        self.test_of = [*range(tree.num_nodes + 1)]
+        for node in tree.reading_order:  # parents first
+            if not counts[node]:
+                self.test_of[node] = self.test_of[tree.parents[node]]  # a root's -1 is the test of all texts
+
+    def p_value(self, strangeness: Sequence[float], node: int = -1) -> float:
+        """Return the p-value of a text at a node, by default among all texts: (1 + number of references at least as strange) / (n + 1)."""
+        test = self.test_of[node]
+        references = self.references[test]
+        return (1 + len(references) - bisect_left(references, strangeness[test])) / (len(references) + 1)
+
+    def known(self, path: Sequence[int], strangeness: Sequence[float], novelty: float) -> int | None:
+        """Return the deepest node of a path whose p-value is above ``novelty``.
+
+        Without one, return the root if the p-value among all texts is above ``novelty``, else None. So for texts like the
+        validation texts, None has a probability of at most ``novelty``.
+        """
+        for node in reversed(path):
+            if self.p_value(strangeness, node) > novelty:
+                return node
+        return path[0] if path and self.p_value(strangeness) > novelty else None
+
+
+# ── Other class frequencies ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 def fitted_prior(calibration: Calibration) -> Tensor:

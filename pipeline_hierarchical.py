@@ -25,7 +25,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
-from numbers import Integral
+from numbers import Integral, Real
 from operator import or_
 from typing import Any
 
@@ -38,12 +38,12 @@ from transformers.utils import logging
 try:
     from .checkpoint_hierarchical import check_tokenizer, position_limit
     from .decisions_hierarchical import build_decisions
-    from .open_world_hierarchical import estimate_prior, fitted_prior, read_prior
+    from .open_world_hierarchical import NoveltyTests, estimate_prior, fitted_prior, read_prior
     from .taxonomy_hierarchical import quote_name
 except ImportError:  # as a top-level module of the repository, not as remote code of a checkpoint
     from checkpoint_hierarchical import check_tokenizer, position_limit
     from decisions_hierarchical import build_decisions
-    from open_world_hierarchical import estimate_prior, fitted_prior, read_prior
+    from open_world_hierarchical import NoveltyTests, estimate_prior, fitted_prior, read_prior
     from taxonomy_hierarchical import quote_name
 
 logger = logging.get_logger(__name__)
@@ -65,7 +65,7 @@ class PendingTexts:
 
     order: list[int]  # the index of each text, in the order of the batches
     tokens: list[tuple[int, int]]  # for each text, how many it has, and how many are read
-    outputs: list[Future]  # for each batch, its node log-probabilities (B, num_nodes)
+    outputs: list[Future]  # for each batch, what `_forward` returns
 
 
 class HierarchicalTextClassificationPipeline(Pipeline):
@@ -78,6 +78,10 @@ class HierarchicalTextClassificationPipeline(Pipeline):
       multi-label ones. Each has ``label``, ``score`` (its probability), ``path`` (``{"label", "score"}`` of every node from the
       root to it) and, where the taxonomy has one, ``description``;
     - ``label``, ``score``, ``path``: those of the first of ``labels``; None, None and [] without one;
+    - ``p_value``: the share of validation texts that look at least as strange to the encoder, the text itself included;
+    - ``known``: the label of the deepest node of ``path`` whose own p-value is above ``novelty``, or None. For texts like the
+      validation texts, None has a probability of at most ``novelty``. Each of ``labels`` has a ``known``, too. All are absent
+      if training had too few validation texts, and in checkpoints of earlier releases;
     - ``prediction_set``, with ``coverage`` or ``recall``: ``{"label", "score"}`` of its nodes;
     - ``expected_cost``, with ``costs``: that of the prediction;
     - ``tokens``: the length of the text in tokens, special ones included, and ``tokens_read``, how many of them the model read;
@@ -103,8 +107,10 @@ class HierarchicalTextClassificationPipeline(Pipeline):
             classes, as `estimate_prior` returns it, or a mapping from their labels. It corrects all probabilities, and
             ``coverage`` is then for texts with these frequencies. Excludes ``recall``.
         levels: whether results have ``levels``.
+        novelty: the p-value up to which ``known`` rejects a node, by default 0.05.
 
     Attributes:
+        novelty_tests: the tests behind the p-values, or None.
         result_version: `RESULT_VERSION` of the checkpoint's own code.
 
     Raises:
@@ -121,6 +127,10 @@ class HierarchicalTextClassificationPipeline(Pipeline):
     def __init__(self, model: PreTrainedModel, *args: Any, **kwargs: Any):
         self.tree = model.config.tree
         self.decisions = build_decisions(self.tree, model.config.problem_type)  # on the CPU, where the results are
+        open_world = model.heads.open_world
+        # offloaded weights cannot be read here
+        has_tests = open_world is not None and not open_world.counts.is_meta
+        self.novelty_tests = NoveltyTests(open_world) if has_tests else None
         super().__init__(model, *args, **kwargs)
         check_tokenizer(self.tokenizer, self.model)
         limit = (
@@ -150,22 +160,25 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         costs: str | os.PathLike | Mapping | None = None,
         prior: list[float] | Mapping[str, float] | None = None,
         levels: bool | None = None,
+        novelty: float | None = None,
         **unknown: Any,
     ) -> tuple[dict, dict, dict]:
         if unknown:
-            known = "batch_size, top_k, max_length, coverage, recall, costs, prior and levels"
+            known = "batch_size, top_k, max_length, coverage, recall, costs, prior, levels and novelty"
             raise ValueError(f"{min(unknown)!r} is not an argument of this pipeline; it has {known}")
         for name, value in (("top_k", top_k), ("max_length", max_length)):
             check_number(name, value, 1)
         if levels not in (None, True, False):
             raise ValueError(f"levels must be True or False, not {levels!r}")
+        if novelty is not None and not (isinstance(novelty, Real) and 0 <= novelty < 1):
+            raise ValueError(f"novelty must be a number from 0 to below 1, not {novelty!r}")
         calibration, guarantee = self.model.config.calibration, without_none({"coverage": coverage, "recall": recall})
         self.decisions.set_threshold(calibration, **guarantee)
         prepared = None if costs is None else self.decisions.prepare_costs(costs)
         frequencies = None if prior is None else read_prior(self.decisions, calibration, prior)
         truncation = {"max_length": max_length}
         output = {"guarantee": guarantee or None, "costs": prepared, "prior": frequencies}
-        output |= {"top_k": top_k, "levels": levels}
+        output |= {"top_k": top_k, "levels": levels, "novelty": novelty}
         # arguments that are not given leave those of the pipeline as they are
         return without_none(truncation), {}, without_none(output)
 
@@ -296,14 +309,16 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         counts = [*zip(tokens, lengths, strict=True)]
         return PendingTexts([*chain(*batches)], counts, outputs)
 
-    def _probabilities(self, pending: PendingTexts) -> Tensor:
-        """Return the node probabilities of pending texts in order, (B, num_nodes), in float64."""
-        of_batches = torch.cat([batch.result()["node_log_probs"].double().exp() for batch in pending.outputs])
-        return of_batches[torch.tensor(pending.order).argsort()]
+    def _outputs(self, pending: PendingTexts) -> tuple[Tensor, Tensor | None]:
+        """Return the node probabilities of pending texts in order, (B, num_nodes), in float64, and their strangeness."""
+        of_batches = [batch.result() for batch in pending.outputs]
+        order = torch.tensor(pending.order).argsort()
+        joined = {name: torch.cat([batch[name] for batch in of_batches])[order] for name in of_batches[0]}
+        return joined["node_log_probs"].double().exp(), joined.get("strangeness")
 
     def _class_probabilities(self, pending: PendingTexts) -> Iterator[Tensor]:
         """Yield the class probabilities of each pending text, (num_classes,), in float32."""
-        yield from self._probabilities(pending)[:, : self.decisions.num_classes].float()
+        yield from self._outputs(pending)[0][:, : self.decisions.num_classes].float()
 
     def _collect(
         self,
@@ -318,7 +333,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         ``costs`` and ``prior`` are those of `Decisions.prepare_costs` and `read_prior`, and ``output`` are arguments of
         `postprocess`.
         """
-        calibration, uncorrected = self.model.config.calibration, self._probabilities(pending)
+        calibration, (uncorrected, strangeness) = self.model.config.calibration, self._outputs(pending)
         probabilities = uncorrected
         if prior is not None:
             probabilities = self.decisions.adapt(uncorrected, fitted_prior(calibration), prior)
@@ -330,7 +345,8 @@ class HierarchicalTextClassificationPipeline(Pipeline):
             nodes = predicted[i].nonzero().flatten().tolist()
             if threshold is not None:
                 output["prediction_set"] = self.decisions.prediction_set(uncorrected[i].tolist(), threshold)
-            yield self.postprocess(probabilities[i].tolist(), nodes, *tokens, expected_cost, **output)
+            strange = None if strangeness is None else strangeness[i].tolist()
+            yield self.postprocess(probabilities[i].tolist(), nodes, *tokens, expected_cost, strange, **output)
 
     def _length(self, max_length: int | None = None) -> int:
         """Return the length in tokens at which texts are truncated, or raise ValueError if the tokenizer does not allow it."""
@@ -391,7 +407,11 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         return tokenizer(texts, **settings)
 
     def _forward(self, model_inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {"node_log_probs": self.model(**model_inputs)["node_log_probs"]}
+        outputs = self.model(**model_inputs, output_vectors=self.novelty_tests is not None)
+        kept = {"node_log_probs": outputs["node_log_probs"]}
+        if self.novelty_tests:
+            kept["strangeness"] = self.model.heads.open_world(outputs["vectors"])
+        return kept
 
     def get_inference_context(self) -> type:
         return torch.inference_mode
@@ -403,12 +423,14 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         tokens: int,
         tokens_read: int,
         expected_cost: float | None,
+        strangeness: list[float] | None,
         top_k: int | None = None,
         prediction_set: list[int] | None = None,
         levels: bool = False,
+        novelty: float = 0.05,
     ) -> dict[str, Any]:
-        """Build a result from the probabilities of all nodes, the predicted nodes, and the numbers of tokens."""
-        tree = self.tree
+        """Build a result from the probabilities of all nodes, the predicted nodes, the numbers of tokens, and the strangeness."""
+        tree, tests = self.tree, self.novelty_tests
         if math.isnan(sum(probabilities)):
             raise ValueError("the model's probabilities are not numbers: its weights are damaged")
 
@@ -422,8 +444,13 @@ class HierarchicalTextClassificationPipeline(Pipeline):
             labels.append({**path[-1], "path": path})
             if description := tree.descriptions.get(tree.labels[node]):
                 labels[-1]["description"] = description
+            if tests and strangeness:
+                known = tests.known(tree.path(node), strangeness, novelty)
+                labels[-1]["known"] = None if known is None else tree.labels[known]
         first = labels[0] if labels else {"label": None, "score": None, "path": []}
         result = {"labels": labels, **{name: first[name] for name in ("label", "score", "path")}}
+        if tests and strangeness:
+            result |= {"p_value": tests.p_value(strangeness), "known": first.get("known")}
         if prediction_set is not None:
             by_score = sorted(prediction_set, key=lambda node: -probabilities[node])
             result["prediction_set"] = with_scores(by_score)

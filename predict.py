@@ -82,7 +82,7 @@ def main(argv: list[str]) -> int:
             output.write_blocks(chain([first], records), options, predict)
         files = [{"name": source.name, "bytes": source.size} for source in sources]
         manifest = {"model": arguments.model, "commit": arguments.revision, "options": options, "input": files}
-        num_problems = output.join_blocks(model.row_format.open, manifest)
+        num_problems = output.join_blocks(model.row_format.open, manifest, model.row_format.summary)
     problems = f"; {num_problems:,} rows could not be read: {output.errors}" if num_problems else ""
     print(f"done: {output.name}{problems}", file=sys.stderr)
     return 1 if num_problems else 0
@@ -119,6 +119,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--costs", help=f"minimise the expected cost of errors; the costs are {costs}")
     sample = f"estimated on at most {SAMPLED_TEXTS:,} of them"
     add("--adapt_prior", action="store_true", help=f"correct probabilities for the texts' class frequencies, {sample}")
+    add("--novelty", type=float, help="p-value up to which known rejects a node; default: 0.05")
     add("--uncertainty", action="store_true", help="also write the entropy, and the level that contributes most to it")
     dtypes = "bf16 if the machine supports it, else fp32; int8 is faster on CPUs with VNNI or AMX, and less accurate"
     add("--dtype", choices=("auto", *DTYPES), default="auto", help=f"default: auto, which is {dtypes}")

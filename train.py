@@ -37,6 +37,7 @@ from hierarchical_clinicalbert.evaluation.report import (
     class_scores,
     log_metrics,
     measure_sets,
+    measure_strange_texts,
     write_reliability,
     write_scores,
 )
@@ -62,7 +63,13 @@ from hierarchical_clinicalbert.training.publish import (
     run_settings,
     write_card,
 )
-from hierarchical_clinicalbert.training.score import label_arrays, score_splits, scoring_trainer, token_counts
+from hierarchical_clinicalbert.training.score import (
+    label_arrays,
+    learn_known_texts,
+    score_splits,
+    scoring_trainer,
+    token_counts,
+)
 from hierarchical_clinicalbert.training.tokens import build_collator, tokenize_splits
 from hierarchical_clinicalbert.training.trainer import HierarchicalTrainer
 
@@ -195,10 +202,12 @@ def train(arguments: Arguments, data: LabelledSplits, resume_from: str | None, p
         calibration, scored, calibrated = calibrate_splits(form, scored, classifier)
         calibration = dataclasses.replace(calibration, max_length=tokenizer.model_max_length)
         lexical = classifier.weights() if classifier and calibration.lexical_weight else None
+        open_world = learn_known_texts(scorer, splits["train"], scored["validation"])
         for one in (model, scorer.model):
-            one.set_calibration(calibration, lexical)
+            one.set_calibration(calibration, lexical, open_world)
         trainer.save_model(_internal_call=True)
         scores = replace_scores(scores, calibrated) | measure_sets(form, scored, calibration)
+        scores |= measure_strange_texts(scored, open_world)
     else:
         logger.info("no validation rows were scored: no lexical head, and the model's probabilities are not calibrated")
 
@@ -294,6 +303,7 @@ def score_checkpoint(arguments: Arguments, data: LabelledSplits) -> None:
     splits, lengths = tokenize_splits(data.splits, tokenizer, max_length)
     log_report(data.report, lengths)
     scored, metrics = score_splits(scorer, splits)
+    metrics |= measure_strange_texts(scored, getattr(scorer.model.heads, "open_world", None))
     if tokenizer.model_max_length == config.calibration.max_length:
         metrics |= measure_sets(form, scored, config.calibration)
 

@@ -60,6 +60,9 @@ class ClassifiedRow(TypedDict, total=False):
     labels: list[str]
     scores: list[float]
     paths: list[list[str]]
+    p_value: float
+    known: str | None
+    known_labels: list[str | None]
     prediction_set: list[str]
     tokens: int
     tokens_read: int

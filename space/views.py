@@ -30,6 +30,7 @@ HEADING, ROW = 34, 27  # pixels
 TEXT = {"xanchor": "left", "xshift": 3, "yanchor": "middle", "align": "left", "showarrow": False}
 MIN_SHARE = 0.01  # of the icicle; smaller nodes are merged as "others"
 MAX_LABEL_LENGTH = 34
+NOVELTY = 0.05  # the p-value up to which a text is shown as strange
 PROBLEMS = 200  # most that are shown
 FIRST_SECTIONS = ("results", "limits", "licence", "license")  # of the model card
 NOT_A_DEVICE = "Not a medical device. Not for diagnosis, treatment or any decision about a patient."
@@ -86,21 +87,38 @@ LOG_ODDS = Unit(LOG_ODDS_SLOPE, 1, 2, "log-odds", "log-odds", "the log-odds by 0
 def result(kicker: str, classified: Classification, held: str) -> str:
     """Render the predicted nodes, each with its probability and its path, the prediction set, and the truncation.
 
-    ``held`` is the HTML of `prediction_set`, or of the reason why there is none.
+    ``held`` is the HTML of `prediction_set`, or of the reason why there is none. A strange text has neither, because nothing
+    that was measured on other texts holds for it.
     """
+    if is_strange(classified):
+        nodes = [f"{name_html(node['label'])} {percent(node['score'])}" for node in classified["labels"]]
+        return panel(
+            f"<p class='kicker'>{kicker}</p><p class='class none'>Unlike the texts this model was trained on</p>"
+            f"<p class='note'>{percent(classified['p_value'])} of the validation texts look as strange to the model. "
+            f"Its prediction would be {join_names(nodes, ', ') or 'no label'}.</p>{truncation(classified)}"
+        )
     nodes = "".join(map(predicted, classified["labels"]))
     none = "<p class='class none'>No label</p><p class='note'>No node of the taxonomy is probable enough.</p>"
     return panel(f"<p class='kicker'>{kicker}</p>{nodes or none}<p class='held'>{held}</p>{truncation(classified)}")
 
 
+def is_strange(classified: Classification) -> bool:
+    """Return whether no predicted node is known, and the text looks strange."""
+    return classified.get("p_value", 1) <= NOVELTY and not any(node["known"] for node in classified["labels"])
+
+
 def predicted(node: Prediction) -> str:
-    """Render a predicted node, its description, its probability and its path."""
+    """Render a predicted node, its description, its probability, its path, and what of the path is known."""
     described = f"<p class='note'>{escape_html(node['description'])}</p>" if "description" in node else ""
+    unknown, known = "", node.get("known", node["label"])
+    if known != node["label"]:
+        like = f", but like those of {name_html(known)}" if known else ""
+        unknown = f"<p class='note warning'>Unlike the known texts of {name_html(node['label'])}{like}.</p>"
     path = "".join(f"<li>{name_html(step['label'])} <b>{percent(step['score'])}</b></li>" for step in node["path"])
     return (
         f"<p class='class'>{name_html(node['label'])}</p>{described}"
         f"<p class='certainty'><span class='meter' aria-hidden='true'><span style='width:{100 * node['score']:.1f}%'></span>"
-        f"</span>{percent(node['score'])} probability</p><ol class='path' aria-label='Path through the taxonomy'>{path}</ol>"
+        f"</span>{percent(node['score'])} probability</p><ol class='path' aria-label='Path through the taxonomy'>{path}</ol>{unknown}"
     )
 
 
@@ -399,6 +417,7 @@ def preview(records: list[dict[str, Any]]) -> str:
             "line": record["line"],
             "text": shorten(record["text"]),
             "labels": labels(record),
+            **({"p-value": percent(record["p_value"])} if "p_value" in record else {}),
             "prediction set": join_names([*map(name_html, record.get("prediction_set", ()))], "; ") or "–",
         }
         for record in records

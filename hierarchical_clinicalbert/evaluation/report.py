@@ -29,7 +29,9 @@ from hierarchical_clinicalbert.evaluation.calibration import calibrate_out_of_fo
 from hierarchical_clinicalbert.evaluation.forms import Form
 from hierarchical_clinicalbert.evaluation.lexical import LexicalClassifier
 from hierarchical_clinicalbert.evaluation.metrics import PREFIXES, per_class_report, scores_by_split
+from hierarchical_clinicalbert.evaluation.open_world import measure_novelty
 from hierarchical_clinicalbert.evaluation.sets import MEASURED_TARGET
+from open_world_hierarchical import OpenWorld
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +47,8 @@ class ScoredSplit:
         texts: the same number for the same text, (num_rows,).
         rows: numbers in the source, (num_rows,).
         token_counts: how often each token occurs, (num_rows, V).
+        nodes: labelled nodes of each row.
+        vectors: means of the texts' token vectors, (num_rows, H); None if the code of an older checkpoint scored the rows.
     """
 
     scores: np.ndarray
@@ -53,6 +57,8 @@ class ScoredSplit:
     texts: np.ndarray
     rows: np.ndarray
     token_counts: csr_matrix
+    nodes: list[list[int]]
+    vectors: Any = None
 
 
 # ── Calibrate ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -141,6 +147,15 @@ def measure_sets(form: Form, splits: dict[str, ScoredSplit], calibration: Calibr
     if worst:
         scores["worst_band"] = worst[form.decisions.guarantee]
     return {f"test_set_{name}": value for name, value in scores.items()} | {"set_groups": sets.groups()} | of_worst
+
+
+def measure_strange_texts(splits: dict[str, ScoredSplit], open_world: OpenWorld | None) -> dict[str, float]:
+    """Measure how strange the test texts look, by `measure_novelty`: ``test_strange`` and others, or nothing."""
+    test = splits.get("test")
+    if test is None or test.vectors is None or open_world is None:
+        return {}
+    measured = measure_novelty(open_world, test.vectors, test.texts, test.nodes)
+    return {f"test_{name}": share for name, share in measured.items()}
 
 
 def reported_split(splits: dict[str, ScoredSplit]) -> str:

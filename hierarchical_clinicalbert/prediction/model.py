@@ -53,7 +53,7 @@ class Model:
         encoder = None if config.adapter_subfolder is None else Path(config.encoder_name_or_path)
         weights = fingerprint(arguments.model, arguments.revision, encoder)
         kind = output_kind(arguments.output, arguments.output_format)
-        self.row_format = RowFormat(arguments, config, version=weights[:12] if kind == TASKS else None)
+        self.row_format = RowFormat(arguments, self._pipeline.model, version=weights[:12] if kind == TASKS else None)
         self.description = {
             "result_version": self._pipeline.result_version,
             "dtype": dtype,
@@ -128,7 +128,7 @@ def load(arguments: Namespace, dtype: str, gpu: bool) -> Pipeline:
             raise InputError("--backend openvino needs OpenVINO: pip install openvino")
     elif dtype == "int8" and not has_int8_products():
         raise InputError("--dtype int8 needs a processor with VNNI or AMX, and a supported version of torch: give fp32")
-    named = {name: getattr(arguments, name) for name in ("batch_size", "coverage", "recall", "costs")}
+    named = {name: getattr(arguments, name) for name in ("batch_size", "coverage", "recall", "costs", "novelty")}
     # pipelines of older checkpoints lack newer arguments
     given = {name: value for name, value in named.items() if value is not None}
     try:

@@ -28,16 +28,18 @@ from typing import Any
 from tqdm import tqdm
 
 from hierarchical_clinicalbert.errors import InputError
+from hierarchical_clinicalbert.files import write_json
 from hierarchical_clinicalbert.prediction.input import InputRow
 from hierarchical_clinicalbert.prediction.rows import file_name
 from hierarchical_clinicalbert.prediction.storage import Bucket, Disk
+from hierarchical_clinicalbert.prediction.summary import Summary
 from hierarchical_clinicalbert.reading.sources import Source
 from hierarchical_clinicalbert.reading.stores import connect, is_url
 
 SECONDS_A_LINE = 60  # of progress in a log file
 ROWS = 1024  # per block: read, classified and written together
 BLOCKS_PER_FILE = 97  # in a folder: 99,328 rows
-OWN_PARTS = r"\d{9}\.jsonl|part\.new|output\..+|errors\.jsonl"  # names of files in the folder of blocks
+OWN_PARTS = r"\d{9}\.jsonl|part\.new|output\..+|errors\.jsonl|summary\.json.*"  # names of files in the folder of blocks
 OutputRows = list[dict[str, Any]]
 
 
@@ -120,6 +122,7 @@ class RestartableOutput:
         self.parts = f"{self._stem}.parts"
         self.marker = f"{self.name}/manifest.json" if self.is_folder else self.name
         self.errors = f"{self.name}/errors.jsonl" if self.is_folder else f"{self.name}.errors.jsonl"
+        self.summary = self.marker if self.is_folder else f"{self.name}.summary.json"  # a folder's is in its manifest
         self.headers: list[dict[str, Any]] = []  # of the blocks: options, and digest of the input rows
         self.num_rows = 0  # in the blocks, without those that could not be read
 
@@ -131,7 +134,7 @@ class RestartableOutput:
         """Return the sources except the files of this output that a killed run left: its blocks and all that it made of them."""
         if not self.store.names(self.parts):
             return list(sources)
-        files = (self.name, self.errors, self.marker, *self._files())
+        files = (self.name, self.errors, self.summary, self.marker, *self._files())
 
         def is_own(source: Source) -> bool:
             is_local = source.filesystem is None
@@ -142,7 +145,7 @@ class RestartableOutput:
 
     def check(self, sources: Sequence[Source], overwrite: bool) -> None:
         """Raise InputError if the output is finished, or if one of its files is also an input, under any name."""
-        for file in (self.name, self.errors, *self._files()):
+        for file in (self.name, self.errors, self.summary, *self._files()):
             if self.store.is_input(file, sources):
                 others = "" if file == self.name else f": {file}"
                 raise InputError(f"--output {self.name}{others} is also an input: give another name")
@@ -157,12 +160,13 @@ class RestartableOutput:
         if not parts and not overwrite:
             if self.store.exists(self.marker) or self._files():
                 raise self._exists_error()
-            if self.store.exists(self.errors):
-                raise InputError(f"{self.errors} already exists: give another --output, or --overwrite")
+            for file in (self.errors, self.summary):
+                if self.store.exists(file):
+                    raise InputError(f"{file} already exists: give another --output, or --overwrite")
 
     def delete(self) -> None:
-        """Delete the output, its error file and its blocks."""
-        for file in (self.marker, self.errors, *self._files()):
+        """Delete the output, its error file, its summary and its blocks."""
+        for file in (self.marker, self.errors, self.summary, *self._files()):
             self.store.delete(file)
         self.store.delete_folder(self.parts)
 
@@ -216,18 +220,22 @@ class RestartableOutput:
         self,
         open_rows: Callable[[Path], AbstractContextManager[Callable[[list[str]], None]]],
         manifest: dict[str, Any],
+        summary: Summary,
     ) -> int:
         """Join the blocks into the output, delete them once it is stored, and return the number of unreadable rows.
 
         Args:
             open_rows: `prediction.rows.RowFormat.open`.
             manifest: the entries of a folder's manifest about input and model.
+            summary: an empty one.
 
         Raises:
             InputError: no row could be read. The error file is kept, and there is no output.
         """
         folder, size = self.store.new_folder(self.parts), BLOCKS_PER_FILE if self.is_folder else len(self.headers)
-        new, new_errors = folder / f"output{self.kind}", folder / "errors.jsonl"
+        new, new_errors, new_summary = (
+            folder / name for name in (f"output{self.kind}", "errors.jsonl", "summary.json")
+        )
         num_problems, first_problem, files = 0, "", list[dict[str, Any]]()
         with new_errors.open("w", encoding="utf-8", newline="") as errors:
             for number, first in enumerate(range(0, len(self.headers), size)):
@@ -236,6 +244,7 @@ class RestartableOutput:
                     for index in range(first, min(first + size, len(self.headers))):
                         rows, problems = self._read_block(index)
                         write(rows)
+                        summary.add(rows)
                         errors.writelines(problems)
                         first_problem = first_problem or "".join(problems[:1])
                         num_rows, num_problems = num_rows + len(rows), num_problems + len(problems)
@@ -244,7 +253,7 @@ class RestartableOutput:
                     self.store.put(new, f"{self.name}/{files[-1]['name']}")
         if self.is_folder:
             counts = {"rows": sum(file["rows"] for file in files), "problems": num_problems, "parts": files}
-            new.write_text(json.dumps(manifest | counts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            write_json(new, manifest | counts | {"summary": summary.content()})
         if num_problems:
             self.store.put(new_errors, self.errors)
         if not self.num_rows:
@@ -253,6 +262,9 @@ class RestartableOutput:
             remedy = "save it as UTF-8" if "UTF-8" in problem else "correct it, or give another --text_column"
             counted = f"none of the {num_problems:,} rows of --input can be read"
             raise InputError(f"{counted} (the first: {problem}; all: {self.errors}): {remedy}; then --overwrite")
+        if not self.is_folder:
+            write_json(new_summary, summary.content())
+            self.store.put(new_summary, self.summary)
         self.store.put(new, self.marker)  # the output itself, or the manifest of a folder
         self.store.delete_folder(self.parts)
         return num_problems

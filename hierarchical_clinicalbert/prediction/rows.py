@@ -20,6 +20,7 @@ import torch
 
 from decisions_hierarchical import build_decisions
 from hierarchical_clinicalbert.prediction.input import InputRow
+from hierarchical_clinicalbert.prediction.summary import Summary
 from hierarchical_clinicalbert.reading.results import join_lists, rounded, to_row
 from hierarchical_clinicalbert.reading.stores import is_url
 
@@ -33,12 +34,14 @@ class RowFormat:
 
     Args:
         arguments: the flags of predict.py.
-        config: the configuration of the checkpoint.
+        model: the checkpoint's.
         version: the model's version, for tasks; None for other formats.
     """
 
-    def __init__(self, arguments: Namespace, config: Any, version: str | None):
+    def __init__(self, arguments: Namespace, model: Any, version: str | None):
+        config, open_world = model.config, model.heads.open_world
         self.version, self.labels = version, config.tree.labels
+        self.summary = Summary(self.labels, open_world, 0.05 if arguments.novelty is None else arguments.novelty)
         self.classes = [*config.id2label.values()] if arguments.probabilities else []
         self.decisions = build_decisions(config.tree, config.problem_type) if arguments.uncertainty else None
         text, number, count = pyarrow.string(), pyarrow.float64(), pyarrow.int64()
@@ -47,6 +50,8 @@ class RowFormat:
         self.types = {"row": count} if arguments.id_column is None else {"id": text}
         self.types |= {"label": text, "score": number, "path": texts}
         self.types |= {"labels": texts, "scores": numbers, "paths": pyarrow.list_(texts)}
+        if open_world is not None:
+            self.types |= {"p_value": number, "known": text, "known_labels": texts}
         if (arguments.coverage, arguments.recall) != (None, None):
             self.types["prediction_set"] = texts
         if arguments.costs is not None:

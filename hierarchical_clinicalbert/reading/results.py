@@ -19,12 +19,15 @@ def check_version(classifier: Any) -> None:
 def to_row(result: dict[str, Any]) -> dict[str, Any]:
     """Build a row from a result: nodes become their labels, and numbers have six digits.
 
-    ``labels``, ``scores`` and ``paths`` are lists, and ``label``, ``score`` and ``path`` are of the first. ``levels`` are left out.
+    ``labels``, ``scores``, ``paths`` and ``known_labels`` are lists, and ``label``, ``score``, ``path`` and ``known`` are of the
+    first. ``levels`` are left out.
     """
     nodes = result["labels"]
     row = {name: result[name] for name in ("label", "score")} | {"path": names(result["path"]), "labels": names(nodes)}
     row |= {"scores": [node["score"] for node in nodes], "paths": [names(node["path"]) for node in nodes]}
     row |= {name: value for name, value in result.items() if name not in (*row, "levels")}
+    if "known" in row:
+        row["known_labels"] = [node["known"] for node in nodes]
     if "prediction_set" in row:
         row["prediction_set"] = names(row["prediction_set"])
     return rounded(row)
@@ -51,6 +54,6 @@ def join_lists(row: dict[str, Any]) -> dict[str, Any]:
             return value
         if name == "paths":
             value = [join_labels(path, " > ") for path in value]
-        return join_labels(map(str, value), " > " if name == "path" else "; ")
+        return join_labels(("" if one is None else str(one) for one in value), " > " if name == "path" else "; ")
 
     return {name: cell(name, value) for name, value in row.items()}

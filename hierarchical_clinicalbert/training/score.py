@@ -7,6 +7,7 @@ import dataclasses
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset, DatasetDict
 from scipy.sparse import csr_matrix
 from torch import nn
@@ -16,10 +17,12 @@ from decisions_hierarchical import DEFAULT_THRESHOLD, Decisions
 from hierarchical_clinicalbert.errors import as_input_error
 from hierarchical_clinicalbert.evaluation.forms import form_of
 from hierarchical_clinicalbert.evaluation.metrics import PREFIXES
+from hierarchical_clinicalbert.evaluation.open_world import fit_open_world, merge_texts
 from hierarchical_clinicalbert.evaluation.report import ScoredSplit, measure
 from hierarchical_clinicalbert.training.arguments import HierarchicalTrainingArguments
 from hierarchical_clinicalbert.training.tokens import build_collator
 from hierarchical_clinicalbert.training.trainer import HierarchicalTrainer
+from open_world_hierarchical import OpenWorld
 from pipeline_hierarchical import use_cpu_kernels
 
 SCORING_ARGUMENTS: dict[str, Any] = {  # arguments of a Trainer that only scores
@@ -29,6 +32,7 @@ SCORING_ARGUMENTS: dict[str, Any] = {  # arguments of a Trainer that only scores
     "lr_scheduler_type": "linear",  # some schedulers need an evaluation
     "lr_scheduler_kwargs": None,
 }
+MAX_TEXTS = 20_000  # of the training rows, that describe what the model knows
 
 
 def scoring_trainer(
@@ -58,17 +62,31 @@ def score_splits(trainer: HierarchicalTrainer, splits: DatasetDict) -> tuple[dic
     """
     config, scored, metrics = trainer.model.config, dict[str, ScoredSplit](), dict[str, float]()
     form = form_of(config.tree, config.problem_type)
-    ignored = [key for key in config.keys_to_ignore_at_inference if key != "decision_logits"]
+    ignored = [key for key in config.keys_to_ignore_at_inference if key not in ("decision_logits", "vectors")]
     for name, is_requested in (("validation", trainer.args.do_eval), ("test", trainer.args.do_predict)):
         if name in splits and is_requested is not False:
             rows = splits[name]
             output = trainer.predict(rows, ignored, metric_key_prefix=PREFIXES[name])
-            logits, scores = output.predictions
+            logits, scores, *vectors = output.predictions
             texts, numbers = (np.array(rows[column]) for column in ("text_id", "row"))
             counts = token_counts(rows, config.text_config.vocab_size)
-            scored[name] = ScoredSplit(scores, logits, label_arrays(form.decisions, rows), texts, numbers, counts)
+            labels = label_arrays(form.decisions, rows)
+            scored[name] = ScoredSplit(scores, logits, labels, texts, numbers, counts, rows["labels"][:], *vectors)
             metrics |= output.metrics
     return scored, metrics | measure(form, scored, config.calibration.thresholds or DEFAULT_THRESHOLD)
+
+
+@torch.no_grad()
+def learn_known_texts(scorer: HierarchicalTrainer, rows: Dataset, validation: ScoredSplit) -> OpenWorld | None:
+    """Return the `OpenWorld` of a scored model, from at most `MAX_TEXTS` tokenized training rows and the validation rows.
+
+    None: there are too few validation texts. A validation text counts once, with the labels of all its rows.
+    """
+    some = rows.select(np.random.default_rng(0).permutation(len(rows))[:MAX_TEXTS])
+    vectors = scorer.embed(some["input_ids"][:], scorer.model.mean).cpu().numpy()
+    first, nodes = merge_texts(validation.texts, validation.nodes)
+    tree = scorer.model.config.tree
+    return fit_open_world(tree, vectors, some["labels"][:], validation.vectors[first], nodes)
 
 
 def label_arrays(decisions: Decisions, rows: Dataset) -> np.ndarray:

@@ -11,7 +11,7 @@ Worth knowing:
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,8 @@ class HierarchicalTrainer(PublishingTrainer):
             self.args._n_gpu = 1
             self._train_batch_size = self.args.train_batch_size
         self.decisions = self.model.heads.decisions
+        # in evaluation they are computed, and gathered where they are not ignored; the code of an older checkpoint has none
+        self.has_vectors = "vectors" in self.model.config.keys_to_ignore_at_inference
         self.loss_function: Any = loss_function.to(self.args.device) if loss_function else self.decisions.loss
         self.consistency = consistency
         self.resumed: ResumedRun | None = None  # in a run that resumes
@@ -113,7 +115,8 @@ class HierarchicalTrainer(PublishingTrainer):
             divergence = average_over_labels(self.decisions.divergence(first, second), labels, items)
             loss = sum(losses) / 2 + self.consistency * divergence
         else:
-            outputs = model(**inputs)
+            asked = {"output_vectors": True} if self.has_vectors and not model.training else {}
+            outputs = model(**inputs, **asked)
             loss = self.loss_function(outputs["decision_logits"], labels, num_items_in_batch=items)
         if model.training:
             self.losses.add(self.state.global_step + 1, loss, rows)
@@ -121,15 +124,15 @@ class HierarchicalTrainer(PublishingTrainer):
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
-    def embed(self, inputs: Sequence[list[int]]) -> Tensor:
-        """Embed texts given as token ids: pooled vectors, (len(inputs), hidden_size)."""
+    def embed(self, inputs: Sequence[list[int]], pool: Callable[[Any], Tensor] | None = None) -> Tensor:
+        """Embed texts given as token ids: vectors (len(inputs), hidden_size), by default pooled as the model does."""
         pooled, order = [], sorted(range(len(inputs)), key=lambda row: len(inputs[row]))  # by length: less padding
         for start in range(0, len(inputs), EMBEDDED_AT_ONCE):
             rows = order[start : start + EMBEDDED_AT_ONCE]
             batch = self.data_collator([{"input_ids": inputs[row]} for row in rows]).to(self.model.device)
             with self.accelerator.autocast():
                 tokens, _ = self.model.encode(**batch)
-            pooled.append(self.model.pool(tokens).to(self.model.heads.weight.device))
+            pooled.append((pool or self.model.pool)(tokens).to(self.model.heads.weight.device))
         return torch.cat(pooled)[torch.tensor(order).argsort()]
 
     # ── Resume ───────────────────────────────────────────────────────────────────────────────────────────────────────

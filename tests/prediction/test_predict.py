@@ -39,6 +39,8 @@ from hierarchical_clinicalbert.reading.sources import find_sources
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from taxonomy_hierarchical import Taxonomy
 
+BESIDE = ["out.jsonl.errors.jsonl", "out.jsonl.summary.json"]  # written beside an output
+
 
 @pytest.fixture(scope="module")
 def checkpoint(clear_checkpoint) -> str:
@@ -95,7 +97,7 @@ def test_predictions_equal_the_stock_pipeline_and_bad_rows_are_listed_separately
         "1 fields, where the header has 2", "the text is empty", "3 fields, where the header has 2", "not UTF-8",
     ]  # fmt: skip
     assert messages[4] == "a quotation mark is not closed"
-    assert {path.name for path in tmp_path.iterdir()} == {"in.csv", "out.jsonl", "out.jsonl.errors.jsonl"}
+    assert {path.name for path in tmp_path.iterdir()} == {"in.csv", "out.jsonl", *BESIDE}
 
 
 def test_all_input_and_output_formats_give_the_same_predictions(checkpoint, texts, tmp_path):
@@ -211,7 +213,7 @@ def test_a_killed_run_is_resumed_and_writes_the_same_bytes(checkpoint, long_inpu
     assert "continuing at row 2,100" in capsys.readouterr().err
     assert_same_files(output, unbroken[0])
     assert [row["row"] for row in read_json_lines(f"{output}.errors.jsonl")] == [7, 2090]
-    assert {path.name for path in tmp_path.iterdir()} == {"out.jsonl", "out.jsonl.errors.jsonl"}
+    assert {path.name for path in tmp_path.iterdir()} == {"out.jsonl", *BESIDE}
     with pytest.raises(InputError, match="already exists"):
         predict_here(*words)
 
@@ -268,7 +270,7 @@ def test_two_models_on_one_output_are_never_mixed(checkpoint, other_checkpoint, 
     assert_same_files(output, unbroken[0])
     assert predict_here(*second, "--overwrite") == 1
     assert_same_files(output, unbroken[1])
-    assert {path.name for path in tmp_path.iterdir()} == {"out.jsonl", "out.jsonl.errors.jsonl"}
+    assert {path.name for path in tmp_path.iterdir()} == {"out.jsonl", *BESIDE}
 
 
 @pytest.fixture(scope="module")
@@ -295,8 +297,8 @@ def test_blocks_of_a_killed_run_are_not_read_as_its_input(checkpoint, long_input
 @pytest.mark.parametrize(
     ("moment", "left", "output", "more"),
     [
-        (("os.rename", "/out.jsonl"), ["in.csv", "out.jsonl.errors.jsonl"], "out.jsonl", ()),
-        (("shutil.rmtree", ".parts"), ["in.csv", "out.jsonl", "out.jsonl.errors.jsonl"], "out.jsonl", ()),
+        (("os.rename", "/out.jsonl"), ["in.csv", *BESIDE], "out.jsonl", ()),
+        (("shutil.rmtree", ".parts"), ["in.csv", "out.jsonl", *BESIDE], "out.jsonl", ()),
         (
             ("os.rename", "/manifest.json"),
             ["in.csv", "out/errors.jsonl", "out/part-00000.jsonl"],
@@ -684,6 +686,12 @@ def test_labels_that_hold_a_separator_are_lists_of_json_in_csv(added, checkpoint
             assert found == row[field]
 
 
+def novelty(result: dict) -> dict:
+    """Return the fields of a row about a strange text."""
+    known = {"known": result["known"], "known_labels": [node["known"] for node in result["labels"]]}
+    return {"p_value": pytest.approx(result["p_value"], abs=1e-6), **known}
+
+
 @pytest.mark.parametrize("form", ["checkpoint", "labels_checkpoint"])
 def test_rows_of_both_forms_have_the_fields_of_a_result(form, request, texts, tmp_path):
     model, texts = request.getfixturevalue(form), [*texts[:3], "Nothing.", "Sepsis and fever. " * 200]
@@ -700,6 +708,7 @@ def test_rows_of_both_forms_have_the_fields_of_a_result(form, request, texts, tm
             "labels": [node["label"] for node in labels],
             "scores": pytest.approx([node["score"] for node in labels], abs=1e-5),
             "paths": [[step["label"] for step in node["path"]] for node in labels],
+            **({} if form == "labels_checkpoint" else novelty(result)),
         }
     assert row["truncated"]
 

@@ -110,7 +110,7 @@ def test_workers_and_a_node_are_killed_and_no_row_is_lost_or_doubled(
     assert output.read_bytes() == expected[labels_checkpoint].read_bytes()
     errors = Path(f"{output}.errors.jsonl")
     assert errors.read_bytes() == Path(f"{expected[labels_checkpoint]}.errors.jsonl").read_bytes()
-    assert {path.name for path in tmp_path.iterdir()} == {output.name, errors.name}
+    assert {path.name for path in tmp_path.iterdir()} == {output.name, errors.name, f"{output.name}.summary.json"}
 
 
 def test_a_driver_is_killed_and_its_cluster_ends_with_it(clear_checkpoint, texts, expected, tmp_path):

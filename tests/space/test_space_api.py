@@ -72,6 +72,8 @@ def test_the_rows_of_a_file_are_classified_as_single_texts(form, tmp_path):
         for name in ("labels", "scores", "paths"):
             expected[name] = [node[name[:-1]] for node in single["labels"]]
         expected["paths"] = [[step["label"] for step in path] for path in expected["paths"]]
+        if "known" in single:
+            expected["known_labels"] = [node["known"] for node in single["labels"]]
         for name in ("path", "prediction_set"):
             expected[name] = [node["label"] for node in single[name]]
         assert row.keys() == expected.keys()
@@ -83,7 +85,19 @@ def test_the_api_is_typed_and_documented(form):
     assert api.keys() == {"/classify", "/explain", "/classify_file"}
     assert [one["parameter_name"] for one in api["/classify"]["parameters"]] == ["text", form.guarantee, "levels"]
     types = {name: endpoint["returns"][0]["python_type"]["type"] for name, endpoint in api.items()}
-    fields = ("labels", "label", "score", "path", "prediction_set", "tokens", "tokens_read", "truncated", "levels")
+    fields = (
+        "labels",
+        "label",
+        "score",
+        "path",
+        "p_value",
+        "known",
+        "prediction_set",
+        "tokens",
+        "tokens_read",
+        "truncated",
+        "levels",
+    )
     assert all(f"{field}: " in types["/classify"] for field in fields)
     assert "words: list[dict(word: str, start: int, end: int, weight: float" in types["/explain"]
     assert "problems: list[dict(line: int, problem: str)]" in types["/classify_file"]

@@ -130,6 +130,34 @@ def test_no_label_a_truncation_and_a_long_set_are_shown():
     assert "<bdi>n19</bdi> and 80 more<" in views.preview([record])
 
 
+def test_a_text_unlike_the_training_texts_has_no_bold_class():
+    node = {
+        "label": "b",
+        "score": 0.9,
+        "path": [{"label": "a", "score": 1.0}, {"label": "b", "score": 0.9}],
+        "known": None,
+    }
+    result = {"labels": [node], "p_value": 0.004, "truncated": False}
+    shown = views.result("", result, "For 90 % coverage: <b>b</b>")
+    assert "Unlike the texts this model was trained on" in shown
+    assert (
+        "0.4 % of the validation texts look as strange to the model. Its prediction would be <bdi>b</bdi> 90.0 %."
+        in shown
+    )
+    assert "<b>" not in shown
+    # a text without a predicted label, but like the training texts
+    assert "No label" in views.result("", {"labels": [], "p_value": 0.3, "truncated": False}, "")
+    for known, sentence in (
+        ("a", "Unlike the known texts of <bdi>b</bdi>, but like those of <bdi>a</bdi>."),
+        (None, "Unlike the known texts of <bdi>b</bdi>."),
+    ):
+        shown = views.result(
+            "", {"labels": [node | {"known": "b"}, node | {"known": known}], "p_value": 0.01, "truncated": False}, ""
+        )
+        assert shown.count("Unlike") == 1
+        assert sentence in shown
+
+
 def test_only_exact_probabilities_are_shown_as_0_or_100_percent():
     shown = [views.percent(share) for share in (0, 0.0004, 0.5, 0.99951, 1)]
     assert shown == ["0.0 %", "< 0.1 %", "50.0 %", "> 99.9 %", "100.0 %"]

@@ -1,0 +1,265 @@
+"""Measure how well texts that belong to no class are told from others:
+
+    python benchmarks/open_world.py --data FOLDER --encoder ENCODER [--part clinc150 ohsumed texts]
+
+FOLDER holds ``clinc150/{train,validation,test,out_of_scope_validation,out_of_scope_test}.csv`` and
+``ohsumed/{train,test,labels}.csv``. Models are trained by ``train.py``, with the flags in `FLAGS` after those of a recipe. Finished
+runs stay in ``--runs``, so an interrupted benchmark continues. Parts:
+
+- clinc150: 150 intents in 10 domains, and queries of no intent (Larson et al., 2019, "An evaluation dataset for intent
+  classification and out-of-scope prediction"). The validation queries of no intent choose among the candidates;
+- ohsumed: leaves and one branch are left out of training (`LEFT_OUT`), and their test texts are the unknown ones;
+- texts: the made-up texts of ``strange_texts.txt``, which are older than any method here, by the models of ``--part ohsumed``.
+
+Scores of a text, all higher if it is stranger:
+
+- largest probability, entropy: of the leaves, calibrated. The former is negative;
+- energy: minus the logsumexp of the roots' inclusive values (Liu et al., 2020, "Energy-based out-of-distribution detection");
+- nearest texts: cosine distance from the tenth nearest training text (Sun et al., 2022). A baseline only: it stores training texts;
+- Mahalanobis: the strangeness of `OpenWorld`;
+- relative Mahalanobis: minus the distance under one normal distribution of all texts (Ren et al., 2021, "A simple fix to Mahalanobis
+  distance for improving near-OOD detection").
+
+"Found" is the share of unknown texts whose score exceeds that of 95 % of the known test texts. "At p ≤ 0.05" is what a user gets: the
+shares of unknown and of known test texts whose ``p_value`` is at most 0.05.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import harness
+import numpy as np
+import pandas as pd
+import torch
+from sklearn.covariance import ledoit_wolf
+from sklearn.metrics import roc_auc_score
+from sklearn.preprocessing import normalize
+
+from hierarchical_clinicalbert.evaluation.open_world import MEASURED_NOVELTY
+from open_world_hierarchical import NoveltyTests
+
+TEXTS = harness.ROOT / "benchmarks" / "strange_texts.txt"
+NEAREST, BATCH = 10, 64
+FLAGS = {
+    "clinc150": (
+        *("--max_length", "64", "--per_device_train_batch_size", "32", "--label_smoothing_factor", "0.05"),
+        *("--lora_r", "64", "--lora_alpha", "128", "--quantization", "none"),
+    ),
+    "ohsumed": (
+        *(str(harness.ROOT / "recipes" / "ohsumed.yaml"), "--max_length", "256", "--num_train_epochs", "2"),
+        *("--consistency", "0", "--contrastive_steps", "0", "--quantization", "none"),
+    ),
+}
+LEFT_OUT = {
+    "a": (("C06", "C20"), ("C04",)),
+    "b": (("C10", "C18"), ("C01", "C02", "C03")),
+}  # leaves, and all leaves of a branch
+
+
+def main() -> None:
+    parser = harness.flag_parser(__doc__, "open_world.json")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--encoder", required=True)
+    parser.add_argument(
+        "--part", choices=("clinc150", "ohsumed", "texts"), nargs="+", default=("clinc150", "ohsumed", "texts")
+    )
+    parser.add_argument("--runs", type=Path, default=harness.ROOT / "runs" / "open_world")
+    arguments = parser.parse_args()
+    arguments.runs.mkdir(parents=True, exist_ok=True)
+    results = harness.read_results(arguments.output, {})
+    for part in arguments.part:
+        results |= {"clinc150": clinc150, "ohsumed": ohsumed, "texts": made_up_texts}[part](arguments)
+        harness.write_results(arguments.output, results)
+    print_results(results)
+
+
+# ── Models and their outputs ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Outputs:
+    """What a model computes for some texts.
+
+    Attributes:
+        vectors: (num_texts, H).
+        log_probs: calibrated log-probabilities of the leaves, (num_texts, num_leaves).
+        energies: (num_texts,).
+        strangeness: (num_texts, num_nodes + 1).
+    """
+
+    @torch.inference_mode()
+    def __init__(self, classify: Any, texts: list[str]):
+        model, tree = classify.model, classify.tree
+        order, parts = sorted(range(len(texts)), key=lambda i: -len(texts[i])), []
+        for start in range(0, len(texts), BATCH):
+            some = [texts[i] for i in order[start : start + BATCH]]
+            output = model(
+                **classify.tokenizer(some, truncation=True, padding=True, return_tensors="pt"), output_vectors=True
+            )
+            energy = -output.decision_logits[:, tree.children(-1)].logsumexp(1)
+            strangeness = model.heads.open_world(output.vectors)
+            parts.append((output.vectors, output.node_log_probs[:, : tree.num_leaves], energy, strangeness))
+        joined = (torch.cat(values)[np.argsort(order)].numpy() for values in zip(*parts, strict=True))
+        self.vectors, self.log_probs, self.energies, self.strangeness = joined
+
+    def baselines(self) -> dict[str, np.ndarray]:
+        """Return the scores that need the probabilities alone, (num_texts,) each."""
+        probabilities = np.exp(self.log_probs)
+        return {
+            "largest probability": -probabilities.max(1),
+            "entropy": -(probabilities * self.log_probs).sum(1),
+            "energy": self.energies,
+        }
+
+
+def train(arguments: argparse.Namespace, task: str, name: str, files: dict[str, Path]) -> Any:
+    """Train a model unless its run is finished, and return its pipeline."""
+    folder = arguments.runs / name
+    if not (folder / "metrics.json").exists():
+        words = [*FLAGS[task], "--model_name_or_path", arguments.encoder, "--output_dir", str(folder)]
+        words += [word for flag, file in files.items() for word in (f"--{flag}", str(file))]
+        command = [sys.executable, str(harness.ROOT / "train.py"), *words, "--resume_from_checkpoint", "auto"]
+        subprocess.run(command, check=True)
+    return harness.load_classifier(str(folder))
+
+
+def read_texts(file: Path) -> pd.DataFrame:
+    return pd.read_csv(file, dtype=str, keep_default_na=False)
+
+
+def separation(known: np.ndarray, unknown: np.ndarray) -> dict[str, float]:
+    """Return the AUROC, and the share of unknown texts above 95 % of the known ones, from scores of both."""
+    labels = np.r_[np.zeros(len(known)), np.ones(len(unknown))]
+    threshold = np.quantile(known, 1 - MEASURED_NOVELTY)
+    return {"auroc": roc_auc_score(labels, np.r_[known, unknown]), "found": float((unknown > threshold).mean())}
+
+
+def p_values(tests: NoveltyTests, outputs: Outputs) -> np.ndarray:
+    return np.array([tests.p_value(row) for row in outputs.strangeness.tolist()])
+
+
+def compare(classify: Any, training: list[str], known: list[str], unknown: list[str]) -> list[dict]:
+    """Return a row for each score: how well it tells unknown texts from known ones."""
+    outputs = {
+        "training": Outputs(classify, training),
+        "known": Outputs(classify, known),
+        "unknown": Outputs(classify, unknown),
+    }
+    vectors = outputs["training"].vectors
+    covariance, _ = ledoit_wolf(vectors.astype(np.float64))
+    whitening, center = np.linalg.cholesky(np.linalg.inv(covariance)), vectors.mean(0)
+    directions = normalize(vectors)
+    scores: dict[str, dict[str, np.ndarray]] = {}
+    for name in ("known", "unknown"):
+        of_texts = outputs[name]
+        plain = of_texts.strangeness[:, -1]
+        cosines = normalize(of_texts.vectors) @ directions.T
+        scores[name] = of_texts.baselines() | {
+            "nearest texts": 1 - np.partition(cosines, -NEAREST, axis=1)[:, -NEAREST],
+            "relative Mahalanobis": plain - np.square((of_texts.vectors - center) @ whitening).sum(1),
+            "Mahalanobis": plain,
+        }
+    rows: list[dict] = [
+        {"score": score, **separation(values, scores["unknown"][score])} for score, values in scores["known"].items()
+    ]
+    tests = NoveltyTests(classify.model.heads.open_world)
+    for row, name in (("found_by_p_value", "unknown"), ("false_alarms", "known")):
+        rows[-1][row] = float((p_values(tests, outputs[name]) <= MEASURED_NOVELTY).mean())
+    return rows
+
+
+# ── Parts ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def clinc150(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure on the validation queries, which choose the score, and on the test queries."""
+    folder = arguments.data / "clinc150"
+    splits = ("train", "validation", "test")
+    classify = train(arguments, "clinc150", "clinc150", {f"{split}_file": folder / f"{split}.csv" for split in splits})
+    texts = {split: list(read_texts(folder / f"{split}.csv")["text"]) for split in splits}
+    measured = {}
+    for split in ("validation", "test"):
+        unknown = list(read_texts(folder / f"out_of_scope_{split}.csv")["text"])
+        measured[split] = compare(classify, texts["train"], texts[split], unknown)
+    metrics = json.loads((arguments.runs / "clinc150" / "metrics.json").read_text())
+    return {"clinc150": measured | {"accuracy": metrics["test_accuracy"]}}
+
+
+def ohsumed(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure each run of `LEFT_OUT`."""
+    results = {}
+    labels = read_texts(arguments.data / "ohsumed" / "labels.csv")
+    parents = dict(zip(labels["label"], labels["parent"], strict=True))
+    rows = {split: read_texts(arguments.data / "ohsumed" / f"{split}.csv") for split in ("train", "test")}
+    for name, (leaves, branch) in LEFT_OUT.items():
+        folder, unknown = arguments.runs / f"ohsumed-{name}-files", {*leaves, *branch}
+        folder.mkdir(exist_ok=True)
+        kept = {split: table[~table["label"].isin(unknown)] for split, table in rows.items()}
+        for split, table in kept.items():
+            table.to_csv(folder / f"{split}.csv", index=False)
+        labels[~labels["label"].isin(unknown)].to_csv(folder / "labels.csv", index=False)
+        files = {"train_file": folder / "train.csv", "test_file": folder / "test.csv"}
+        files |= {"taxonomy": folder / "labels.csv", "class_names": folder / "labels.csv"}
+        classify = train(arguments, "ohsumed", f"ohsumed-{name}", files)
+
+        # ── Unknown leaves, the unknown branch, and known texts ──────────────────────────────────────────────────────
+        test = rows["test"]
+        parts = {"leaves": test[test["label"].isin(leaves)], "branch": test[test["label"].isin(branch)]}
+        for part, table in parts.items():
+            compared = compare(classify, list(kept["train"]["text"]), list(kept["test"]["text"]), list(table["text"]))
+            results[f"{name}, {part}"] = {"texts": len(table), "scores": compared}
+        known = classify([*parts["leaves"]["text"]])
+        names = [parents[label] for label in parts["leaves"]["label"]]
+        shares = {
+            "parent": [one["known"] == parent for one, parent in zip(known, names, strict=True)],
+            "leaf": [one["known"] == one["label"] for one in known],
+            "nothing": [one["known"] is None for one in known],
+        }
+        results[f"{name}, leaves"] |= {"known": {share: float(np.mean(values)) for share, values in shares.items()}}
+        metrics = json.loads((arguments.runs / f"ohsumed-{name}" / "metrics.json").read_text())
+        measured = {key: metrics[f"test_{key}"] for key in ("accuracy", "strange", "unknown", "known_above")}
+        results[f"{name}, false alarms"] = measured
+    return {"ohsumed": results}
+
+
+def made_up_texts(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the p-value of each made-up text by each model of `ohsumed`, and what the model knows of it."""
+    texts = TEXTS.read_text(encoding="utf-8").splitlines()
+    results = {}
+    for name in LEFT_OUT:
+        classify = harness.load_classifier(str(arguments.runs / f"ohsumed-{name}"))
+        results[name] = [
+            {"text": text, **{field: one[field] for field in ("label", "score", "p_value", "known")}}
+            for text, one in zip(texts, classify(texts), strict=True)
+        ]
+    return {"texts": results}
+
+
+def print_results(results: dict[str, Any]) -> None:
+    columns = [("score", "{score}"), ("AUROC", "{auroc:.3f}"), ("found", "{found:.1%}")]
+    for split in ("validation", "test"):
+        if rows := results.get("clinc150", {}).get(split):
+            print(f"\nCLINC150, {split} queries; accuracy on the test queries {results['clinc150']['accuracy']:.1%}")
+            print_scores(rows, columns)
+    for name, measured in results.get("ohsumed", {}).items():
+        print(f"\nOHSUMED, {name}: { ({key: measured[key] for key in measured if key != 'scores'}) }")
+        print_scores(measured.get("scores", []), columns)
+    for name, rows in results.get("texts", {}).items():
+        print(f"\nMade-up texts, {name}")
+        columns = [("text", "{text:.40}"), ("class", "{label}"), ("probability", "{score:.2f}")]
+        harness.print_rows(rows, [*columns, ("p-value", "{p_value:.3f}"), ("known", "{known}")], left=2)
+
+
+def print_scores(rows: list[dict], columns: list[tuple[str, str]]) -> None:
+    harness.print_rows(rows, columns)
+    for row in rows:
+        if "found_by_p_value" in row:
+            shown = f"{row['found_by_p_value']:.1%} of the unknown and {row['false_alarms']:.1%} of the known texts"
+            print(f"\nAt p ≤ {MEASURED_NOVELTY}: {shown}")
+
+
+if __name__ == "__main__":
+    main()

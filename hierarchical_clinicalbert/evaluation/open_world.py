@@ -1,0 +1,128 @@
+"""Fit what an `OpenWorld` stores: class means and a common covariance from training texts, references from validation texts.
+
+In this file ``vectors`` are (num_texts, H), and ``nodes`` the labelled nodes of each text, with or without their ancestors.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.sparse import csr_matrix
+from sklearn.covariance import ledoit_wolf
+
+from open_world_hierarchical import NoveltyTests, OpenWorld
+from taxonomy_hierarchical import Taxonomy
+
+MEASURED_NOVELTY = 0.05  # of the texts in metrics.json
+MIN_REFERENCES = 19  # of a node's test: with fewer, no p-value could be 0.05
+MAX_REFERENCES = 999  # of a test
+
+
+def fit_open_world(
+    tree: Taxonomy,
+    vectors: np.ndarray,
+    nodes: list[list[int]],
+    validation_vectors: np.ndarray,
+    validation_nodes: list[list[int]],
+    seed: int = 0,
+) -> OpenWorld | None:
+    """Fit an `OpenWorld`; return None if validation texts are fewer than `MIN_REFERENCES`. No text may occur twice.
+
+    The covariance within the classes is shrunk towards a multiple of the identity (Ledoit and Wolf, 2004, "A well-conditioned
+    estimator for large-dimensional covariance matrices"). A text with several labels counts as an equal part of each class.
+    """
+    if len(validation_vectors) < MIN_REFERENCES:
+        return None
+    # ── Classes and their common covariance ──────────────────────────────────────────────────────────────────────────
+    center = vectors.mean(0)
+    offsets = (vectors - center).astype(np.float64)
+    members = class_shares(tree, nodes)
+    sizes = members.sum(axis=0).A1
+    means = (members.T @ offsets) / np.maximum(sizes, 1e-12)[:, None]
+    covariance, _ = ledoit_wolf(offsets - members @ means, assume_centered=True)
+    variances, directions = np.linalg.eigh(covariance)
+    whitening = directions / np.sqrt(variances)
+
+    # ── As it is stored ──────────────────────────────────────────────────────────────────────────────────────────────
+    fitted = OpenWorld(tree, vectors.shape[1], 0)
+    shares = sizes / sizes.sum()
+    stored = {"center": center, "whitening": whitening, "means": means @ whitening, "shares": shares}
+    counts = {"references": torch.empty(0), "counts": torch.zeros(tree.num_nodes + 1)}
+    fitted.load_state_dict({name: torch.as_tensor(value) for name, value in stored.items()} | counts)
+
+    # ── References, computed from what is stored ─────────────────────────────────────────────────────────────────────
+    generator = np.random.default_rng(seed)
+    references = [
+        np.sort(generator.permutation(values)[:MAX_REFERENCES] if len(values) >= MIN_REFERENCES else values[:0])
+        for values in reference_values(fitted, validation_vectors, validation_nodes)
+    ]
+    whole = OpenWorld(tree, vectors.shape[1], sum(map(len, references)))
+    counts = {
+        "references": torch.from_numpy(np.concatenate(references)),
+        "counts": torch.tensor([*map(len, references)]),
+    }
+    whole.load_state_dict(fitted.state_dict() | counts)
+    return whole
+
+
+def merge_texts(texts: np.ndarray, nodes: list[list[int]]) -> tuple[np.ndarray, list[list[int]]]:
+    """Return the first row of each text, given by its number in each row, and the labelled nodes of all its rows."""
+    _, first, text_of = np.unique(texts, return_index=True, return_inverse=True)
+    merged: list[set[int]] = [set() for _ in first]
+    for text, labelled in zip(text_of, nodes, strict=True):
+        merged[text].update(labelled)
+    return first, [*map(sorted, merged)]
+
+
+def class_shares(tree: Taxonomy, nodes: list[list[int]]) -> csr_matrix:
+    """Return the share of each text in each class, (num_texts, N + 1): equal for its deepest nodes. Class N is "no label"."""
+    deepest = [tree.deepest(labelled) or [tree.num_nodes] for labelled in nodes]
+    sizes = np.array([*map(len, deepest)])
+    pointers = np.concatenate([[0], np.cumsum(sizes)])
+    shape = (len(nodes), tree.num_nodes + 1)
+    return csr_matrix((np.repeat(1 / sizes, sizes), np.concatenate(deepest), pointers), shape=shape)
+
+
+@torch.no_grad()
+def reference_values(open_world: OpenWorld, vectors: np.ndarray, nodes: list[list[int]]) -> list[np.ndarray]:
+    """Return the strangeness of validation texts in each test, N + 1 arrays.
+
+    A text is a reference at each of its nodes. At an inner node, the node's children that the text has are left out: so it
+    looks as strange as a text of a child that training has not seen.
+    """
+    tree, given = open_world.tree, torch.from_numpy(vectors)
+    own, nearest = open_world.distances(given).numpy(), open_world(given).numpy()
+    values: list[list[float]] = [[] for _ in range(tree.num_nodes)]
+    for row, labelled in enumerate(map(tree.with_ancestors, nodes)):
+        for node in labelled:
+            others = [child for child in tree.children(node) if child not in labelled]
+            strangeness = min(own[row, node], nearest[row, others].min(initial=np.inf))
+            if np.isfinite(strangeness):
+                values[node].append(strangeness)
+    return [*map(np.array, values), nearest[:, tree.num_nodes]]
+
+
+@torch.no_grad()
+def measure_novelty(
+    open_world: OpenWorld, vectors: np.ndarray, texts: np.ndarray, nodes: list[list[int]]
+) -> dict[str, float]:
+    """Measure how many texts like the training texts look strange, at `MEASURED_NOVELTY`.
+
+    Returns:
+        ``strange``: the share of texts whose p-value is at most that. ``unknown``: the share of labels whose path has no known
+        node. ``known_above``: the share of labels whose deepest known node is an ancestor. Rows are those of `merge_texts`.
+    """
+    first, merged = merge_texts(texts, nodes)
+    tests, tree = NoveltyTests(open_world), open_world.tree
+    rows = open_world(torch.from_numpy(vectors[first])).tolist()
+    known: list[tuple[int, Any]] = [
+        (label, tests.known(tree.path(label), row, MEASURED_NOVELTY))
+        for row, labelled in zip(rows, merged, strict=True)
+        for label in tree.deepest(labelled)
+    ]
+    shares = {
+        "strange": [tests.p_value(row) <= MEASURED_NOVELTY for row in rows],
+        "unknown": [node is None for _, node in known],
+        "known_above": [node not in (None, label) for label, node in known],
+    }
+    return {name: float(np.mean(values)) for name, values in shares.items() if values}

@@ -1,0 +1,313 @@
+"""Test what tells strange texts from known ones: against scikit-learn and SciPy, against counts by hand, and through all doors."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import copy_checkpoint, predict_here, read_csv, train_clear, untrained_model, write_csv
+from safetensors.torch import load_file
+from scipy.spatial.distance import mahalanobis
+from scipy.stats import binom, ks_2samp
+from sklearn.covariance import LedoitWolf
+from test_long_texts import padded, small_model, texts_of
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+
+from configuration_hierarchical import MULTI_LABEL, SINGLE_LABEL, Calibration
+from hierarchical_clinicalbert.evaluation.open_world import MIN_REFERENCES, fit_open_world, measure_novelty, merge_texts
+from open_world_hierarchical import NoveltyTests, OpenWorld
+from taxonomy_hierarchical import Taxonomy
+
+TREE = Taxonomy({"a": ["b", "c", "d"], "e": ["f"], "g": None})
+SIZE = 6
+
+
+def draw(nodes: list[int], seed: int, tree: Taxonomy = TREE) -> np.ndarray:
+    """Draw vectors of texts with these nodes: siblings are closer to each other than to the other classes."""
+    places = np.random.default_rng(0).normal(size=(tree.num_nodes, SIZE)) * [[6 / level] for level in tree.levels]
+    offsets = np.random.default_rng(seed).normal(size=(len(nodes), SIZE)) * np.linspace(0.5, 2, SIZE)
+    return (np.array([places[tree.path(node)].sum(0) for node in nodes]) + offsets).astype(np.float32)
+
+
+def drawn(count: int, seed: int) -> tuple[np.ndarray, list[list[int]]]:
+    nodes = np.random.default_rng(seed).choice([TREE.id(name) for name in "bcdfg"], count).tolist()
+    return draw(nodes, seed + 1), [[node] for node in nodes]
+
+
+@pytest.fixture(scope="module")
+def fitted() -> OpenWorld:
+    return fit_open_world(TREE, *drawn(400, 1), *drawn(150, 3))
+
+
+def test_distances_are_those_of_scipy_with_the_shrunk_covariance_of_scikit_learn(fitted):
+    vectors, nodes = drawn(400, 1)
+    labels = np.array(nodes)[:, 0]
+    means = {node: vectors[labels == node].mean(0) for node in {*labels}}
+    residuals = np.stack([vector - means[label] for vector, label in zip(vectors, labels, strict=True)])
+    precision = LedoitWolf(assume_centered=True).fit(residuals).precision_
+    some, _ = drawn(20, 5)
+    distances, nearest = fitted.distances(torch.from_numpy(some)), fitted(torch.from_numpy(some))
+    for row, vector in enumerate(some):
+        expected = {node: mahalanobis(vector, mean, precision) ** 2 for node, mean in means.items()}
+        for node in range(TREE.num_nodes):
+            of_class = expected.get(node, np.inf)
+            assert distances[row, node].item() == pytest.approx(of_class, rel=1e-4)
+            below = [expected[leaf] for leaf in TREE.leaves_at_or_below[node]]
+            assert nearest[row, node].item() == pytest.approx(min(below), rel=1e-4)
+        assert nearest[row, -1].item() == pytest.approx(min(expected.values()), rel=1e-4)
+    # no training text lacks a label
+    assert distances[:, -1].isinf().all()
+
+
+def test_a_p_value_is_a_count_of_validation_texts(fitted):
+    (vectors, nodes), (some, _) = drawn(150, 3), drawn(30, 7)
+    distances = fitted.distances(torch.from_numpy(vectors))[:, : TREE.num_nodes].numpy()
+    tests, a = NoveltyTests(fitted), TREE.id("a")
+    for strangeness in fitted(torch.from_numpy(some)):
+        values = strangeness.tolist()
+        least = distances.min(1)
+        assert tests.p_value(values) == pytest.approx((1 + (least >= values[-1] - 1e-4).sum()) / 151, abs=1e-9)
+        of_leaf = [row[node] for row, (node,) in zip(distances, nodes, strict=True) if node == TREE.id("c")]
+        count = sum(value >= values[TREE.id("c")] - 1e-4 for value in of_leaf)
+        assert tests.p_value(values, TREE.id("c")) == pytest.approx((1 + count) / (1 + len(of_leaf)))
+        # at an inner node, a text is measured against the other children, as if its own had not been seen
+        others = [
+            min(row[child] for child in TREE.children(a) if child != node)
+            for row, (node,) in zip(distances, nodes, strict=True)
+            if TREE.parents[node] == a
+        ]
+        count = sum(value >= values[a] - 1e-4 for value in others)
+        assert tests.p_value(values, a) == pytest.approx((1 + count) / (1 + len(others)))
+
+
+def test_p_values_of_texts_like_the_validation_texts_are_uniform():
+    """Draw train, validation and new texts alike: at most the share α has a p-value of at most α, overall and at each leaf."""
+    pooled, of_leaves = [], []
+    for seed in range(40):
+        open_world = fit_open_world(TREE, *drawn(200, 100 * seed), *drawn(99, 100 * seed + 1))
+        new, nodes = drawn(100, 100 * seed + 2)
+        tests = NoveltyTests(open_world)
+        for strangeness, (node,) in zip(open_world(torch.from_numpy(new)).tolist(), nodes, strict=True):
+            pooled.append(tests.p_value(strangeness))
+            of_leaves.append(tests.p_value(strangeness, node))
+    for values in (pooled, of_leaves):
+        for level in (0.05, 0.1, 0.5):
+            assert np.mean(np.array(values) <= level) <= binom.ppf(0.9999, len(values) // 8, level) / (len(values) // 8)
+    assert np.mean(np.array(pooled) <= 0.5) > 0.45
+
+
+def test_a_text_of_an_unseen_child_is_strange_and_its_parent_is_known(fitted):
+    tree = Taxonomy({"a": ["b", "c", "d"], "e": ["f"], "g": None})
+    tests, a, b = NoveltyTests(fitted), tree.id("a"), tree.id("b")
+    far = fitted(torch.full((1, SIZE), 100.0)).tolist()[0]
+    assert tests.p_value(far) == pytest.approx(1 / 151)
+    assert tests.known([a, b], far, 0.05) is None
+    familiar = fitted(torch.from_numpy(draw([b] * 200, 0).mean(0, keepdims=True))).tolist()[0]
+    assert tests.known([a, b], familiar, 0.05) == b
+    between = fitted(
+        torch.from_numpy(np.mean([draw([child] * 200, 0).mean(0) for child in tree.children(a)], axis=0))[None]
+    )
+    assert tests.p_value(between.tolist()[0]) < 0.05
+    assert tests.known([a, b], between.tolist()[0], 0.05) == a
+
+
+def test_a_node_with_few_texts_takes_the_test_of_its_nearest_ancestor():
+    nodes = [TREE.id("b")] * MIN_REFERENCES + [TREE.id("c")] * (MIN_REFERENCES - 1) + [TREE.id("f")] * 3
+    open_world = fit_open_world(TREE, *drawn(200, 1), draw(nodes, 9), [[node] for node in nodes])
+    has_own = [bool(count) for count in open_world.counts]
+    assert [TREE.labels[node] for node in range(TREE.num_nodes) if has_own[node]] == ["b", "a"]
+    strangeness = [float(node) for node in range(TREE.num_nodes + 1)]
+    tests = NoveltyTests(open_world)
+    assert tests.p_value(strangeness, TREE.id("c")) == tests.p_value(strangeness, TREE.id("a"))
+    assert tests.p_value(strangeness, TREE.id("f")) == tests.p_value(strangeness)
+    assert fit_open_world(TREE, *drawn(200, 1), *drawn(MIN_REFERENCES - 1, 3)) is None
+
+
+def test_a_text_with_several_labels_is_a_part_of_each_class():
+    b, d, g = map(TREE.id, "bdg")
+    vectors, nodes = draw([b, d, g, g], 0), [[b, TREE.id("a"), g], [d, TREE.id("a")], [g], []]
+    validation, labelled = drawn(30, 3)
+    open_world = fit_open_world(TREE, vectors, nodes, validation, labelled)
+    whitened = (torch.from_numpy(vectors) - open_world.center) @ open_world.whitening
+    assert open_world.means[g].tolist() == pytest.approx(((0.5 * whitened[0] + whitened[2]) / 1.5).tolist(), abs=1e-3)
+    assert open_world.means[b].tolist() == pytest.approx(whitened[0].tolist(), abs=1e-3)
+    assert open_world.means[-1].tolist() == pytest.approx(whitened[3].tolist(), abs=1e-3)
+    first, merged = merge_texts(np.array([7, 5, 7]), [[b], [g], [d]])
+    assert (first.tolist(), merged) == ([1, 0], [[g], [b, d]])
+
+
+def test_few_texts_like_the_validation_texts_are_unknown(fitted):
+    new, nodes = drawn(2000, 11)
+    measured = measure_novelty(fitted, new, np.arange(len(new)), nodes)
+    tests, rows = NoveltyTests(fitted), fitted(torch.from_numpy(new)).tolist()
+    assert measured["strange"] == np.mean([tests.p_value(row) <= 0.05 for row in rows])
+    assert measured["unknown"] <= measured["strange"] <= binom.ppf(0.9999, 150, 0.05) / 150
+    leaves = [(tests.p_value(row, node), node) for row, (node,) in zip(rows, nodes, strict=True)]
+    assert measured["known_above"] + measured["unknown"] == np.mean([p_value <= 0.05 for p_value, _ in leaves])
+
+
+# ── The model, and its checkpoints ───────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "label_attention"])
+@torch.no_grad()
+def test_vectors_are_the_means_of_the_tokens_of_all_windows(pooling):
+    model, texts = small_model(pooling=pooling), texts_of([7, 16, 40])
+    vectors = model(**padded(texts, 48), output_vectors=True).vectors
+    for text, vector in zip(texts[:2], vectors, strict=False):
+        hidden = model.encoder(torch.tensor([text])).last_hidden_state[0]
+        torch.testing.assert_close(vector, hidden.mean(0), atol=1e-5, rtol=0)
+    tokens, _ = model.encode(**padded(texts[2:]))
+    assert len(tokens.vectors) == 3  # windows
+    torch.testing.assert_close(vectors[2], tokens.vectors[tokens.mask].mean(0), atol=1e-5, rtol=0)
+    assert model(**padded(texts)).vectors is None
+
+
+@pytest.mark.parametrize(
+    ("form", "problem_type", "size"),
+    [("whole", SINGLE_LABEL, 3), ("whole", MULTI_LABEL, 17_000), ("adapter", SINGLE_LABEL, 3)],
+)
+@torch.no_grad()
+def test_a_loaded_checkpoint_has_the_p_values_of_the_saved_one(
+    form, problem_type, size, tiny_encoder, clear_checkpoint, tmp_path
+):
+    if form == "adapter":
+        model = AutoModelForSequenceClassification.from_pretrained(
+            clear_checkpoint, trust_remote_code=True, merge_adapter=False
+        )
+        model.set_calibration(Calibration())
+    else:
+        tree = Taxonomy({"a": [f"b{i}" for i in range(size)], "c": None})
+        model = untrained_model(tiny_encoder, tree, problem_type=problem_type)
+    num_nodes, generator = model.config.tree.num_nodes, torch.Generator().manual_seed(0)
+    open_world = OpenWorld(model.config.tree, 64, 50)
+    for weight in open_world.parameters():
+        weight.copy_(torch.rand(weight.shape, generator=generator))
+    open_world.references.copy_((300 * open_world.references).sort().values)
+    open_world.counts.copy_(torch.tensor([*[0] * num_nodes, 50]))
+    model.set_calibration(Calibration(), None, open_world)
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_encoder, model_max_length=128).save_pretrained(tmp_path)
+    stored = load_file(tmp_path / ("heads.safetensors" if form == "adapter" else "model.safetensors"))
+    (whitening,) = (weight for name, weight in stored.items() if name.endswith("open_world.whitening"))
+    assert whitening.dtype == (torch.float16 if size > 3 else torch.float32)
+
+    classify = pipeline("hierarchical-text-classification", model=str(tmp_path), trust_remote_code=True)
+    loaded, vectors = classify.model, torch.rand(5, 64, generator=generator)
+    assert torch.equal(loaded.heads.open_world(vectors), open_world(vectors))
+    inputs = classify.tokenizer("A study of ulcers.", return_tensors="pt")
+    strangeness = open_world(loaded(**inputs, output_vectors=True).vectors)[0, -1]
+    count = (open_world.references >= strangeness - 1e-3).sum().item()
+    assert classify("A study of ulcers.")["p_value"] == pytest.approx((1 + count) / 51)
+
+
+def test_another_taxonomy_or_calibration_removes_what_was_learnt(tiny_encoder, fitted):
+    model = untrained_model(tiny_encoder, TREE)
+    model.set_calibration(Calibration(), None, OpenWorld(TREE, 64, 50))
+    model.change_taxonomy(Taxonomy({"a": ["b", "z"]}))
+    assert model.heads.open_world is None
+    assert "open_world" not in model.config.to_dict()
+
+
+# ── train.py, the pipeline and predict.py ────────────────────────────────────────────────────────────────────────────
+
+STRANGE = "zzz qqq xxx " * 10
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_encoder, tmp_path_factory) -> str:
+    """Train as for `clear_checkpoint`, but score the validation rows in float32, as the pipeline does."""
+    return train_clear(tiny_encoder, tmp_path_factory.mktemp("novelty"), "--bf16", "false")
+
+
+@torch.no_grad()
+def test_p_values_of_the_pipeline_are_counts_over_the_validation_file(checkpoint):
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True)
+    model = AutoModelForSequenceClassification.from_pretrained(checkpoint, trust_remote_code=True)
+
+    def vector(text: str) -> np.ndarray:
+        return (
+            model.encoder(**tokenizer(text, truncation=True, return_tensors="pt")).last_hidden_state[0].mean(0).numpy()
+        )
+
+    rows = {split: read_csv(Path(checkpoint).parent / f"{split}.csv") for split in ("train", "validation")}
+    held_out = {row["text"] for row in rows["validation"]}
+    kept = [row for row in rows["train"] if row["text"] not in held_out]
+    vectors, labels = np.stack([vector(row["text"]) for row in kept]), np.array([row["label"] for row in kept])
+    means = {label: vectors[labels == label].mean(0) for label in {*labels}}
+    residuals = vectors - np.stack([means[label] for label in labels])
+    precision = LedoitWolf(assume_centered=True).fit(residuals.astype(np.float64)).precision_
+
+    def strangeness(text: str) -> float:
+        return min(mahalanobis(vector(text), mean, precision) ** 2 for mean in means.values())
+
+    references = np.array([strangeness(text) for text in held_out])
+    classify = pipeline("hierarchical-text-classification", model=checkpoint, trust_remote_code=True)
+    texts = ["We treated sepsis and compared it with burns.", "Migraine.", STRANGE]
+    results = classify(texts)
+    for text, result in zip(texts, results, strict=True):
+        close = [
+            (1 + (references >= strangeness(text) * factor).sum()) / (1 + len(references)) for factor in (0.999, 1.001)
+        ]
+        assert min(close) - 1e-9 <= result["p_value"] <= max(close) + 1e-9
+        assert result["known"] == result["labels"][0]["known"]
+    assert results[2]["p_value"] == pytest.approx(1 / (1 + len(references)))
+    assert results[2]["known"] is None
+    # without rejection, the whole path is known
+    assert [result["known"] for result in classify(texts, novelty=0)] == [result["label"] for result in results]
+    for wrong in (1, -0.1, "0.05"):
+        with pytest.raises(ValueError, match="novelty must be a number from 0 to below 1"):
+            classify(texts[0], novelty=wrong)
+
+
+def test_predict_writes_p_values_and_a_summary_of_the_run(checkpoint, tmp_path):
+    validation = read_csv(Path(checkpoint).parent / "validation.csv")
+    texts = [row["text"] for row in validation[:40]] + [STRANGE] * 3 + ["migraine " * 600]
+    source = write_csv(tmp_path / "in.csv", [{"text": text} for text in texts])
+    output = tmp_path / "out.jsonl"
+    words = ("--model", checkpoint, "--input", source, "--dtype", "fp32")
+    assert predict_here(*words, "--output", output, "--novelty", 0.02) == 0
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    classify = pipeline("hierarchical-text-classification", model=checkpoint, trust_remote_code=True)
+    results = classify(texts, novelty=0.02)
+    assert [(row["p_value"], row["known"]) for row in rows] == [
+        (pytest.approx(result["p_value"], abs=1e-6), result["known"]) for result in results
+    ]
+    summary = json.loads((tmp_path / "out.jsonl.summary.json").read_text())
+    assert summary["rows"] == 44
+    assert summary["truncated"] == {"rows": 1, "share": round(1 / 44, 6)}
+    strange = sum(row["p_value"] <= 0.02 for row in rows)
+    assert strange >= 3
+    assert summary["strange"] == {"novelty": 0.02, "rows": strange, "share": round(strange / 44, 6)}
+    shares = {one["label"]: one["share"] for one in summary["classes"]}
+    assert {label: share for label, share in shares.items() if share} == {
+        label: pytest.approx(sum(row["label"] == label for row in rows) / 44, abs=1e-6)
+        for label in {row["label"] for row in rows}
+    }
+    assert sum(one["training_share"] for one in summary["classes"]) == pytest.approx(1, abs=1e-5)
+    # the test of Kolmogorov and Smirnov, over the strangeness itself
+    open_world = classify.model.heads.open_world
+    references = open_world.references[-int(open_world.counts[-1]) :].numpy()
+    with torch.no_grad():
+        inputs = (classify.tokenizer(text, truncation=True, return_tensors="pt") for text in texts)
+        vectors = torch.cat([classify.model(**one, output_vectors=True).vectors for one in inputs])
+        strangeness = open_world(vectors)[:, -1].numpy()
+    # texts of the validation rows are ties, up to rounding: they count as at least as strange
+    strangeness[:40] = [references[np.abs(references - value).argmin()] for value in strangeness[:40]]
+    expected = ks_2samp(strangeness, references, method="asymp")
+    assert summary["kolmogorov_smirnov"]["statistic"] == pytest.approx(expected.statistic, abs=0.03)
+
+    # a folder has its summary in the manifest
+    assert predict_here(*words, "--output", f"{tmp_path}/folder/", "--novelty", 0.02) == 0
+    assert json.loads((tmp_path / "folder" / "manifest.json").read_text())["summary"] == summary
+
+
+@pytest.mark.parametrize("form", ["adapter_form", "self_contained", "several_labels"])
+def test_a_checkpoint_of_before_has_no_p_values(form, tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parent / "checkpoint")  # where the encoder of the adapter form is
+    folder = copy_checkpoint(form, tmp_path / form)
+    classify = pipeline("hierarchical-text-classification", model=str(folder), trust_remote_code=True)
+    result = classify("Colonoscopy of the bowel")
+    assert result.keys().isdisjoint({"p_value", "known"})
+    assert all("known" not in node for node in result["labels"])
