@@ -57,7 +57,7 @@ class ScoredSplit:
     texts: np.ndarray
     rows: np.ndarray
     token_counts: csr_matrix
-    nodes: list[list[int]]
+    nodes: list[list[int]] = dataclasses.field(default_factory=list)
     vectors: Any = None
 
 

@@ -123,8 +123,8 @@ def test_validation_rows_are_scored_by_a_calibration_that_has_not_seen_their_tex
 
     def logits_of_splits(labels: np.ndarray, rows: slice = slice(None)) -> dict[str, np.ndarray]:
         few, nothing = slice(0, 9), csr_matrix((300, 1))
-        split = ScoredSplit(scores[rows], scores[rows], labels[rows], texts[rows], texts[rows], nothing, [])
-        test = ScoredSplit(scores[few], scores[few], labels[few], texts[few], texts[few], nothing, [])
+        split = ScoredSplit(scores[rows], scores[rows], labels[rows], texts[rows], texts[rows], nothing)
+        test = ScoredSplit(scores[few], scores[few], labels[few], texts[few], texts[few], nothing)
         _, calibrated, _ = calibrate_splits(form, {"validation": split, "test": test}, None)
         return {name: split.logits for name, split in calibrated.items()}
 

@@ -290,7 +290,7 @@ def test_calibration_bins_by_hand():
 
 def report_of(form: OnePathForm | ManyNodesForm, logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     nothing, rows = np.empty((len(labels), TREE.num_nodes)), np.arange(len(labels))
-    split = ScoredSplit(nothing, logits, labels, rows, rows, csr_matrix(nothing), [])
+    split = ScoredSplit(nothing, logits, labels, rows, rows, csr_matrix(nothing))
     return class_scores(form, {"test": split}, np.full(TREE.num_nodes, 0.4))
 
 
