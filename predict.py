@@ -109,7 +109,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     add("--overwrite", action="store_true", help="replace an existing output, and start from the beginning")
     add("--probabilities", action="store_true", help="write the probability of every leaf; multi-label: of every node")
-    add("--coverage", type=float, help="also write a set of nodes that holds the correct leaf for this share of texts")
+    add(
+        "--coverage",
+        type=float,
+        help="also write a set of nodes that holds the correct leaf, on average for this share of texts",
+    )
     add(
         "--recall",
         type=float,

@@ -185,10 +185,11 @@ def node_probabilities(classify: Callable, texts: list[str]) -> np.ndarray:
 
 
 def coverage_threshold(tree: Taxonomy, nodes: np.ndarray, labels: np.ndarray, coverage: float) -> float:
-    """Fit the threshold of this project's sets to node probabilities and leaf ids. Each row is a text."""
+    """Fit one threshold for all of this project's sets to node probabilities and leaf ids. Each row is a text."""
     leaves = nodes[:, : tree.num_leaves] / nodes[:, : tree.num_leaves].sum(axis=1, keepdims=True)
-    sets = OnePathForm(tree).fit_sets(np.log(leaves.clip(1e-30)), labels, np.arange(len(labels)))
-    return guaranteed_threshold("coverage", coverage, Calibration(**sets))
+    form = OnePathForm(tree)
+    thresholds = form.thresholds_of(form.set_scores(np.log(leaves.clip(1e-30)), labels, np.arange(len(labels))))
+    return guaranteed_threshold("coverage", coverage, Calibration(set_thresholds=thresholds))
 
 
 def read_rows(tree: Taxonomy, file: Path, class_names: Path | None) -> tuple[list[str], np.ndarray]:

@@ -34,6 +34,7 @@ from transformers import AutoTokenizer
 
 from checkpoint_hierarchical import SHIPPED_FILES
 from configuration_hierarchical import HierarchicalConfig
+from decisions_hierarchical import guaranteed_threshold, threshold_at
 from modeling_hierarchical import HierarchicalForSequenceClassification, Tokens
 
 ADAPTER_REPOSITORY = {
@@ -856,12 +857,13 @@ print(json.dumps([logits.sigmoid().tolist(), own({TEXTS!r}, recall=0.9, levels=T
 """
     model, own, stock, printed = run_outside(code, tmp_path, hub.environment(tmp_path / "home"))
     config = HierarchicalConfig.from_pretrained(label_sets)
-    labels, least = config.tree.labels, config.calibration.set_thresholds[89]
+    labels, threshold = config.tree.labels, guaranteed_threshold("recall", 0.9, config.calibration)
     np.testing.assert_allclose(model, expected_probabilities, atol=1e-4)
     for expected, result, flat in zip(expected_probabilities, own, stock, strict=True):
         nodes = {label: score for level in result["levels"] for label, score in level.items()}
         assert nodes == pytest.approx(dict(zip(labels, expected.tolist(), strict=True)), abs=1e-4)
         assert {one["label"]: one["score"] for one in flat} == pytest.approx(nodes, abs=1e-4)
+        least = threshold_at(threshold, max(nodes[label] for label in labels[: config.tree.num_leaves]))
         assert {one["label"] for one in result["prediction_set"]} == {label for label in nodes if nodes[label] >= least}
     top = ast.literal_eval(printed[0].splitlines()[-1])
     flat = ast.literal_eval(printed[1])

@@ -54,7 +54,7 @@ def test_the_current_code_gives_the_stored_predictions(folder, form, monkeypatch
     assert [[node["label"] for node in result["prediction_set"]] for result in results] == expected["prediction_sets"]
     thresholds = model.config.calibration.set_thresholds  # of the shares 0.01, 0.02 …: the next one serves
     for place in range(1, 991):
-        found = classify.decisions.set_threshold(thresholds, **{guarantee: place / 1000})
+        found = classify.decisions.set_threshold(model.config.calibration, **{guarantee: place / 1000})
         assert found == thresholds[-(-place // 10) - 1]
     # the stored length, or if none is stored the tokenizer's limit
     with pytest.raises(ValueError, match=f"{guarantee} needs texts truncated at 32 tokens"):
