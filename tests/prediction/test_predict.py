@@ -129,14 +129,12 @@ def test_all_input_and_output_formats_give_the_same_predictions(checkpoint, text
         predict_here(*words, "--output", tmp_path / name)
     rows = read_json_lines(tmp_path / "a.jsonl")
     assert [row["id"] for row in rows] == [str(i) for i in range(20)]
-    for row, cells, record in zip(
-        rows, read_csv(tmp_path / "a.csv"), pd.read_parquet(tmp_path / "a.parquet").to_dict("records"), strict=True
-    ):
+    records = pyarrow.parquet.read_table(tmp_path / "a.parquet").to_pylist()
+    for row, cells, record in zip(rows, read_csv(tmp_path / "a.csv"), records, strict=True):
         assert (cells["id"], cells["label"], float(cells["score"])) == (row["id"], row["label"], row["score"])
         assert cells["path"] == " > ".join(row["path"])
         assert {k: float(cells[f"probability of {k}"]) for k in row["probabilities"]} == row["probabilities"]
-        lists = {name: record[name].tolist() for name in ("path", "labels", "scores")}
-        assert {**record, **lists, "paths": [path.tolist() for path in record["paths"]]} == row
+        assert record == row
 
 
 @contextmanager
