@@ -87,15 +87,16 @@ LOG_ODDS = Unit(LOG_ODDS_SLOPE, 1, 2, "log-odds", "log-odds", "the log-odds by 0
 def result(kicker: str, classified: Classification, held: str) -> str:
     """Render the predicted nodes, each with its probability and its path, the prediction set, and the truncation.
 
-    ``held`` is the HTML of `prediction_set`, or of the reason why there is none. A strange text has neither, because nothing
-    that was measured on other texts holds for it.
+    ``held`` is the HTML of `prediction_set`, or of the reason why there is none. The set of a strange text is not shown, because
+    its guarantee is for other texts.
     """
     if is_strange(classified):
+        reason = "" if "prediction_set" in classified else f"<p class='held'>{held}</p>"
         nodes = [f"{name_html(node['label'])} {percent(node['score'])}" for node in classified["labels"]]
         return panel(
             f"<p class='kicker'>{kicker}</p><p class='class none'>Unlike the texts this model was trained on</p>"
             f"<p class='note'>{percent(classified['p_value'])} of the validation texts look as strange to the model. "
-            f"Its prediction would be {join_names(nodes, ', ') or 'no label'}.</p>{truncation(classified)}"
+            f"Its prediction would be {join_names(nodes, ', ') or 'no label'}.</p>{reason}{truncation(classified)}"
         )
     nodes = "".join(map(predicted, classified["labels"]))
     none = "<p class='class none'>No label</p><p class='note'>No node of the taxonomy is probable enough.</p>"

@@ -138,7 +138,8 @@ def test_a_text_unlike_the_training_texts_has_no_bold_class():
         "known": None,
     }
     result = {"labels": [node], "p_value": 0.004, "truncated": False}
-    shown = views.result("", result, "For 90 % coverage: <b>b</b>")
+    assert "no coverage" in views.result("", result, "no coverage")
+    shown = views.result("", result | {"prediction_set": [node]}, "For 90 % coverage: <b>b</b>")
     assert "Unlike the texts this model was trained on" in shown
     assert (
         "0.4 % of the validation texts look as strange to the model. Its prediction would be <bdi>b</bdi> 90.0 %."
