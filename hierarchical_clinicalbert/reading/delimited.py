@@ -58,7 +58,8 @@ def _count_names(header: str, separator: str) -> int:
         fields = next(csv.reader([header], delimiter=separator, strict=True), [])
     except csv.Error:
         return 0
-    return len(fields) if all(looks_like_name(name) and '"' not in name for name in fields) else 0
+    splits = len(fields) > 1 and all(looks_like_name(name) and '"' not in name for name in fields)
+    return len(fields) if splits else 1
 
 
 def read_delimited(lines: RowLines, separator: str, width: int = 0) -> Iterator[Fields]:

@@ -104,7 +104,7 @@ print(json.dumps([results, most(resource.RUSAGE_SELF) - rest + most(resource.RUS
     packed = [results[name] for name in results if name.endswith("parquet")]
     assert all("more than 41,943,040 bytes" in one for one in packed), packed
     assert "more than 41,943,040 unpacked bytes" in results["bytes.xlsx"]
-    assert "damaged" in results["cells.xlsx"]
+    assert "memory" in results["cells.xlsx"] or "seconds" in results["cells.xlsx"]
     assert "damaged" in results["entities.xlsx"]
     assert results["wide.txt"] == results["cells.csv"] == 10_000
     too_many = "The file has more than 1,000 columns, the most that is accepted."
