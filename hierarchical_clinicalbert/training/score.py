@@ -32,7 +32,7 @@ SCORING_ARGUMENTS: dict[str, Any] = {  # arguments of a Trainer that only scores
     "lr_scheduler_type": "linear",  # some schedulers need an evaluation
     "lr_scheduler_kwargs": None,
 }
-MAX_TEXTS = 20_000  # of the training rows, that describe what the model knows
+MAX_TEXTS = 8192  # of the training rows, that describe what the model knows
 
 
 def scoring_trainer(
