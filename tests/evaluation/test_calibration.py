@@ -248,8 +248,7 @@ def test_sets_have_the_requested_coverage_if_a_share_of_labels_are_inner_nodes(s
     known, generator = labels.copy(), np.random.default_rng(2)
     inside = np.isin(labels, TREE.leaves_at_or_below[TREE.id("b")])
     known[inside & (generator.random(len(labels)) < share)] = TREE.id("b")
-    sets = form.fit_sets(logits[:2000], known[:2000], texts)
-    threshold = guaranteed_threshold("coverage", 0.8, Calibration(**sets))
+    threshold = form.thresholds_of(form.set_scores(logits[:2000], known[:2000], texts))[79]
     of_known, of_leaves = (
         form.predict_sets(logits[2000:], truth[2000:], texts, threshold).scores()["coverage"]
         for truth in (known, labels)
@@ -269,7 +268,7 @@ def test_texts_that_are_repeated_do_not_break_the_coverage():
         known, new = np.split(generator.permutation(len(labels)), [33])
         texts = np.concatenate([np.repeat(known[:3], 20), known[3:]])
         row_labels = np.array([generator.choice(MANY.num_leaves, p=chances[text]) for text in texts])
-        threshold = form.fit_sets(logits[texts], row_labels, texts)["set_thresholds"][89]
+        threshold = form.thresholds_of(form.set_scores(logits[texts], row_labels, texts))[89]
         held.append(np.mean(scores[new] <= threshold))
     assert np.mean(held) > 0.89
 
