@@ -259,7 +259,7 @@ class RestartableOutput:
         if not self.num_rows:
             self.store.delete_folder(self.parts)
             problem = json.loads(first_problem)["problem"]
-            remedy = "save it as UTF-8" if "UTF-8" in problem else "correct it, or give another --text_column"
+            remedy = "correct the encoding" if "UTF-8" in problem else "correct it, or give another --text_column"
             counted = f"none of the {num_problems:,} rows of --input can be read"
             raise InputError(f"{counted} (the first: {problem}; all: {self.errors}): {remedy}; then --overwrite")
         if not self.is_folder:
