@@ -93,6 +93,30 @@ class Calibration:
             if not is_list or not all(type(node) is int and 0 <= node < num_nodes for node in labels):
                 raise ValueError(f"calibration: set_labels must hold lists of node ids, not {labels!r:.50}")
 
+    def of_nodes(self, tree: Taxonomy, old: Taxonomy, known: dict[int, int]) -> "Calibration":
+        """Return the calibration for another taxonomy, where ``known`` are the ids in the ``old`` one of the nodes that it had.
+
+        A node that was not below its parent before gets the mean of its siblings that were. Nothing else is kept: what is fitted
+        to sets and frequencies of nodes holds for these nodes alone.
+        """
+        parents = {-1: -1, **known}
+        kept = {node: i for node, i in known.items() if parents.get(tree.parents[node]) == old.parents[i]}
+
+        def of_nodes(values: list[float] | None, default: float) -> list[float] | None:
+            if values is None:
+                return None
+            moved = [default] * tree.num_nodes
+            for nodes in tree.decisions:
+                siblings = [values[kept[node]] for node in nodes if node in kept]
+                mean = sum(siblings) / len(siblings) if siblings else default
+                for node in nodes:
+                    moved[node] = values[kept[node]] if node in kept else mean
+            return moved
+
+        scales, biases = of_nodes(self.scales, 1.0), of_nodes(self.biases, 0.0)
+        thresholds = of_nodes(self.thresholds, 0.5)
+        return Calibration(self.lexical_weight, scales, biases, thresholds, max_length=self.max_length)
+
     def stored(self) -> dict[str, Any] | None:
         """Return the fields that are not None, or None if there are none."""
         return {name: value for name, value in asdict(self).items() if value is not None} or None

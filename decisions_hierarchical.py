@@ -13,7 +13,7 @@ import csv
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -104,6 +104,13 @@ class Decisions(nn.Module):
     def of_parents(self, values: Tensor, above_roots: float = 0.0) -> Tensor:
         """Return the value of each node's parent, (B, N) to (B, N). Roots get ``above_roots``."""
         return pad(values, (0, 1), value=above_roots)[:, self.parents]  # a root's -1 selects the padding
+
+    def sum_to_root(self, values: Tensor) -> Tensor:
+        """Add to each node's value those of all its ancestors, (B, N) to (B, N)."""
+        total = values
+        for _ in range(self.tree.depth - 1):  # each pass reaches one level more
+            total = values + self.of_parents(total)
+        return total
 
     def from_children(self, values: Tensor, combine: Callable[[Tensor], Tensor]) -> Tensor:
         """Add to each inner node's value what ``combine``, (B, N) to (B, num_decisions), makes of its children's totals."""
@@ -199,14 +206,34 @@ class OnePath(Decisions):
 
     def forward(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Return log-probabilities of all nodes (B, N), and the logits: those of the leaves (B, num_leaves)."""
-        total = conditional = self.outcome_log_probs(scores)
-        for _ in range(self.tree.depth - 1):  # each pass reaches one level more
-            total = conditional + self.of_parents(total)
+        total = self.sum_to_root(self.outcome_log_probs(scores))
         return total, total[:, : self.num_leaves]
 
     def log_probs(self, logits: Tensor) -> Tensor:
         """Return log-probabilities of all nodes (B, N) from logits."""
         return self.of_classes(logits.log_softmax(1))
+
+    # ── Nodes without training ───────────────────────────────────────────────────────────────────────────────────────
+
+    def passed_down(self, own: Tensor) -> Tensor:
+        """Return what the own scores of a node and its ancestors add to the log-odds of the leaves below it, (B, N): their sum.
+
+        Before the calibration, P(leaf) is the softmax over all leaves of the sum of own scores along the path.
+        """
+        return self.sum_to_root(own)
+
+    def relatives(self, parent: int, known: Container[int]) -> list[int]:
+        """Return the known nodes closest to new leaves below a parent, -1 for the roots: the leaves below it, if any are known.
+
+        Else they are those below its nearest ancestor that has any. A known parent without any was a leaf, and is the relative.
+        """
+        for ancestor in [-1] if parent < 0 else [*reversed(self.tree.path(parent)), -1]:
+            below = range(self.num_leaves) if ancestor < 0 else self.tree.leaves_at_or_below[ancestor]
+            if leaves := [leaf for leaf in below if leaf in known]:
+                return leaves
+            if ancestor in known:
+                return [ancestor]
+        return []
 
     # ── Labels ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -250,8 +277,8 @@ class OnePath(Decisions):
         """Return the distribution that label smoothing mixes with the labels: uniform over siblings, (K,)."""
         return 1 / torch.bincount(self.decision_of)[self.decision_of]
 
-    def initial_biases(self, counts: Tensor) -> Tensor:
-        """Return biases of untrained heads, (N,), from `count_outcomes`: 0."""
+    def initial_biases(self, counts: Tensor | None) -> Tensor:
+        """Return biases of untrained heads, (N,), from `count_outcomes` or None: 0."""
         return torch.zeros(self.num_nodes)
 
     def divergence(self, one: Tensor, other: Tensor) -> Tensor:
@@ -415,6 +442,17 @@ class ManyNodes(Decisions):
             marginal = -torch.logsumexp(torch.stack([-above, -scores, -above - scores]), 0)
         return marginal
 
+    # ── Nodes without training ───────────────────────────────────────────────────────────────────────────────────────
+
+    def passed_down(self, own: Tensor) -> Tensor:
+        """Return what the scores of a node and its ancestors add to the scores below it, (B, N): nothing."""
+        return torch.zeros_like(own)
+
+    def relatives(self, parent: int, known: Container[int]) -> list[int]:
+        """Return the known nodes closest to new children of a parent: its other children, or without any all known nodes."""
+        children = [child for child in self.tree.children(parent) if child in known]
+        return children or [node for node in range(self.num_nodes) if node in known]
+
     # ── Labels ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def targets(self, nodes: Sequence[Sequence[int]], weights: Sequence[Sequence[float]] | None = None) -> Tensor:
@@ -465,11 +503,13 @@ class ManyNodes(Decisions):
         present, absent = counts.view(2, -1) + 0.5
         return torch.cat([present, absent]) / (present + absent).repeat(2)
 
-    def initial_biases(self, counts: Tensor) -> Tensor:
+    def initial_biases(self, counts: Tensor | None) -> Tensor:
         """Return biases of untrained heads, (N,), from `count_outcomes`: log-odds given the parent, smoothed by half a text.
 
-        From zero, training would first have to learn these frequencies.
+        From zero, training would first have to learn these frequencies. Without counts, the odds are 1 to the number of siblings.
         """
+        if counts is None:
+            return -torch.bincount(self.decision_of)[self.decision_of].log()
         present, absent = counts.view(2, -1)
         texts = float(present[0] + absent[0])
         without = self.of_parents(present[None], texts)[0] - present  # texts with the parent, and without the node

@@ -16,8 +16,12 @@ Worth knowing:
    tokens, never from the batch.
 """
 
+import math
 import os
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
+from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -32,15 +36,15 @@ from transformers.utils import can_return_tuple
 try:
     from .checkpoint_hierarchical import build_encoder, load_checkpoint, position_limit, save_checkpoint, share_encoder
     from .configuration_hierarchical import Calibration, HierarchicalConfig, read_tree
-    from .decisions_hierarchical import build_decisions, calibrate
+    from .decisions_hierarchical import Decisions, build_decisions, calibrate
     from .open_world_hierarchical import OpenWorld
-    from .taxonomy_hierarchical import Taxonomy
+    from .taxonomy_hierarchical import Taxonomy, list_names
 except ImportError:  # as a top-level module of the repository, not as remote code of a checkpoint
     from checkpoint_hierarchical import build_encoder, load_checkpoint, position_limit, save_checkpoint, share_encoder
     from configuration_hierarchical import Calibration, HierarchicalConfig, read_tree
-    from decisions_hierarchical import build_decisions, calibrate
+    from decisions_hierarchical import Decisions, build_decisions, calibrate
     from open_world_hierarchical import OpenWorld
-    from taxonomy_hierarchical import Taxonomy
+    from taxonomy_hierarchical import Taxonomy, list_names
 
 if TYPE_CHECKING:  # never runs, but makes transformers fetch the file, which `save_pretrained` copies
     from .pipeline_hierarchical import HierarchicalTextClassificationPipeline  # noqa: F401
@@ -202,6 +206,7 @@ class HierarchicalHeads(nn.Module):
         self.lexical = None
         if config.lexical_vocab_size is not None:
             self.lexical = LexicalHead(config.lexical_vocab_size, self.decisions.num_classes)
+        self.center: Tensor | None = None  # mean vector of the training texts, where nodes are added and it is known
         self.open_world = None
         if config.open_world is not None:
             self.open_world = OpenWorld(config.tree, config.hidden_size, config.open_world)
@@ -245,6 +250,87 @@ class HierarchicalHeads(nn.Module):
         step = max(1, SCORES_AT_ONCE // size)
         parts = [slice(start, start + step) for start in range(0, self.num_nodes, step)]
         return torch.cat([self.attend(tokens, part) for part in parts], 1)
+
+    # ── Nodes without training ───────────────────────────────────────────────────────────────────────────────────────
+
+    @torch.no_grad()
+    def take_over(self, old: "HierarchicalHeads", known: dict[int, int]) -> None:
+        """Copy the heads of known nodes from those of another taxonomy, where ``known`` gives their ids.
+
+        A node below other ancestors keeps the log-odds of its leaves: its own score makes up for what the ancestors pass down.
+        """
+        tree, new_ids, old_ids = self.decisions.tree, [*known], [*known.values()]
+        for values, old_values in zip(self.parameters(), old.parameters(), strict=True):
+            values[new_ids] = old_values[old_ids]
+        if self.query is not None:  # each node has its own vector of a text
+            return
+        own = torch.cat([old.weight, old.bias[:, None]], 1)
+        passed = nn.functional.pad(old.decisions.passed_down(own.T), (0, 1)).T  # -1 selects the padding
+        above = [next((known[a] for a in reversed(tree.path(node)[:-1]) if a in known), -1) for node in known]
+        heads = own[old_ids] + (passed[old.decisions.parents[old_ids]] - passed[above])  # exactly 0 if nothing moved
+        for i, (node, old_id) in enumerate(known.items()):
+            if node < self.decisions.num_classes and old_id >= old.decisions.num_classes:  # its leaves are united
+                leaves = old.decisions.tree.leaves_at_or_below[old_id]
+                heads[i] = passed[leaves].mean(0) - passed[above[i]]
+                heads[i, -1] += math.log(len(leaves))
+        self.weight[new_ids], self.bias[new_ids] = heads[:, :-1], heads[:, -1]
+
+    def sources(self, old: Decisions, known: dict[int, int]) -> list[list[int]]:
+        """Return the classes of another taxonomy that each class stands for: itself, those that were below it, or its relatives."""
+
+        def classes(node: int) -> list[int]:
+            return [known[node]] if known[node] < old.num_classes else old.tree.leaves_at_or_below[known[node]]
+
+        @cache
+        def of_relatives(parent: int) -> list[int]:
+            return [*chain.from_iterable(map(classes, self.decisions.relatives(parent, known)))]
+
+        parents = self.decisions.tree.parents
+        return [
+            classes(node) if node in known else of_relatives(parents[node])
+            for node in range(self.decisions.num_classes)
+        ]
+
+    @torch.no_grad()
+    def place(self, vectors: dict[int, Tensor], center: Tensor | None, known: Container[int]) -> None:
+        """Set the heads of new classes, given by their ids, from a vector of each (H,), without training.
+
+        The vector is the mean of the pooled vectors of the class's texts, or that of a description. ``center`` is the mean of
+        such vectors over all classes, by default that of the training texts, or 0 if it is not known. A new head is the mean
+        head of the class's relatives (`Decisions.relatives`), plus a weight along  vector - center,  whose length is the root
+        mean square distance of all known heads from their mean. At ``center``, a new class scores what its relatives score on
+        average. Inner nodes that are no classes get 0.
+
+        ``known`` are the ids of all other nodes. ValueError: a class has no vector, or the model has label attention.
+        """
+        tree, num_classes = self.decisions.tree, self.decisions.num_classes
+        new = [node for node in range(self.num_nodes) if node not in known]
+        if not new:
+            return
+        if self.query is not None:
+            raise ValueError("with label attention, new nodes need training")
+        if not any(node in known for node in range(num_classes)):
+            raise ValueError("no class of the taxonomy is known: new classes need known ones beside them")
+        if missing := [tree.labels[node] for node in new if node < num_classes and node not in vectors]:
+            raise ValueError(f"a vector is missing for {list_names(missing)}")
+        center = self.center if center is None else center
+        center = torch.zeros_like(self.weight[0]) if center is None else center.to(self.weight)
+        self.weight[new], self.bias[new] = 0, 0
+        # weights and bias of each node as the log-odds of a leaf read them, with those of its ancestors
+        own = torch.cat([self.weight, self.bias[:, None]], 1)
+        above = self.decisions.of_parents(self.decisions.passed_down(own.T)).T
+        total = own + above
+        kept = total[[node for node in range(num_classes) if node in known], :-1]
+        length = (kept - kept.mean(0)).square().sum(1).mean().sqrt()
+        for parent in {tree.parents[node] for node in new}:
+            relatives = self.decisions.relatives(parent, known)
+            level = total[relatives].mean(0)
+            if relatives[0] >= num_classes:  # a divided leaf: its parts share its probability
+                level[-1] -= math.log(len(tree.leaves_at_or_below[relatives[0]]))
+            for node in (child for child in tree.children(parent) if child in vectors and child not in known):
+                direction = length * nn.functional.normalize(vectors[node].to(center) - center, dim=0)
+                head = level + torch.cat([direction, -(direction @ center)[None]]) - above[node]
+                self.weight[node], self.bias[node] = head[:-1], head[-1]
 
     def forward(
         self, vectors: Tensor | Tokens, input_ids: Tensor | None = None, attention_mask: Tensor | None = None
@@ -478,24 +564,61 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
             self.config.lexical_vocab_size = len(head.idf)
         self.heads.fill_buffers()
 
-    def change_taxonomy(self, taxonomy: Taxonomy | list | dict) -> tuple[list[str], list[str]]:
-        """Replace the heads by heads for another taxonomy, to be trained. Remove calibration, lexical head and `OpenWorld`.
+    def add_nodes(
+        self,
+        taxonomy: Taxonomy | list | dict,
+        vectors: Mapping[str, Tensor] | None = None,
+        center: Tensor | None = None,
+        renamed: dict[str, str] | None = None,
+    ) -> tuple[list[str], list[str]]:
+        """Replace the taxonomy without training: nodes may be added, moved, renamed and removed.
 
-        Nodes whose path is in both taxonomies keep their heads. Return the labels of the new nodes and of the dropped nodes.
+        Known nodes (`Taxonomy.known_nodes`) keep their heads, and their parts of the lexical head and the calibration. In the
+        lexical head, a new class gets the mean of its relatives (`Decisions.relatives`). Prediction sets, the stored
+        prior and `OpenWorld` are removed, unless nodes are only renamed.
+
+        Args:
+            vectors, center: of the new classes, see `HierarchicalHeads.place`. Without them, new heads have random weights.
+            renamed: new names of nodes, by their present labels.
+
+        Returns:
+            The labels of the new nodes, and of the removed nodes.
         """
-        taxonomy = read_tree(taxonomy, self.config.label_separator)
+        tree = read_tree(taxonomy, self.config.label_separator)
+        old, old_heads, calibration = self.config.tree, self.heads, self.config.calibration
+        known = tree.known_nodes(old, renamed)
+        lexical = None if old_heads.lexical is None else old_heads.lexical.state_dict()
+        open_world = old_heads.open_world
+        text_mean = old_heads.center if open_world is None else open_world.center.detach()
         self.set_calibration(Calibration())
-        old, old_heads = self.config.tree, self.heads
-        self.config.set_taxonomy(taxonomy)
+        self.config.set_taxonomy(tree)
         self.heads = HierarchicalHeads(self.config).to(old_heads.weight.device).train(old_heads.training)
         self._init_weights(self.heads)  # initialize_weights() would draw a new adapter as well
-        old_ids = {i: old.node_of_path[path] for path, i in taxonomy.node_of_path.items() if path in old.node_of_path}
-        with torch.no_grad():
-            for new, old_weights in zip(self.heads.parameters(), old_heads.parameters(), strict=True):
-                new[[*old_ids]] = old_weights[[*old_ids.values()]]
-        kept = {*old_ids.values()}
-        new_labels = [label for i, label in enumerate(taxonomy.labels) if i not in old_ids]
-        return new_labels, [label for i, label in enumerate(old.labels) if i not in kept]
+        self.heads.take_over(old_heads, known)
+        self.heads.center = text_mean
+        if lexical is not None:
+            sources = self.heads.sources(old_heads.decisions, known)
+            for name in ("weight", "bias"):
+                lexical[name] = torch.stack([lexical[name][nodes].mean(0) for nodes in sources])
+        if known == dict(enumerate(range(old.num_nodes))) and tree.parents == old.parents:  # only names differ
+            if open_world is not None:
+                open_world.tree = tree
+            self.set_calibration(calibration, lexical, open_world)
+        else:
+            self.set_calibration(calibration.of_nodes(tree, old, known), lexical)
+        if vectors is not None:
+            self.heads.place({tree.id(label): vector for label, vector in vectors.items()}, center, known)
+        removed = {*range(old.num_nodes)} - {*known.values()}
+        new = [label for node, label in enumerate(tree.labels) if node not in known]
+        return new, [old.labels[node] for node in sorted(removed)]
+
+    def change_taxonomy(
+        self, taxonomy: Taxonomy | list | dict, renamed: dict[str, str] | None = None
+    ) -> tuple[list[str], list[str]]:
+        """Replace the taxonomy for further training, see `add_nodes`, and remove the calibration and the lexical head."""
+        changes = self.add_nodes(taxonomy, renamed=renamed)
+        self.set_calibration(Calibration())
+        return changes
 
     def save_pretrained(
         self, save_directory: str | Path, is_main_process: bool = True, state_dict: dict | None = None, **kwargs: Any

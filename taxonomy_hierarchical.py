@@ -184,6 +184,25 @@ class Taxonomy:
         hint = f"did you mean {quote_name(near[0])}?" if near else f"it has {few}, …"
         raise TaxonomyError(f"the label {quote_name(label)} is not in the taxonomy; {hint}")
 
+    def known_nodes(self, old: "Taxonomy", renamed: dict[str, str] | None = None) -> dict[int, int]:
+        """Return the id in an earlier taxonomy of each node that it has, by the node's id.
+
+        It is the node with the same path. Without one, it is the node that moved: the only one of this name in both taxonomies.
+        ``renamed`` are the new names of earlier nodes, by label. TaxonomyError: there is no such node, or name.
+        """
+        names = list(old.names)
+        for label, name in (renamed or {}).items():
+            if name not in self.names:
+                raise TaxonomyError(
+                    f"{quote_name(label)} is renamed to {quote_name(name)}, which is not in the taxonomy"
+                )
+            names[old.id(label)] = name
+        path_of = {node: tuple(names[parent] for parent in old.path(node)) for node in range(old.num_nodes)}
+        known = {self.node_of_path[path]: node for node, path in path_of.items() if path in self.node_of_path}
+        uses = Counter(self.names), Counter(names)
+        moved = {name: node for node, name in enumerate(names) if all(count[name] == 1 for count in uses)}
+        return {node: moved[name] for node, name in enumerate(self.names) if name in moved} | known
+
     def draw(self) -> str:
         """Draw the forest as text, one node a line, with descriptions."""
 

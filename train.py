@@ -54,7 +54,7 @@ from hierarchical_clinicalbert.training.arguments import Arguments, fit_to_data,
 from hierarchical_clinicalbert.training.cpu import KEPT_MEMORY
 from hierarchical_clinicalbert.training.losses import FocalLoss
 from hierarchical_clinicalbert.training.model import build_model, fetch_model, load_tokenizer, pin_model, size_report
-from hierarchical_clinicalbert.training.prototypes import initialise_heads
+from hierarchical_clinicalbert.training.prototypes import find_known_nodes, initialise_heads, set_heads
 from hierarchical_clinicalbert.training.publish import (
     check_hub,
     classify_example,
@@ -121,6 +121,8 @@ def run(arguments: Arguments, prepare: Prepare) -> None:
     if stored and stored.problem_type != data.problem_type:
         theirs, ours = stored.problem_type, data.problem_type
         raise InputError(f"{source} is a checkpoint for {theirs}, the data are for {ours} (--problem_type)")
+    if data.renamed and stored is None:
+        raise InputError(f"--renamed_nodes is for the nodes of a checkpoint, which {source} is not")
 
     # ── Train or score ───────────────────────────────────────────────────────────────────────────────────────────────
     arguments = arguments._replace(model=model)
@@ -137,20 +139,23 @@ def run(arguments: Arguments, prepare: Prepare) -> None:
 def train(arguments: Arguments, data: LabelledSplits, resume_from: str | None, prepare: Prepare) -> None:
     """Train, measure and publish a model. All files go to ``--output_dir``."""
     form = form_of(data.taxonomy, data.problem_type)
-    arguments = arguments._replace(training=fit_to_data(arguments.training, data.splits, form))
-    args, output = arguments.training, Path(arguments.training.output_dir)
+    fitted = fit_to_data(arguments.training, data.splits, form, arguments.data.taxonomy is not None)
+    arguments, args, output = arguments._replace(training=fitted), fitted, Path(fitted.output_dir)
+    takes_steps = args.num_train_epochs > 0
     heads_init = resume.check_resumed_data(resume_from, data.report) if resume_from else None
 
     # ── Model: encoder, adapter, heads, tokenizer ────────────────────────────────────────────────────────────────────
     arguments = arguments._replace(model=fetch_model(arguments.model))  # the data are known to be usable
-    model = build_model(arguments.model, data.taxonomy, args.seed, data.problem_type)
+    known = find_known_nodes(arguments.model, data.taxonomy, data.renamed)
+    model = build_model(arguments.model, data.taxonomy, args.seed, data.problem_type, data.renamed, takes_steps)
     model.config.page = describe_page(args, model.config)
     if resume_from is not None:
         resume.check_model(resume_from, model)
     if args.push_to_hub:
         check_hub(args, model)
     tokenizer = load_tokenizer(arguments.model, model)
-    max_length = arguments.data.max_length or min(MAX_LENGTH, tokenizer.model_max_length)
+    calibrated_length = model.config.calibration.max_length  # of a checkpoint that takes no steps
+    max_length = arguments.data.max_length or calibrated_length or min(MAX_LENGTH, tokenizer.model_max_length)
     splits, lengths = tokenize_splits(data.splits, tokenizer, max_length, arguments.loss.consistency > 0)
     model.config.calibration.max_length = tokenizer.model_max_length  # which engines read, also without a calibration
     log_report(data.report, lengths)
@@ -164,11 +169,15 @@ def train(arguments: Arguments, data: LabelledSplits, resume_from: str | None, p
     logger.info("device %s, precision %s, encoder %s, tuning %s", *setup)
     logger.info(SIZES.format_map(size))
     resume.start_run(trainer, arguments.model.model_name_or_path, data, resume_from)
-    if resume_from is None:
-        heads_init = initialise_heads(trainer, splits["train"], arguments.model)
-    data_report = data.report | {"lengths": lengths, "heads_init": heads_init}
+    untrained: list[str] = []
+    if not takes_steps:
+        heads_init = "prototypes"
+        untrained = set_heads(trainer, splits.get("train"), known)
+    elif resume_from is None:
+        heads_init = initialise_heads(trainer, splits["train"], arguments.model, known)
+    data_report = data.report | {"lengths": lengths, "heads_init": heads_init, "untrained_classes": untrained}
     if args.should_save:
-        if arguments.data.label_issues:
+        if arguments.data.label_issues and takes_steps:
             data_report["label_issues"] = write_label_issues(form, splits["train"], model.config, output)
         write_json(output / "data_report.json", data_report)
     settings = run_settings(arguments, model, tokenizer.model_max_length, heads_init)
@@ -193,22 +202,24 @@ def train(arguments: Arguments, data: LabelledSplits, resume_from: str | None, p
     scores = {f"quantized_{name}": value for name, value in as_trained.items()} | uncalibrated
 
     # ── Calibrate: the lexical head and the calibration become part of the checkpoint ────────────────────────────────
-    if "validation" in scored:
+    if "validation" in scored and not model.config.calibration.scales:
         if args.should_save:
             write_reliability(form, scored, output / "plots" / "reliability_diagram_uncalibrated.png")
-        counts = token_counts(splits["train"], model.config.text_config.vocab_size)
-        labels = label_arrays(form.decisions, splits["train"])
-        classifier = form.fit_classifier(counts, labels, arguments.model.lexical_head)
+        classifier = None
+        if takes_steps:
+            counts = token_counts(splits["train"], model.config.text_config.vocab_size)
+            labels = label_arrays(form.decisions, splits["train"])
+            classifier = form.fit_classifier(counts, labels, arguments.model.lexical_head)
         calibration, scored, calibrated = calibrate_splits(form, scored, classifier)
         calibration = dataclasses.replace(calibration, max_length=tokenizer.model_max_length)
         lexical = classifier.weights() if classifier and calibration.lexical_weight else None
-        open_world = learn_known_texts(scorer, splits["train"], scored["validation"])
+        open_world = learn_known_texts(scorer, splits["train"], scored["validation"]) if takes_steps else None
         for one in (model, scorer.model):
             one.set_calibration(calibration, lexical, open_world)
         trainer.save_model(_internal_call=True)
         scores = replace_scores(scores, calibrated) | measure_sets(form, scored, calibration)
         scores |= measure_strange_texts(scored, open_world)
-    else:
+    elif not model.config.calibration.scales:
         logger.info("no validation rows were scored: no lexical head, and the model's probabilities are not calibrated")
 
     # ── Publish: files, model card, Hub ──────────────────────────────────────────────────────────────────────────────
@@ -237,9 +248,10 @@ def build_trainer(
     if args.fp16 and args.device.type == "cpu":  # accelerate would train in float32
         raise InputError("--fp16 needs a GPU: leave it out")
     form = form_of(model.config.tree, model.config.problem_type)
+    labels = splits["train"]["labels"][:] if "train" in splits else [[]]  # without rows, no step needs the loss
     loss_function = FocalLoss(
         form.decisions,
-        form.decisions.targets(splits["train"]["labels"][:]),
+        form.decisions.targets(labels),
         gamma=loss.focal_gamma,
         balanced=loss.class_weighting == "balanced",
         label_smoothing=args.label_smoothing_factor,
@@ -248,7 +260,7 @@ def build_trainer(
     return HierarchicalTrainer(
         model=model,
         args=args,
-        train_dataset=splits["train"],
+        train_dataset=splits.get("train"),
         eval_dataset=splits.get("validation"),
         processing_class=tokenizer,
         data_collator=build_collator(tokenizer, form.decisions.targets),

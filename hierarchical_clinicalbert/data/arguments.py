@@ -41,6 +41,9 @@ class DataArguments:
         "Nested .yaml or .json, or .csv with columns parent and child. Default: the checkpoint's; for an encoder the "
         "Medical Abstracts taxonomy if it has all labels, else built from the labels' paths.",
     )
+    renamed_nodes: str | None = flag(
+        None, "New names of the checkpoint's nodes: table with columns code and name, or JSON object."
+    )
     label_separator: str | None = flag(
         None, "Separator between the names in the path of a label. Default: the checkpoint's, for an encoder '/'."
     )

@@ -41,13 +41,14 @@ class LabelledRows:
     taxonomy: Taxonomy
     origin: str  # of the taxonomy
     source: SourceRows
+    renamed: dict[str, str]  # new names of a checkpoint's nodes, by label
 
 
 def resolve_labels(source: SourceRows, arguments: DataArguments, taxonomy: Taxonomy | None = None) -> LabelledRows:
     """Choose the taxonomy, and map the labels to its nodes. ``taxonomy`` is a checkpoint's; --taxonomy replaces it."""
     places = source.places
     where = f"column {quote_name(' '.join(source.columns[1:]))}"
-    if not places and taxonomy is None:
+    if not places and taxonomy is None and arguments.taxonomy is None:
         raise InputError(f"{where}: no row has a label")
     separator = arguments.label_separator
     if separator is None:
@@ -55,6 +56,7 @@ def resolve_labels(source: SourceRows, arguments: DataArguments, taxonomy: Taxon
     if arguments.label_delimiter is not None and arguments.label_delimiter.strip() == separator.strip():
         raise InputError(f"--label_delimiter must differ from --label_separator, which is {separator!r}")
     codes = {} if arguments.class_names is None else read_class_names(arguments.class_names)
+    renamed = {} if arguments.renamed_nodes is None else read_class_names(arguments.renamed_nodes, "--renamed_nodes")
     names: dict[Label, Label] = {
         label: codes.get(label, label) if isinstance(label, str) else tuple(codes.get(name, name) for name in label)
         for label in places
@@ -94,7 +96,7 @@ def resolve_labels(source: SourceRows, arguments: DataArguments, taxonomy: Taxon
     nodes = find_nodes(taxonomy)
     node_ids = [tuple(sorted({nodes[label] for label in labels})) for labels in source.rows["labels"]]
     rows = source.rows.drop(columns="labels").assign(nodes=pd.Series(node_ids, dtype=object))
-    return LabelledRows(rows, taxonomy, origin, source)
+    return LabelledRows(rows, taxonomy, origin, source, renamed)
 
 
 def find_node(taxonomy: Taxonomy, label: Label) -> int:
@@ -142,9 +144,8 @@ def build_from_labels(names: dict[Label, Label], source: SourceRows, where: str,
         raise InputError(f"{where}: the labels do not make a taxonomy: {error}") from error
 
 
-def read_class_names(path_or_json: str) -> dict[str, str]:
+def read_class_names(path_or_json: str, where: str = "--class_names") -> dict[str, str]:
     """Read the names of coded labels from a JSON object, or from a table with the columns of `CODES_AND_NAMES`."""
-    where = "--class_names"
     if path_or_json.lstrip().startswith("{"):
         try:
             pairs = json.loads(path_or_json, object_pairs_hook=list)

@@ -65,10 +65,13 @@ class SourceRows:
 def read_rows(arguments: DataArguments, trains: bool = True) -> SourceRows:
     """Read and check the rows that the arguments name. Only a data set on the Hub needs the network.
 
-    A run that only scores, without ``trains``, reads no training rows if there are others.
+    A run that only scores, without ``trains``, reads no training rows if there are others. A run with a taxonomy needs no rows.
     """
     # ── Sources and their columns ────────────────────────────────────────────────────────────────────────────────────
-    sources, single = find_split_sources(arguments)
+    sources, single = find_split_sources(arguments, needs_rows=not (trains and arguments.taxonomy))
+    if not sources:
+        rows = pd.DataFrame({"split": [], "row": [], "text": [], "labels": []}, dtype=object)
+        return SourceRows(rows, {}, choose_form([], [], arguments), [], [], {})
     if not trains and len(sources) > 1:
         sources.pop("train", None)
     shares = find_shares(arguments, sources.keys(), single)
@@ -102,13 +105,18 @@ def read_rows(arguments: DataArguments, trains: bool = True) -> SourceRows:
 # ── Sources ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def find_split_sources(arguments: DataArguments) -> tuple[dict[str, SplitSource], bool]:
+def find_split_sources(arguments: DataArguments, needs_rows: bool = True) -> tuple[dict[str, SplitSource], bool]:
     """Return the source of each split, and whether the only source, under ``train``, is to be split into all splits."""
     # ── Which source is given ────────────────────────────────────────────────────────────────────────────────────────
     files = {split: path for split in SPLITS if (path := getattr(arguments, f"{split}_file")) is not None}
     others = [name for name in ("dataset_name", "data_path") if getattr(arguments, name) is not None]
     if not others and not files:
-        raise InputError("no data: give --dataset_name, --data_path, or --train_file, --validation_file, --test_file")
+        if not needs_rows:
+            return {}, False
+        advice = "or --taxonomy for a classifier without examples"
+        raise InputError(
+            f"no data: give --dataset_name, --data_path, or --train_file, --validation_file, --test_file, {advice}"
+        )
     if len(others) + bool(files) > 1:
         flags = " and ".join(f"--{name}" for name in [*others, *(f"{split}_file" for split in files)])
         raise InputError(f"{flags} contradict each other: give one source")

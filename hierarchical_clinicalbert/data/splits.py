@@ -52,6 +52,7 @@ class LabelledSplits:
     report: dict  # for data_report.json
     problem_type: str  # of the configuration
     trained_texts: TrainedTexts  # texts that the initial weights were trained on
+    renamed: dict[str, str]  # new names of a checkpoint's nodes, by label
 
 
 def split_rows(labelled: LabelledRows, seed: int, trained: TrainedTexts = NO_TRAINED_TEXTS) -> LabelledSplits:
@@ -85,7 +86,7 @@ def split_rows(labelled: LabelledRows, seed: int, trained: TrainedTexts = NO_TRA
         untrained = [taxonomy.labels[node] for node in range(form.num_classes(taxonomy)) if not texts_of[node]]
     report = {
         "sources": source.sources,
-        "columns": {"text": source.columns[0], "label": source.columns[1:]},
+        "columns": {"text": next(iter(source.columns), None), "label": source.columns[1:]},
         "taxonomy": labelled.origin,
         # a resumed run checks that its labels and training rows are the same
         "split": {
@@ -107,7 +108,7 @@ def split_rows(labelled: LabelledRows, seed: int, trained: TrainedTexts = NO_TRA
     splits = datasets.DatasetDict()
     for split, part in parts.items():
         splits[split] = datasets.Dataset.from_pandas(part[[*FEATURES]], features=FEATURES, preserve_index=False)
-    return LabelledSplits(splits, taxonomy, report, form.problem_type, trained)
+    return LabelledSplits(splits, taxonomy, report, form.problem_type, trained, labelled.renamed)
 
 
 def _place_trained_rows(
@@ -126,7 +127,7 @@ def _place_trained_rows(
     def has_text_of(known: frozenset[str]) -> np.ndarray:
         if not known:
             return np.zeros(len(rows), dtype=bool)
-        return np.array([h in known for h in hashes])[rows["text_id"]]
+        return np.array([h in known for h in hashes], dtype=bool)[rows["text_id"]]
 
     by_earlier, by_this_run = has_text_of(trained.earlier), has_text_of(trained.this_run)
     in_training = (rows["split"] == "train").to_numpy()

@@ -80,6 +80,6 @@ def write_trained_texts(
         "complete": before.complete,
         "earlier": sorted(before.earlier),
         "this_run": sorted(before.this_run | this_run),
-        "validation": sorted(validation),
+        "validation": sorted(before.validation | validation),
     }
     write_json(folder / TRAINED_TEXTS, content)

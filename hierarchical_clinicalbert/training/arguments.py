@@ -41,7 +41,7 @@ class ModelArguments:
     model_name_or_path: str = flag(DEFAULT_ENCODER, "Encoder, or checkpoint to continue: a Hub id or a folder.")
     model_revision: str | None = flag(None, "Commit, tag or branch on the Hub. The checkpoint records the commit.")
     quantization: Literal["none", "8bit", "4bit"] | None = flag(
-        None, "Precision of the frozen weights. Default: 4bit with LoRA, else none."
+        None, "Precision of the frozen weights. Default: 4bit if an adapter is trained, else none."
     )
     tuning: Literal["lora", "full"] = flag("lora", "lora trains an adapter and the heads, full trains every weight.")
     lora_r: int = flag(16, "Rank of the adapter.")
@@ -84,7 +84,9 @@ class HierarchicalTrainingArguments(TrainingArguments):
     do_train: bool | None = flag(None, "Train. Default: yes, unless --do_eval or --do_predict is given.")
     do_eval: bool | None = flag(None, "Score the validation rows at the end; calibrate after training. Default: yes.")
     do_predict: bool | None = flag(None, "Score the test rows. Default: yes.")
-    num_train_epochs: float = flag(5.0, "Number of passes over the training rows.")
+    num_train_epochs: float = flag(
+        5.0, "Number of passes over the training rows. 0: new heads are set without training."
+    )
     per_device_train_batch_size: int = flag(16, "Texts per device and step.")
     per_device_eval_batch_size: int = flag(32, "Texts per device and step in evaluation.")
     learning_rate: float = flag(6e-4, "Peak learning rate of the encoder or its adapter.")
@@ -163,8 +165,8 @@ RANGES = {
     **dict.fromkeys(("lora_r", "lora_alpha", "per_device_train_batch_size", "per_device_eval_batch_size"), "[1, inf)"),
     **dict.fromkeys(("gradient_accumulation_steps", "eval_accumulation_steps", "save_total_limit"), "[1, inf)"),
     **dict.fromkeys(("lora_dropout", "label_smoothing_factor"), "[0, 1)"),
-    **dict.fromkeys(("learning_rate", "heads_learning_rate", "num_train_epochs"), "(0, inf)"),
-    **dict.fromkeys(("focal_gamma", "consistency", "weight_decay", "max_grad_norm"), "[0, inf)"),
+    **dict.fromkeys(("learning_rate", "heads_learning_rate"), "(0, inf)"),
+    **dict.fromkeys(("num_train_epochs", "focal_gamma", "consistency", "weight_decay", "max_grad_norm"), "[0, inf)"),
     **dict.fromkeys(("early_stopping_patience", "dataloader_num_workers", "neftune_noise_alpha"), "[0, inf)"),
     "contrastive_steps": "[0, inf)",
     "dataloader_prefetch_factor": "[1, inf)",
@@ -224,8 +226,10 @@ def parse(argv: list[str]) -> Arguments:
     arguments = Arguments(*parsed)
     check_values(arguments)
     model, data, _, args = arguments
+    has_rows = data.train_file or data.data_path or data.dataset_name or not data.taxonomy
     if model.quantization is None:
-        model.quantization = "4bit" if model.tuning == "lora" else "none"
+        trains_adapter = model.tuning == "lora" and has_rows and args.num_train_epochs
+        model.quantization = "4bit" if trains_adapter else "none"
     if is_local(model.model_name_or_path):
         if model.model_revision is not None:
             problem = f"does not apply to the folder {model.model_name_or_path}"
@@ -234,6 +238,8 @@ def parse(argv: list[str]) -> Arguments:
         model.model_revision = DEFAULT_ENCODER_REVISION
     if not args.do_train:
         data.validation_size = data.test_size = 0  # without training, the rows of a training file are not scored
+    elif not args.num_train_epochs:  # all rows are for the new heads
+        data.validation_size, data.test_size = data.validation_size or 0, data.test_size or 0
     return arguments
 
 
@@ -299,6 +305,9 @@ def check_values(arguments: Arguments) -> None:
         ),
         "--output_dir needs the name of a folder": not args.output_dir,
         "--max_steps must be at least 1; leave it out to train for --num_train_epochs": args.max_steps == 0,
+        "--num_train_epochs 0 takes no steps: leave out --max_steps and --resume_from_checkpoint": (
+            not args.num_train_epochs and (args.max_steps > 0 or args.resume_from_checkpoint is not None)
+        ),
         "--label_issues lists training rows, and --do_train false trains on none: leave it out": (
             data.label_issues and not args.do_train
         ),
@@ -321,15 +330,27 @@ def check_values(arguments: Arguments) -> None:
 
 
 def fit_to_data(
-    args: HierarchicalTrainingArguments, splits: Mapping[str, Any], form: Form
+    args: HierarchicalTrainingArguments, splits: Mapping[str, Any], form: Form, has_taxonomy: bool = False
 ) -> HierarchicalTrainingArguments:
-    """Return the arguments for these splits: without validation rows, training is not evaluated.
+    """Return the arguments for these splits. Without validation rows, training is not evaluated.
 
+    If the run ``has_taxonomy``, it needs no training rows, and without any takes no steps (``num_train_epochs`` 0).
     InputError: the splits do not have what the arguments need.
     """
     schedule, changes = SchedulerType(args.lr_scheduler_type), dict[str, Any]()
-    if "train" not in splits:
-        raise InputError("no training rows: give --train_file, --data_path or --dataset_name, or --do_train false")
+    if "train" not in splits and not has_taxonomy:
+        sources = "--train_file, --data_path or --dataset_name"
+        raise InputError(f"no training rows: give {sources}, or --taxonomy for new classes, or --do_train false")
+    if "train" not in splits or not args.num_train_epochs:
+        logger.info("no training steps: new heads are set from names, descriptions and rows, if there are any")
+        changes = {"num_train_epochs": 0.0, "max_steps": -1, "metric_for_best_model": None}
+        changes |= {
+            "eval_strategy": "no",
+            "save_strategy": "no",
+            "load_best_model_at_end": False,
+            "eval_on_start": False,
+        }
+        return dataclasses.replace(args, **changes)
     if "validation" not in splits:
         logger.info("no validation rows: early stopping is off, and the last weights are kept")
         changes = {"eval_strategy": "no", "load_best_model_at_end": False, "eval_on_start": False}

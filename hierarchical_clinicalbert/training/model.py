@@ -44,13 +44,21 @@ HEAD_DROPOUT = 0.1  # of the pooled vector, in training
 
 
 def build_model(
-    arguments: ModelArguments, taxonomy: Taxonomy, seed: int, problem_type: str | None = None
+    arguments: ModelArguments,
+    taxonomy: Taxonomy,
+    seed: int,
+    problem_type: str | None = None,
+    renamed: dict[str, str] | None = None,
+    takes_steps: bool = True,
 ) -> HierarchicalForSequenceClassification:
-    """Build a model that is ready to train. With LoRA the encoder is frozen, and only adapter and heads are trained."""
+    """Build a model that is ready to train. With LoRA the encoder is frozen, and only adapter and heads are trained.
+
+    ``renamed`` are new names of a checkpoint's nodes. A run that ``takes_steps`` starts without the checkpoint's calibration.
+    """
     torch.manual_seed(seed)
     name, revision = arguments.model_name_or_path, arguments.model_revision
     if is_checkpoint(name):
-        return continue_checkpoint(arguments, taxonomy)
+        return continue_checkpoint(arguments, taxonomy, renamed, takes_steps)
 
     # ── Configuration ────────────────────────────────────────────────────────────────────────────────────────────────
     with as_input_error(f"cannot load the encoder {name}"):
@@ -109,8 +117,10 @@ def add_adapter(encoder: nn.Module, arguments: ModelArguments) -> None:
     cast_adapter_dtype(encoder, "default")  # over 4-bit layers it is bfloat16, in which small steps round to zero
 
 
-def continue_checkpoint(arguments: ModelArguments, taxonomy: Taxonomy) -> HierarchicalForSequenceClassification:
-    """Load the model of a checkpoint for further training, with heads for ``taxonomy``."""
+def continue_checkpoint(
+    arguments: ModelArguments, taxonomy: Taxonomy, renamed: dict[str, str] | None, takes_steps: bool
+) -> HierarchicalForSequenceClassification:
+    """Load the model of a checkpoint, with heads for ``taxonomy``. The arguments are those of `build_model`."""
     path = arguments.model_name_or_path
     config = read_config(path)
     tuning = "full" if config.adapter_subfolder is None else "lora"
@@ -124,7 +134,8 @@ def continue_checkpoint(arguments: ModelArguments, taxonomy: Taxonomy) -> Hierar
         model = HierarchicalForSequenceClassification.from_pretrained(
             path, config=config, merge_adapter=False, **load_arguments(arguments)
         )
-    model.set_calibration(Calibration())  # the stored one is fitted to the earlier weights
+    if takes_steps:
+        model.set_calibration(Calibration())  # the stored one is fitted to the earlier weights
     if tuning == "lora":
         adapter = model.encoder.peft_config["default"]
         settings = adapter.r, adapter.lora_alpha, adapter.lora_dropout, ", ".join(sorted(adapter.target_modules))
@@ -135,9 +146,15 @@ def continue_checkpoint(arguments: ModelArguments, taxonomy: Taxonomy) -> Hierar
     if not taxonomy.descriptions:
         taxonomy = Taxonomy(taxonomy.to_nested(), taxonomy.separator, stored.descriptions)
     if stored != taxonomy:
-        new, dropped = model.change_taxonomy(taxonomy)
+        before = model.config.calibration
+        with as_input_error("--renamed_nodes"):
+            new, dropped = model.add_nodes(taxonomy, renamed=renamed)
         kept = stored.num_nodes - len(dropped)
         logger.info("heads kept: %d; initialised: %s; dropped: %s", kept, list_names(new), list_names(dropped))
+        if before.set_thresholds and not model.config.calibration.set_thresholds:
+            logger.warning("prediction sets and p-values are removed: they were fitted for the other taxonomy")
+    elif not takes_steps:
+        raise InputError("no training steps, and --taxonomy is the checkpoint's: nothing would change")
     model.config.set_taxonomy(taxonomy)
     return model
 

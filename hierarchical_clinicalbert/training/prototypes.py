@@ -3,9 +3,12 @@
 Prototypes are from Snell et al., 2017, "Prototypical Networks for Few-shot Learning". A class name counts as several texts
 (dataless classification: Chang et al., 2008, "Importance of Semantic Representation"). Prototypes help most with few rows per
 class. For multi-label models, biases start at each node's log-odds in the training rows.
+
+Without training steps, `set_heads` sets the heads of classes that may have no texts, over an encoder or in a checkpoint.
 """
 
 import logging
+from collections.abc import Container, Sized
 from typing import NamedTuple
 
 import numpy as np
@@ -15,15 +18,19 @@ from torch import Tensor
 from torch.nn.functional import normalize, pad
 
 from hierarchical_clinicalbert.checkpoint_files import is_checkpoint, read_config
+from hierarchical_clinicalbert.errors import as_input_error
 from hierarchical_clinicalbert.training.arguments import FEW_ROWS, ModelArguments
 from hierarchical_clinicalbert.training.contrastive import train_contrastively
 from hierarchical_clinicalbert.training.trainer import HierarchicalTrainer
+from modeling_hierarchical import HierarchicalHeads
+from taxonomy_hierarchical import Taxonomy
 
 logger = logging.getLogger(__name__)
 
 TYPICAL_SCORE = 4.0  # of a text at the typical distance from the mean, in the direction of its class
 NAME_WEIGHT = 4.0  # texts that a class name counts as
 DESCRIPTION_WEIGHT = 16.0  # texts that a name with a description counts as
+NAME_SCORE = 24.0  # of a name for itself, where there are no texts
 MAX_TEXTS = 4096  # that are embedded
 
 
@@ -35,17 +42,26 @@ class Names(NamedTuple):
     weights: list[float]
 
 
-def initialise_heads(trainer: HierarchicalTrainer, rows: Dataset, arguments: ModelArguments) -> str | None:
+def find_known_nodes(
+    arguments: ModelArguments, tree: Taxonomy, renamed: dict[str, str] | None = None
+) -> dict[int, int]:
+    """Return the nodes that the initial checkpoint has, with their ids there. An encoder has none."""
+    stored = arguments.model_name_or_path
+    return tree.known_nodes(read_config(stored).tree, renamed) if is_checkpoint(stored) else {}
+
+
+def initialise_heads(
+    trainer: HierarchicalTrainer, rows: Dataset, arguments: ModelArguments, known: Container[int] | None = None
+) -> str | None:
     """Initialise new heads as ``--heads_init`` says, and biases at `Decisions.initial_biases`.
 
     First, the encoder is trained for ``--contrastive_steps``. Return "prototypes" or "random"; None for a continued
     checkpoint that knows a node of the taxonomy: its heads are kept, and there are no contrastive steps.
     """
     tree = trainer.model.config.tree
-    stored = arguments.model_name_or_path
-    known = read_config(stored).tree.node_of_path.keys() & tree.node_of_path.keys() if is_checkpoint(stored) else ()
+    known = find_known_nodes(arguments, tree) if known is None else known
     heads, labels = trainer.model.heads, node_targets(trainer, rows)
-    new = [node for path, node in tree.node_of_path.items() if path not in known]
+    new = [node for node in range(tree.num_nodes) if node not in known]
     with torch.no_grad():
         heads.bias[new] = heads.decisions.initial_biases(heads.decisions.count_outcomes(labels)).to(heads.bias)[new]
     if known:
@@ -54,7 +70,7 @@ def initialise_heads(trainer: HierarchicalTrainer, rows: Dataset, arguments: Mod
         return None
     few_rows = len(rows) < FEW_ROWS * tree.num_leaves
     chosen = arguments.heads_init or ("prototypes" if few_rows else "random")
-    some = rows.select(np.sort(np.random.default_rng(0).permutation(len(rows))[:MAX_TEXTS]))
+    some = rows.select(sample(rows))
     if chosen == "prototypes":  # after contrastive steps, prototypes without names would seem to fit these texts best
         vectors = embed_texts(trainer, some)
         names = choose_names(trainer, some, vectors)
@@ -67,15 +83,81 @@ def initialise_heads(trainer: HierarchicalTrainer, rows: Dataset, arguments: Mod
 
 
 @torch.no_grad()
+def set_heads(trainer: HierarchicalTrainer, rows: Dataset | None, known: Container[int]) -> list[str]:
+    """Set the heads of all classes, or of those that are not ``known`` to a checkpoint, without training. Return their labels.
+
+    Over an encoder, they are those of `set_prototypes`, or without rows those of `write_name_heads`. In a checkpoint, they are
+    placed among the known ones by `HierarchicalHeads.place`, with such prototypes as vectors. There, m is the checkpoint's
+    `HierarchicalHeads.center`, or 0, because the rows may be those of the new classes alone.
+    """
+    tree, heads, classes = trainer.model.config.tree, trainer.model.heads, trainer.model.config.num_labels
+    names = list_candidates(tree, classes)[-1]
+    phrases = embed_strings(trainer, names.phrases)
+    texts, members = phrases[:0], phrases.new_zeros(0, classes)
+    if rows is not None:
+        rows = rows.select(sample(rows))
+        texts, members = embed_texts(trainer, rows), class_members(trainer, rows)
+    if known:
+        mean = torch.zeros_like(phrases[0]) if heads.center is None else heads.center
+        prototypes = mean + add_up_prototypes(phrases, names.weights, texts, members, mean)
+        with as_input_error("cannot add the classes without training"):
+            heads.place({node: prototypes[node] for node in range(classes) if node not in known}, mean, known)
+    elif rows is not None:
+        counts = heads.decisions.count_outcomes(node_targets(trainer, rows))
+        heads.bias[:] = heads.decisions.initial_biases(counts)
+        set_prototypes(trainer, rows, texts, names)
+    else:
+        write_name_heads(heads, phrases)
+    described = " and their descriptions" if tree.descriptions else ""
+    logger.info("heads are set from the class names%s, and %d training texts", described, len(texts))
+    return [label for node, label in enumerate(tree.labels[:classes]) if node not in known]
+
+
+def add_up_prototypes(phrases: Tensor, weights: list[float], texts: Tensor, members: Tensor, mean: Tensor) -> Tensor:
+    """Return prototypes as of `set_prototypes`, (C, H), from embeddings of phrases (C, H) and texts (B, H), and a given mean (H,)."""
+    offsets = texts - mean
+    if len(texts):
+        offsets = offsets / offsets.square().sum(1).mean().sqrt()
+    return sum_prototypes(members, offsets, weights, normalize(phrases - phrases.mean(0)))
+
+
+def write_name_heads(heads: HierarchicalHeads, phrases: Tensor) -> None:
+    """Set the heads of all classes from the embeddings of their names or descriptions (C, H), without texts.
+
+    A text's most probable class is the one whose phrase has the largest cosine with the text: weights have equal lengths, and
+    a phrase scores `NAME_SCORE` for itself. The mean score of the phrases is subtracted. The mean of phrases is not: texts
+    have another one.
+    """
+    lengths = phrases.square().sum(1).mean().sqrt()
+    heads.weight.zero_()
+    heads.weight[: len(phrases)] = NAME_SCORE / lengths * normalize(phrases)
+    heads.bias[:] = heads.decisions.initial_biases(None)
+    heads.bias[: len(phrases)] -= (phrases @ heads.weight[: len(phrases)].T).mean()
+
+
+@torch.no_grad()
 def choose_names(trainer: HierarchicalTrainer, rows: Dataset, vectors: Tensor) -> Names:
     """Choose what prototypes use in addition to the texts' vectors (B, H): nothing, class names, or names with descriptions.
 
     The choice maximises the likelihood of the training labels. Each text is left out of its own prototypes. A phrase counts as
     `NAME_WEIGHT` texts, or as 0.
     """
-    model = trainer.model
-    tree, heads, classes = model.config.tree, model.heads, model.config.num_labels
-    # ── Names, with and without descriptions ─────────────────────────────────────────────────────────────────────────
+    tree, heads, classes = trainer.model.config.tree, trainer.model.heads, trainer.model.config.num_labels
+    offsets, *_ = standardise(vectors)
+    labels, members = node_targets(trainer, rows), class_members(trainer, rows)
+    text_sums = members.T @ offsets
+
+    def likelihood(names: Names) -> float:
+        name_sums = NAME_WEIGHT * embed_phrases(trainer, names.phrases) if any(names.weights) else 0
+        own = left_out_scores(offsets, members, text_sums + name_sums)
+        scores = pad(own, (0, tree.num_nodes - classes)) + heads.bias
+        return float(heads.decisions.log_likelihood(heads.decisions.inclusive(scores), labels).sum())
+
+    return max(list_candidates(tree, classes), key=likelihood)
+
+
+def list_candidates(tree: Taxonomy, classes: int) -> list[Names]:
+    """Return what prototypes may use in addition to texts: nothing, class names, and names with descriptions if there are any."""
     phrases = [label.replace(tree.separator, " ") for label in tree.labels[:classes]]
     descriptions = [tree.descriptions.get(label) for label in tree.labels[:classes]]
     texts_only = "the training texts alone: the class names do not fit them; --class_names gives better ones"
@@ -87,19 +169,7 @@ def choose_names(trainer: HierarchicalTrainer, rows: Dataset, vectors: Tensor) -
         described = [f"{name}: {text}" if text else name for name, text in zip(phrases, descriptions, strict=True)]
         weights = [DESCRIPTION_WEIGHT if text else NAME_WEIGHT for text in descriptions]
         candidates.append(Names("the training texts, the class names and their descriptions", described, weights))
-
-    # ── Likelihood of the labels ─────────────────────────────────────────────────────────────────────────────────────
-    offsets, *_ = standardise(vectors)
-    labels, members = node_targets(trainer, rows), class_members(trainer, rows)
-    text_sums = members.T @ offsets
-
-    def likelihood(names: Names) -> float:
-        name_sums = NAME_WEIGHT * embed_phrases(trainer, names.phrases) if any(names.weights) else 0
-        own = left_out_scores(offsets, members, text_sums + name_sums)
-        scores = pad(own, (0, tree.num_nodes - classes)) + heads.bias
-        return float(heads.decisions.log_likelihood(heads.decisions.inclusive(scores), labels).sum())
-
-    return max(candidates, key=likelihood)
+    return candidates
 
 
 @torch.no_grad()
@@ -117,13 +187,17 @@ def set_prototypes(trainer: HierarchicalTrainer, rows: Dataset, vectors: Tensor,
     """
     heads, classes = trainer.model.heads, trainer.model.config.num_labels
     offsets, mean, rms_distance = standardise(vectors)
-    weights = offsets.new_tensor(names.weights)[:, None]
     directions = embed_phrases(trainer, names.phrases)
-    prototypes = normalize(class_members(trainer, rows).T @ offsets + weights * directions)
+    prototypes = sum_prototypes(class_members(trainer, rows), offsets, names.weights, directions)
     heads.weight.zero_()
     heads.weight[:classes] = TYPICAL_SCORE / rms_distance * prototypes
     heads.bias[:classes] -= heads.weight[:classes] @ mean
     logger.info("heads are initialised from %s", names.source)
+
+
+def sum_prototypes(members: Tensor, offsets: Tensor, weights: list[float], directions: Tensor) -> Tensor:
+    """Return the prototypes p of `set_prototypes`, (C, H), given u as ``directions`` and k as ``weights``."""
+    return normalize(members.T @ offsets + offsets.new_tensor(weights)[:, None] * directions)
 
 
 def standardise(vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -143,9 +217,20 @@ def embed_texts(trainer: HierarchicalTrainer, rows: Dataset) -> Tensor:
 @torch.no_grad()
 def embed_phrases(trainer: HierarchicalTrainer, phrases: list[str]) -> Tensor:
     """Return the directions of the phrases' embeddings from their mean, (C, H)."""
-    trainer.model.eval()
-    named = trainer.embed(trainer.processing_class(phrases, truncation=True)["input_ids"])
+    named = embed_strings(trainer, phrases)
     return normalize(named - named.mean(0))
+
+
+@torch.no_grad()
+def embed_strings(trainer: HierarchicalTrainer, texts: list[str]) -> Tensor:
+    """Return the embeddings of texts that are not tokenized, (B, H)."""
+    trainer.model.eval()
+    return trainer.embed(trainer.processing_class(texts, truncation=True)["input_ids"])
+
+
+def sample(rows: Sized) -> np.ndarray:
+    """Draw at most `MAX_TEXTS` rows, and return their numbers, ascending."""
+    return np.sort(np.random.default_rng(0).permutation(len(rows))[:MAX_TEXTS])
 
 
 def node_targets(trainer: HierarchicalTrainer, rows: Dataset) -> Tensor:

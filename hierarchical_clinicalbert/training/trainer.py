@@ -138,7 +138,13 @@ class HierarchicalTrainer(PublishingTrainer):
     # ── Resume ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
-        """Train or resume. A run that has reached ``max_steps`` or stopped early takes no further step."""
+        """Train or resume. A run that has reached ``max_steps`` or stopped early takes no further step.
+
+        With ``num_train_epochs`` 0, no step is taken.
+        """
+        if not self.args.num_train_epochs:
+            self.state.epoch = 0.0
+            return TrainOutput(0, 0.0, {"epoch": 0.0})
         if isinstance(resume_from_checkpoint, str):
             self.resumed = ResumedRun(self, resume_from_checkpoint)
             self.add_callback(self.resumed)

@@ -1,0 +1,325 @@
+"""Test classes that get heads without training: in a model, and from the command line of a user who has no or few rows."""
+
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import CLEAR, clear_rows, read_csv, run, write_csv
+from safetensors.torch import load_file
+from scipy.special import log_softmax
+from transformers import AutoModel, AutoTokenizer, pipeline
+
+import train
+from configuration_hierarchical import MULTI_LABEL, SINGLE_LABEL, Calibration, HierarchicalConfig
+from hierarchical_clinicalbert.errors import InputError
+from modeling_hierarchical import HierarchicalForSequenceClassification
+from taxonomy_hierarchical import TaxonomyError
+
+TREE = {"a": {"b": ["c", "d"], "e": None}, "f": ["g", "h"], "i": None}
+SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+IDS = torch.arange(5, 55).view(5, 10)
+
+
+def model_of(problem_type: str = SINGLE_LABEL, calibrated: bool = True) -> HierarchicalForSequenceClassification:
+    """Return a model with random heads; if ``calibrated``, with a lexical head, and a temperature for each decision."""
+    config = HierarchicalConfig(text_config=SMALL, taxonomy=TREE, problem_type=problem_type)
+    model = HierarchicalForSequenceClassification(config).eval()
+    torch.nn.init.normal_(model.heads.weight)
+    torch.nn.init.normal_(model.heads.bias)
+    if calibrated:
+        tree, classes = config.tree, config.num_labels
+        scales = [0.5 + decision / 4 for decision in tree.decision_of]
+        biases = torch.randn(tree.num_nodes).tolist()
+        thresholds = [0.3] * tree.num_nodes if problem_type == MULTI_LABEL else None
+        lexical = {"idf": torch.rand(64), "weight": torch.randn(classes, 64), "bias": torch.randn(classes)}
+        model.set_calibration(Calibration(0.7, scales, biases, thresholds, [0.2] * 99, 64, 50), lexical)
+    return model
+
+
+def outputs(model: HierarchicalForSequenceClassification) -> dict[str, dict[str, np.ndarray]]:
+    """Return each node's probabilities and decision scores for five texts, by label."""
+    with torch.no_grad():
+        found = model(IDS)
+    labels = model.config.tree.labels
+    columns = {"p": found.node_log_probs.exp(), "score": found.decision_logits}
+    return {name: dict(zip(labels, values.double().numpy().T, strict=True)) for name, values in columns.items()}
+
+
+def unit(vector: np.ndarray) -> np.ndarray:
+    return vector / np.linalg.norm(vector)
+
+
+def flat_heads(model: HierarchicalForSequenceClassification) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    """Return weight and bias of each leaf in the equivalent flat softmax: their sums along the leaf's path."""
+    tree, heads = model.config.tree, model.heads
+    paths = {tree.labels[leaf]: tree.path(leaf) for leaf in range(tree.num_leaves)}
+    weights, biases = heads.weight.detach().double().numpy(), heads.bias.detach().double().numpy()
+    return {leaf: weights[path].sum(0) for leaf, path in paths.items()}, {
+        leaf: biases[path].sum() for leaf, path in paths.items()
+    }
+
+
+# ── In a model ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_new_leaf_changes_known_nodes_only_by_its_share():
+    """Test the scores of known nodes beside the new leaf, and that probabilities still add up, with all that is calibrated."""
+    model = model_of()
+    before, grown = outputs(model), copy.deepcopy(model)
+    nested = {"a": {"b": ["new", "d", "c"], "e": None}, "f": ["g", "h"], "i": None}  # ids change
+    assert grown.add_nodes(nested, {"new": torch.randn(32)}, torch.zeros(32)) == (["new"], [])
+    after, tree = outputs(grown), grown.config.tree
+    for label in ("c", "d", "e", "g", "h", "f", "i"):
+        np.testing.assert_allclose(after["score"][label], before["score"][label], atol=1e-4)
+    for one, other in (("c", "d"), ("g", "h"), ("f", "i")):
+        odds = [found["p"][one] / found["p"][other] for found in (before, after)]
+        np.testing.assert_allclose(*odds, rtol=1e-4)
+    for parent in range(tree.num_leaves, tree.num_nodes):
+        children = [after["p"][tree.labels[child]] for child in tree.children(parent)]
+        np.testing.assert_allclose(sum(children), after["p"][tree.labels[parent]], rtol=1e-5)
+    np.testing.assert_allclose(sum(after["p"][tree.labels[root]] for root in tree.children(-1)), 1, rtol=1e-5)
+    stored = grown.config.calibration
+    assert (stored.set_thresholds, stored.num_texts) == (None, None)
+    assert stored.scales == [0.5 + decision / 4 for decision in tree.decision_of]
+    old, new = model.heads.lexical, grown.heads.lexical
+    means = [
+        (part[model.config.label2id["c"]] + part[model.config.label2id["d"]]) / 2 for part in (old.weight, old.bias)
+    ]
+    torch.testing.assert_close(new.weight[tree.id("new")], means[0])
+    torch.testing.assert_close(new.bias[tree.id("new")], means[1])
+
+
+def test_a_new_head_is_the_one_worked_by_hand():
+    """Compare the leaf probabilities with a flat softmax in NumPy, where the new leaf's siblings are c and d."""
+    model = model_of(calibrated=False)
+    weights, biases = flat_heads(model)
+    vector, center = np.random.default_rng(0).normal(size=(2, 32))
+    mean = np.mean([*weights.values()], 0)
+    length = np.sqrt(np.mean([np.sum((weight - mean) ** 2) for weight in weights.values()]))
+    direction = length * unit(vector - center)
+    weights["new"] = (weights["c"] + weights["d"]) / 2 + direction
+    biases["new"] = (biases["c"] + biases["d"]) / 2 - direction @ center
+    nested = {"a": {"b": ["c", "d", "new"], "e": None}, "f": ["g", "h"], "i": None}
+    model.add_nodes(nested, {"new": torch.from_numpy(vector)}, torch.from_numpy(center))
+    with torch.no_grad():
+        pooled, found = model.pool(model.encode(IDS, None)[0]).double().numpy(), model(IDS).logits
+    leaves = [model.config.id2label[i] for i in range(len(model.config.id2label))]
+    expected = log_softmax(np.stack([pooled @ weights[leaf] + biases[leaf] for leaf in leaves], 1), axis=1)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_a_node_that_moves_keeps_its_odds_against_all_leaves():
+    """Move a leaf to another parent, a subtree to the roots, and a leaf below a new node: nothing but the tree changes."""
+    model = model_of(calibrated=False)
+    before = outputs(model)["p"]
+    changes = model.add_nodes(
+        {"b": ["c", "d"], "a": ["g"], "f": {"between": ["h", "e"]}, "i": None}, {}, torch.zeros(32)
+    )
+    assert changes == (["between"], [])
+    after = outputs(model)["p"]
+    for leaf in "cdeghi":
+        np.testing.assert_allclose(after[leaf], before[leaf], rtol=1e-4)
+    np.testing.assert_allclose(after["b"], before["c"] + before["d"], rtol=1e-4)
+    np.testing.assert_allclose(after["between"], before["e"] + before["h"], rtol=1e-4)
+
+
+@pytest.mark.parametrize("problem_type", [SINGLE_LABEL, MULTI_LABEL])
+def test_a_renamed_node_stays_the_same_and_keeps_its_guarantee(problem_type):
+    model = model_of(problem_type)
+    before, sets = outputs(model)["p"], model.config.calibration.set_thresholds
+    nested = {"a": {"B": ["c", "d"], "e": None}, "f": ["g", "h"], "i": None}
+    with pytest.raises(TaxonomyError, match="'b' is renamed to 'x', which is not in the taxonomy"):
+        model.add_nodes(nested, renamed={"b": "x"})
+    assert model.add_nodes(nested, renamed={"b": "B"}) == ([], [])
+    after = outputs(model)["p"]
+    for label, p in before.items():
+        np.testing.assert_array_equal(after["B" if label == "b" else label], p)
+    assert model.config.calibration.set_thresholds == sets
+
+
+def test_a_removed_leaf_leaves_the_odds_of_all_others():
+    model = model_of(calibrated=False)
+    before = outputs(model)["p"]
+    assert model.add_nodes({"a": {"b": ["c", "d"]}, "f": ["g", "h"], "i": None}) == ([], ["e"])
+    after = outputs(model)["p"]
+    for leaf in "cdghi":
+        np.testing.assert_allclose(after[leaf], before[leaf] / (1 - before["e"]), rtol=1e-4)
+
+
+def test_a_divided_leaf_passes_its_probability_on():
+    """Divide a leaf into parts whose vectors are the center: each gets an equal share. Then unite them again."""
+    model = model_of(calibrated=False)
+    before = outputs(model)["p"]
+    nested = {"a": {"b": ["c", "d"], "e": ["e1", "e2", "e3"]}, "f": ["g", "h"], "i": None}
+    zero = torch.zeros(32)
+    model.add_nodes(nested, dict.fromkeys(("e1", "e2", "e3"), zero), zero)
+    after = outputs(model)["p"]
+    for leaf in ("c", "d", "e", "g", "h", "i"):
+        np.testing.assert_allclose(after[leaf], before[leaf], rtol=1e-4)
+    np.testing.assert_allclose(after["e2"], before["e"] / 3, rtol=1e-4)
+    assert model.add_nodes(TREE) == ([], ["e1", "e2", "e3"])
+    after = outputs(model)["p"]
+    for leaf in ("c", "e", "i"):
+        np.testing.assert_allclose(after[leaf], before[leaf], rtol=1e-4)
+
+
+def test_with_several_labels_known_nodes_keep_their_probabilities():
+    model = model_of(MULTI_LABEL)
+    before = outputs(model)["p"]
+    nested = {"a": {"b": ["c", "new", "d"], "e": None}, "f": ["g", "h"], "i": None}
+    model.add_nodes(nested, {"new": torch.randn(32)}, torch.zeros(32))
+    after = outputs(model)["p"]
+    for label, p in before.items():
+        np.testing.assert_allclose(after[label], p, rtol=1e-4)
+    assert (after["new"] <= after["b"]).all()
+    assert model.config.calibration.thresholds == [0.3] * 10
+    assert model.config.calibration.set_thresholds is None
+
+
+def test_new_classes_need_vectors_and_known_classes_beside_them():
+    model = model_of()
+    nested = {"a": {"b": ["c", "d", "new"], "e": None}, "f": ["g", "h"], "i": None}
+    with pytest.raises(ValueError, match="a vector is missing for 'new'"):
+        copy.deepcopy(model).add_nodes(nested, {}, torch.zeros(32))
+    with pytest.raises(ValueError, match="no class of the taxonomy is known"):
+        copy.deepcopy(model).add_nodes(["x", "y"], {"x": torch.ones(32), "y": torch.ones(32)}, torch.zeros(32))
+    config = HierarchicalConfig(text_config=SMALL, taxonomy=TREE, pooling="label_attention")
+    with pytest.raises(ValueError, match="with label attention, new nodes need training"):
+        HierarchicalForSequenceClassification(config).add_nodes(nested, {"new": torch.ones(32)}, torch.zeros(32))
+
+
+# ── From the command line ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def taxonomy_file(file: Path, classes: dict[str, str]) -> str:
+    """Write a taxonomy of roots with descriptions."""
+    return write_csv(file, [{"parent": "", "name": name, "description": text} for name, text in classes.items()])
+
+
+def accuracy(folder: Path, labels: set[str]) -> float:
+    """Return the accuracy on the test rows of some classes."""
+    rows = [row for row in read_csv(folder / "test_predictions.csv") if row["label"] in labels]
+    return sum(row["label"] == row["prediction"] for row in rows) / len(rows)
+
+
+def test_a_classifier_from_descriptions_alone(minilm, tmp_path):
+    """Name each class by a code, and describe it by two diseases: texts on the four others are classified, without a row."""
+    described = {f"K{i}": ", ".join(names[:2]) for i, names in enumerate(CLEAR.values())}
+    taxonomy, folder = taxonomy_file(tmp_path / "classes.csv", described), tmp_path / "results"
+    done = run("--taxonomy", taxonomy, "--model_name_or_path", minilm, "--output_dir", folder)
+    assert "no training steps" in done.stderr
+    assert "the model's probabilities are not calibrated" in done.stderr
+    config = json.loads((folder / "config.json").read_text())
+    assert config["calibration"] is None
+    classify = pipeline("hierarchical-text-classification", model=str(folder), trust_remote_code=True)
+    given = [(f"K{i}", name) for i, names in enumerate(CLEAR.values()) for name in names[2:]]
+    found = classify([f"We report on patients with {name}." for _, name in given])
+    assert (
+        np.mean([result["labels"][0]["label"] == label for result, (label, _) in zip(found, given, strict=True)]) > 0.6
+    )
+    card = (folder / "README.md").read_text()
+    assert (
+        "No training steps: the heads of K0, K1, K2, K3, K4 are the embeddings of class names and descriptions." in card
+    )
+    assert "No labelled rows were given. Taxonomy: from classes.csv." in card
+
+
+@pytest.mark.parametrize("problem_type", [SINGLE_LABEL, MULTI_LABEL])
+def test_without_rows_the_largest_cosine_of_a_phrase_wins(minilm, tmp_path, problem_type):
+    """Compare the order of the roots with cosines of the encoder, loaded by transformers alone."""
+    words = ["--taxonomy", taxonomy_file(tmp_path / "classes.csv", {name: CLEAR[name][0] for name in CLEAR})]
+    words += ["--model_name_or_path", minilm, "--problem_type", problem_type, "--output_dir", tmp_path / "results"]
+    run(*words)
+    tokenizer, encoder = AutoTokenizer.from_pretrained(minilm), AutoModel.from_pretrained(minilm).eval()
+
+    def embed(text: str) -> np.ndarray:
+        with torch.no_grad():
+            return unit(encoder(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0).numpy())
+
+    model = HierarchicalForSequenceClassification.from_pretrained(tmp_path / "results")
+    texts = [row["text"] for row in clear_rows(3)[::9]]
+    with torch.no_grad():
+        found = model(**tokenizer(texts, return_tensors="pt", padding=True)).node_log_probs.numpy()
+    phrases = [embed(f"{name}: {CLEAR[name][0]}") for name in model.config.tree.labels]
+    cosines = np.stack([[embed(text) @ phrase for phrase in phrases] for text in texts])
+    for scores, cosine in zip(found, cosines, strict=True):
+        order = np.argsort(cosine)
+        apart = np.diff(cosine[order]) > 0.02  # which bfloat16 tells apart
+        assert (np.diff(scores[order])[apart] > 0).all()
+
+
+@pytest.fixture(scope="module")
+def known(minilm, tmp_path_factory) -> Path:
+    """Train a calibrated checkpoint with a lexical head on all classes but two."""
+    folder = tmp_path_factory.mktemp("known")
+    for split, offset in (("train", 1), ("validation", 2)):
+        rows = [row for row in clear_rows(offset) if row["label"] in [*CLEAR][:3]]
+        write_csv(folder / f"{split}.csv", rows)
+    run(
+        *("--train_file", folder / "train.csv", "--validation_file", folder / "validation.csv", "--max_steps", 4),
+        *("--model_name_or_path", minilm, "--quantization", "none", "--eval_strategy", "no", "--save_strategy", "no"),
+        *("--load_best_model_at_end", "false", "--output_dir", folder / "results", "--heads_init", "prototypes"),
+    )
+    return folder / "results"
+
+
+@pytest.mark.parametrize("rows_per_class", [0, 4])
+def test_classes_are_added_to_a_checkpoint_without_training(known, tmp_path, rows_per_class):
+    new, renamed = [*CLEAR][3:], {"neoplasms": "tumours"}
+    classes = {renamed.get(name, name): ", ".join(names[:3]) if name in new else "" for name, names in CLEAR.items()}
+    test = [{**row, "label": renamed.get(row["label"], row["label"])} for row in clear_rows(3, wrong=False)]
+    words = ["--taxonomy", taxonomy_file(tmp_path / "classes.csv", classes), "--renamed_nodes", json.dumps(renamed)]
+    words += ["--model_name_or_path", known, "--test_file", write_csv(tmp_path / "test.csv", test)]
+    if rows_per_class:
+        rows = [row for label in new for row in clear_rows(1, wrong=False) if row["label"] == label]
+        some = [row for label in new for row in [r for r in rows if r["label"] == label][::5][:rows_per_class]]
+        words += ["--train_file", write_csv(tmp_path / "train.csv", some), "--num_train_epochs", 0]
+    folder = tmp_path / "results"
+    log = run(*words, "--output_dir", folder).stderr
+    assert (
+        "heads kept: 3; initialised: 'cardiovascular diseases', 'general pathological conditions'; dropped: none" in log
+    )
+    assert "prediction sets and p-values are removed" in log
+    assert accuracy(folder, {*new}) > 0.5
+    assert accuracy(folder, {*classes} - {*new}) > 0.6
+    before, after = (json.loads((path / "config.json").read_text()) for path in (known, folder))
+    assert "set_thresholds" in before["calibration"]
+    assert "set_thresholds" not in after["calibration"]
+    heads = [load_file(path / "heads.safetensors") for path in (known, folder)]
+    assert not any("open_world" in name for name in heads[1])
+    at_mean = heads[1]["weight"] @ heads[0]["open_world.center"] + heads[1]["bias"]  # scores of the mean training text
+    own, old = (
+        [after["label2id"][renamed.get(name, name)] for name in CLEAR if (name in new) == is_new]
+        for is_new in (True, False)
+    )
+    torch.testing.assert_close(at_mean[own], at_mean[old].mean().expand(2), atol=1e-3, rtol=0)
+    for label, old in before["label2id"].items():
+        kept = after["label2id"][renamed.get(label, label)]
+        for name in ("weight", "bias"):
+            assert heads[0][name][old].equal(heads[1][name][kept])
+    card = (folder / "README.md").read_text()
+    assert "No training steps: the heads of cardiovascular diseases, general pathological conditions are the" in card
+    assert "The calibration is that of the earlier checkpoint, which lacked these classes." in card
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--test_file", "rows.csv"), "no training rows: give --train_file"),
+        (("--train_file", "rows.csv", "--num_train_epochs", "0", "--max_steps", "2"), "0 takes no steps: leave out --max_steps"),
+        (("--taxonomy", "same.csv", "--model_name_or_path", "known"), "--taxonomy is the checkpoint's: nothing would change"),
+        (("--taxonomy", "same.csv", "--renamed_nodes", '{"x": "neoplasms"}', "--model_name_or_path", "known"), "'x' is not in"),
+        (("--taxonomy", "same.csv", "--renamed_nodes", '{"x": "y"}'), "--renamed_nodes is for the nodes of a checkpoint"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_built_is_one_line(flags, message, known, tiny_encoder, tmp_path):
+    taxonomy_file(tmp_path / "same.csv", dict.fromkeys(sorted([*CLEAR][:3]), ""))
+    write_csv(tmp_path / "rows.csv", clear_rows(1))
+    files = {name: str(tmp_path / name) for name in ("same.csv", "rows.csv")} | {"known": str(known)}
+    words = ["--model_name_or_path", tiny_encoder, *(files.get(word, word) for word in flags)]
+    with pytest.raises(InputError, match=message) as refused:
+        train.main([*words, "--output_dir", str(tmp_path / "results")])
+    assert "\n" not in str(refused.value)
