@@ -147,8 +147,7 @@ def continue_checkpoint(
         taxonomy = Taxonomy(taxonomy.to_nested(), taxonomy.separator, stored.descriptions)
     if stored != taxonomy:
         before = model.config.calibration
-        with as_input_error("--renamed_nodes"):
-            new, dropped = model.add_nodes(taxonomy, renamed=renamed)
+        new, dropped = model.add_nodes(taxonomy, renamed=renamed)
         kept = stored.num_nodes - len(dropped)
         logger.info("heads kept: %d; initialised: %s; dropped: %s", kept, list_names(new), list_names(dropped))
         if before.set_thresholds and not model.config.calibration.set_thresholds:

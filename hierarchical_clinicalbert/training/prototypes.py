@@ -47,7 +47,8 @@ def find_known_nodes(
 ) -> dict[int, int]:
     """Return the nodes that the initial checkpoint has, with their ids there. An encoder has none."""
     stored = arguments.model_name_or_path
-    return tree.known_nodes(read_config(stored).tree, renamed) if is_checkpoint(stored) else {}
+    with as_input_error("--renamed_nodes"):
+        return tree.known_nodes(read_config(stored).tree, renamed) if is_checkpoint(stored) else {}
 
 
 def initialise_heads(
