@@ -355,6 +355,10 @@ class OnePath(Decisions):
             of_leaves = of_leaves.where(expected <= least[:, None] * (1 + 1e-9), -1.0)  # tied, up to rounding
         return self.outcome_targets(of_leaves.argmax(1)) > 0, least
 
+    def node_thresholds(self, thresholds: list[float] | None) -> list[float] | None:
+        """Return None: leaves compete, and no node has a threshold of its own."""
+        return None
+
     def prepare_costs(self, costs: Any) -> "str | Tensor":
         """Check the costs of errors: "distance", a CSV file or {correct leaf: {predicted leaf: cost}}.
 
@@ -584,6 +588,10 @@ class ManyNodes(Decisions):
             return predicted, None
         missing, inventing = costs
         return predicted, torch.where(predicted, inventing * (1 - probabilities), missing * probabilities).sum(1)
+
+    def node_thresholds(self, thresholds: list[float] | None) -> list[float]:
+        """Return the least probability at which each node is predicted, from those of the calibration, if there are some."""
+        return thresholds or [DEFAULT_THRESHOLD] * self.num_nodes
 
     def prepare_costs(self, costs: Any) -> tuple[float, float]:
         """Check the costs {"missing": a, "inventing": b} of a node; return both, of which one is positive."""

@@ -22,7 +22,7 @@ from test_space_browser import Page, start_chromium
 
 def shoot(page: Page, name: str) -> None:
     """Save a picture of the whole page, as far as its content reaches."""
-    time.sleep(1)  # until the figures are drawn
+    time.sleep(1)  # until the layout is still
     width, bottom = page.driver.execute_script(
         "return [innerWidth, Math.ceil(document.querySelector('#foot').getBoundingClientRect().bottom + scrollY)]"
     )
@@ -39,8 +39,8 @@ def take_pictures(page: Page) -> None:
     shoot(page, "start-390-dark")
     page.open()
     page.press("#examples button:nth-child(2)")
-    page.until(lambda: page.all("#result .path"))
-    page.show()
+    page.until(lambda: page.all("#result .certainty"))
+    page.weights()
     shoot(page, "text-1280-light")
     page.open_file(ROOT / "examples" / "unseen.csv", "deleted from the disk")
     page.start("Done")

@@ -1,4 +1,4 @@
-"""Serve a checkpoint as a page and an API: the path of an abstract, its probabilities, and the contributions of its words.
+"""Serve a checkpoint as a page and an API: the classes of a text, their probabilities, and the contributions of its words.
 
     python space/app.py --model results/quickstart
 
@@ -38,7 +38,7 @@ if not (port := os.environ.get("GRADIO_SERVER_PORT", "7860")).isdecimal() or int
     print(f"app.py: error: GRADIO_SERVER_PORT must be a number up to 65535, not {port}", file=sys.stderr)
     sys.exit(2)
 
-from service import MENU, MENU_INFO, PREVIEW, MultiLabelService, Service  # first, because it imports `spaces`
+from service import SERVICES, Service  # first, because it imports `spaces`
 
 # isort: split
 import gradio as gr
@@ -56,19 +56,20 @@ atexit.register(shutil.rmtree, os.environ["GRADIO_TEMP_DIR"], ignore_errors=True
 MAX_WAITING = 100  # requests; to more, gradio replies "Queue is full! Please try again."
 START_TARGET = 0.9  # of the guarantee
 UNCALIBRATED = "no: trained without validation rows"
-EXAMPLES = {
-    "Colitis": "Whether mesalamine keeps ulcerative colitis quiet after a first attack was asked in 148 outpatients. All "
+SHOWN_WORDS = 4  # of an example on its button
+MEDICAL_EXAMPLES = [  # where the publisher gives none; the second one is truly ambiguous
+    "Whether mesalamine keeps ulcerative colitis quiet after a first attack was asked in 148 outpatients. All "
     "underwent colonoscopy with biopsy at entry and after one year. Mucosal inflammation returned in 31 % under treatment "
     "and in 58 % under placebo. Two patients were withdrawn for an unrelated cardiac arrhythmia. Maintenance treatment "
     "of the inflamed bowel is supported.",
-    "Stroke or heart": "We followed 212 patients with atrial fibrillation for three years after a transient ischemic "
+    "We followed 212 patients with atrial fibrillation for three years after a transient ischemic "
     "attack. Anticoagulation halved the rate of cerebral infarction. Left atrial size and blood pressure predicted "
     "recurrence, while carotid stenosis did not. Neurological deficits and myocardial function were assessed every six "
     "months. Whether treatment should be decided by the heart or by the brain remains open.",
-    "Sepsis": "Blood cultures of 97 newborns with suspected sepsis were reviewed. Gram-negative organisms grew in 41. Fever was "
+    "Blood cultures of 97 newborns with suspected sepsis were reviewed. Gram-negative organisms grew in 41. Fever was "
     "absent in a third of them, and the white cell count was of little help. Delayed antibiotics were associated with a "
     "longer stay in hospital. Early treatment of every newborn at risk is advised until cultures are known.",
-}
+]
 HIDDEN = {"show_progress": "hidden", "api_visibility": "private"}  # for events: no spinner, no endpoint
 
 
@@ -101,90 +102,76 @@ def target_slider(service: Service, prefix: str = "") -> gr.Slider:
     )
 
 
-def show_plot(captions: tuple[str, str, str, Callable], figure: Any) -> gr.Plot:
-    element, heading, label, _ = captions
-    gr.HTML(f"<h2>{heading}</h2>", elem_classes="heading")
-    return gr.Plot(figure, show_label=False, label=label, elem_id=element)
+def show_examples(service: Service, text: gr.Textbox) -> list[Any]:
+    """Lay out the publisher's examples, or for a medical model those of this file. Return the event of a choice, if there are some."""
+    examples = service.page.get("examples") or (MEDICAL_EXAMPLES if service.page["medical"] else [])
+    if not examples:
+        return []
+    starts = [" ".join(example.split()[:SHOWN_WORDS])[:40] + " …" for example in examples]
+    shown = gr.Examples(
+        [[example] for example in examples],
+        text,
+        label="Examples",
+        example_labels=starts,
+        elem_id="examples",
+        api_visibility="private",
+    )
+    return [shown.load_input_event]
 
 
 def text_tab(service: Service) -> None:
-    """Lay out the tab for one text: its result, its figures, and the contributions of its words."""
+    """Lay out the tab for one text: its result, the tree, and the contributions of its words."""
     # ── Layout ───────────────────────────────────────────────────────────────────────────────────────────────────────
-    tree = service.tree
-    first, *others = zip(service.plots, service.figures(), strict=True)
-    with gr.Tab("One text", id="text"):
-        with gr.Row(equal_height=False):
-            with gr.Column(scale=5, min_width=300):
-                text = gr.Textbox(
-                    label="Abstract",
-                    info=f"At most {service.max_characters:,} characters. Ctrl+Enter classifies.",
-                    placeholder="Paste a medical abstract",
-                    lines=11,
-                    max_lines=11,
-                    elem_id="abstract",
-                )
-                with gr.Row(elem_id="actions"):
-                    run = gr.Button("Classify", variant="primary", elem_id="classify")
-                    clear = gr.Button("Clear", elem_id="clear")
-                labels = {"label": "Examples, made up for this page", "example_labels": [*EXAMPLES]}
-                examples = gr.Examples(
-                    [*EXAMPLES.values()], text, elem_id="examples", api_visibility="private", **labels
-                )
-                target = target_slider(service)
-            with gr.Column(scale=6, min_width=300):
-                result = gr.HTML(views.waiting(service.kicker), elem_id="result")
-                plots = [show_plot(*first)]
-        plots += [show_plot(*other) for other in others]
-        with gr.Row(elem_id="ask"):
-            node = gr.Dropdown(
-                choices=service.choices(),
-                value=tree.labels[tree.reading_order[0]],
-                label="Node to explain",
-                info=MENU_INFO if tree.num_nodes > MENU else None,
-                allow_custom_value=True,
-                elem_id="node",
-                scale=3,
+    with gr.Tab("One text", id="text"), gr.Row(equal_height=False, elem_id="one-text"):
+        with gr.Column(scale=5, min_width=300):
+            text = gr.Textbox(
+                label="Text",
+                info=f"At most {service.max_characters:,} characters. Ctrl+Enter classifies.",
+                placeholder="Paste a medical abstract" if service.page["medical"] else "Paste a text",
+                lines=9,
+                max_lines=9,
+                elem_id="abstract",
             )
-            show = gr.Button("Show the words", elem_id="show", scale=1)
-        words = gr.HTML(views.no_words(), elem_id="words")
+            with gr.Row(elem_id="actions"):
+                run = gr.Button("Classify", variant="primary", elem_id="classify")
+                clear = gr.Button("Clear", elem_id="clear")
+            chosen = show_examples(service, text)
+            target = target_slider(service)
+            words = gr.HTML(views.no_words(), elem_id="words")
+        with gr.Column(scale=6, min_width=300):
+            result = gr.HTML(views.waiting(), elem_id="result")
+            tree = gr.HTML(views.tree(service.tree), elem_id="tree")
+        classified = gr.Textbox(visible="hidden", elem_id="classified")  # the text that result, tree and words are of
+        node = gr.Textbox(visible="hidden", elem_id="node")  # the node to explain; a press on the tree sets it
 
-        # ── Events ───────────────────────────────────────────────────────────────────────────────────────────────────
-        # each press is queued with its inputs, and each queue runs one event at a time, so the last press counts
-        results, inputs = [result, *plots, node], [text, target]
-        texts = {"concurrency_id": "texts", "trigger_mode": "multiple", **HIDDEN}
-        # inputs are passed unprocessed: gradio refuses a target that is typed halfway, such as the "0" of "0.7", in a pop-up
-        unprocessed = {**texts, "preprocess": False}
-        gr.on([run.click, text.submit], service.show_result, inputs, results, **unprocessed)
-        examples.load_input_event.then(service.show_result, inputs, results, **unprocessed)
-        by_keys = {**unprocessed, "trigger_mode": "always_last"}  # the slider may change with each key
-        target.change(service.show_result_again, inputs, results, **by_keys)
+    # ── Events ───────────────────────────────────────────────────────────────────────────────────────────────────────
+    # each press is queued with its inputs, and each queue runs one event at a time, so the last press counts
+    results, inputs = [classified, result, tree, node], [text, target]
+    texts = {"concurrency_id": "texts", "trigger_mode": "multiple", **HIDDEN}
+    # inputs are passed unprocessed: gradio refuses a target that is typed halfway, such as the "0" of "0.7", in a pop-up
+    unprocessed = {**texts, "preprocess": False}
+    explanations = {"concurrency_id": "words", "trigger_mode": "multiple", "api_visibility": "private"}
+    explained = {"fn": service.show_words, "inputs": [classified, node], "outputs": words, "show_progress": "full"}
+    shown = [gr.on([run.click, text.submit], service.show_result, inputs, results, **unprocessed)]
+    shown += [event.then(service.show_result, inputs, results, **unprocessed) for event in chosen]
+    for event in shown:
+        event.then(**explained, **explanations)
+    node.input(**explained, **explanations)
+    by_keys = {**unprocessed, "trigger_mode": "always_last"}  # the slider may change with each key
+    target.change(service.show_result_again, [classified, target], [result, tree], **by_keys)
+    for box in (text, classified):
+        box.change(None, [text, classified], None, js=views.MARK_OLD, api_visibility="private")
 
-        explanations = {"concurrency_id": "words", "trigger_mode": "multiple"}
-        gr.on(
-            [show.click, node.input],
-            service.show_words,
-            [text, node],
-            words,
-            show_progress="full",
-            api_visibility="private",
-            **explanations,
-        )
-        # a new text clears the explanation, behind one that is still computed: gradio cannot cancel it
-        gr.on([run.click, text.submit], views.no_words, None, words, **explanations, **HIDDEN)
-        examples.load_input_event.then(views.no_words, None, words, **explanations, **HIDDEN)
-
-        def clear_results() -> list[Any]:
-            return [views.waiting(service.kicker), *service.figures(), gr.skip()]
-
-        cleared = clear.click(
-            lambda: ["", *clear_results(), views.no_words()], None, [text, *results, words], queue=False, **HIDDEN
-        )
-        cleared.then(clear_results, None, results, **texts)
-        cleared.then(views.no_words, None, words, **explanations, **HIDDEN)
+    cleared = clear.click(
+        lambda: ["", *service.show_nothing(), views.no_words()], None, [text, *results, words], queue=False, **HIDDEN
+    )
+    # again behind what is still computed, because gradio cannot cancel it: a late result, and then its explanation
+    cleared = cleared.then(service.show_nothing, None, results, **texts)
+    cleared.then(views.no_words, None, words, show_progress="hidden", **explanations)
 
 
 def file_tab(service: Service) -> None:
-    """Lay out the tab for a file: its progress, its preview, its problems, and its downloads."""
+    """Lay out the tab for a file: its progress, its downloads, the summary, the rows, and its problems."""
     with gr.Tab("A file", id="file"):
         with gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=300):
@@ -211,15 +198,18 @@ def file_tab(service: Service) -> None:
                     "<p class='small'>The file is deleted as soon as it is read. Downloads are deleted "
                     f"after {KEPT_SECONDS // 60} minutes. In CSV, a backslash stands wherever a spreadsheet might begin a formula.</p>"
                 )
-        kept = gr.State(None, time_to_live=KEPT_SECONDS)
-        gr.HTML(f"<h2>Preview: the first {PREVIEW} rows</h2>", elem_classes="heading")
-        table = gr.HTML(views.preview([]), elem_id="preview")
+        kept, rows = (gr.State(None, time_to_live=KEPT_SECONDS) for _ in range(2))
+        page = gr.Textbox(visible="hidden", elem_id="page")  # the page of the rows; its buttons set it
+        gr.HTML("<h2>Summary</h2>", elem_classes="heading")
+        summary = gr.HTML("", elem_id="summary")
+        gr.HTML("<h2>Rows</h2>", elem_classes="heading")
+        table = gr.HTML(views.table(service.tree, []), elem_id="rows")
         gr.HTML("<h2>Rows that could not be classified</h2>", elem_classes="heading")
         problems = gr.HTML(views.problems([]), elem_id="problems")
 
         # ── Events ───────────────────────────────────────────────────────────────────────────────────────────────────
         running, opening = gr.State(None), gr.State(None)
-        shown = [progress, table, problems, as_csv, as_lines]
+        shown = [progress, summary, table, problems, as_csv, as_lines, rows]
         opened = [kept, column, *shown, note]
         at_any_time = {"trigger_mode": "multiple", **HIDDEN}  # also while the previous file is read or classified
         closed = gr.on(
@@ -239,50 +229,56 @@ def file_tab(service: Service) -> None:
             preprocess=False,
             **at_any_time,
         )
+        page.input(service.turn_page, [rows, page], [table, page], queue=False, **HIDDEN)
         # a separate output, because late progress messages would replace this note
         stop.click(service.cancel_file, running, note, queue=False, **HIDDEN)
 
 
 def model_tab(service: Service, model: str, revision: str | None) -> None:
-    """Lay out the tab for the model: its facts, and its card as Markdown."""
+    """Lay out the tab for the model: its facts, how often it is correct, its plots, and a link to its card."""
     classifier, tree = service.classifier, service.tree
     # bytes that the locale cannot decode are surrogates, which are in no page
     model_name = os.fsencode(Path(model).resolve().name).decode(errors="replace") if Path(model).is_dir() else model
-    path = cached_file(model, "README.md", revision=revision, _raise_exceptions_for_missing_entries=False)
-    card = Path(path).read_text(encoding="utf-8") if path else ""
+
+    def read(name: str) -> bytes | None:
+        path = cached_file(model, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+        return Path(path).read_bytes() if path else None
+
+    card = (read("README.md") or b"").decode()
     encoder = classifier.model.config.encoder_name_or_path
     highest = f"up to {highest_target(classifier):.0%}"
     facts = {
         "Model": model_name if revision is None else f"{model_name} at {revision[:12]}",
         "Encoder": Path(encoder).name if os.path.isabs(encoder) else encoder,
         "Taxonomy": f"{tree.num_leaves:,} classes, {tree.num_nodes:,} nodes, {tree.depth} levels",
-        **service.facts,
         "Text length": f"at most {classifier.tokenizer.model_max_length:,} tokens",
         "Licence": views.licence(card),
         f"{service.guarantee.capitalize()} guarantee": highest if is_calibrated(classifier) else UNCALIBRATED,
     }
-    first, more = views.card_parts(card)
-    with gr.Tab("About the model", id="model"):
+    address = f"https://huggingface.co/{model}/blob/{revision or 'main'}/README.md"
+    where = "`README.md` of its folder" if Path(model).is_dir() else f"[its model card]({address})"
+    opening = f"{views.card_opening(card)}\n\nScores, limits, data and training: see {where}."
+    with gr.Tab("About the model", id="model") as tab:
+        gr.Markdown(opening if card else "The checkpoint has no model card.", elem_id="card")
         gr.HTML(views.facts(facts), elem_id="facts")
-        gr.Markdown(first or "The checkpoint has no model card.", elem_id="card", elem_classes="card")
-        with gr.Accordion("Data, training and more of the model card", open=False):
-            gr.Markdown(more, elem_classes="card")
+        plots = gr.HTML("", elem_id="plots")
+    tab.select(lambda: views.card_plots(card, read), None, plots, queue=False, **HIDDEN)  # not before: they are large
 
 
 def build(classifier: Pipeline, model: str, revision: str | None = None) -> gr.Blocks:
     """Build the page, with the API endpoints ``classify``, ``explain`` and ``classify_file``."""
-    service = (MultiLabelService if classifier.model.config.is_multi_label else Service)(classifier)
+    service = SERVICES[classifier.decisions.guarantee](classifier)
 
     def forget(request: gr.Request) -> None:
         delete_session(page.state_holder, request.session_hash)
 
-    with gr.Blocks(title="Medical text, sorted into a taxonomy") as page:
-        gr.HTML(views.MASTHEAD, elem_id="masthead")
+    with gr.Blocks(title=service.page["title"]) as page:
+        gr.HTML(views.masthead(service.page["title"], service.page["medical"]), elem_id="masthead")
         with gr.Tabs():
             text_tab(service)
             file_tab(service)
             model_tab(service, model, revision)
-        gr.HTML(views.FOOTER, elem_id="foot")
+        gr.HTML(views.footer(service.page["medical"]), elem_id="foot")
 
         queues = {service.classify: "texts", service.explain: "words", service.classify_file: "files"}
         for method, queue in queues.items():

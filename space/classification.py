@@ -16,6 +16,7 @@ from transformers import Pipeline, pipeline
 
 from hierarchical_clinicalbert.reading.foreign_code import refuse_foreign_code
 from hierarchical_clinicalbert.reading.results import check_version
+from taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy
 
 MIN_TARGET, MAX_TARGET = 0.5, 0.99
 CHARACTERS_PER_TOKEN = 8  # most texts have fewer
@@ -79,6 +80,13 @@ def load(model: str, revision: str | None) -> Pipeline:
     classifier = pipeline(task, model=model, trust_remote_code=True, device=device, **pinned)
     check_version(classifier)
     return classifier
+
+
+def describe_page(classifier: Pipeline) -> dict[str, Any]:
+    """Return what the page shows, see `HierarchicalConfig`: ``title``, ``medical``, and ``examples`` if the publisher gave some."""
+    nested = classifier.tree.to_nested()  # the checkpoint's own code has another class Taxonomy
+    default = {"title": "Text, sorted into a taxonomy", "medical": nested == Taxonomy(DEFAULT_TAXONOMY).to_nested()}
+    return default | classifier.model.config.page
 
 
 def max_characters(classifier: Pipeline) -> int:

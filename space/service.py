@@ -23,7 +23,15 @@ except ImportError:
 import gradio as gr
 import views
 from attribution import Explainer, Explanation
-from classification import Classification, check_target, check_text, classify_all, is_calibrated, max_characters
+from classification import (
+    Classification,
+    check_target,
+    check_text,
+    classify_all,
+    describe_page,
+    is_calibrated,
+    max_characters,
+)
 from gradio.utils import get_upload_folder
 from retention import KEPT_SECONDS
 from tables import Refused, TextRow, read_table, to_csv, to_json_lines
@@ -33,9 +41,15 @@ from hierarchical_clinicalbert.reading.results import to_row
 
 ROWS_BETWEEN_CHECKS = 32  # of a file, for cancellation
 PROGRESS_SECONDS = 0.5  # between two progress messages: with more, a slow browser becomes unresponsive
-PREVIEW = 50  # rows of a file
-MENU = 1000  # nodes that can be chosen for an explanation: with tens of thousands, the page has many megabytes
-MENU_INFO = f"After a prediction, the {MENU:,} most probable nodes. The label of any other node can be typed."
+SHOWN_CHARACTERS = 200  # of a row's text on the page
+SHOWN_FIELDS = (
+    "line",
+    "labels",
+    "scores",
+    "p_value",
+    "known_labels",
+    "prediction_set",
+)  # of a row on the page, besides its text
 
 
 class Problem(TypedDict):
@@ -119,19 +133,15 @@ class Service:
         classifier: as `classification.load` returns it.
     """
 
-    kicker = "Most probable class"
     target_label = "Coverage: the share of texts whose prediction set contains the correct class"
     target_info = "A higher coverage needs more classes in the set, or nodes above them."
-    plots: tuple[tuple[str, str, str, Callable], ...] = (  # element, heading, label, and how to draw it
-        ("bars", "Probabilities, level by level", "Probabilities", views.bars),
-        ("icicle", "The taxonomy: probability from the roots to the leaves", "The taxonomy", views.icicle),
-    )
-    set_separator, unit = " or ", views.PROBABILITY
-    facts: dict[str, str] = {}
+    unit = views.PROBABILITY
 
     def __init__(self, classifier: Pipeline):
         self.classifier, self.tree = classifier, classifier.tree
         self.guarantee, self.max_characters = classifier.decisions.guarantee, max_characters(classifier)
+        self.thresholds = classifier.decisions.node_thresholds(classifier.model.config.calibration.thresholds)
+        self.page = describe_page(classifier)
         # on ZeroGPU, these run in another process, which hides error messages
         self._classify_all = gpu(lambda *arguments: classify_all(classifier, *arguments))
         self._explain = gpu(Explainer(classifier).explain)
@@ -217,7 +227,7 @@ class Service:
     # ── The page ──
 
     def show_result(self, text: str, target: float | None) -> list[Any]:
-        """Return the outputs of one text: its result, its figures, and the node to explain."""
+        """Return the outputs of one text: the text if it was classified, its result, the tree, and the node to explain."""
         no_set = ""
         try:
             check_target(self.classifier, target)  # an empty box is None
@@ -226,50 +236,40 @@ class Service:
         try:
             result = self._classify(text or "", target, True)
         except Refused as error:
-            return [views.refusal(str(error)), *self.figures(), gr.skip()]
-        held = no_set or views.prediction_set(self.guarantee, target, result["prediction_set"], self.set_separator)
-        panel = views.result(self.kicker, result, held)
-        node = self.main_node(result)
-        if self.tree.num_nodes > MENU:
-            node = gr.Dropdown(choices=self.choices(result), value=node)
-        return [panel, *self.figures(result), node]
+            return ["", views.refusal(str(error)), views.tree(self.tree), ""]
+        held = no_set or views.prediction_set(self.tree, self.guarantee, target, result["prediction_set"])
+        tree = views.tree(self.tree, self.node_results(result))
+        return [text, views.result(self.tree, result, held), tree, self.main_node(result)]
 
-    def node_scores(self, result: dict[str, Any]) -> list[float]:
-        """Return the probabilities of the nodes, by node id."""
+    def node_results(self, result: dict[str, Any]) -> views.NodeResults:
+        """Return what a result with levels says about the nodes."""
         by_label = {label: score for level in result["levels"] for label, score in level.items()}
-        return [by_label[label] for label in self.tree.labels]
-
-    def choices(self, result: dict[str, Any] | None = None) -> list[tuple[str, str]]:
-        """Return the path and the label of the first `MENU` nodes, or of the most probable ones of a result."""
-        tree, nodes = self.tree, self.tree.reading_order[:MENU]
-        if result is not None:
-            scores = self.node_scores(result)
-            likely = {*sorted(tree.reading_order, key=lambda node: -scores[node])[:MENU]}
-            nodes = [node for node in tree.reading_order if node in likely]
-        return [(" › ".join(tree.path_names(node)), tree.labels[node]) for node in nodes]
+        predicted, in_set = (
+            [self.tree.id(node["label"]) for node in result.get(name, [])] for name in ("labels", "prediction_set")
+        )
+        scores = [by_label[label] for label in self.tree.labels]
+        return views.NodeResults(scores, self.tree.with_ancestors(predicted), {*in_set}, self.thresholds)
 
     def show_result_again(self, text: str, target: float | None) -> Any:
-        """Return the outputs of a text for a changed target. Without a text or a target, they stay as they are."""
+        """Return result and tree of a text for a changed target. Without a text or a target, they stay as they are."""
         has_text = isinstance(text, str) and text.strip()
-        return self.show_result(text, target) if has_text and target is not None else gr.skip()
+        return self.show_result(text, target)[1:3] if has_text and target is not None else [gr.skip()] * 2
+
+    def show_nothing(self) -> list[Any]:
+        """Return the outputs of `show_result` before a text is classified."""
+        return ["", views.waiting(), views.tree(self.tree), ""]
 
     def main_node(self, result: dict[str, Any]) -> str:
         """Return the label of the node that is explained by default: the first predicted one, or the most probable root."""
         roots = result["levels"][0]
         return result["label"] or max(roots, key=roots.get)
 
-    def figures(self, result: dict[str, Any] | None = None) -> list[Any]:
-        """Draw the figures. Without a result, they show no probabilities."""
-        scores, chosen = None, set[int]()
-        if result is not None:
-            scores = self.node_scores(result)
-            chosen = self.tree.with_ancestors(self.tree.id(node["label"]) for node in result["labels"])
-        return [draw(self.tree, scores, chosen) for *_, draw in self.plots]
-
     def show_words(self, text: str, node: str) -> str:
-        """Return the text with the weights of its words for a node."""
+        """Return the text with the weights of its words for a node, or a placeholder if no text was classified."""
+        if not text:
+            return views.no_words()
         try:
-            text, node = check_text(text or "", self.max_characters), self.check_node(node)
+            text, node = check_text(text, self.max_characters), self.check_node(node)
         except Refused as error:
             return views.refusal(str(error), "Not explained")
         return views.words(text, self._explain(text, node), self.unit)
@@ -295,8 +295,20 @@ class Service:
                 state = views.progress(0, len(table.rows), problems, "Read, and deleted from the disk. Classified:")
             except Refused as error:
                 state = views.refusal(str(error), "Not read")
-        outputs = [kept, columns, state, views.preview([]), views.problems([]), *no_downloads(), views.note("")]
+        outputs = [kept, columns, state, *self.show_rows([], []), *no_downloads(), None, views.note("")]
         return [gr.skip()] * len(outputs) if opening and not opening.active else outputs
+
+    def show_rows(self, records: list[dict[str, Any]], problems: list[Problem]) -> list[str]:
+        """Return the summary of the rows that were classified, the first page of them, and the rows that were not."""
+        return [
+            views.summary(self.tree, records),
+            views.table(self.tree, records[: views.PAGE]),
+            views.problems(problems),
+        ]
+
+    def turn_page(self, rows: list[dict[str, Any]] | None, page: str) -> list[Any]:
+        """Return a page of the rows that were classified, which are kept as long as a file is. Empty the box of the page."""
+        return [views.table(self.tree, rows, int(page)) if rows and str(page).isdecimal() else gr.skip(), ""]
 
     def begin_file(self, run: Run | None) -> list[Any]:
         """End the previous run and create a new one. Return the new run, and an empty note."""
@@ -310,9 +322,12 @@ class Service:
     def run_file(
         self, kept: tuple[str, bytes] | None, column: str, target: float | None, run: Run | None
     ) -> Iterator[list[Any]]:
-        """Classify a file. Yield progress, preview, problems and two downloads, until the run is done or cancelled."""
+        """Classify a file, until the run is done or cancelled.
+
+        Yield progress, summary, the first page of rows, problems, two downloads, and in the end all rows for `turn_page`.
+        """
         # ── Read: the run may be over, and the file refused ──
-        yield [gr.skip()] * 5  # gradio needs an output of each run
+        yield [gr.skip()] * 7  # gradio needs an output of each run
         if run is None or not run.active:  # cancelled in the queue
             return
         try:
@@ -326,7 +341,7 @@ class Service:
             table = read_table(content, name, column or "", self.max_characters)
         except Refused as error:
             if run.end():
-                yield [views.refusal(str(error)), gr.skip(), gr.skip(), *no_downloads()]
+                yield [views.refusal(str(error)), *[gr.skip()] * 3, *no_downloads(), gr.skip()]
             return
         if not run.active:  # cancelled while the file was read: the page may show another file by now
             return
@@ -335,7 +350,7 @@ class Service:
         done: list[dict[str, Any]] = []
         bad: list[Problem] = []
         total, sent = len(table.rows), float("-inf")
-        yield [views.progress(0, total, 0, "Classified"), views.preview([]), views.problems([]), *no_downloads()]
+        yield [views.progress(0, total, 0, "Classified"), *self.show_rows([], []), *no_downloads(), None]
         for records, problems in self._classify_rows(table.rows, target):
             if not run.active:
                 return
@@ -343,7 +358,7 @@ class Service:
             bad += problems
             if time.monotonic() - sent >= PROGRESS_SECONDS or len(done) + len(bad) == total:
                 state = views.progress(len(done) + len(bad), total, len(bad), "Classified")
-                yield [state, views.preview(done[:PREVIEW]), views.problems(bad), gr.skip(), gr.skip()]
+                yield [state, *self.show_rows(done, bad), *[gr.skip()] * 3]
                 sent = time.monotonic()
 
         # ── Write: two files to download ──
@@ -355,24 +370,33 @@ class Service:
             files[0].write_text(to_csv(done), encoding="utf-8-sig", newline="")
             files[1].write_text(to_json_lines(done), encoding="utf-8", newline="")
             downloads = [gr.DownloadButton(value=str(file), interactive=True) for file in files]
-            yield [views.progress(total, total, len(bad), "Done:"), gr.skip(), gr.skip(), *downloads]
+            rows = [shown_fields(record) for record in done]
+            state, first = views.progress(total, total, len(bad), "Done:"), views.table(self.tree, rows)
+            yield [state, gr.skip(), first, gr.skip(), *downloads, rows]
 
 
 class MultiLabelService(Service):
     """The functions for a multi-label model."""
 
-    kicker = "Predicted labels"
     target_label = "Recall: the share of a text's correct nodes that the prediction set contains on average"
     target_info = "A higher recall needs more nodes in the set."
-    plots = (("tree", "The taxonomy: probability of each node. ✓: predicted", "The taxonomy", views.node_rows),)
-    set_separator, unit = ", ", views.LOG_ODDS
-    facts = {"Labels": "any number of nodes per text, possibly none"}
+    unit = views.LOG_ODDS
 
     def classify(self, text: str, recall: float | None = None, levels: bool = False) -> Classification:
         return self._classify(text, recall, levels)
 
     def classify_file(self, file: gr.FileData, column: str | None = None, recall: float | None = None) -> FileResult:
         return super().classify_file(file, column, recall)
+
+
+SERVICES = {"coverage": Service, "recall": MultiLabelService}  # by the guarantee of the model's decisions
+
+
+def shown_fields(record: dict[str, Any]) -> dict[str, Any]:
+    """Return what the page shows of a row that was classified."""
+    text = record["text"]
+    shortened = text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}…"
+    return {name: record[name] for name in SHOWN_FIELDS if name in record} | {"text": shortened}
 
 
 def no_downloads() -> list[gr.DownloadButton]:

@@ -1,57 +1,45 @@
-"""Render results as HTML and as plotly figures.
+"""Render results as HTML.
 
 Worth knowing:
 
-1. All strings of the user or the model go through `escape_html` or `plotly_text` (plotly interprets some HTML).
+1. All strings of the user or the model go through `escape_html`.
 2. Colours are from the palette of Okabe and Ito, which colour-blind readers can distinguish. Each colour has a second sign:
-   an underline, a plus or minus, or a number.
-3. Heights depend on the taxonomy only, so that nothing moves when a result arrives. Only a list of labels can grow.
-4. Of many nodes, only the most probable are shown, and the rest is summarised as "others".
-5. Multi-label models: probabilities of siblings do not add up. So `node_rows` adds none, and has a bar for each node.
+   an underline, a mark, a name or a number.
+3. A button with ``data-sets`` puts its ``data-value`` into the hidden box of that id, see `HEAD`. So a press on a node or a
+   page is an event of gradio.
+4. The tree is the same for both forms of label. Where nodes have thresholds, probabilities of siblings do not add up.
 """
 
 import math
 import re
-import unicodedata
-from collections.abc import Iterable, Iterator
+from base64 import b64encode
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from html import escape
 from typing import Any, NamedTuple
 
-import plotly.graph_objects as go
 from attribution import LOG_ODDS_SLOPE, Explanation
 from classification import Classification, Node, Prediction
 
-BLUE, GREY = "#0072B2", "#9AA5B1"
-BARS = 6  # per level
-LEVELS = 4  # with bars; only the icicle shows deeper levels
-TREE_ROWS, INDENT = 30, 18  # of the tree, and of a level in pixels
+ROWS = 300  # most nodes of a tree that are rendered, the folded ones included
+SMALL = 60  # nodes of a taxonomy that is shown as a whole before a text
+UNLIKELY, SIBLINGS = 0.02, 10  # siblings below this probability, and those after so many, are folded
 MAX_SET = 20  # most nodes shown of a prediction set
-HEADING, ROW = 34, 27  # pixels
-TEXT = {"xanchor": "left", "xshift": 3, "yanchor": "middle", "align": "left", "showarrow": False}
-MIN_SHARE = 0.01  # of the icicle; smaller nodes are merged as "others"
-MAX_LABEL_LENGTH = 34
+MAX_CLASSES = 12  # most bars in the summary of a file
+PAGE = 20  # rows of a file that are shown at once
 NOVELTY = 0.05  # the p-value up to which a text is shown as strange
+UNCERTAIN = 0.5  # the prediction of a row is uncertain below this probability
 PROBLEMS = 200  # most that are shown
-FIRST_SECTIONS = ("results", "limits", "licence", "license")  # of the model card
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#9AA5B1")
 NOT_A_DEVICE = "Not a medical device. Not for diagnosis, treatment or any decision about a patient."
 # the HTML component of gradio would fill braces as templates in the browser
 BRACES = str.maketrans({"{": "&#123;", "}": "&#125;", "$": "&#36;", "`": "&#96;"})
 CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
-BIDI_CONTROLS = re.compile("[\u202a-\u202e\u2066-\u2069\u200e\u200f]")  # change the writing direction
 
 
 def escape_html(value: Any) -> str:
     """Escape a text for HTML."""
     return escape(CONTROLS.sub("\ufffd", str(value))).translate(BRACES)
-
-
-def plotly_text(name: str) -> str:
-    """Shorten a name, and escape it for plotly. A name in a script from right to left is isolated from the number beside it."""
-    name = BIDI_CONTROLS.sub("", CONTROLS.sub("\ufffd", name))
-    short = name if len(name) <= MAX_LABEL_LENGTH else name[: MAX_LABEL_LENGTH - 1] + "…"
-    escaped = escape(short, quote=False).replace("$", "&#36;")
-    is_rtl = any(unicodedata.bidirectional(character) in ("R", "AL") for character in short)
-    return f"\u2068{escaped}\u2069" if is_rtl else escaped
 
 
 def percent(share: float) -> str:
@@ -84,54 +72,64 @@ LOG_ODDS = Unit(LOG_ODDS_SLOPE, 1, 2, "log-odds", "log-odds", "the log-odds by 0
 # ── One text ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def result(kicker: str, classified: Classification, held: str) -> str:
-    """Render the predicted nodes, each with its probability and its path, the prediction set, and the truncation.
+def result(tree: Any, classified: Classification, held: str) -> str:
+    """Render the predicted nodes, each with its probability and the nodes above it, the prediction set, and the truncation.
 
     ``held`` is the HTML of `prediction_set`, or of the reason why there is none. The set of a strange text is not shown, because
     its guarantee is for other texts.
     """
-    if is_strange(classified):
+    if is_strange(classified, [node.get("known") for node in classified["labels"]]):
         reason = "" if "prediction_set" in classified else f"<p class='held'>{held}</p>"
-        nodes = [f"{name_html(node['label'])} {percent(node['score'])}" for node in classified["labels"]]
+        chips = join_chips([chip(tree, node["label"], node["score"]) for node in classified["labels"]])
         return panel(
-            f"<p class='kicker'>{kicker}</p><p class='class none'>Unlike the texts this model was trained on</p>"
+            f"{KICKER}<p class='class none'>Unlike the texts this model was trained on</p>"
             f"<p class='note'>{percent(classified['p_value'])} of the validation texts look as strange to the model. "
-            f"Its prediction would be {join_names(nodes, ', ') or 'no label'}.</p>{reason}{truncation(classified)}"
+            f"Its prediction would be {chips or 'no label'}.</p>{reason}{truncation(classified)}"
         )
-    nodes = "".join(map(predicted, classified["labels"]))
+    nodes = "".join(predicted(tree, node) for node in classified["labels"])
     none = "<p class='class none'>No label</p><p class='note'>No node of the taxonomy is probable enough.</p>"
-    return panel(f"<p class='kicker'>{kicker}</p>{nodes or none}<p class='held'>{held}</p>{truncation(classified)}")
+    return panel(f"{KICKER}{nodes or none}<p class='held'>{held}</p>{truncation(classified)}")
 
 
-def is_strange(classified: Classification) -> bool:
-    """Return whether no predicted node is known, and the text looks strange."""
-    return classified.get("p_value", 1) <= NOVELTY and not any(node["known"] for node in classified["labels"])
+def is_strange(result: Mapping[str, Any], known: Iterable[str | None]) -> bool:
+    """Return whether a text looks strange, and of no predicted node anything is known."""
+    return result.get("p_value", 1) <= NOVELTY and not any(known)
 
 
-def predicted(node: Prediction) -> str:
-    """Render a predicted node, its description, its probability, its path, and what of the path is known."""
+def predicted(tree: Any, node: Prediction) -> str:
+    """Render a predicted node below the nodes above it, with its description, its probability, and what of its path is known."""
+    *above, name = (tree.names[tree.id(step["label"])] for step in node["path"])
+    path = f"<p class='path'>{''.join(f'{name_html(one)} › ' for one in above)}</p>" if above else ""
     described = f"<p class='note'>{escape_html(node['description'])}</p>" if "description" in node else ""
     unknown, known = "", node.get("known", node["label"])
     if known != node["label"]:
         like = f", but like those of {name_html(known)}" if known else ""
         unknown = f"<p class='note warning'>Unlike the known texts of {name_html(node['label'])}{like}.</p>"
-    path = "".join(f"<li>{name_html(step['label'])} <b>{percent(step['score'])}</b></li>" for step in node["path"])
     return (
-        f"<p class='class'>{name_html(node['label'])}</p>{described}"
-        f"<p class='certainty'><span class='meter' aria-hidden='true'><span style='width:{100 * node['score']:.1f}%'></span>"
-        f"</span>{percent(node['score'])} probability</p><ol class='path' aria-label='Path through the taxonomy'>{path}</ol>{unknown}"
+        f"{path}<p class='class'>{name_html(name)}</p>{described}"
+        f"<p class='certainty'>{bar(node['score'])}{percent(node['score'])} probability</p>{unknown}"
     )
 
 
-def prediction_set(guarantee: str, target: float, nodes: list[Node], separator: str) -> str:
-    names = join_names([f"<b>{name_html(node['label'])}</b>" for node in nodes], separator)
-    return f"For {target:.0%} {guarantee}: {names or 'no node'}"
+def bar(share: float, more: str = "") -> str:
+    return f"<span class='bar' aria-hidden='true'><span style='width:{100 * share:.1f}%'></span>{more}</span>"
 
 
-def join_names(names: list[str], separator: str) -> str:
-    """Join names. Of more than `MAX_SET` names, the others are counted."""
-    more = f" and {len(names) - MAX_SET:,} more" if len(names) > MAX_SET else ""
-    return separator.join(names[:MAX_SET]) + more
+def prediction_set(tree: Any, guarantee: str, target: float, nodes: list[Node]) -> str:
+    chips = join_chips([chip(tree, node["label"], node["score"]) for node in nodes])
+    return f"For {target:.0%} {guarantee}: {chips or 'no node'}"
+
+
+def chip(tree: Any, label: str, score: float | None = None) -> str:
+    """Render a node's label in the colour of the node."""
+    number = "" if score is None else f" <b>{percent(score)}</b>"
+    return f"<span class='chip' style='--c:{COLOURS[tree.id(label) % len(COLOURS)]}'>{name_html(label)}{number}</span>"
+
+
+def join_chips(chips: list[str]) -> str:
+    """Join chips. Of more than `MAX_SET`, the others are counted."""
+    more = f" and {len(chips) - MAX_SET:,} more" if len(chips) > MAX_SET else ""
+    return " ".join(chips[:MAX_SET]) + more
 
 
 def truncation(classified: Classification) -> str:
@@ -145,12 +143,12 @@ def truncation(classified: Classification) -> str:
     )
 
 
-def waiting(kicker: str) -> str:
+KICKER = "<p class='kicker'>Prediction</p>"
+
+
+def waiting() -> str:
     """Render the placeholder of a result."""
-    return panel(
-        f"<p class='kicker'>{kicker}</p><p class='class none'>–</p>"
-        "<p class='note'>Paste an abstract, or choose an example.</p>"
-    )
+    return panel(f"{KICKER}<p class='class none'>–</p><p class='note'>Paste a text, and press “Classify”.</p>")
 
 
 def refusal(message: str, kicker: str = "Not classified") -> str:
@@ -166,156 +164,88 @@ def name_html(text: str) -> str:
     return f"<bdi>{escape_html(text)}</bdi>"
 
 
-# ── Figures: each from the taxonomy, the probabilities of its nodes, and the predicted nodes with their ancestors ─────
+# ── The tree ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def bars(tree: Any, scores: list[float] | None, chosen: set[int]) -> go.Figure:
-    """Draw probability bars, level by level, with the chosen nodes in blue. Without scores, they are empty."""
-    known = scores or [0.0] * tree.num_nodes
-    figure = go.Figure()
-    top = 0
-    for depth in range(1, min(tree.depth, LEVELS) + 1):
-        level = [node for node in tree.reading_order if tree.levels[node] == depth]
-        order = sorted(level, key=lambda node: -known[node])
-        count = BARS if len(order) > BARS + 1 else len(order)  # the last row is a node, or all others
-        rows = [Bar(plotly_text(tree.labels[node]), known[node], node in chosen) for node in order[:count]]
-        if others := order[count:]:
-            rows.append(Bar(f"{len(others):,} others", sum(known[node] for node in others), False))
-        figure.add_annotation(text=f"<b>Level {depth}</b>", y=top + 20, x=0, **TEXT)
-        draw_rows(figure, rows, top + HEADING, scores is not None)
-        top += HEADING + ROW * len(rows)
-    return set_layout(figure, top + 8, 1, top + 8)
+class NodeResults(NamedTuple):
+    """What the result of a text says about the nodes, by node id."""
+
+    scores: list[float]
+    predicted: set[int]  # with their ancestors
+    in_set: set[int]
+    thresholds: list[float] | None  # the least probability of a predicted node, or None where siblings compete
 
 
-class Bar(NamedTuple):
-    """A bar: its text, its probability, whether it is marked, and the indentation of the text in levels."""
+def tree(taxonomy: Any, results: NodeResults | None = None) -> str:
+    """Render the taxonomy as an indented list: with results siblings by probability, and each node as a button with its bar.
 
-    text: str
-    score: float
-    is_marked: bool
-    indent: int = 0
-
-
-def draw_rows(figure: go.Figure, rows: list[Bar], top: int, with_numbers: bool) -> None:
-    """Draw bars, one below the other from ``top`` in pixels, each with its text on it."""
-    places = [top + ROW * (i + 0.5) for i in range(len(rows))]
-    figure.add_bar(
-        x=[bar.score for bar in rows],
-        y=places,
-        width=ROW - 5,
-        orientation="h",
-        opacity=0.45,
-        marker={"color": [BLUE if bar.is_marked else GREY for bar in rows]},
-        hovertext=[f"{bar.text}: {percent(bar.score)}" for bar in rows],
-        hoverinfo="text",
-    )
-    for place, bar in zip(places, rows, strict=True):
-        written = f"{bar.text}  <b>{percent(bar.score)}</b>" if with_numbers else bar.text
-        figure.add_annotation(text=written, y=place, x=0, **TEXT | {"xshift": 3 + INDENT * bar.indent})
-
-
-def node_rows(tree: Any, scores: list[float] | None, chosen: set[int]) -> go.Figure:
-    """Draw one node per row, with a bar for its probability. Of many nodes, only the most probable are shown.
-
-    No node is more probable than its parent, so the parents of the shown nodes are shown too. The chosen nodes are marked.
+    Predicted nodes and those of the set are marked and never folded. Of `ROWS` nodes and more, the most probable are rendered.
     """
-    known = scores or [0.0] * tree.num_nodes
-    order = sorted(tree.reading_order, key=lambda node: (node not in chosen, -known[node], tree.levels[node]))
-    count = TREE_ROWS if len(order) > TREE_ROWS + 1 else len(order)  # the last row is a node, or all others
-    shown, others = set(order[:count]), order[count:]
-    rows = [
-        Bar(
-            ("✓ " if node in chosen else "") + plotly_text(tree.labels[node]),
-            known[node],
-            node in chosen,
-            tree.levels[node] - 1,
-        )
-        for node in tree.reading_order
-        if node in shown
-    ]
-    figure = go.Figure()
-    draw_rows(figure, rows, 0, scores is not None)
-    if others:
-        most = f", each at most {percent(max(known[node] for node in others))}" if scores else ""
-        figure.add_annotation(text=f"{len(others):,} others{most}", y=ROW * (TREE_ROWS + 0.5), x=0, **TEXT)
-    height = ROW * min(tree.num_nodes, TREE_ROWS + 1) + 8
-    return set_layout(figure, height, 1, height)
+    # ── Order: what is marked, then by probability; without results, from the roots down ──
+    marked = set[int]() if results is None else taxonomy.with_ancestors(results.predicted | results.in_set)
+    place = {node: i for i, node in enumerate(taxonomy.reading_order)}
+
+    def rank(node: int) -> tuple:
+        return (0 if results is None else -results.scores[node], taxonomy.levels[node], place[node])
+
+    rendered = {*sorted(place, key=lambda node: (node not in marked, rank(node)))[:ROWS]}
+
+    # ── Branches: the likely children of a node, and a fold with the others ──
+    def is_open(node: int, count: int) -> bool:
+        if results is None:
+            return taxonomy.num_nodes <= SMALL or taxonomy.levels[node] == 1
+        return node in marked or (results.scores[node] >= UNLIKELY and count < SIBLINGS)
+
+    def branch(parent: int) -> str:
+        children = sorted(taxonomy.children(parent), key=rank)
+        below = [node for node in children if node in rendered]
+        shown = [node for count, node in enumerate(below) if is_open(node, count)]
+        others = [node for node in children if node not in shown]
+        if len(others) == 1 and others[0] in rendered:
+            shown, others = below, []
+        items = "".join(f"<li>{row(taxonomy, results, node)}{branch(node)}</li>" for node in shown)
+        if others:
+            folded = [node for node in others if node in rendered]
+            inner = "".join(f"<li>{row(taxonomy, results, node)}{branch(node)}</li>" for node in folded)
+            left_out = len(others) - len(folded)
+            inner += f"<li class='note'>and {left_out:,} more</li>" if left_out else ""
+            items += f"<li><details><summary>{fold_title(results, others, bool(shown))}</summary><ul>{inner}</ul></details></li>"
+        return f"<ul>{items}</ul>" if items else ""
+
+    return f"<section class='panel tree'><h2>The taxonomy</h2>{legend(results)}{branch(-1)}</section>"
 
 
-def icicle(tree: Any, scores: list[float] | None, chosen: set[int]) -> go.Figure:
-    """Draw the taxonomy from the roots at the left to the leaves at the right. The height of a node is its probability.
-
-    Without scores, all leaves have the same height. The chosen nodes are always shown.
-    """
-    scores = scores or [len(tree.leaves_at_or_below[node]) / tree.num_leaves for node in range(tree.num_nodes)]
-    boxes = list(lay_out(tree, scores, chosen, -1, 0, 0.0))
-    rights = [tree.depth if box.is_leaf else box.level + 1 for box in boxes]  # a leaf reaches to the right edge
-    figure = go.Figure(
-        go.Bar(
-            x=[(box.level + right) / 2 for box, right in zip(boxes, rights, strict=True)],
-            width=[right - box.level for box, right in zip(boxes, rights, strict=True)],
-            base=[box.low for box in boxes],
-            y=[box.score for box in boxes],
-            text=[f"{box.text} {percent(box.score)}" for box in boxes],
-            textposition="inside",
-            insidetextanchor="middle",
-            textangle=0,
-            # each contrast is at least 4.5
-            textfont={"color": ["#FFFFFF" if box.score > 0.775 else "#000000" for box in boxes], "size": 13},
-            hovertext=[f"{box.text}: {percent(box.score)}" for box in boxes],
-            hoverinfo="text",
-            marker={"color": [colour_of(box.score) for box in boxes], "line": {"width": 1.5, "color": "#FFFFFF"}},
-        )
+def row(taxonomy: Any, results: NodeResults | None, node: int) -> str:
+    """Render a node: its name and description, with results also its marks, its bar with the threshold, and its probability."""
+    label = taxonomy.labels[node]
+    description = taxonomy.descriptions.get(label)
+    name = name_html(taxonomy.names[node]) + (f" <small>{escape_html(description)}</small>" if description else "")
+    if results is None:
+        return f"<div class='node'><span class='name'>{name}</span></div>"
+    is_predicted, score = node in results.predicted, results.scores[node]
+    marks = "<b role='img' aria-label='predicted:'>✓</b> " if is_predicted else ""
+    marks += "<b role='img' aria-label='in the set:'>◆</b> " if node in results.in_set else ""
+    tick = f"<i style='left:{100 * results.thresholds[node]:.1f}%'></i>" if results.thresholds else ""
+    return (
+        f"<button type='button' class='node{' predicted' * is_predicted}' data-sets='node' data-value='{escape_html(label)}'>"
+        f"<span class='name'>{marks}{name}</span>{bar(score, tick)}<span class='share'>{percent(score)}</span></button>"
     )
-    figure = set_layout(figure, min(130 + 26 * tree.num_leaves, 440), tree.depth, 1)
-    return figure.update_layout(uniformtext={"minsize": 8, "mode": "hide"})
 
 
-class Box(NamedTuple):
-    """A box of an icicle: level from 0, lower end, text, probability, and whether nothing is drawn below the node."""
-
-    level: int
-    low: float
-    text: str
-    score: float
-    is_leaf: bool
-
-
-def lay_out(tree: Any, scores: list[float], chosen: set[int], parent: int, level: int, low: float) -> Iterator[Box]:
-    """Yield the boxes of an icicle below a node, the first from ``low`` up."""
-    below = sorted(tree.children(parent), key=lambda node: -scores[node])
-    others = {node for node in below if scores[node] < MIN_SHARE and node not in chosen}
-    for node in below:
-        if node not in others:
-            yield Box(level, low, plotly_text(tree.labels[node]), scores[node], node < tree.num_leaves)
-            yield from lay_out(tree, scores, chosen, node, level + 1, low)
-            low += scores[node]
-    if others:
-        rest = sum(scores[node] for node in below if node in others)
-        yield Box(level, low, f"{len(others):,} other{'s' if len(others) > 1 else ''}", rest, True)
+def fold_title(results: NodeResults | None, nodes: list[int], beside_others: bool) -> str:
+    """Return the title of folded siblings: their number, and what their probabilities sum up to, or at most are."""
+    count = f"{len(nodes):,} {'others' if beside_others else 'nodes'}"
+    if results is None:
+        return count
+    scores = [results.scores[node] for node in nodes]
+    return f"{count}, {f'together {percent(sum(scores))}' if results.thresholds is None else f'each at most {percent(max(scores))}'}"
 
 
-def colour_of(score: float) -> str:
-    """Return a colour from light to dark blue, by probability."""
-    light, dark = (220, 232, 243), (0, 92, 150)
-    return "#" + "".join(f"{round(a + (b - a) * score):02X}" for a, b in zip(light, dark, strict=True))
-
-
-def set_layout(figure: go.Figure, height: int, right: float, bottom: float) -> go.Figure:
-    """Set the layout that all figures share. The axes are hidden, and start at 0 in the upper left corner."""
-    figure.update_xaxes(range=[0, right], fixedrange=True, visible=False)
-    figure.update_yaxes(range=[bottom, 0], fixedrange=True, visible=False)
-    return figure.update_layout(
-        barmode="overlay",
-        height=height,
-        autosize=True,
-        margin={"l": 0, "r": 0, "t": 0, "b": 0},
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        showlegend=False,
-        font={"family": "system-ui, sans-serif", "size": 13},
-        hoverlabel={"bgcolor": "#1B2A3A", "font": {"color": "#FFFFFF"}},
-    )
+def legend(results: NodeResults | None) -> str:
+    if results is None:
+        return ""
+    tick = " · <span class='bar'><i></i></span> least probability of a predicted node" if results.thresholds else ""
+    return f"<p class='note'>✓ predicted · ◆ in the prediction set{tick}. Press a node for the words that counted.</p>"
 
 
 # ── Words ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -323,7 +253,7 @@ def set_layout(figure: go.Figure, height: int, right: float, bottom: float) -> g
 
 def no_words() -> str:
     """Render the placeholder of an explanation."""
-    return panel("<p class='note'>Classify a text, choose a node, and press “Show the words”.</p>")
+    return panel("<p class='note'>After a prediction, the words that counted stand here.</p>")
 
 
 def words(text: str, explanation: Explanation, unit: Unit) -> str:
@@ -378,13 +308,9 @@ def words(text: str, explanation: Explanation, unit: Unit) -> str:
 
 def ranking(title: str, ranked: list[dict], unit: Unit) -> str:
     """Render a table of words and their weights."""
-    rows = heading_rows((word["word"], unit.format(word["weight"])) for word in ranked)
+    pairs = [(name_html(word["word"]), unit.format(word["weight"])) for word in ranked]
+    rows = "".join(f"<tr><th scope='row'>{word}</th><td>{weight}</td></tr>" for word, weight in pairs)
     return f"<table><caption>{title}</caption><tbody>{rows or '<tr><td colspan=2>none</td></tr>'}</tbody></table>"
-
-
-def heading_rows(pairs: Iterable[tuple[str, str]]) -> str:
-    """Render the rows of a table, each with a heading and a cell."""
-    return "".join(f"<tr><th scope='row'>{name_html(key)}</th><td>{name_html(value)}</td></tr>" for key, value in pairs)
 
 
 # ── A file ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -406,27 +332,62 @@ def note(text: str) -> str:
     return f"<p class='note ended' role='status' aria-live='polite'>{escape_html(text)}</p>"
 
 
-def preview(records: list[dict[str, Any]]) -> str:
-    """Render rows that were classified: the beginnings of their texts, their predicted nodes and their prediction sets."""
-
-    def labels(record: dict[str, Any]) -> str:
-        pairs = zip(record["labels"], record["scores"], strict=True)
-        return "; ".join(f"{name_html(label)} {percent(score)}" for label, score in pairs) or "no label"
-
-    return grid(
-        {
-            "line": record["line"],
-            "text": shorten(record["text"]),
-            "labels": labels(record),
-            **({"p-value": percent(record["p_value"])} if "p_value" in record else {}),
-            "prediction set": join_names([*map(name_html, record.get("prediction_set", ()))], "; ") or "–",
-        }
-        for record in records
+def summary(tree: Any, records: list[dict[str, Any]]) -> str:
+    """Render what was predicted: the rows of each class as bars, and the shares of rows that are uncertain or truncated."""
+    if not records:
+        return ""
+    counts = Counter(label for record in records for label in record["labels"])
+    rows = [(chip(tree, label), count) for label, count in counts.most_common(MAX_CLASSES)]
+    others = len(counts) - len(rows)
+    rows += [(f"{others:,} other classes", counts.total() - sum(count for _, count in rows))] if others else []
+    if empty := sum(not record["labels"] for record in records):
+        rows.append(("no label", empty))
+    bars = "".join(
+        f"<li class='node'><span class='name'>{name}</span>{bar(min(count / len(records), 1))}<span class='share'>{count:,}</span></li>"
+        for name, count in rows
     )
+    shares = {
+        f"less than {UNCERTAIN:.0%} probable": sum((record["score"] or 0) < UNCERTAIN for record in records),
+        "unlike the training texts": sum(is_strange(record, record.get("known_labels", [])) for record in records),
+        "truncated": sum(record["truncated"] for record in records),
+    }
+    notes = " · ".join(f"{name}: <b>{percent(count / len(records))}</b>" for name, count in shares.items())
+    return f"<section class='panel'><ul class='counts' aria-label='Rows of each class'>{bars}</ul><p class='note'>{notes}</p></section>"
 
 
-def shorten(text: str) -> str:
-    return name_html(text if len(text) <= 160 else text[:159] + "…")
+def table(tree: Any, records: list[dict[str, Any]], page: int = 1) -> str:
+    """Render a page of the rows that were classified, and buttons to turn it."""
+    pages = max(1, math.ceil(len(records) / PAGE))
+    page = min(max(page, 1), pages)
+    return grid(table_row(tree, record) for record in records[PAGE * (page - 1) : PAGE * page]) + pager(page, pages)
+
+
+def table_row(tree: Any, record: dict[str, Any]) -> dict[str, Any]:
+    """Return cells of HTML: where the text begins, its beginning, its predicted nodes, and its prediction set, folded."""
+    pairs = zip(record["labels"], record["scores"], strict=True)
+    held = record.get("prediction_set", [])
+    chips = join_chips([chip(tree, label) for label in held])
+    strange = "unlike the training texts: " if is_strange(record, record.get("known_labels", [])) else ""
+    return {
+        "line": record["line"],
+        "text": f"<span class='start'>{name_html(record['text'])}</span>",
+        "prediction": strange + (" ".join(chip(tree, *pair) for pair in pairs) or "no label"),
+        "set": f"<details><summary>{len(held):,} nodes</summary>{chips}</details>" if held else "–",
+    }
+
+
+def pager(page: int, pages: int) -> str:
+    if pages == 1:
+        return ""
+
+    def turn(name: str, number: int) -> str:
+        disabled = "" if 1 <= number <= pages else " disabled"
+        return f"<button type='button' data-sets='page' data-value='{number}'{disabled}>{name}</button>"
+
+    where = f"<span role='status'>Page {page:,} of {pages:,}</span>"
+    return (
+        f"<nav class='pager' aria-label='Pages'>{turn('‹ Previous', page - 1)}{where}{turn('Next ›', page + 1)}</nav>"
+    )
 
 
 def problems(records: list[dict[str, Any]]) -> str:
@@ -450,17 +411,21 @@ def grid(rows: Iterable[dict[str, Any]], empty: str = "The rows that are classif
 # ── The model ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def card_parts(card: str) -> tuple[str, str]:
-    """Split a model card into its most important sections and the rest, as Markdown.
+def card_opening(card: str) -> str:
+    """Return what a model card says before its first section, as Markdown: what the model does, and how often it is correct."""
+    body = re.sub(r"\A---\r?\n.*?\r?\n---\r?\n|<!--.*?-->", "", card, flags=re.DOTALL)
+    opening = re.split(r"(?m)^## ", body)[0]
+    return re.sub(r"(?m)\A\s*# .*$", "", opening).strip()
 
-    The front matter, comments, pictures and the section on loading the model are dropped.
-    """
-    body = re.sub(r"\A---\r?\n.*?\r?\n---\r?\n|<!--.*?-->|!\[[^\]]*\]\([^)]*\)", "", card, flags=re.DOTALL)
-    introduction, *sections = re.split(r"(?m)^(?=## )", body)
-    sections = [section for section in sections if not section.lower().startswith("## use")]
-    first = [section for section in sections if section[3:].lower().startswith(FIRST_SECTIONS)]
-    introduction = re.sub(r"(?m)\A\s*# .*$", "", introduction)
-    return "".join([introduction, *first]).strip(), "".join(s for s in sections if s not in first).strip()
+
+def card_plots(card: str, read: Callable[[str], bytes | None]) -> str:
+    """Render the plots of a model card, each with its caption. ``read`` returns the content of a file of the checkpoint."""
+    shown = ""
+    for caption, name in re.findall(r"!\[([^\]]*)\]\((plots/\w+\.png)\)", card):
+        if content := read(name):
+            source = f"data:image/png;base64,{b64encode(content).decode()}"
+            shown += f"<figure><img src='{source}' alt='{escape_html(caption)}'><figcaption>{escape_html(caption)}</figcaption></figure>"
+    return shown
 
 
 def licence(card: str) -> str:
@@ -470,18 +435,29 @@ def licence(card: str) -> str:
 
 
 def facts(known: dict[str, str]) -> str:
-    """Render the facts of a model as a table."""
-    return f"<table class='facts'><caption class='hidden'>The model</caption><tbody>{heading_rows(known.items())}</tbody></table>"
+    """Render the facts of a model as a line."""
+    named = " · ".join(f"{escape_html(name)}: {name_html(value)}" for name, value in known.items())
+    return f"<p class='note'>{named}</p>"
 
 
 # ── Head and foot ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-MASTHEAD = (
-    "<header><h1>Medical text, sorted into a taxonomy</h1>"
-    f"<p class='device' role='note'>{NOT_A_DEVICE} For research.</p></header>"
-)
-FOOTER = f"<footer><p>{NOT_A_DEVICE} What you send is not logged or shared. Files and results are deleted within ten minutes.</p></footer>"
+def masthead(title: str, medical: bool) -> str:
+    note = f"<p class='device' role='note'>{NOT_A_DEVICE} For research.</p>" if medical else ""
+    return f"<header><h1>{name_html(title)}</h1>{note}</header>"
+
+
+def footer(medical: bool) -> str:
+    kept = "What you send is not logged or shared. Files and results are deleted within ten minutes."
+    return f"<footer><p>{f'{NOT_A_DEVICE} ' if medical else ''}{kept}</p></footer>"
+
+
+# marks an old result after an edit; the arguments are the text, and the one that was classified last
+MARK_OLD = """(text, classified) => {
+  document.querySelector("#one-text").classList.toggle("old", classified !== "" && text !== classified);
+  return [];
+}"""
 HEAD = """
 <script>
 document.addEventListener("keydown", (event) => {
@@ -489,6 +465,13 @@ document.addEventListener("keydown", (event) => {
     event.preventDefault();
     document.querySelector("#classify").click();
   }
+});
+document.addEventListener("click", (event) => {
+  const button = event.target.closest("button[data-sets]");
+  const box = button && document.querySelector(`#${button.dataset.sets} :is(textarea, input)`);
+  if (!box) return;
+  box.value = button.dataset.value;
+  box.dispatchEvent(new Event("input", { bubbles: true }));
 });
 </script>
 """

@@ -54,14 +54,14 @@ def downloads(chromium, tmp_path) -> Path:
 class Page:
     """Operate the Space in the browser."""
 
-    def __init__(self, driver, address: str, figures: tuple[str, ...] = ("bars", "icicle")):
-        self.driver, self.address, self.figures = driver, address, figures
+    def __init__(self, driver, address: str):
+        self.driver, self.address = driver, address
 
     def open(self, width: int = 1280, height: int = 900, scheme: str = "light") -> "Page":
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         self.driver.get(f"{self.address}/?__theme={scheme}")
-        self.until(lambda: self.all("#classify") and all(self.all(f"#{name} .main-svg") for name in self.figures))
+        self.until(lambda: self.all("#classify") and self.all("#tree .node"))
         return self
 
     def until(self, condition, seconds: int = 60):
@@ -94,35 +94,27 @@ class Page:
         self.driver.execute_script("arguments[0].click()", found)
 
     def classify(self, text: str) -> None:
-        self.driver.execute_script("document.querySelector('#result .panel').dataset.old = '1'")
+        self.driver.execute_script(
+            "for (const id of ['result', 'words']) document.querySelector(`#${id} .panel`).dataset.old = '1'"
+        )
         self.type(text)
         self.press("#classify")
         self.until(lambda: self.all("#result .panel") and not self.all("#result .panel[data-old]"))
 
-    def show(self) -> dict[str, float]:
-        """Press "Show the words". Return the coloured words with their weights."""
-        self.until(lambda: not self.all("#words .panel[data-old]"))
+    def explain(self, label: str) -> dict[str, float]:
+        """Press a node of the tree. Return the coloured words with their weights."""
+        self.weights()
         self.driver.execute_script("document.querySelector('#words .panel').dataset.old = '1'")
-        self.press("#show")
+        self.press(f"#tree button[data-value='{label}']")
         return self.weights()
 
     def weights(self) -> dict[str, float]:
+        """Return the coloured words with their weights, which appear some time after a result."""
         self.until(lambda: self.all("#words .text") and not self.all("#words .panel[data-old]"))
         spans = self.driver.execute_script(
             "return [...document.querySelectorAll('#words .text .w')].map(s => [s.innerText, +s.dataset.weight])"
         )
         return {word.lower(): weight for word, weight in spans}
-
-    def pick(self, label: str) -> None:
-        """Choose a node from the list with the keyboard."""
-        box = self.one("#node input")
-        self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", box)
-        self.driver.execute_script("document.querySelector('#words .panel').dataset.old = '1'")
-        box.click()
-        box.send_keys(Keys.CONTROL, "a")
-        box.send_keys(label)
-        option = self.until(lambda: next((o for o in self.all("[role=option]") if o.text.endswith(label)), None))
-        option.click()
 
     def open_file(self, file: Path, shown: str) -> None:
         """Choose a file, and wait for a text in its status."""
@@ -146,8 +138,10 @@ class Page:
         )
         return self.driver.execute_script(f"return {rows}", selector)
 
-    def drawn(self, figure: str) -> str:
-        return self.driver.execute_script(f"return document.querySelector('#{figure}').textContent")
+    def marked(self) -> list[str]:
+        """Return the names of the nodes that the tree marks as predicted."""
+        names = "[...document.querySelectorAll('#tree .predicted bdi')].map(name => name.innerText)"
+        return self.driver.execute_script(f"return {names}")
 
     def top_of(self, selector: str) -> float:
         place = "document.querySelector(arguments[0]).getBoundingClientRect().top + scrollY"
@@ -198,8 +192,7 @@ def page(chromium, space) -> Page:
 def any_page(request, chromium) -> tuple[Page, bool]:
     """Return the page of a model of each form, and whether it predicts several labels."""
     several = request.param == "several labels"
-    server = request.getfixturevalue("labels_space" if several else "space")
-    return Page(chromium, server.address, ("tree",) if several else ("bars", "icicle")), several
+    return Page(chromium, request.getfixturevalue("labels_space" if several else "space").address), several
 
 
 def write_table(path: Path, rows: list[list[str]]) -> Path:
@@ -223,25 +216,43 @@ def test_an_abstract_is_typed_submitted_by_ctrl_enter_and_its_result_read(any_pa
     assert page.text("#result .path").split()[:2] == ["specific", "disease"]
     assert f"For 90% {'recall' if several else 'coverage'}: " in page.text("#result .held")
     assert "The whole text was read" in page.text("#result")
-    for figure in page.figures:
-        marked = "✓ nervous system diseases" if several else "nervous system diseases"
-        page.until(lambda figure=figure, marked=marked: marked in page.drawn(figure))
+    assert page.marked() == ["specific disease", "nervous system diseases"]
+    assert bool(page.all("#tree button .bar i")) == several  # thresholds
     assert page.top_of("#words") == height  # nothing moved
 
 
-def test_switching_the_node_changes_the_highlight(any_page):
+def test_the_words_appear_by_themselves_and_a_press_on_a_node_explains_it(any_page):
     page, several = any_page
     page.open()
     page.classify(NEURO)
-    weights = page.show()
+    weights = page.weights()
     assert "nervous system diseases" in page.text("#words h3")
     assert max(weights, key=weights.get) in CLEAR["nervous system diseases"]
     assert "convergence error" in page.text("#words")
     assert ("log-odds" if several else "percentage points") in page.text("#words")
-    page.pick("digestive system diseases")
-    other = page.weights()
+    other = page.explain("digestive system diseases")
     assert "digestive system diseases" in page.text("#words h3")
     assert max(other, key=other.get) == "colitis"
+
+
+def test_after_an_edit_the_old_result_is_marked_and_its_nodes_are_those_of_the_old_text(page):
+    page.open()
+    page.classify(NEURO)
+    page.weights()
+    assert not page.all(".old")
+    box = page.one("#abstract textarea")
+    box.send_keys(" Angina")
+    page.until(lambda: page.all(".old #result .panel"))
+    other = page.explain("cardiovascular diseases")
+    assert "angina" not in page.text("#words .text").lower()
+    assert "epilepsy" in other
+    box.send_keys(Keys.BACKSPACE * len(" Angina"))
+    page.until(lambda: not page.all(".old"))
+    box.send_keys(" Angina, thrombosis and stenosis.")
+    page.until(lambda: page.all(".old"))
+    page.press("#classify")
+    page.until(lambda: not page.all(".old"))
+    page.until(lambda: "thrombosis" in page.text("#words .text"))
 
 
 def test_a_coverage_is_typed_key_by_key_and_a_higher_one_backs_off(page):
@@ -255,7 +266,8 @@ def test_a_coverage_is_typed_key_by_key_and_a_higher_one_backs_off(page):
     for shown, kind, keys in (("50%", "number", [".5", Keys.TAB]), ("95%", "range", [Keys.ARROW_RIGHT] * 45)):
         page.target(kind).send_keys(*keys)
         page.until(lambda shown=shown: shown in page.text("#result .held"))
-        answers.append(page.text("#result .held").split(": ")[1].split(" or "))
+        chips = page.all("#result .held .chip bdi")
+        answers.append([chip.text for chip in chips])
     assert not page.all(".toast-body")
     (leaf,), higher = answers
     assert leaf in CLEAR
@@ -267,7 +279,7 @@ def test_the_last_press_counts_and_a_cleared_text_gets_no_late_explanation(page)
     for button in range(1, 4):  # the examples
         page.driver.execute_script("document.querySelector('#result .panel').dataset.old = '1'")
         page.press(f"#examples button:nth-child({button})")
-        page.until(lambda: page.all("#result .path") and not page.all("#result .panel[data-old]"))
+        page.until(lambda: page.all("#result .certainty") and not page.all("#result .panel[data-old]"))
     page.type(NEURO * 200)
     page.press("#classify")
     time.sleep(1)
@@ -275,15 +287,17 @@ def test_the_last_press_counts_and_a_cleared_text_gets_no_late_explanation(page)
     page.press("#classify")
     page.until(lambda: page.text("#result .class") == "neoplasms")
     page.classify(NEURO * 40)
-    page.press("#show")
-    time.sleep(1)  # requests that are sent at once may arrive in another order
     page.classify("Carcinoma, lymphoma and sarcoma.")
-    assert "Classify a text, choose a node" in page.settle("#words")
-    for button in ("#show", "#classify", "#show", "#clear"):
+    page.until(lambda: "Carcinoma" in page.text("#words .text"))
+    assert "Carcinoma" in page.settle("#words .text")
+    page.type(NEURO * 40)
+    for button in ("#classify", "#clear"):
         page.press(button)
-        time.sleep(1)
-    assert "Classify a text, choose a node" in page.settle("#words")
-    assert "Paste an abstract" in page.settle("#result")
+        time.sleep(1)  # requests that are sent at once may arrive in another order
+    page.until(lambda: "After a prediction" in page.text("#words"))
+    assert "After a prediction" in page.settle("#words")
+    assert "Paste a text" in page.settle("#result")
+    assert not page.all("#tree button")
     assert page.one("#abstract textarea").get_attribute("value") == ""
 
 
@@ -295,7 +309,7 @@ def test_a_text_is_refused_or_truncated_in_words_and_the_page_goes_on(page):
     page.classify(NEURO + " The rest of it goes on and on." * 100)
     assert page.text("#result .class") == "nervous system diseases"
     assert "were not read" in page.text("#result .warning")
-    page.show()
+    page.weights()
     assert "goes on and on." in page.text("#words .text .unread")
 
 
@@ -305,7 +319,7 @@ def test_the_last_words_of_a_text_of_many_windows_decide_and_are_explained(chrom
         page.classify(long_texts[label])
         assert page.text("#result .class") == label
         assert "The whole text was read" in page.text("#result")
-    weights = page.show()
+    weights = page.weights()
     assert label in page.text("#words h3")
     assert max(weights, key=weights.get) in CLEAR[label]
 
@@ -315,9 +329,9 @@ def test_a_hostile_text_is_shown_and_nothing_of_it_runs(page):
     title = page.driver.title
     page.classify(HOSTILE)
     assert page.text("#result .class") == "nervous system diseases"
-    page.show()
+    page.weights()
     assert page.driver.execute_script("return document.querySelector('#words .text').textContent") == HOSTILE
-    assert not page.all("#words img, #words script, #result img")
+    assert not page.all("#words img, #words script, #result img, #tree img")
     assert page.driver.title == title
     page.classify("NUL \0 angina \x07 thrombosis")  # another answer: one that looks the same is not drawn again
     assert page.text("#result .class") == "cardiovascular diseases"
@@ -334,12 +348,13 @@ def test_a_file_is_classified_and_its_downloads_parse(any_page, downloads, tmp_p
     page.open_file(write_table(tmp_path / "texts.csv", rows), "deleted from the disk")
     assert page.one("#column input").get_attribute("value") == "abstract"
     page.start("Done: 5 of 5 rows; 2 could not be classified")
-    shown = page.cells("#preview")
+    shown = page.cells("#rows")
     assert [row[0] for row in shown] == ["2", "4", "6"]
     assert "nervous system diseases" in shown[0][2]
     assert shown[2][1] == texts[2]
-    assert not page.all("#preview img")
+    assert not page.all("#rows img")
     assert page.cells("#problems") == [["3", "1 fields, where the header has 2"], ["5", "the text is empty"]]
+    assert "nervous system diseases" in page.text("#summary .counts")
     for kind, start in (("csv", "\\"), ("jsonl", "")):
         found = page.download(downloads, kind, 3)
         assert [row["text"] for row in found] == [texts[0], start + texts[1], texts[2]]
@@ -347,6 +362,16 @@ def test_a_file_is_classified_and_its_downloads_parse(any_page, downloads, tmp_p
         expected = ["nervous system diseases", "cardiovascular diseases"]
         assert [row["label"] for row in found][1:] == expected
         assert [row["labels"] for row in found][1:] == ([[one] for one in expected] if kind == "jsonl" else expected)
+
+
+def test_the_rows_of_a_file_are_turned_by_pages(page, tmp_path):
+    page.open()
+    page.open_file(write_table(tmp_path / "rows.csv", [["text"], *[[NEURO]] * 45]), "of 45 rows")
+    page.start("Done: 45 of 45 rows")
+    for button, lines in (("Next", range(22, 42)), ("Next", range(42, 47)), ("Previous", range(22, 42))):
+        page.press(f"#rows .pager button:{'last' if button == 'Next' else 'first'}-of-type")
+        page.until(lambda lines=lines: [row[0] for row in page.cells("#rows")] == [*map(str, lines)])
+    assert "Page 2 of 3" in page.text("#rows .pager")
 
 
 def test_a_file_is_cancelled_or_removed_and_the_next_one_runs(page, tmp_path):
@@ -359,7 +384,7 @@ def test_a_file_is_cancelled_or_removed_and_the_next_one_runs(page, tmp_path):
     assert "Cancelled" in page.text("#ended")  # and it stays so
     page.start("Classified [1-9]")
     page.remove_file()  # ends the run, too
-    assert not page.cells("#preview")
+    assert not page.cells("#rows")
     assert "No file yet" in page.settle("#state")
     page.open_file(write_table(tmp_path / "few.csv", [["text"], [NEURO]]), "of 1 rows")
     page.start("Done: 1 of 1 rows")
@@ -367,9 +392,9 @@ def test_a_file_is_cancelled_or_removed_and_the_next_one_runs(page, tmp_path):
     page.press("#cancel")
     page.until(lambda: "Nothing is running" in page.text("#ended"))
     assert "Done" in page.text("#state")
-    assert page.cells("#preview")
+    assert page.cells("#rows")
     page.remove_file()
-    assert not page.cells("#preview")
+    assert not page.cells("#rows")
     page.until(lambda: page.driver.execute_script("return document.querySelector('#csv').disabled"))
 
 
@@ -383,7 +408,7 @@ def test_a_file_that_is_replaced_while_it_is_read_is_not_classified(page, tmp_pa
     page.remove_file()
     page.open_file(write_table(tmp_path / "quick.csv", [["text"], [NEURO]]), " rows")
     page.start("Done: 1 of 1 rows")
-    assert "nervous system diseases" in page.text("#preview")
+    assert "nervous system diseases" in page.text("#rows")
 
 
 def test_a_file_that_cannot_be_read_is_refused_in_words(page, tmp_path):
@@ -407,14 +432,15 @@ def test_nothing_is_wider_than_the_page_and_the_model_is_described(any_page, wid
     page.open(width, 844, scheme)
     assert not page.is_too_wide()
     page.classify(NEURO + " " + "W" * 300)
-    page.show()
+    page.weights()
     assert not page.is_too_wide()
     page.open_file(write_table(tmp_path / "texts.csv", [["text"], [NEURO], ["W" * 300]]), "of 2 rows")
     page.start("Done")
     assert not page.is_too_wide()
     page.tab("About the model")
     page.until(lambda: "up to 9" in page.text("#facts"))
-    assert several or "Limits and intended use" in page.text("#card")
+    assert several or page.until(lambda: page.all("#plots img"))
+    assert several or "README.md" in page.text("#card")
     assert not page.is_too_wide()
 
 
@@ -429,13 +455,18 @@ def test_every_control_has_a_name_and_is_reached_by_the_keyboard(page):
         """
     )
     assert unnamed == []
+    page.classify(NEURO)
+    page.weights()
     page.driver.execute_script("document.querySelector('#abstract textarea').focus()")
     focused = "const e = document.activeElement; return e.id || e.closest('[id]:not([id^=component])')?.id"
     reached = set()
-    for _ in range(14):
+    for _ in range(18):
         page.driver.switch_to.active_element.send_keys(Keys.TAB)
         reached.add(page.driver.execute_script(focused))
-    assert {"classify", "clear", "coverage", "node", "show"} <= reached
+    assert {"classify", "clear", "coverage", "tree"} <= reached
+    page.driver.execute_script("document.querySelector(\"#tree button[data-value^='digestive']\").focus()")
+    page.driver.switch_to.active_element.send_keys(Keys.ENTER)
+    page.until(lambda: "digestive" in page.text("#words h3"))
 
 
 def test_the_page_sends_requests_only_to_its_own_server_and_the_console_has_no_errors(page, space):
@@ -443,7 +474,7 @@ def test_the_page_sends_requests_only_to_its_own_server_and_the_console_has_no_e
     page.open()
     page.driver.get_log("performance")
     page.classify("Zebrafish-4711 " + NEURO)
-    page.show()
+    page.weights()
     sent = [json.loads(entry["message"])["message"] for entry in page.driver.get_log("performance")]
     urls = [m["params"]["request"]["url"] for m in sent if m["method"] == "Network.requestWillBeSent"]
     assert urls

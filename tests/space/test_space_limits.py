@@ -240,7 +240,7 @@ def test_a_text_waits_for_no_file_and_a_full_queue_is_reported(space, texts):
         lines = messages.iter_lines()
         assert any('"process_generating"' in line for line in lines)
         assert space.client.predict("A study of colitis.", api_name="/classify")["label"]
-        assert "Most probable class" in space.press("show_result", ["A study of colitis.", 0.9], "short")
+        assert "Prediction" in space.press("show_result", ["A study of colitis.", 0.9], "short")
         waiting = [space.join(*run, f"{i}").status_code for i in range(101)]
         assert waiting == [200] * 100 + [503]
         with pytest.raises(QueueError, match="Queue is full!"):

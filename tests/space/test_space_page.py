@@ -1,10 +1,11 @@
-"""Test what the page shows: figures, tables and names, escaped, short and readable; and how the Space is published."""
+"""Test what the page shows: tree, tables and names, escaped, short and readable; and how the Space is published."""
 
 import ast
+import json
 import re
+import shutil
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -14,120 +15,177 @@ from packaging.requirements import Requirement
 sys.path.insert(0, str(ROOT / "space"))
 
 import views
-from service import MENU, MultiLabelService, Service
 
 from taxonomy_hierarchical import Taxonomy
 
-HOSTILE = "<img src=x onerror=alert(1)> ${alert(2)} {{this}} `x` & ' \" \u202eevil \x07"
+HOSTILE = "<img src=x onerror=alert(1)> ${alert(2)} {{this}} `x` & ' \" \u202eevil"
 SPACE = ROOT / "space"
 
 
-def notes(figure) -> list[str]:
-    return [note.text for note in figure.layout.annotations]
+PLAIN = Taxonomy([{"a": ["b", "c"]}, "d"])
+
+
+def nodes(scores: dict[str, float], predicted=(), in_set=(), thresholds=None, tree=PLAIN) -> views.NodeResults:
+    ids = [{*map(tree.id, labels)} for labels in (predicted, in_set)]
+    return views.NodeResults([scores[label] for label in tree.labels], tree.with_ancestors(ids[0]), ids[1], thresholds)
+
+
+def rows_of(page: str) -> list[str]:
+    """Return the visible text of each row of a tree, in order, folded rows and the titles of folds included."""
+    rows = re.findall(
+        r"(?s)<(button|div|summary|li class='note')[^>]*>(.*?)</\1", page.replace("</li>", "</li class='note'>")
+    )
+    return [" ".join(re.sub("<[^>]+>", " ", text).split()) for _, text in rows]
 
 
 def test_nothing_hostile_becomes_markup():
+    tree = Taxonomy([HOSTILE, "b"], descriptions={HOSTILE: HOSTILE})
     node = {"label": HOSTILE, "score": 0.7}
     result = {"labels": [{**node, "path": [node], "description": HOSTILE}], "truncated": False}
     word = {"word": HOSTILE[:20], "start": 0, "end": 20, "weight": 0.4}
     explained = node | {"blank_score": 0.1, "rest": 0.0, "error": 0.0, "characters_read": 20, "words": [word]}
-    record = {"line": 1, "text": HOSTILE, "labels": [HOSTILE], "scores": [1.0], "prediction_set": [HOSTILE]}
+    record = {"line": 1, "text": HOSTILE + "\x07", "labels": [HOSTILE], "scores": [1.0], "score": 1.0}
+    record |= {"prediction_set": [HOSTILE], "truncated": False}
     pages = [
-        views.result("", result, views.prediction_set("recall", 0.9, [node], ", ")),
+        views.result(tree, result, views.prediction_set(tree, "recall", 0.9, [node])),
+        views.tree(tree),
+        views.tree(tree, nodes({HOSTILE: 0.7, "b": 0.3}, [HOSTILE], [HOSTILE], None, tree)),
         views.words(HOSTILE, explained, views.PROBABILITY),
         views.refusal(HOSTILE),
         views.facts({HOSTILE: HOSTILE}),
-        views.preview([record]),
+        views.summary(tree, [record]),
+        views.table(tree, [record]),
         views.problems([{"line": 1, "problem": HOSTILE}]),
+        views.masthead(HOSTILE, True),
+        views.card_plots(f"![{HOSTILE}](plots/a.png)", lambda name: b"PNG"),
     ]
     for page in pages:
-        assert "<img" not in page
+        assert "<img src=x" not in page
         assert "alert(1)&gt;" in page
         assert not re.search(r"[${}`\x07]", page)
     assert views.escape_html("a\r\nb\x07") == "a\r\nb\ufffd"  # line breaks of Windows are kept
-    rtl = "\u0646\u0648\u0639 2"  # a name from right to left does not split the number beside it
-    assert views.plotly_text(rtl) == f"\u2068{rtl}\u2069"
-    tree = SimpleNamespace(
-        labels=[HOSTILE, "b"], levels=[1, 1], reading_order=[0, 1], num_nodes=2, num_leaves=2, depth=1,
-        children=lambda node: [0, 1] if node < 0 else [],
-    )  # fmt: skip
-    for draw in (views.bars, views.icicle, views.node_rows):
-        drawn = draw(tree, [0.7, 0.3], {0}).to_json()
-        assert not re.search(r"<img|\\u003cimg", drawn)
 
 
-def test_a_description_stands_beside_the_label():
-    node = {"label": "fits", "score": 0.5, "path": []}
-    for more in ({"description": "a seizure disorder"}, {}):
-        shown = views.result("", {"labels": [node | more], "truncated": False}, "")
-        assert ("a seizure disorder" in shown) == bool(more)
+def test_a_description_stands_beside_the_name():
+    for described in (Taxonomy(["fits", "b"], descriptions={"fits": "a seizure disorder"}), Taxonomy(["fits", "b"])):
+        node = {"label": "fits", "score": 0.5, "path": [{"label": "fits", "score": 0.5}]}
+        node |= {"description": described.descriptions["fits"]} if described.descriptions else {}
+        for shown in (
+            views.result(described, {"labels": [node], "truncated": False}, ""),
+            views.tree(described),
+            views.tree(described, nodes({"fits": 0.5, "b": 0.5}, tree=described)),
+        ):
+            assert ("a seizure disorder" in shown) == bool(described.descriptions)
 
 
-def test_a_deep_taxonomy_of_thousands_is_drawn_with_few_boxes():
-    """Draw a ten-level chain beside 3,000 siblings: there are few boxes and bars, and boxes of parents contain their children."""
-    below: list = ["level 10"]
-    for level in range(9, 1, -1):
-        below = [{f"level {level}": below}]
-    tree = Taxonomy([{"level 1": [*below, *(f"sibling {i}" for i in range(3000))]}])
-    scores = [0.4 / 3000 if label.startswith("sibling") else 0.6 for label in tree.labels]
-    scores[tree.id("level 1")], chosen = 1.0, set(tree.path(tree.id("level 10")))
-    bar = views.icicle(tree, scores, chosen).data[0]
-    assert len(bar.y) == 11
-    others = bar.text.index("3,000 others 40.0 %")
-    assert (bar.base[others], bar.y[others]) == pytest.approx((0.6, 0.4))
-    assert len(views.icicle(tree, scores, {tree.id("sibling 7")}).data[0].y) == 12  # what is predicted is shown
-    figure = views.bars(tree, scores, chosen)
-    assert sum(len(trace.y) for trace in figure.data) == 1 + 7 + 1 + 1
-    assert figure.layout.height == views.bars(tree, None, set()).layout.height  # nothing moves
+# ── The tree ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_node_of_a_multi_label_taxonomy_has_a_bar_of_its_own():
-    tree = Taxonomy([{"a": ["b", "c"]}, "d"])
-    scores = [{"a": 0.9, "b": 0.8, "c": 0.7, "d": 0.6}[label] for label in tree.labels]
-    figure = views.node_rows(tree, scores, {tree.id("a"), tree.id("c")})
-    assert list(figure.data[0].x) == [0.9, 0.8, 0.7, 0.6]
-    assert notes(figure) == ["✓ a  <b>90.0 %</b>", "b  <b>80.0 %</b>", "✓ c  <b>70.0 %</b>", "d  <b>60.0 %</b>"]
-    shift = [note.xshift for note in figure.layout.annotations]
-    assert shift[1] == shift[2] > shift[0] == shift[3]
-    assert views.node_rows(tree, None, set()).layout.height == figure.layout.height
+def test_before_a_text_the_tree_has_names_and_no_numbers():
+    shown = views.tree(PLAIN)
+    assert rows_of(shown) == ["a", "b", "c", "d"]
+    assert "%" not in shown
+    assert "<button" not in shown
 
 
-def test_of_thousands_of_nodes_the_predicted_and_most_probable_are_shown_with_the_nodes_above():
-    tree = Taxonomy([{"root": [f"leaf {i}" for i in range(3000)]}])
-    scores = [1 - i / 3001 for i in range(1, 3001)] + [1.0]
-    shown = notes(views.node_rows(tree, scores, {tree.id("root"), tree.id("leaf 2999")}))
-    assert len(shown) == views.TREE_ROWS + 1
-    assert shown[0].startswith("✓ root")
-    assert shown[-2].startswith("✓ leaf 2999")
-    assert shown[-1] == f"2,971 others, each at most {views.percent(scores[28])}"
+def test_siblings_stand_by_probability_and_path_and_set_are_marked():
+    results = nodes({"a": 0.6, "b": 0.1, "c": 0.5, "d": 0.4}, ["c"], ["c", "d"])
+    shown = views.tree(PLAIN, results)
+    assert rows_of(shown) == ["✓ a 60.0 %", "✓ ◆ c 50.0 %", "b 10.0 %", "◆ d 40.0 %"]
+    assert re.findall("data-value='(.)'", shown) == ["a", "c", "b", "d"]
+    assert "<i style" not in shown  # leaves compete: no node has a threshold
+    ticks = re.findall(
+        r"<i style='left:(.*?)%'", views.tree(PLAIN, results._replace(thresholds=[0.1, 0.2, 0.3, 0.456]))
+    )
+    assert sorted(ticks) == ["10.0", "20.0", "30.0", "45.6"]
 
 
-@pytest.mark.parametrize("service", [Service, MultiLabelService])
-def test_the_menu_of_a_large_taxonomy_has_the_most_probable_nodes_in_reading_order(service):
-    own = object.__new__(service)
-    own.tree = Taxonomy([{"root": [f"leaf {i}" for i in range(3000)]}])
-    assert len(own.choices()) == MENU
-    scores = {f"leaf {i}": i / 3000 for i in range(3000)}
-    expected = [("root", "root"), *((f"root › leaf {i}", f"leaf {i}") for i in range(3001 - MENU, 3000))]
-    assert own.choices({"levels": [{"root": 1.0}, scores]}) == expected
+def test_a_name_does_not_repeat_its_path():
+    tree = Taxonomy([{"a": ["same"]}, {"b": ["same"]}], separator=" > ")
+    results = nodes({"a": 0.6, "b": 0.4, "a > same": 0.6, "b > same": 0.4}, ["a > same"], tree=tree)
+    assert rows_of(views.tree(tree, results)) == ["✓ a 60.0 %", "✓ same 60.0 %", "b 40.0 %", "same 40.0 %"]
+    path = [{"label": "a", "score": 0.6}, {"label": "a > same", "score": 0.6}]
+    shown = views.result(tree, {"labels": [path[-1] | {"path": path}], "truncated": False}, "")
+    assert "<p class='path'><bdi>a</bdi> › </p><p class='class'><bdi>same</bdi></p>" in shown
 
 
-def test_a_single_remaining_node_is_drawn_instead_of_others():
-    for draw, count in ((views.bars, views.BARS + 1), (views.node_rows, views.TREE_ROWS + 1)):
-        shown = notes(draw(Taxonomy([f"leaf {i}" for i in range(count)]), None, set()))
-        assert shown[-1] == f"leaf {count - 1}"
-        assert "2 others" in notes(draw(Taxonomy([f"leaf {i}" for i in range(count + 1)]), None, set()))[-1]
+def test_unlikely_siblings_are_folded_with_their_sum_or_the_largest_of_them():
+    """Where nodes have thresholds, probabilities do not add up. A single unlikely sibling is not folded."""
+    tree = Taxonomy(["a", "b", "c", "d"])
+    results = nodes({"a": 0.97, "b": 0.015, "c": 0.01, "d": 0.005}, ["a"], tree=tree)
+    assert rows_of(views.tree(tree, results)) == [
+        "✓ a 97.0 %",
+        "3 others, together 3.0 %",
+        "b 1.5 %",
+        "c 1.0 %",
+        "d 0.5 %",
+    ]
+    assert "3 others, each at most 1.5 %" in views.tree(tree, results._replace(thresholds=[0.5] * 4))
+    results = nodes({"a": 0.9, "b": 0.05, "c": 0.045, "d": 0.005}, ["a"], tree=tree)
+    assert "<details" not in views.tree(tree, results)
+    results = nodes({"a": 0.97, "b": 0.015, "c": 0.01, "d": 0.005}, ["a"], ["d"], tree=tree)
+    assert rows_of(views.tree(tree, results))[:3] == ["✓ a 97.0 %", "◆ d 0.5 %", "2 others, together 2.5 %"]
+
+
+def test_of_thousands_of_nodes_the_predicted_and_most_probable_are_rendered():
+    tree = Taxonomy([{f"root {i}": [f"leaf {i}.{j}" for j in range(100)]} for i in range(22)])
+    scores = {label: 1.0 if label.startswith("root") else 1 / (10 + node) for node, label in enumerate(tree.labels)}
+    shown = views.tree(tree, nodes(scores, ["leaf 21.99"], ["leaf 20.99"], tree=tree))
+    assert shown.count("<button") == views.ROWS
+    assert "✓ leaf 21.99" in " ".join(rows_of(shown))
+    assert "◆ leaf 20.99" in " ".join(rows_of(shown))
+    assert "more</li>" in shown
+    assert len(shown) < 150_000
+    plain = views.tree(tree)
+    assert all(f"<bdi>root {i}</bdi>" in plain for i in range(22))
+    assert plain.count("<details") == 22
+    assert len(plain) < 100_000
+
+
+# ── Results and files ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_no_label_a_truncation_and_a_long_set_are_shown():
-    shown = views.result("", {"labels": [], "truncated": True, "tokens": 2000, "tokens_read": 500}, "")
+    tree = Taxonomy([f"n{i}" for i in range(100)])
+    shown = views.result(tree, {"labels": [], "truncated": True, "tokens": 2000, "tokens_read": 500}, "")
     assert "No label" in shown
     assert "of its 2,000 tokens, the last 1,500 (75.0 %) were not read" in shown
-    assert views.prediction_set("recall", 0.5, [], ", ") == "For 50% recall: no node"
-    long = views.prediction_set("recall", 0.9, [{"label": f"n{i}", "score": 0.5} for i in range(100)], ", ")
-    assert long.endswith("<bdi>n19</bdi></b> and 80 more")
-    record = {"line": 1, "text": "a", "labels": [], "scores": [], "prediction_set": [f"n{i}" for i in range(100)]}
-    assert "<bdi>n19</bdi> and 80 more<" in views.preview([record])
+    assert views.prediction_set(tree, "recall", 0.5, []) == "For 50% recall: no node"
+    long = views.prediction_set(tree, "recall", 0.9, [{"label": label, "score": 0.5} for label in tree.labels])
+    assert "n19" in long
+    assert "n20" not in long
+    assert long.endswith(" and 80 more")
+    record = {"line": 1, "text": "a", "labels": [], "scores": [], "prediction_set": tree.labels}
+    assert "100 nodes</summary>" in views.table(tree, [record])
+    assert " and 80 more<" in views.table(tree, [record])
+
+
+def test_a_file_is_summarised_and_its_rows_are_turned_by_pages():
+    labels = ["b"] * 30 + ["c"] * 14
+    records = [
+        {
+            "line": i,
+            "text": "t",
+            "labels": [label],
+            "scores": [0.4],
+            "score": 0.4 if i < 11 else 0.9,
+            "truncated": i < 22,
+        }
+        for i, label in enumerate(labels)
+    ]
+    records[-1] |= {"labels": [], "scores": [], "score": None}
+    shown = " ".join(re.sub("<[^>]+>", " ", views.summary(PLAIN, records)).split())
+    assert shown.startswith("b 30 c 13 no label 1 ")
+    assert shown.endswith("less than 50% probable: 27.3 % · unlike the training texts: 0.0 % · truncated: 50.0 %")
+    for page, lines, turned in ((1, range(20), ["2"]), (2, range(20, 40), ["1", "3"]), (3, range(40, 44), ["2"])):
+        shown = views.table(PLAIN, records, page)
+        assert re.findall(r"<td data-head='line'>(\d+)</td>", shown) == [*map(str, lines)]
+        assert f"Page {page} of 3" in shown
+        assert re.findall(r"data-value='(\d+)'>", shown) == turned
+    assert "Page" not in views.table(PLAIN, records[:20])
+    strange = records[0] | {"p_value": 0.01, "known_labels": [None]}
+    assert "unlike the training texts: <span class='chip'" in views.table(PLAIN, [strange])
+    assert "unlike the training texts: <b>100.0 %</b>" in views.summary(PLAIN, [strange])
 
 
 def test_a_text_unlike_the_training_texts_has_no_bold_class():
@@ -138,22 +196,19 @@ def test_a_text_unlike_the_training_texts_has_no_bold_class():
         "known": None,
     }
     result = {"labels": [node], "p_value": 0.004, "truncated": False}
-    assert "no coverage" in views.result("", result, "no coverage")
-    shown = views.result("", result | {"prediction_set": [node]}, "For 90 % coverage: <b>b</b>")
+    assert "no coverage" in views.result(PLAIN, result, "no coverage")
+    shown = views.result(PLAIN, result | {"prediction_set": [node]}, "For 90 % coverage: <b class=x>b</b>")
     assert "Unlike the texts this model was trained on" in shown
-    assert (
-        "0.4 % of the validation texts look as strange to the model. Its prediction would be <bdi>b</bdi> 90.0 %."
-        in shown
-    )
-    assert "<b>" not in shown
+    assert "0.4 % of the validation texts look as strange to the model. Its prediction would be <span" in shown
+    assert "<b class=x>" not in shown
     # a text without a predicted label, but like the training texts
-    assert "No label" in views.result("", {"labels": [], "p_value": 0.3, "truncated": False}, "")
+    assert "No label" in views.result(PLAIN, {"labels": [], "p_value": 0.3, "truncated": False}, "")
     for known, sentence in (
         ("a", "Unlike the known texts of <bdi>b</bdi>, but like those of <bdi>a</bdi>."),
         (None, "Unlike the known texts of <bdi>b</bdi>."),
     ):
         shown = views.result(
-            "", {"labels": [node | {"known": "b"}, node | {"known": known}], "p_value": 0.01, "truncated": False}, ""
+            PLAIN, {"labels": [node | {"known": "b"}, node | {"known": known}], "p_value": 0.01, "truncated": False}, ""
         )
         assert shown.count("Unlike") == 1
         assert sentence in shown
@@ -164,14 +219,45 @@ def test_only_exact_probabilities_are_shown_as_0_or_100_percent():
     assert shown == ["0.0 %", "< 0.1 %", "50.0 %", "> 99.9 %", "100.0 %"]
 
 
-def test_the_most_important_sections_of_the_card_are_shown_first(clear_checkpoint):
+def test_of_the_card_the_opening_the_licence_and_the_plots_are_shown(clear_checkpoint):
     card = (Path(clear_checkpoint) / "README.md").read_text()
-    first, more = views.card_parts(card)
-    assert re.findall(r"(?m)^## (.*)", first) == ["Results", "Limits and intended use", "Licence"]
-    assert "Training" in re.findall(r"(?m)^## (.*)", more)
-    assert "general pathological conditions" in first
-    assert not re.search(r"trust_remote_code|!\[|^---|<!--", first + more)
+    opening = views.card_opening(card)
+    assert opening.endswith("and a person should check important results.")
+    assert re.search(r"(?m)^\*\*.* of .* texts", opening)  # the headline
+    assert not re.search(r"(?m)^#|^---|<!--|\|", opening)
     assert views.licence(card) == "apache-2.0"
+    asked: list[str] = []
+    shown = views.card_plots(card, lambda name: asked.append(name) or b"PNG")
+    assert asked == re.findall(r"\((plots/.*?)\)", card)
+    assert shown.count("<img src='data:image/png;base64,UE5H' alt='") == len(asked) > 0
+
+
+@pytest.mark.parametrize("medical", [True, False])
+def test_the_page_is_that_of_the_model(medical, clear_checkpoint, tmp_path):
+    """Title, placeholder, warning and examples come from config.json; by default, a medical model has examples of its own."""
+    folder = shutil.copytree(clear_checkpoint, tmp_path / "model")
+    (folder / "README.md").unlink()  # which warns, too
+    config = json.loads((folder / "config.json").read_text())
+    shown = {}
+    for examples in ([], ["My own first example of all."]):
+        config["page"] = {"title": "News <b>", "medical": medical} | ({"examples": examples} if examples else {})
+        (folder / "config.json").write_text(json.dumps(config))
+        code = f"""
+import json, sys
+sys.path.insert(0, {str(SPACE)!r})
+import app
+page = app.build(app.load({str(folder)!r}, None), {str(folder)!r})
+print(json.dumps([page.title, json.dumps([block.get_config() for block in page.blocks.values()], default=str)]))
+"""
+        title, shown[len(examples)] = run_outside(code, tmp_path, {"HF_HUB_OFFLINE": "1"})
+        assert title == "News <b>"
+    for config in shown.values():
+        assert "News &lt;b&gt;" in config
+        assert config.count("Not a medical device") == (2 if medical else 0)
+        assert ("Paste a medical abstract" in config) == medical
+    assert ("mesalamine" in shown[0]) == medical
+    assert "My own first example \\u2026" in shown[1]
+    assert "mesalamine" not in shown[1]
 
 
 # ── Publishing and starting ──────────────────────────────────────────────────────────────────────────────────────────
@@ -216,9 +302,9 @@ import json, sys
 sys.path[:0] = [{str(SPACE)!r}, {str(tmp_path)!r}]
 import spaces, app
 service = app.Service(app.load({clear_checkpoint!r}, None))
-node = service.classify("A study of angina.")["label"]
-pages = [service.show_result("", 0.9)[0], service.show_result("A study of angina.", 2)[0]]
-pages += [service.show_words("A study of angina.", node), service.explain("A study of angina.", node)["label"]]
+node = service.classify("angina was studied in adults with hypertension.")["label"]
+pages = [service.show_result("", 0.9)[1], service.show_result("angina was studied in adults with hypertension.", 2)[1]]
+pages += [service.show_words("angina was studied in adults with hypertension.", node), service.explain("angina was studied in adults with hypertension.", node)["label"]]
 print(json.dumps([spaces.lent, node, *pages]))
 """
     count, node, empty, high, words, explained = run_outside(code, tmp_path, {"HF_HUB_OFFLINE": "1"})
