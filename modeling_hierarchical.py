@@ -50,7 +50,7 @@ if TYPE_CHECKING:  # never runs, but makes transformers fetch the file, which `s
     from .pipeline_hierarchical import HierarchicalTextClassificationPipeline  # noqa: F401
 
 
-TOKENS_AT_ONCE = 4096  # of several windows in one call of the encoder: they bound its memory
+TOKENS_AT_ONCE = 4096  # of several windows in one call of the encoder, twice as many in training: they bound its memory
 SCORES_AT_ONCE = 2**26  # of label attention: more are computed in chunks of nodes
 
 
@@ -439,9 +439,10 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
 
         if torch.compiler.is_exporting() or self.encodes_at_once:
             return encode(*inputs.values())
-        step = max(1, TOKENS_AT_ONCE // inputs["attention_mask"].shape[1])
+        trains = torch.is_grad_enabled()
+        step = max(1, (2 if trains else 1) * TOKENS_AT_ONCE // inputs["attention_mask"].shape[1])
         chunks = [*zip(*(values.split(step) for values in inputs.values()), strict=True)]
-        if len(chunks) > 1 and torch.is_grad_enabled():  # the activations of one chunk at a time
+        if len(chunks) > 1 and trains:  # the activations of one chunk at a time
             return torch.cat([checkpoint(encode, *chunk, use_reentrant=False) for chunk in chunks])
         return torch.cat([encode(*chunk) for chunk in chunks])
 

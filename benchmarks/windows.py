@@ -1,0 +1,210 @@
+"""Measure whether reading a text in windows loses anything:
+
+    python benchmarks/windows.py --data FOLDER --encoder ENCODER
+
+- windows: OHSUMED by its recipe, with two epochs of whole texts and without contrastive steps. Texts of up to 512 tokens are read
+  in one window, in windows of 128 tokens, or are truncated at 128.
+- positions: an OHSUMED abstract of one of four classes is hidden among abstracts of other classes. Training texts have up to 4,096
+  tokens, mostly fewer, and test texts about 4,000, with the abstract at each of eight positions. One model reads all tokens, one the first
+  512. A third way takes the second model, classifies each 512 tokens of a text alone, and averages the probabilities.
+
+FOLDER holds ``ohsumed/{train,test,labels}.csv``. Finished runs stay in the output file.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from harness import ROOT, flag_parser, load_classifier, print_table, processor, read_results, write_results
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+import train
+from modeling_hierarchical import HierarchicalForSequenceClassification
+
+PARTS = ("windows", "positions")
+WINDOWS = {  # the window and the maximum length of a text, in tokens
+    "one window of 512": (512, 512),
+    "windows of 128": (128, 512),
+    "truncated at 128": (512, 128),
+}
+HIDDEN = ("C04", "C06", "C10", "C14")  # classes of the abstract that decides
+LEFT_OUT = "C23"  # pathological conditions: its abstracts concern any of these classes
+POSITIONS, TOKENS = 8, 4096
+READ = {"all tokens": TOKENS, "first 512 tokens": 512}
+ROWS = {"train": 1200, "validation": 120, "test": 400}
+FLAGS = (
+    "--contrastive_steps 0 --num_train_epochs 2 --per_device_train_batch_size 2 --gradient_accumulation_steps 4"
+    " --pooling label_attention --learning_rate 1e-3 --heads_learning_rate 3e-2 --lora_r 16 --lora_alpha 32"
+    " --text_column text --label_column label --seed 1"
+)
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--train"]:  # in a process of its own
+        return train_with_window(int(sys.argv[2]), sys.argv[3:])
+    parser = flag_parser(__doc__, "windows.json")
+    parser.add_argument("--part", choices=PARTS, nargs="+", default=PARTS)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--encoder", required=True)
+    parser.add_argument("--seed", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "windows")
+    arguments = parser.parse_args()
+    arguments.runs.mkdir(parents=True, exist_ok=True)
+    results = read_results(arguments.output, {"processor": processor(), "windows": [], "positions": []})
+    data = arguments.data / "ohsumed"
+    for seed in arguments.seed if "windows" in arguments.part else ():
+        for name in WINDOWS:
+            if not any((run["model"], run["seed"]) == (name, seed) for run in results["windows"]):
+                results["windows"].append(score_windows(name, seed, data, arguments.encoder, arguments.runs))
+                write_results(arguments.output, results)
+    if "positions" in arguments.part and not results["positions"]:
+        results["positions"] = score_positions(data, arguments.encoder, arguments.runs)
+        write_results(arguments.output, results)
+    print_tables(results)
+
+
+def train_with_window(window: int, words: list[str]) -> None:
+    """Run train.py on the command line ``words``, with a model that reads windows of this length."""
+    build = train.build_model
+
+    def build_with_window(*arguments: Any) -> HierarchicalForSequenceClassification:
+        model = build(*arguments)
+        model.window = model.config.window = window
+        return model
+
+    train.build_model = build_with_window
+    train.main(words)
+
+
+def run_training(folder: Path, encoder: str, window: int, words: list[str]) -> pd.DataFrame:
+    """Train in a process of its own, and return the predictions of the test rows."""
+    words = [*words, "--model_name_or_path", encoder, "--output_dir", str(folder), "--resume_from_checkpoint", "auto"]
+    subprocess.run([sys.executable, __file__, "--train", str(window), *words], check=True)
+    return pd.read_csv(folder / "test_predictions.csv", dtype=str, keep_default_na=False)
+
+
+def score_windows(name: str, seed: int, data: Path, encoder: str, runs: Path) -> dict[str, Any]:
+    """Train on OHSUMED with one of `WINDOWS`, and return the scores of the test file."""
+    window, length = WINDOWS[name]
+    words = [str(ROOT / "recipes" / "ohsumed.yaml"), "--train_file", str(data / "train.csv")]
+    words += ["--test_file", str(data / "test.csv"), "--class_names", str(data / "labels.csv")]
+    words += ["--taxonomy", str(data / "labels.csv"), "--num_train_epochs", "2", "--consistency", "0"]
+    words += ["--contrastive_steps", "0", "--max_length", str(length), "--seed", str(seed)]
+    folder = runs / f"windows-{window}-{length}-{seed}"
+    run_training(folder, encoder, window, words)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    return {
+        "model": name,
+        "seed": seed,
+        **{score: metrics[f"test_{score}"] for score in ("accuracy", "macro_f1", "log_loss")},
+    }
+
+
+# ── Positions ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def hide_abstracts(rows: pd.DataFrame, count: int, lengths: pd.Series, seed: int, scored: bool) -> pd.DataFrame:
+    """Hide abstracts of `HIDDEN` among others.
+
+    The ``scored`` texts are long, with equally many at each position; of others the position and the logarithm of the length are
+    uniform.
+
+    Args:
+        rows: ``text`` and ``label`` of abstracts.
+        count: the number of texts.
+        lengths: the tokens of each abstract.
+
+    Returns:
+        Columns ``text``, ``label`` and ``position``, from 0 to `POSITIONS` - 1 in texts that have so many abstracts before it.
+    """
+    generator, made = np.random.default_rng(seed), []
+    hidden = generator.permutation(rows.index[rows["label"].isin(HIDDEN)])
+    others = rows.index[~rows["label"].isin([*HIDDEN, LEFT_OUT])]
+    for number in range(count):
+        deciding = hidden[number % len(hidden)]
+        least = lengths[deciding] + 2
+        room = (TOKENS if scored else least * (TOKENS / least) ** generator.random()) - least
+        order = generator.permutation(others)
+        order = order[lengths[order].cumsum() <= room]
+        place = number % POSITIONS if scored else generator.integers(POSITIONS)
+        before = round(place * len(order) / (POSITIONS - 1))
+        parts = [*order[:before], deciding, *order[before:]]
+        text = " ".join(rows["text"][parts])
+        made.append({"text": text, "label": rows["label"][deciding], "position": place})
+    return pd.DataFrame(made)
+
+
+def score_positions(data: Path, encoder: str, runs: Path) -> list[dict[str, Any]]:
+    """Train on long texts, and return the accuracy by the position of the abstract that decides."""
+    tokenizer = AutoTokenizer.from_pretrained(encoder, model_max_length=10**6)
+    splits, words = {}, FLAGS.split()
+    train_rows = pd.read_csv(data / "train.csv", dtype=str).sample(frac=1, random_state=0)
+    sources = {
+        "validation": train_rows[:600],
+        "train": train_rows[600:],
+        "test": pd.read_csv(data / "test.csv", dtype=str),
+    }
+    for seed, (split, rows) in enumerate(sources.items()):
+        rows = rows.reset_index(drop=True)
+        lengths = pd.Series([len(ids) - 2 for ids in tokenizer([*rows["text"]])["input_ids"]])
+        splits[split] = hide_abstracts(rows, ROWS[split], lengths, seed, scored=split == "test")
+        file = runs / f"positions-{split}.csv"
+        splits[split].to_csv(file, index=False)
+        words += [f"--{split}_file", str(file)]
+
+    # ── Two models, and the average of the second one ────────────────────────────────────────────────────────────────
+    test, predictions = splits["test"], {}
+    for name, length in READ.items():
+        folder = runs / f"positions-{length}"
+        predictions[name] = run_training(folder, encoder, 512, [*words, "--max_length", str(length)])["prediction"]
+    predictions["mean of windows"] = classify_windows(folder, tokenizer, test["text"])
+    correct = pd.DataFrame({name: test["label"] == labels for name, labels in predictions.items()})
+    return [
+        {
+            "model": name,
+            "accuracy": correct[name].mean(),
+            "by_position": [*correct.groupby(test["position"])[name].mean()],
+        }
+        for name in predictions
+    ]
+
+
+def classify_windows(folder: Path, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[str]:
+    """Classify each 512 tokens of texts alone, special tokens included, and return the label of greatest mean probability."""
+    windows, of_text, room = [], [], 510
+    for number, text in enumerate(texts):
+        spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        for start in range(0, len(spans), room):
+            windows.append(text[spans[start][0] : spans[min(start + room, len(spans)) - 1][1]])
+            of_text.append(number)
+    results = load_classifier(str(folder))(windows, top_k=len(HIDDEN))
+    scores = pd.DataFrame([{one["label"]: one["score"] for one in result["labels"]} for result in results])
+    return [*scores.groupby(np.array(of_text)).mean().idxmax(axis=1)]
+
+
+def print_tables(results: dict[str, Any]) -> None:
+    runs = pd.DataFrame(results["windows"])
+    rows = []
+    for name in WINDOWS if len(runs) else ():
+        scores = runs[runs["model"] == name]
+        cells = (
+            f"{100 * scores[metric].mean():.1f} ± {100 * scores[metric].std():.1f}"
+            for metric in ("accuracy", "macro_f1")
+        )
+        rows.append([name, len(scores), *cells, f"{scores['log_loss'].mean():.3f}"])
+    print_table(["OHSUMED", "seeds", "accuracy", "macro-F1", "log loss"], rows)
+    shares = ([f"{100 * share:.0f}" for share in run["by_position"]] for run in results["positions"])
+    rows = [
+        [run["model"], f"{100 * run['accuracy']:.1f}", *cells]
+        for run, cells in zip(results["positions"], shares, strict=True)
+    ]
+    print_table(["hidden abstract", "accuracy", *range(1, POSITIONS + 1)], rows)
+
+
+if __name__ == "__main__":
+    main()
