@@ -203,7 +203,7 @@ def print_tables(results: dict[str, Any]) -> None:
         [run["model"], f"{100 * run['accuracy']:.1f}", *cells]
         for run, cells in zip(results["positions"], shares, strict=True)
     ]
-    print_table(["hidden abstract", "accuracy", *range(1, POSITIONS + 1)], rows)
+    print_table(["hidden abstract", "accuracy", *map(str, range(1, POSITIONS + 1))], rows)
 
 
 if __name__ == "__main__":
