@@ -4,6 +4,7 @@ Token, rights, names, card and the content of the repositories are checked first
 """
 
 import argparse
+import json
 import logging
 import sys
 import tempfile
@@ -16,7 +17,8 @@ import transformers
 from huggingface_hub import CommitInfo, HfApi, RepoCard
 from huggingface_hub.utils import disable_progress_bars
 
-from hierarchical_clinicalbert.checkpoint_files import CARD, published_files, read_checkpoint
+from configuration_hierarchical import HierarchicalConfig
+from hierarchical_clinicalbert.checkpoint_files import CARD, published_files, read_checkpoint, read_json_object
 from hierarchical_clinicalbert.errors import (
     ROOT,
     ArgumentParser,
@@ -36,7 +38,10 @@ from hierarchical_clinicalbert.publishing.hub import (
     publish,
     refuse_local_encoder,
 )
+from hierarchical_clinicalbert.reading.columns import TEXT_COLUMNS, find_column, text_problem
+from hierarchical_clinicalbert.reading.sources import find_sources, open_rows
 
+MAX_EXAMPLES = 10  # buttons of the page
 SPACE_FOLDER = ROOT / "space"
 Files = dict[str, Path | bytes]
 
@@ -53,6 +58,7 @@ def main(argv: list[str]) -> None:
         raise InputError(f"--merge: {folder} is already self-contained; leave the flag out")
     if config.adapter_subfolder is not None and not arguments.merge:
         refuse_local_encoder(config, "give --merge to publish a model that needs no encoder beside it")
+    examples = read_examples(arguments.examples) if arguments.examples else []
     api = HfApi()
     namespaces = log_in(api)
     branch, private = arguments.revision, arguments.private
@@ -63,7 +69,7 @@ def main(argv: list[str]) -> None:
     with as_input_error(f"cannot publish the card {folder / CARD}"):
         readme = (folder / CARD).read_text(encoding="utf-8-sig")
         RepoCard(readme).validate()  # on the Hub
-        readme = card.update_for_publishing(readme, target.repo_id, arguments.merge)
+        readme = card.update_for_publishing(readme, target.repo_id, arguments.merge, examples)
 
     with tempfile.TemporaryDirectory() as scratch:
         # ── Collect the files, in the requested form ─────────────────────────────────────────────────────────────────
@@ -74,12 +80,14 @@ def main(argv: list[str]) -> None:
         if arguments.onnx:
             files |= export_onnx(folder, Path(scratch))
         files[CARD] = readme.encode()
+        if examples:
+            files["config.json"] = config_with_examples(folder / "config.json", examples)
 
         # ── Publish the model in one commit, unless this is a dry run ────────────────────────────────────────────────
         if arguments.dry_run:
             list_changes(target, files)
             if space is not None:
-                list_changes(space, space_files(target.repo_id))
+                list_changes(space, space_files(target.repo_id, config))
             print("nothing was published")
             return
         model = publish(api, target, files, "Publish a checkpoint")
@@ -87,7 +95,7 @@ def main(argv: list[str]) -> None:
 
     # ── Publish the Space, which serves that commit ───────────────────────────────────────────────────────────────────
     if space is not None:
-        publish_space(api, space, target, model)
+        publish_space(api, space, target, model, config)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -97,6 +105,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--private", action="store_true", help="create missing repositories as private")
     parser.add_argument("--merge", action="store_true", help="merge the adapter: one self-contained model")
     parser.add_argument("--onnx", action="store_true", help="add onnx/, for other engines such as ONNX Runtime")
+    parser.add_argument("--examples", metavar="FILE", help="texts for page and card: one a line, or a column text")
     parser.add_argument("--space_id", help="user/name of a Space that serves the model")
     parser.add_argument("--revision", help="the branch to commit to, created if missing; default: main")
     parser.add_argument("--dry_run", action="store_true", help="check everything, list the files, publish nothing")
@@ -105,19 +114,46 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return arguments
 
 
-def space_files(model_id: str) -> Files:
+def read_examples(path: str) -> list[str]:
+    """Return the texts of a file. InputError: it has no column of texts, a text is missing, or there are too many."""
+    examples: list[str] = []
+    for source in find_sources(path):
+        with open_rows(source) as reader:
+            column = find_column(reader.columns, None, TEXT_COLUMNS)
+            if column is None:
+                raise InputError(f"--examples: {reader.name} has no column called text")
+            for row in reader.read([column]):
+                if problem := row.problem or text_problem(row.values.get(column)):
+                    raise InputError(f"--examples: {reader.place(row)}: {problem}")
+                examples.append(row.values[column])
+    if not 0 < len(examples) <= MAX_EXAMPLES:
+        raise InputError(f"--examples: {path} has {len(examples):,} texts; give 1 to {MAX_EXAMPLES}")
+    return examples
+
+
+def config_with_examples(file: Path, examples: list[str]) -> bytes:
+    """Return a config.json with the texts among what page and card show, see `HierarchicalConfig`."""
+    config = read_json_object(file)
+    config["page"] = {**config.get("page", {}), "examples": examples}
+    return f"{json.dumps(config, indent=2, sort_keys=True)}\n".encode()
+
+
+def space_files(model_id: str, config: HierarchicalConfig) -> Files:
     files: Files = {
         name: next(folder / name for folder in (SPACE_FOLDER, ROOT) if (folder / name).exists()) for name in SPACE_FILES
     }
     readme = RepoCard((SPACE_FOLDER / "README.md").read_text(encoding="utf-8"))
     readme.data.models = [model_id]
+    readme.data.title = config.page.get("title", readme.data.title)
     files["README.md"] = str(readme).encode()
     return files
 
 
-def publish_space(api: HfApi, space: Target, model_target: Target, model: CommitInfo) -> None:
+def publish_space(
+    api: HfApi, space: Target, model_target: Target, model: CommitInfo, config: HierarchicalConfig
+) -> None:
     """Publish the Space, and set its variables to the commit of the model."""
-    published = publish(api, space, space_files(model_target.repo_id), "Publish the Space")
+    published = publish(api, space, space_files(model_target.repo_id, config), "Publish the Space")
     problem = f"{space.repo_id} is published, but not pointed at the model"
     with as_input_error(problem, "run the same command again"):
         for key, value in (("MODEL_ID", model_target.repo_id), ("MODEL_REVISION", model.oid)):

@@ -13,6 +13,7 @@ Worth knowing:
 import hashlib
 import logging
 import re
+from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 from statistics import median
@@ -117,11 +118,12 @@ def keep_edited(folder: Path) -> None:
         logger.warning("%s was written or edited by hand: kept as %s", readme, kept.name)
 
 
-def update_for_publishing(text: str, model_id: str, merged: bool = False) -> str:
+def update_for_publishing(text: str, model_id: str, merged: bool = False, examples: Sequence[str] = ()) -> str:
     """Replace the model's id in a card's metadata and snippets, and keep edits made by hand.
 
     Args:
         merged: whether to describe the merged model in place of the adapter.
+        examples: texts for the widget; by default it keeps its own.
 
     Raises:
         ValueError, yaml.YAMLError: the metadata cannot be read.
@@ -133,6 +135,8 @@ def update_for_publishing(text: str, model_id: str, merged: bool = False) -> str
         card.data.model_name = model_id
     if merged and card.data.get("base_model_relation") == "adapter":
         card.data.base_model_relation = "finetune"  # "merge" on the Hub means several models in one
+    if examples:
+        card.data.widget = [{"text": example} for example in examples]
     replacements = {f'"{old_id}"': f'"{model_id}"', f"{PLACEHOLDER_NOTE}\n\n": ""}
     if merged:
         replacements |= dict.fromkeys((ADAPTER_SENTENCE, LOCAL_ADAPTER_SENTENCE), WHOLE_MODEL_SENTENCE)

@@ -37,7 +37,7 @@ SCORED_MODEL = "scored_model"  # the entry of metrics.json with the hashes
 # because a folder may move, and may be published later.
 NOT_HASHED = {
     *("transformers_version", "dtype", "torch_dtype", "architectures", "_name_or_path", "auto_map", "custom_pipelines"),
-    *("encoder_name_or_path", "encoder_revision", "descriptions"),
+    *("encoder_name_or_path", "encoder_revision", "descriptions", "page"),
     # of adapter_config.json
     *("peft_version", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping"),
 }

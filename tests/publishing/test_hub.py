@@ -373,6 +373,10 @@ def test_what_cannot_be_published_is_reported_in_one_line_before_anything_is_sen
         ({"--model": tiny_encoder}, "is not a checkpoint of this project: it holds a 'bert' model"),
         ({"--model": str(tmp_path)}, "is not a checkpoint of this project: it has no config.json"),
         ({"--model": str(whole), "--merge": None}, "is already self-contained"),
+        # the examples
+        ({"--examples": str(CORPUS / "test.csv")}, "test.csv has 150 texts; give 1 to 10"),
+        ({"--examples": write_csv(tmp_path / "blank.csv", [{"text": " "}])}, "blank.csv, line 2: the text is empty"),
+        ({"--examples": write_csv(tmp_path / "wrong.csv", [{"words": "a"}])}, "wrong.csv has no column called text"),
         # the token
         ({"token": None}, "`hf auth login`"),
         ({"token": "hf_unknown"}, "cannot check the token (of HF_TOKEN or the login) on the Hub: the token may not do"),
@@ -1107,7 +1111,10 @@ def test_a_run_whose_last_push_fails_is_kept_and_says_how_to_publish_it(hub, tmp
 
 def test_a_space_is_published_pointing_at_the_commit_and_serves_it(hub, checkpoint, tmp_path):
     environment = hub.environment(token="hf_alice")
+    examples = ["A first example.", "Another one, of a publisher."]
+    write_csv(tmp_path / "examples.csv", [{"text": text} for text in examples])
     words = ["--model", checkpoint, "--repo_id", "alice/served", "--space_id", "alice/served-space"]
+    words += ["--examples", tmp_path / "examples.csv"]
     for _ in range(2):  # and again, to the same Space
         done = run(*words, command="push_to_hub.py", settings=environment)
     assert "alice/served-space: http" in done.stdout
@@ -1127,11 +1134,20 @@ from huggingface_hub import HfApi, SpaceCard
 card = SpaceCard.load("alice/served-space")
 card.validate(repo_type="space")
 variables = {name: v.value for name, v in HfApi().get_space_variables("alice/served-space").items()}
-print(json.dumps([variables, card.data.models, card.data.sdk]))
+print(json.dumps([variables, card.data.models, card.data.sdk, card.data.title]))
 """
-    variables, models, sdk = run_outside(code, tmp_path, environment)
+    variables, models, sdk, title = run_outside(code, tmp_path, environment)
     assert variables == {"MODEL_ID": "alice/served", "MODEL_REVISION": hub.commits("alice/served")[-1].sha}
     assert (models, sdk) == (["alice/served"], "gradio")
+    page = json.loads((checkpoint / "config.json").read_text())["page"]
+    assert title == page["title"]
+    assert json.loads(hub.files("alice/served")["config.json"])["page"] == {**page, "examples": examples}
+    card = hub.files("alice/served")["README.md"].decode()
+    assert all(f"- text: {text}\n" in card for text in examples)
+    again = hub.write("alice/served", tmp_path / "again")  # its scores are still those of the model
+    assert run(
+        "--model", again, "--repo_id", "alice/again", "--dry_run", command="push_to_hub.py", settings=environment
+    )
 
     hub.fail_at(1, match="POST /api/spaces/alice/served-space/variables", how="500")
     done = run(*words, command="push_to_hub.py", check=False, settings=environment)
@@ -1141,6 +1157,7 @@ print(json.dumps([variables, card.data.models, card.data.sdk]))
     hosted = hub.write("alice/served-space", tmp_path / "space", repo_type="space")
     shown = hub.environment(tmp_path / "space-home") | variables
     with SpaceServer(None, tmp_path, hosted / "app.py", shown) as server:
+        assert all(text in server.http.get("/config").text for text in examples)
         client = Client(server.address, verbose=False)
         found = client.predict(TEXTS[0], levels=True, api_name="/classify")
         with pytest.raises(AppError, match="The text is empty"):
