@@ -141,8 +141,9 @@ def text_tab(service: Service) -> None:
         with gr.Column(scale=6, min_width=300):
             result = gr.HTML(views.waiting(), elem_id="result")
             tree = gr.HTML(views.tree(service.tree), elem_id="tree")
-        classified = gr.Textbox(visible="hidden", elem_id="classified")  # the text that result, tree and words are of
-        node = gr.Textbox(visible="hidden", elem_id="node")  # the node to explain; a press on the tree sets it
+        # hidden by style.css: gradio's own hidden boxes ignore the events that `views.HEAD` sends
+        classified = gr.Textbox(elem_id="classified", label="classified")  # the text that result, tree and words are of
+        node = gr.Textbox(elem_id="node", label="node")  # the node to explain; a press on the tree sets it
 
     # ── Events ───────────────────────────────────────────────────────────────────────────────────────────────────────
     # each press is queued with its inputs, and each queue runs one event at a time, so the last press counts
@@ -199,7 +200,7 @@ def file_tab(service: Service) -> None:
                     f"after {KEPT_SECONDS // 60} minutes. In CSV, a backslash stands wherever a spreadsheet might begin a formula.</p>"
                 )
         kept, rows = (gr.State(None, time_to_live=KEPT_SECONDS) for _ in range(2))
-        page = gr.Textbox(visible="hidden", elem_id="page")  # the page of the rows; its buttons set it
+        page = gr.Textbox(elem_id="page", label="page")  # the page of the rows; its buttons set it
         gr.HTML("<h2>Summary</h2>", elem_classes="heading")
         summary = gr.HTML("", elem_id="summary")
         gr.HTML("<h2>Rows</h2>", elem_classes="heading")
