@@ -141,7 +141,7 @@ def text_tab(service: Service) -> None:
         with gr.Column(scale=6, min_width=300):
             result = gr.HTML(views.waiting(), elem_id="result")
             tree = gr.HTML(views.tree(service.tree), elem_id="tree")
-        # hidden by style.css: gradio's own hidden boxes ignore the events that `views.HEAD` sends
+        # hidden by style.css; `views.HEAD` needs them in the page
         classified = gr.Textbox(elem_id="classified", label="classified")  # the text that result, tree and words are of
         node = gr.Textbox(elem_id="node", label="node")  # the node to explain; a press on the tree sets it
 

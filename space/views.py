@@ -471,7 +471,9 @@ document.addEventListener("click", (event) => {
   const box = button && document.querySelector(`#${button.dataset.sets} :is(textarea, input)`);
   if (!box) return;
   box.value = button.dataset.value;
+  // the first event sets the value, and gradio takes the second one for input by a user
   box.dispatchEvent(new Event("input", { bubbles: true }));
+  box.dispatchEvent(new Event("keypress", { bubbles: true }));
 });
 </script>
 """
