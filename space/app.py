@@ -62,10 +62,9 @@ MEDICAL_EXAMPLES = [  # where the publisher gives none; the second one is truly 
     "underwent colonoscopy with biopsy at entry and after one year. Mucosal inflammation returned in 31 % under treatment "
     "and in 58 % under placebo. Two patients were withdrawn for an unrelated cardiac arrhythmia. Maintenance treatment "
     "of the inflamed bowel is supported.",
-    "We followed 212 patients with atrial fibrillation for three years after a transient ischemic "
-    "attack. Anticoagulation halved the rate of cerebral infarction. Left atrial size and blood pressure predicted "
-    "recurrence, while carotid stenosis did not. Neurological deficits and myocardial function were assessed every six "
-    "months. Whether treatment should be decided by the heart or by the brain remains open.",
+    "We followed 212 patients after a stroke. In half of them an embolus from the heart was found, and in the others a lesion "
+    "of the brain alone. Weakness, speech and memory were tested every six months, and so were rhythm and blood pressure. "
+    "Whether treatment should be decided by the heart or by the brain remains open.",
     "Blood cultures of 97 newborns with suspected sepsis were reviewed. Gram-negative organisms grew in 41. Fever was "
     "absent in a third of them, and the white cell count was of little help. Delayed antibiotics were associated with a "
     "longer stay in hospital. Early treatment of every newborn at risk is advised until cultures are known.",
