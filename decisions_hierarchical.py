@@ -204,6 +204,13 @@ class OnePath(Decisions):
         """Add the logsumexp of the children's scores to the inner nodes' own scores, (B, N) to (B, N)."""
         return self.from_children(scores, lambda total: segment_logsumexp(total, self.decision_of, self.num_decisions))
 
+    def energy(self, scores: Tensor) -> Tensor:
+        """Return minus the logsumexp of the roots' inclusive scores (B, N): high for a text that no class claims, (B,).
+
+        From Liu et al., 2020, "Energy-based out-of-distribution detection".
+        """
+        return -scores[:, self.tree.children(-1)].logsumexp(1)
+
     def forward(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Return log-probabilities of all nodes (B, N), and the logits: those of the leaves (B, num_leaves)."""
         total = self.sum_to_root(self.outcome_log_probs(scores))
@@ -424,6 +431,10 @@ class ManyNodes(Decisions):
     def inclusive(self, scores: Tensor) -> Tensor:
         """Return the scores (B, N) as they are: a node's score does not depend on its children's."""
         return scores
+
+    def energy(self, scores: Tensor) -> Tensor:
+        """Return 0 for each text, (B,): independent decisions have no normaliser in common."""
+        return torch.zeros_like(scores[:, 0])
 
     def forward(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Return log-probabilities of all nodes (B, N), and the logits of these probabilities (B, N)."""

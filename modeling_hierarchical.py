@@ -60,13 +60,13 @@ class HierarchicalOutput(SequenceClassifierOutput):
 
     ``logits`` are the log-probabilities of the leaves (B, num_leaves). For multi-label models they are the logits of
     the nodes' marginal probabilities (B, num_nodes). ``decision_logits`` are the scores of the decisions: the softmax among
-    siblings, or for multi-label models the sigmoid, is P(node | parent). ``vectors`` are the means of the texts' tokens, if
-    ``output_vectors`` was given.
+    siblings, or for multi-label models the sigmoid, is P(node | parent). ``vectors`` are the means of the texts' tokens and, in the
+    last column, the energies of the encoder's own scores, if ``output_vectors`` was given.
     """
 
     node_log_probs: Tensor | None = None  # (B, num_nodes), leaves first
     decision_logits: Tensor | None = None  # (B, num_nodes)
-    vectors: Tensor | None = None  # (B, hidden_size)
+    vectors: Tensor | None = None  # (B, hidden_size + 1)
 
 
 class LexicalHead(nn.Module):
@@ -334,14 +334,17 @@ class HierarchicalHeads(nn.Module):
 
     def forward(
         self, vectors: Tensor | Tokens, input_ids: Tensor | None = None, attention_mask: Tensor | None = None
-    ) -> Tensor:
-        """Return the scores of the decisions, (B, num_nodes). ``input_ids`` and their mask are for the lexical head."""
+    ) -> tuple[Tensor, Tensor]:
+        """Return the scores of the decisions (B, num_nodes), and the encoder's own, without calibration and lexical head.
+
+        ``input_ids`` and their mask are for the lexical head.
+        """
         device = vectors.device if isinstance(vectors, Tensor) else vectors.vectors.device
         with torch.autocast(device.type, enabled=False):
             own, lexical = self.decisions.inclusive(self.own_scores(vectors)), None
             if self.lexical is not None:
                 lexical = self.decisions.of_classes(self.lexical(input_ids, attention_mask))
-            return calibrate(own, lexical, self.config.calibration.lexical_weight, self.scale, self.shift)
+            return calibrate(own, lexical, self.config.calibration.lexical_weight, self.scale, self.shift), own
 
 
 class HierarchicalForSequenceClassification(PreTrainedModel):
@@ -500,7 +503,7 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
                 the text's nodes and their ancestors, else 0, or -100 for unknown. The loss is the binary cross-entropy of
                 the probabilities, summed over a text's nodes.
             num_items_in_batch: divisor of the summed loss, by default the number of labelled texts.
-            output_vectors: whether to return the means of the texts' tokens, which `OpenWorld` reads.
+            output_vectors: whether to return ``vectors``, which `OpenWorld` reads.
             kwargs: for the encoder, such as ``output_hidden_states`` and ``output_attentions``.
         """
         # ── Encoder ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -518,19 +521,20 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
 
         # ── Heads ────────────────────────────────────────────────────────────────────────────────────────────────────
         vectors = self.pool(tokens) if self.heads.query is None else tokens
-        mean = None
-        if output_vectors:
-            mean = vectors if self.config.pooling == "mean" else self.mean(tokens)
         if not self.heads.weight.is_meta:  # offloaded heads move their inputs themselves
             vectors = vectors.to(self.heads.weight.device)
-        scores = self.heads(vectors, input_ids, attention_mask)
+        scores, own = self.heads(vectors, input_ids, attention_mask)
+        described = None
+        if output_vectors:
+            mean = vectors if self.config.pooling == "mean" else self.mean(tokens).to(own.device)
+            described = torch.cat([mean, self.heads.decisions.energy(own)[:, None]], 1)
         node_log_probs, logits = self.heads.decisions(scores)
         return HierarchicalOutput(
             loss=None if labels is None else self.heads.decisions.loss(scores, labels, num_items_in_batch),
             logits=logits,
             node_log_probs=node_log_probs,
             decision_logits=scores,
-            vectors=mean,
+            vectors=described,
             hidden_states=None if encoded is None else encoded.hidden_states,
             attentions=None if encoded is None else encoded.attentions,
         )

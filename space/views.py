@@ -78,22 +78,23 @@ def result(tree: Any, classified: Classification, held: str) -> str:
     ``held`` is the HTML of `prediction_set`, or of the reason why there is none. The set of a strange text is not shown, because
     its guarantee is for other texts.
     """
-    if is_strange(classified, [node.get("known") for node in classified["labels"]]):
+    if is_strange(classified):
         reason = "" if "prediction_set" in classified else f"<p class='held'>{held}</p>"
         chips = join_chips([chip(tree, node["label"], node["score"]) for node in classified["labels"]])
+        known = dict.fromkeys(name_html(node["known"]) for node in classified["labels"] if node.get("known"))
         return panel(
             f"{KICKER}<p class='class none'>Unlike the texts this model was trained on</p>"
             f"<p class='note'>{percent(classified['p_value'])} of the validation texts look as strange to the model. "
-            f"Its prediction would be {chips or 'no label'}.</p>{reason}{truncation(classified)}"
+            f"Its prediction would be {chips or 'no label'}; it looks like a text of "
+            f"{', '.join(known) or 'none of these classes'}.</p>{reason}{truncation(classified)}"
         )
     nodes = "".join(predicted(tree, node) for node in classified["labels"])
     none = "<p class='class none'>No label</p><p class='note'>No node of the taxonomy is probable enough.</p>"
     return panel(f"{KICKER}{nodes or none}<p class='held'>{held}</p>{truncation(classified)}")
 
 
-def is_strange(result: Mapping[str, Any], known: Iterable[str | None]) -> bool:
-    """Return whether a text looks strange, and of no predicted node anything is known."""
-    return result.get("p_value", 1) <= NOVELTY and not any(known)
+def is_strange(result: Mapping[str, Any]) -> bool:
+    return result.get("p_value", 1) <= NOVELTY
 
 
 def predicted(tree: Any, node: Prediction) -> str:
@@ -348,7 +349,7 @@ def summary(tree: Any, records: list[dict[str, Any]]) -> str:
     )
     shares = {
         f"less than {UNCERTAIN:.0%} probable": sum((record["score"] or 0) < UNCERTAIN for record in records),
-        "unlike the training texts": sum(is_strange(record, record.get("known_labels", [])) for record in records),
+        "unlike the training texts": sum(map(is_strange, records)),
         "truncated": sum(record["truncated"] for record in records),
     }
     notes = " · ".join(f"{name}: <b>{percent(count / len(records))}</b>" for name, count in shares.items())
@@ -367,7 +368,7 @@ def table_row(tree: Any, record: dict[str, Any]) -> dict[str, Any]:
     pairs = zip(record["labels"], record["scores"], strict=True)
     held = record.get("prediction_set", [])
     chips = join_chips([chip(tree, label) for label in held])
-    strange = "unlike the training texts: " if is_strange(record, record.get("known_labels", [])) else ""
+    strange = "unlike the training texts: " if is_strange(record) else ""
     return {
         "line": record["line"],
         "text": f"<span class='start'>{name_html(record['text'])}</span>",

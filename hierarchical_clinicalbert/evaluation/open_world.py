@@ -1,6 +1,7 @@
 """Fit what an `OpenWorld` stores: class means and a common covariance from training texts, references from validation texts.
 
-In this file ``vectors`` are (num_texts, H), and ``nodes`` the labelled nodes of each text, with or without their ancestors.
+In this file ``vectors`` are those of the model's outputs, (num_texts, H + 1), the training texts' without the last column.
+``nodes`` are the labelled nodes of each text, with or without their ancestors.
 """
 
 from typing import Any
@@ -18,6 +19,7 @@ MIN_REFERENCES = 19  # of a node's test: with fewer, no p-value could be 0.05
 MAX_REFERENCES = 999  # of a test
 
 
+@torch.no_grad()
 def fit_open_world(
     tree: Taxonomy,
     vectors: np.ndarray,
@@ -47,8 +49,10 @@ def fit_open_world(
     fitted = OpenWorld(tree, vectors.shape[1], 0)
     shares = sizes / sizes.sum()
     stored = {"center": center, "whitening": whitening, "means": means @ whitening, "shares": shares}
-    counts = {"references": torch.empty(0), "counts": torch.zeros(tree.num_nodes + 1)}
+    counts = {"references": torch.empty(0), "counts": torch.zeros(tree.num_nodes + 1), "energy_weight": torch.zeros(1)}
     fitted.load_state_dict({name: torch.as_tensor(value) for name, value in stored.items()} | counts)
+    spread, of_energies = fitted(torch.from_numpy(validation_vectors))[:, -1].std(), validation_vectors[:, -1].std()
+    fitted.energy_weight.copy_(spread / of_energies if of_energies else torch.zeros(1))
 
     # ── References, computed from what is stored ─────────────────────────────────────────────────────────────────────
     generator = np.random.default_rng(seed)
@@ -91,7 +95,7 @@ def reference_values(open_world: OpenWorld, vectors: np.ndarray, nodes: list[lis
     looks as strange as a text of a child that training has not seen.
     """
     tree, given = open_world.tree, torch.from_numpy(vectors)
-    own, nearest = open_world.distances(given).numpy(), open_world(given).numpy()
+    own, nearest = open_world.distances(given[:, :-1]).numpy(), open_world(given).numpy()
     values: list[list[float]] = [[] for _ in range(tree.num_nodes)]
     for row, labelled in enumerate(map(tree.with_ancestors, nodes)):
         for node in labelled:

@@ -48,7 +48,7 @@ class ScoredSplit:
         rows: numbers in the source, (num_rows,).
         token_counts: how often each token occurs, (num_rows, V).
         nodes: labelled nodes of each row.
-        vectors: means of the texts' token vectors, (num_rows, H); None if the code of an older checkpoint scored the rows.
+        vectors: as in the model's outputs, (num_rows, H + 1); None if the code of an older checkpoint scored the rows.
     """
 
     scores: np.ndarray

@@ -118,9 +118,8 @@ def by_hand(hub: HubServer, checkpoint: Path) -> torch.Tensor:
         for text in TEXTS:
             inputs = tokenizer(text, return_tensors="pt", truncation=True, max_length=128)
             tokens = encoder(**inputs).last_hidden_state
-            rows.append(
-                heads(tokens.mean(1) if config.pooling == "mean" else Tokens(tokens, None, 1), inputs["input_ids"])
-            )
+            vectors = tokens.mean(1) if config.pooling == "mean" else Tokens(tokens, None, 1)
+            rows.append(heads(vectors, inputs["input_ids"])[0])
         return heads.decisions(torch.cat(rows))[0]
 
 

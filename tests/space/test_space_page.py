@@ -200,7 +200,10 @@ def test_a_text_unlike_the_training_texts_has_no_bold_class():
     shown = views.result(PLAIN, result | {"prediction_set": [node]}, "For 90 % coverage: <b class=x>b</b>")
     assert "Unlike the texts this model was trained on" in shown
     assert "0.4 % of the validation texts look as strange to the model. Its prediction would be <span" in shown
+    assert "it looks like a text of none of these classes." in shown
     assert "<b class=x>" not in shown
+    known_above = {"labels": [node | {"known": "a"}], "p_value": 0.004, "truncated": False}
+    assert "it looks like a text of <bdi>a</bdi>." in views.result(PLAIN, known_above, "")
     # a text without a predicted label, but like the training texts
     assert "No label" in views.result(PLAIN, {"labels": [], "p_value": 0.3, "truncated": False}, "")
     for known, sentence in (
@@ -208,7 +211,7 @@ def test_a_text_unlike_the_training_texts_has_no_bold_class():
         (None, "Unlike the known texts of <bdi>b</bdi>."),
     ):
         shown = views.result(
-            PLAIN, {"labels": [node | {"known": "b"}, node | {"known": known}], "p_value": 0.01, "truncated": False}, ""
+            PLAIN, {"labels": [node | {"known": "b"}, node | {"known": known}], "p_value": 0.06, "truncated": False}, ""
         )
         assert shown.count("Unlike") == 1
         assert sentence in shown
