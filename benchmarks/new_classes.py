@@ -139,7 +139,7 @@ class Encoder:
         """Return the most probable leaves of texts whose vectors are known, (B,)."""
 
         def leaves(chosen: list[int], batch: Any) -> Tensor:
-            return model.heads.decisions(model.heads(vectors[chosen], **batch))[1].argmax(1)
+            return model.heads.decisions(model.heads(vectors[chosen], **batch)[0])[1].argmax(1)
 
         return self.run(texts, leaves).numpy()
 
