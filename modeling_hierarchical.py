@@ -51,6 +51,7 @@ if TYPE_CHECKING:  # never runs, but makes transformers fetch the file, which `s
 
 
 TOKENS_AT_ONCE = 4096  # of several windows in one call of the encoder, twice as many in training: they bound its memory
+NEW_LENGTH = 1.75  # of the weights of classes that are added without training, see benchmarks/LOG.md
 SCORES_AT_ONCE = 2**26  # of label attention: more are computed in chunks of nodes
 
 
@@ -206,7 +207,6 @@ class HierarchicalHeads(nn.Module):
         self.lexical = None
         if config.lexical_vocab_size is not None:
             self.lexical = LexicalHead(config.lexical_vocab_size, self.decisions.num_classes)
-        self.center: Tensor | None = None  # mean vector of the training texts, where nodes are added and it is known
         self.open_world = None
         if config.open_world is not None:
             self.open_world = OpenWorld(config.tree, config.hidden_size, config.open_world)
@@ -292,14 +292,13 @@ class HierarchicalHeads(nn.Module):
         ]
 
     @torch.no_grad()
-    def place(self, vectors: dict[int, Tensor], center: Tensor | None, known: Container[int]) -> None:
+    def place(self, vectors: dict[int, Tensor], known: Container[int]) -> None:
         """Set the heads of new classes, given by their ids, from a vector of each (H,), without training.
 
-        The vector is the mean of the pooled vectors of the class's texts, or that of a description. ``center`` is the mean of
-        such vectors over all classes, by default that of the training texts, or 0 if it is not known. A new head is the mean
-        head of the class's relatives (`Decisions.relatives`), plus a weight along  vector - center,  whose length is the root
-        mean square distance of all known heads from their mean. At ``center``, a new class scores what its relatives score on
-        average. Inner nodes that are no classes get 0.
+        The vector is the mean of the pooled vectors of the class's texts, or that of a description less the mean of
+        descriptions, or a sum of both. A new head is the mean head of the class's relatives (`Decisions.relatives`), plus a
+        weight along the vector. Its length is the root mean square distance of all known heads from their mean, times
+        `NEW_LENGTH`. Inner nodes that are no classes get 0.
 
         ``known`` are the ids of all other nodes. ValueError: a class has no vector, or the model has label attention.
         """
@@ -313,24 +312,21 @@ class HierarchicalHeads(nn.Module):
             raise ValueError("no class of the taxonomy is known: new classes need known ones beside them")
         if missing := [tree.labels[node] for node in new if node < num_classes and node not in vectors]:
             raise ValueError(f"a vector is missing for {list_names(missing)}")
-        center = self.center if center is None else center
-        center = torch.zeros_like(self.weight[0]) if center is None else center.to(self.weight)
         self.weight[new], self.bias[new] = 0, 0
         # weights and bias of each node as the log-odds of a leaf read them, with those of its ancestors
         own = torch.cat([self.weight, self.bias[:, None]], 1)
         above = self.decisions.of_parents(self.decisions.passed_down(own.T)).T
         total = own + above
         kept = total[[node for node in range(num_classes) if node in known], :-1]
-        length = (kept - kept.mean(0)).square().sum(1).mean().sqrt()
+        length = NEW_LENGTH * (kept - kept.mean(0)).square().sum(1).mean().sqrt()
         for parent in {tree.parents[node] for node in new}:
             relatives = self.decisions.relatives(parent, known)
             level = total[relatives].mean(0)
             if relatives[0] >= num_classes:  # a divided leaf: its parts share its probability
                 level[-1] -= math.log(len(tree.leaves_at_or_below[relatives[0]]))
             for node in (child for child in tree.children(parent) if child in vectors and child not in known):
-                direction = length * nn.functional.normalize(vectors[node].to(center) - center, dim=0)
-                head = level + torch.cat([direction, -(direction @ center)[None]]) - above[node]
-                self.weight[node], self.bias[node] = head[:-1], head[-1]
+                self.weight[node], self.bias[node] = (level - above[node])[:-1], (level - above[node])[-1]
+                self.weight[node] += length * nn.functional.normalize(vectors[node].to(self.weight), dim=0)
 
     def forward(
         self, vectors: Tensor | Tokens, input_ids: Tensor | None = None, attention_mask: Tensor | None = None
@@ -573,7 +569,6 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         self,
         taxonomy: Taxonomy | list | dict,
         vectors: Mapping[str, Tensor] | None = None,
-        center: Tensor | None = None,
         renamed: dict[str, str] | None = None,
     ) -> tuple[list[str], list[str]]:
         """Replace the taxonomy without training: nodes may be added, moved, renamed and removed.
@@ -583,7 +578,7 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         prior and `OpenWorld` are removed, unless nodes are only renamed.
 
         Args:
-            vectors, center: of the new classes, see `HierarchicalHeads.place`. Without them, new heads have random weights.
+            vectors: of the new classes, see `HierarchicalHeads.place`. Without them, new heads have random weights.
             renamed: new names of nodes, by their present labels.
 
         Returns:
@@ -594,13 +589,11 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         known = tree.known_nodes(old, renamed)
         lexical = None if old_heads.lexical is None else old_heads.lexical.state_dict()
         open_world = old_heads.open_world
-        text_mean = old_heads.center if open_world is None else open_world.center.detach()
         self.set_calibration(Calibration())
         self.config.set_taxonomy(tree)
         self.heads = HierarchicalHeads(self.config).to(old_heads.weight.device).train(old_heads.training)
         self._init_weights(self.heads)  # initialize_weights() would draw a new adapter as well
         self.heads.take_over(old_heads, known)
-        self.heads.center = text_mean
         if lexical is not None:
             sources = self.heads.sources(old_heads.decisions, known)
             for name in ("weight", "bias"):
@@ -612,7 +605,7 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         else:
             self.set_calibration(calibration.of_nodes(tree, old, known), lexical)
         if vectors is not None:
-            self.heads.place({tree.id(label): vector for label, vector in vectors.items()}, center, known)
+            self.heads.place({tree.id(label): vector for label, vector in vectors.items()}, known)
         removed = {*range(old.num_nodes)} - {*known.values()}
         new = [label for node, label in enumerate(tree.labels) if node not in known]
         return new, [old.labels[node] for node in sorted(removed)]

@@ -88,8 +88,8 @@ def set_heads(trainer: HierarchicalTrainer, rows: Dataset | None, known: Contain
     """Set the heads of all classes, or of those that are not ``known`` to a checkpoint, without training. Return their labels.
 
     Over an encoder, they are those of `set_prototypes`, or without rows those of `write_name_heads`. In a checkpoint, they are
-    placed among the known ones by `HierarchicalHeads.place`, with such prototypes as vectors. There, m is the checkpoint's
-    `HierarchicalHeads.center`, or 0, because the rows may be those of the new classes alone.
+    placed among the known ones by `HierarchicalHeads.place`, with such prototypes as vectors. There, m is 0, because the rows
+    may be those of the new classes alone.
     """
     tree, heads, classes = trainer.model.config.tree, trainer.model.heads, trainer.model.config.num_labels
     names = list_candidates(tree, classes)[-1]
@@ -99,10 +99,9 @@ def set_heads(trainer: HierarchicalTrainer, rows: Dataset | None, known: Contain
         rows = rows.select(sample(rows))
         texts, members = embed_texts(trainer, rows), class_members(trainer, rows)
     if known:
-        mean = torch.zeros_like(phrases[0]) if heads.center is None else heads.center
-        prototypes = mean + add_up_prototypes(phrases, names.weights, texts, members, mean)
+        prototypes = add_up_prototypes(phrases, names.weights, texts, members)
         with as_input_error("cannot add the classes without training"):
-            heads.place({node: prototypes[node] for node in range(classes) if node not in known}, mean, known)
+            heads.place({node: prototypes[node] for node in range(classes) if node not in known}, known)
     elif rows is not None:
         counts = heads.decisions.count_outcomes(node_targets(trainer, rows))
         heads.bias[:] = heads.decisions.initial_biases(counts)
@@ -114,12 +113,10 @@ def set_heads(trainer: HierarchicalTrainer, rows: Dataset | None, known: Contain
     return [label for node, label in enumerate(tree.labels[:classes]) if node not in known]
 
 
-def add_up_prototypes(phrases: Tensor, weights: list[float], texts: Tensor, members: Tensor, mean: Tensor) -> Tensor:
-    """Return prototypes as of `set_prototypes`, (C, H), from embeddings of phrases (C, H) and texts (B, H), and a given mean (H,)."""
-    offsets = texts - mean
-    if len(texts):
-        offsets = offsets / offsets.square().sum(1).mean().sqrt()
-    return sum_prototypes(members, offsets, weights, normalize(phrases - phrases.mean(0)))
+def add_up_prototypes(phrases: Tensor, weights: list[float], texts: Tensor, members: Tensor) -> Tensor:
+    """Return prototypes as of `set_prototypes`, (C, H), from embeddings of phrases (C, H) and texts (B, H), with a mean text of 0."""
+    rms_length = texts.square().sum(1).mean().sqrt() if len(texts) else 1.0
+    return sum_prototypes(members, texts / rms_length, weights, normalize(phrases - phrases.mean(0)))
 
 
 def write_name_heads(heads: HierarchicalHeads, phrases: Tensor) -> None:
