@@ -159,7 +159,7 @@ def zero(task: Task, arguments: Any) -> list[dict]:
         cosines = normalize(texts) @ normalize(phrases).T
         results.append({**facts, "method": "cosine", **scores(labels, cosines.argmax(1))})
         write_name_heads(model.heads, phrases)
-        log_probs = model.heads.decisions(model.heads(texts))[1]
+        log_probs = model.heads.decisions(model.heads(texts)[0])[1]
         log_loss = f"{-log_probs[np.arange(len(labels)), labels].mean():.2f}"
         results.append({**facts, "method": "heads", **scores(labels, log_probs.argmax(1)), "log_loss": log_loss})
         centred = (texts - unlabelled.mean(0)) @ normalize(phrases - phrases.mean(0)).T
@@ -236,7 +236,7 @@ def added(task: Task, arguments: Any) -> list[dict]:
         results.append({"rows": count, **pd.DataFrame(runs).mean().to_dict()})
     columns = [("rows", "{rows}"), ("new leaves' F1", "{new_f1:.1%}")]
     columns += [("other leaves' F1", "{old_f1:.1%}"), ("accuracy", "{accuracy:.1%}")]
-    print_rows(results, columns, left=2)
+    print_rows(results, columns)
     return results
 
 
