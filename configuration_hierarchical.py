@@ -190,8 +190,6 @@ class HierarchicalConfig(PretrainedConfig):
         self.pooling = pooling
         self.head_dropout, self.initializer_range = head_dropout, initializer_range
         self.calibration = read_calibration(calibration)
-        if (lexical_vocab_size is None) != (self.calibration.lexical_weight is None):
-            raise ValueError("lexical_vocab_size and the calibration's lexical_weight must be given together")
         if open_world is not None and (type(open_world) is not int or open_world < 0):
             raise ValueError(f"open_world must be a number of references, not {open_world!r}")
         self.lexical_vocab_size, self.open_world = lexical_vocab_size, open_world
@@ -211,6 +209,8 @@ class HierarchicalConfig(PretrainedConfig):
         super().__init__(problem_type=problem_type, **kwargs)
         self.set_taxonomy(tree)
         self.calibration.check(tree.num_nodes, len(self.id2label))
+        if (lexical_vocab_size is None) != (self.calibration.lexical_weight is None):
+            raise ValueError("lexical_vocab_size and the calibration's lexical_weight must be given together")
         given = {int(i): to_nfc(label) for i, label in given.items()} if isinstance(given, dict) else given
         if given not in (None, self.id2label) or number not in (None, len(self.id2label)):
             problem = "id2label is not the list of the taxonomy's classes, or num_labels not their number"

@@ -409,18 +409,29 @@ def _restored() -> Iterator[None]:
     os.environ.update(environment)
 
 
-@pytest.fixture(scope="session")
-def space(clear_checkpoint, tmp_path_factory) -> Iterator:
-    """Serve the Space with a single-path checkpoint, without p-values: the texts of its tests are unlike the training texts."""
-    from space_server import SpaceServer
-
-    folder = shutil.copytree(clear_checkpoint, tmp_path_factory.mktemp("plain") / "results")
+def without_p_values(checkpoint: str, folder: Path) -> str:
+    """Copy a checkpoint without what p-values need: texts of tests are unlike the few training texts."""
+    shutil.copytree(checkpoint, folder)
     config, heads = json.loads((folder / "config.json").read_text()), load_file(folder / "heads.safetensors")
     config.pop("open_world")
     (folder / "config.json").write_text(json.dumps(config))
     kept = {name: weight for name, weight in heads.items() if not name.startswith("open_world.")}
     save_file(kept, folder / "heads.safetensors", {"format": "pt"})
-    with SpaceServer(str(folder), tmp_path_factory.mktemp("space")) as started:
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def plain_checkpoint(clear_checkpoint, tmp_path_factory) -> str:
+    """Return the folder of a single-path checkpoint without p-values."""
+    return without_p_values(clear_checkpoint, tmp_path_factory.mktemp("plain") / "results")
+
+
+@pytest.fixture(scope="session")
+def space(plain_checkpoint, tmp_path_factory) -> Iterator:
+    """Serve the Space with a single-path checkpoint, without p-values."""
+    from space_server import SpaceServer
+
+    with SpaceServer(plain_checkpoint, tmp_path_factory.mktemp("space")) as started:
         yield started
 
 
@@ -435,10 +446,11 @@ def labels_space(labels_checkpoint, tmp_path_factory) -> Iterator:
 
 @pytest.fixture(scope="session")
 def long_space(long_checkpoint, tmp_path_factory) -> Iterator:
-    """Serve the Space with a checkpoint for long texts."""
+    """Serve the Space with a checkpoint for long texts, without p-values."""
     from space_server import SpaceServer
 
-    with SpaceServer(long_checkpoint, tmp_path_factory.mktemp("space")) as started:
+    folder = without_p_values(long_checkpoint, tmp_path_factory.mktemp("plain") / "results")
+    with SpaceServer(folder, tmp_path_factory.mktemp("space")) as started:
         yield started
 
 

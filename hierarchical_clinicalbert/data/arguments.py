@@ -24,7 +24,7 @@ class DataArguments:
     dataset_revision: str | None = flag(None, "Commit, tag or branch of the data set.")
     data_path: str | None = flag(
         None,
-        "File to split (.csv .tsv .json .jsonl .parquet .xlsx), folder of .txt files, or folder saved by `datasets`.",
+        "File to split, folder of .txt files, or folder saved by `datasets`.",
     )
     train_file: str | None = flag(None, "File with the training rows.")
     validation_file: str | None = flag(None, "File with the rows that select the checkpoint and calibrate it.")
@@ -33,7 +33,7 @@ class DataArguments:
     text_column: str | None = flag(None, "Column with the texts. Default: chosen by its name.")
     label_column: list[str] | None = flag(None, "Column of the labels, or one per level, or one of 0 and 1 per label.")
     problem_type: Literal["single_label_classification", "multi_label_classification"] | None = flag(
-        None, "Whether a text has one label or any number. Default: any number if the column holds lists."
+        None, "Labels of a text. Default: any number if the column holds lists."
     )
     label_delimiter: str | None = flag(None, "Delimiter between the labels of one text, such as ';'.")
     taxonomy: str | None = flag(
@@ -41,9 +41,7 @@ class DataArguments:
         "Nested .yaml or .json, or .csv with columns parent and child. Default: the checkpoint's; for an encoder the "
         "Medical Abstracts taxonomy if it has all labels, else built from the labels' paths.",
     )
-    renamed_nodes: str | None = flag(
-        None, "New names of the checkpoint's nodes: table with columns code and name, or JSON object."
-    )
+    renamed_nodes: str | None = flag(None, "New names of the checkpoint's nodes: like --class_names.")
     label_separator: str | None = flag(
         None, "Separator between the names in the path of a label. Default: the checkpoint's, for an encoder '/'."
     )
@@ -54,9 +52,9 @@ class DataArguments:
         "Default: 512 or the window, or the limit of the checkpoint to score.",
     )
     validation_size: float | None = flag(
-        None, f"Share of the training texts for validation, if no validation rows are given. Default: {SHARE}."
+        None, f"Share of texts for validation, if no rows are given. Default: {SHARE}."
     )
     test_size: float | None = flag(
         None, f"Share of the texts to use as test rows, if one source is split. Default: {SHARE}."
     )
-    label_issues: bool = flag(False, "Before training, list the training rows whose labels may be wrong.")
+    label_issues: bool = flag(False, "List the training rows whose labels may be wrong.")

@@ -29,7 +29,7 @@ class Summary:
         if open_world is not None:
             self.training = dict(zip([*labels, None], open_world.shares.tolist(), strict=True))
             self.num_references = int(open_world.counts[-1])
-        self.ranks = np.zeros(self.num_references + 2, dtype=np.int64)  # how many p-values are k / (num_references + 1)
+        self.ranks = [0] * (self.num_references + 2)  # how many p-values are k / (num_references + 1)
 
     def add(self, lines: list[str]) -> None:
         """Count rows or tasks, given as lines of JSON. A text with several labels counts as an equal part of each."""
@@ -52,7 +52,9 @@ class Summary:
         content: dict[str, Any] = {"rows": self.num_rows, "truncated": counted(self.num_truncated)}
         if self.num_references:
             p_values = np.arange(len(self.ranks)) / (self.num_references + 1)
-            content["strange"] = {"novelty": self.novelty} | counted(self.ranks[p_values <= self.novelty].sum())
+            content["strange"] = {"novelty": self.novelty} | counted(
+                np.array(self.ranks)[p_values <= self.novelty].sum()
+            )
             content["kolmogorov_smirnov"] = self.kolmogorov_smirnov()
         shares = {label: count / max(1, self.num_rows) for label, count in self.classes.items()}
         if not self.training:
@@ -73,7 +75,7 @@ class Summary:
         The p-values hold the ranks of the texts among the validation texts, which is all that the test reads.
         """
         n, m = self.num_references, self.num_rows
-        at_most = self.ranks.cumsum() / max(1, m)  # the share of p-values up to k / (n + 1)
+        at_most = np.cumsum(self.ranks) / max(1, m)  # the share of p-values up to k / (n + 1)
         of_validation = np.arange(n + 1) / n
         statistic = max(np.abs(at_most[:-1] - of_validation).max(), np.abs(at_most[1:] - of_validation).max())
         p_value = float(kolmogorov(statistic * np.sqrt(n * m / (n + m))))

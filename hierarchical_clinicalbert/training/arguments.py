@@ -41,7 +41,7 @@ class ModelArguments:
     model_name_or_path: str = flag(DEFAULT_ENCODER, "Encoder, or checkpoint to continue: a Hub id or a folder.")
     model_revision: str | None = flag(None, "Commit, tag or branch on the Hub. The checkpoint records the commit.")
     quantization: Literal["none", "8bit", "4bit"] | None = flag(
-        None, "Precision of the frozen weights. Default: 4bit if an adapter is trained, else none."
+        None, "Precision of the frozen weights. Default: 4bit with an adapter, else none."
     )
     tuning: Literal["lora", "full"] = flag("lora", "lora trains an adapter and the heads, full trains every weight.")
     lora_r: int = flag(16, "Rank of the adapter.")
@@ -55,7 +55,7 @@ class ModelArguments:
     heads_init: Literal["prototypes", "random"] | None = flag(
         None, f"Initial heads. Default: prototypes, from texts and class names, below {FEW_ROWS} rows per class."
     )
-    contrastive_steps: int = flag(0, "Steps of supervised contrastive training, before new heads are initialised.")
+    contrastive_steps: int = flag(0, "Steps of contrastive training, before heads are initialised.")
     lexical_head: bool | None = flag(None, "Add a linear classifier over the tokens. Default: true up to 2^24 weights.")
 
 
@@ -69,7 +69,7 @@ class LossArguments:
     class_weighting: Literal["none", "balanced"] = flag(
         "none", "balanced: more weight for the rarer outcomes of each decision."
     )
-    consistency: float = flag(0.0, "Weight of the consistency loss between two views of each text. 0: whole texts.")
+    consistency: float = flag(0.0, "Weight of the loss between two views of a text. 0: whole texts.")
 
 
 @dataclass
@@ -84,9 +84,7 @@ class HierarchicalTrainingArguments(TrainingArguments):
     do_train: bool | None = flag(None, "Train. Default: yes, unless --do_eval or --do_predict is given.")
     do_eval: bool | None = flag(None, "Score the validation rows at the end; calibrate after training. Default: yes.")
     do_predict: bool | None = flag(None, "Score the test rows. Default: yes.")
-    num_train_epochs: float = flag(
-        5.0, "Number of passes over the training rows. 0: new heads are set without training."
-    )
+    num_train_epochs: float = flag(5.0, "Passes over the training rows. 0: new heads, no training.")
     per_device_train_batch_size: int = flag(16, "Texts per device and step.")
     per_device_eval_batch_size: int = flag(32, "Texts per device and step in evaluation.")
     learning_rate: float = flag(6e-4, "Peak learning rate of the encoder or its adapter.")
@@ -115,7 +113,7 @@ class HierarchicalTrainingArguments(TrainingArguments):
     medical: bool | None = flag(None, "Warn against use for diagnosis. Default: with the default taxonomy.")
     project: str | None = flag(None, "Project that trackio logs to. Default: the name of --output_dir.")
     run_name: str | None = flag(None, "Name of the run in these services. Default: the name of --output_dir.")
-    logging_steps: float = flag(10, "Number of steps between log lines, or, below 1, their share of all steps.")
+    logging_steps: float = flag(10, "Steps between log lines, or, below 1, their share of all.")
     remove_unused_columns: bool = flag(False, argparse.SUPPRESS)
     bf16: bool | None = flag(None, "bfloat16 autocast. Default: as given to accelerate launch, else true if native.")
 

@@ -51,6 +51,7 @@ def train_contrastively(trainer: HierarchicalTrainer, inputs: list[list[int]], m
 
     # ── Steps ────────────────────────────────────────────────────────────────────────────────────────────────────────
     model.train()
+    logger.info("contrastive steps: %d", steps)
     silent = args.disable_tqdm or not trainer.is_world_process_zero()
     for _ in tqdm(range(steps), desc="contrastive steps", disable=silent):
         if trainer.sigterm and trainer.sigterm.requested:

@@ -487,7 +487,10 @@ def test_carriage_returns_in_ids_do_not_shift_the_rows_of_a_csv_file(checkpoint,
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ("caf\xe9 au lait", "give --encoding cp1252; all: {errors}): correct the encoding; then --overwrite"),
+        (
+            "caf\xe9 au lait",
+            "not UTF-8 text but fits cp1252: save it as UTF-8, or give --encoding cp1252; all: {errors}): correct the encoding; then --overwrite",
+        ),
         (" ", "the text is empty; all: {errors}): correct it, or give another --text_column; then --overwrite"),
     ],
 )

@@ -12,7 +12,7 @@ from transformers import pipeline
 
 TEXTS = ("Outcomes of epilepsy after hypertension.", "Fever and dementia", "We report on the weather.")
 FORMS = {
-    "one path": ("space", "clear_checkpoint", "coverage"),
+    "one path": ("space", "plain_checkpoint", "coverage"),
     "several labels": ("labels_space", "labels_checkpoint", "recall"),
 }
 

@@ -68,7 +68,7 @@ def test_weights_are_the_integral_of_the_gradient_word_by_word(kind, request, te
         states, _ = model.encode(None, masks, x)
         with monkeypatch.context() as patched:
             patched.setattr(head, "forward", lambda ids, mask, s=s: s @ head.weight.T + head.bias)
-            scores = model.heads(states if model.heads.query is not None else model.pool(states), ids, mask)
+            scores, _ = model.heads(states if model.heads.query is not None else model.pool(states), ids, mask)
             log_probs, logits = model.heads.decisions(scores)
             values = logits if model.config.is_multi_label else log_probs.exp()
         step = torch.where((part == 0) | (part == 1), 0.5, 1.0) / steps

@@ -1,5 +1,6 @@
 """Test contrastive steps before prototypes: the loss against a manual calculation, and the effect on unseen texts."""
 
+import json
 import signal
 
 import numpy as np
@@ -85,7 +86,12 @@ def test_log_and_card_say_what_was_done_and_a_resumed_or_continued_run_does_not_
 
 def test_heads_are_initialised_anew_for_another_taxonomy_than_the_checkpoints(tiny_encoder, tmp_path, caplog):
     trainer = trainer_of(tiny_encoder, tmp_path)
-    rows, source = tokenized(trainer), str(copy_checkpoint("self_contained", tmp_path / "other"))
+    rows, folder = tokenized(trainer), copy_checkpoint("self_contained", tmp_path / "other")
+    config = json.loads((folder / "config.json").read_text())
+    kept = ("model_type", "text_config", "encoder_name_or_path", "format_version")
+    config = {name: config[name] for name in kept if name in config} | {"taxonomy": ["other", "classes"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    source = str(folder)
     with caplog.at_level("INFO"):
         assert initialise_heads(trainer, rows, ModelArguments(source, contrastive_steps=2)) == "prototypes"
         assert "contrastive learning: 2 steps" in caplog.text
