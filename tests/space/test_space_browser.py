@@ -319,8 +319,8 @@ def test_the_last_words_of_a_text_of_many_windows_decide_and_are_explained(chrom
         page.classify(long_texts[label])
         assert page.text("#result .class") == label
         assert "The whole text was read" in page.text("#result")
+    page.until(lambda: label in page.text("#words h3"), 120)
     weights = page.weights()
-    assert label in page.text("#words h3")
     assert max(weights, key=weights.get) in CLEAR[label]
 
 
