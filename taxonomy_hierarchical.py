@@ -188,6 +188,7 @@ class Taxonomy:
         """Return the id in an earlier taxonomy of each node that it has, by the node's id.
 
         It is the node with the same path. Without one, it is the node that moved: the only one of this name in both taxonomies.
+        Taxonomies without a path in common have no node in common.
         ``renamed`` are the new names of earlier nodes, by label. TaxonomyError: there is no such node, or name.
         """
         names = list(old.names)
@@ -199,6 +200,8 @@ class Taxonomy:
             names[old.id(label)] = name
         path_of = {node: tuple(names[parent] for parent in old.path(node)) for node in range(old.num_nodes)}
         known = {self.node_of_path[path]: node for node, path in path_of.items() if path in self.node_of_path}
+        if not known:
+            return {}
         uses = Counter(self.names), Counter(names)
         moved = {name: node for node, name in enumerate(names) if all(count[name] == 1 for count in uses)}
         return {node: moved[name] for node, name in enumerate(self.names) if name in moved} | known
