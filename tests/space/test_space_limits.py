@@ -146,8 +146,8 @@ def test_what_was_sent_is_not_kept_in_memory(space):
             assert "at most 20,000 are accepted" in answer.text
         return space.memory()
 
-    before = memory_after(10)
-    assert memory_after(60) - before < 60 * MEGABYTE
+    before, sent = memory_after(10), 60 * 3 * MEGABYTE
+    assert memory_after(60) - before < sent / 2  # the heap's own growth varies by some 30 MB from run to run
 
 
 # ── How much ─────────────────────────────────────────────────────────────────────────────────────────────────────────
