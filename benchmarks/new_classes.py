@@ -13,7 +13,7 @@ The parts:
   all test rows, also after training anew on all rows, and the macro-F1 of the other leaves on their own test rows, before and after.
 
 ``--split train`` scores training rows instead, for choices: in "zero" all of them, in "added" the validation rows of the trained
-model, and the rows of the new leaves that are not drawn. Finished runs and vectors stay in ``--runs``, so an interrupted benchmark
+model, and the rows of the new leaves that are not drawn, which weigh less, so that the mix is that of the training file. Finished runs and vectors stay in ``--runs``, so an interrupted benchmark
 continues.
 """
 
@@ -194,12 +194,14 @@ def added(task: Task, arguments: Any) -> list[dict]:
     train_vectors = encoder.vectors([*train["text"]], "known-train")
     is_new = train["label"].isin(task.new).to_numpy()
     new = [tree.id(task.names[label]) for label in task.new]
+    share = 1.0  # of the rows of the other leaves that are scored
     if arguments.split == "test":
         scored, vectors = task.rows["test"], encoder.vectors([*task.rows["test"]["text"]], "known-test")
     else:
         held_out = pd.read_csv(folder / "validation_predictions.csv")["row"]  # rows of the known leaves' file
         chosen = np.concatenate([np.flatnonzero(~is_new)[held_out], np.flatnonzero(is_new)])
         scored, vectors = train.iloc[chosen], train_vectors[chosen]
+        share = len(held_out) / (~is_new).sum()
     texts, labels = [*scored["text"]], task.nodes(scored)
     others = sorted({*range(tree.num_leaves)} - {*new})
 
@@ -209,11 +211,12 @@ def added(task: Task, arguments: Any) -> list[dict]:
 
     def measure(found: np.ndarray, drawn: pd.Index = train.index[:0]) -> dict[str, float]:
         kept = ~scored.index.isin(drawn) if arguments.split == "train" else np.full(len(scored), True)
-        old = kept & ~np.isin(labels, new)
+        old, weights = kept & ~np.isin(labels, new), np.where(np.isin(labels, new), share, 1.0)[kept]
+        pair = labels[kept], found[kept]
         return {
-            "new_f1": f1_score(labels[kept], found[kept], labels=new, average="macro"),
+            "new_f1": f1_score(*pair, labels=new, average="macro", sample_weight=weights),
             "old_f1": f1_score(labels[old], found[old], labels=others, average="macro", zero_division=0),
-            "accuracy": accuracy_score(labels[kept], found[kept]),
+            "accuracy": accuracy_score(*pair, sample_weight=weights),
         }
 
     results: list[dict] = [{"rows": "before", **measure(before)}]

@@ -99,7 +99,7 @@ def test_a_new_head_is_the_one_worked_by_hand():
     vector = np.random.default_rng(0).normal(size=32)
     mean = np.mean([*weights.values()], 0)
     length = np.sqrt(np.mean([np.sum((weight - mean) ** 2) for weight in weights.values()]))
-    direction = 1.75 * length * unit(vector)
+    direction = 1.5 * length * unit(vector)
     weights["new"] = (weights["c"] + weights["d"]) / 2 + direction
     biases["new"] = (biases["c"] + biases["d"]) / 2
     nested = {"a": {"b": ["c", "d", "new"], "e": None}, "f": ["g", "h"], "i": None}
