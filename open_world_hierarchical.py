@@ -56,7 +56,7 @@ class OpenWorld(nn.Module):
         center: mean of the training texts' vectors, (H,).
         whitening: turns vectors minus ``center`` into vectors whose covariance within the classes is the identity, (H, H).
         means: whitened means of the classes, (N + 1, H). A class is a node with the texts that have no label below it. The last
-            class is of texts without a label. Beyond `FULL_PRECISION`, this and the former are in half precision.
+            class is of texts without a label. Beyond `FULL_PRECISION`, ``whitening`` and ``means`` are in half precision.
         shares: share of the training texts in each class, (N + 1,).
         energy_weight: factor of the energy, (1,).
         references: strangeness of validation texts in ascending order, for one test after the other, (num_references,).
@@ -178,9 +178,8 @@ def estimate_prior(decisions: Decisions, calibration: Calibration, probabilities
 
     # ── Is there a shift? ────────────────────────────────────────────────────────────────────────────────────────────
     gaps = (probabilities.double().mean(0) - fitted).abs()
-    noise = (
-        fitted * (1 - fitted) * (1 / num_texts + 1 / num_fitted)
-    ).sqrt()  # at most: probabilities vary less than labels
+    # an upper bound, because probabilities vary less than labels
+    noise = (fitted * (1 - fitted) * (1 / num_texts + 1 / num_fitted)).sqrt()
     if (gaps <= NormalDist().inv_cdf(1 - SIGNIFICANCE / (2 * len(fitted))) * noise).all():
         return fitted
 

@@ -35,14 +35,8 @@ if TYPE_CHECKING:
 
 # flags that change no prediction for a text, or that the model's description covers
 WITHOUT_EFFECT = {
-    "revision",
-    "input",
-    "encoding",
-    "output",
-    "overwrite",
-    "ray",
-    "ray_cpus_per_actor",
-    "ray_gpus_per_actor",
+    *("revision", "input", "encoding", "output", "overwrite"),
+    *("ray", "ray_cpus_per_actor", "ray_gpus_per_actor"),
 }
 
 

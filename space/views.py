@@ -373,7 +373,9 @@ def table_row(tree: Any, record: dict[str, Any]) -> dict[str, Any]:
         "line": record["line"],
         "text": f"<span class='start'>{name_html(record['text'])}</span>",
         "prediction": strange + (" ".join(chip(tree, *pair) for pair in pairs) or "no label"),
-        "set": f"<details><summary>{len(held):,} nodes</summary>{chips}</details>" if held else "–",
+        "set": f"<details><summary>{len(held):,} node{'s' * (len(held) > 1)}</summary>{chips}</details>"
+        if held
+        else "–",
     }
 
 

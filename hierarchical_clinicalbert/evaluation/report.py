@@ -212,8 +212,9 @@ def headline(form: Form, metrics: dict[str, float], num_rows: dict[str, int]) ->
     scores, share = by_split[split], share_format(num_rows[split])
     sentence = form.headline(scores, f"{num_rows[split]:,} {split} texts", share)
     if "set_nodes" in scores:
-        guarantee, nodes = form.decisions.guarantee, f"{scores['set_nodes']:.1f} nodes"
-        sentence += f"; sets for a {guarantee} of {share_format(0)(MEASURED_TARGET)} hold {nodes}, and reach {share(scores[f'set_{guarantee}'])}"
+        guarantee = form.decisions.guarantee
+        target, reached = share_format(0)(MEASURED_TARGET), share(scores[f"set_{guarantee}"])
+        sentence += f"; sets for a {guarantee} of {target} hold {scores['set_nodes']:.1f} nodes, and reach {reached}"
         if "set_worst_band" in scores:
             sentence += f", {share(scores['set_worst_band'])} in the worst band of confidence"
     return sentence
