@@ -36,6 +36,7 @@ except ImportError:  # as a top-level module of the repository, not as remote co
     from decisions_hierarchical import Decisions
     from taxonomy_hierarchical import Taxonomy, quote_name
 
+NOVELTY = 0.05  # the p-value up to which a text, or a node of its path, is unknown
 FULL_PRECISION = 2**20  # numbers: 500 classes at BERT's base size
 MAX_STEPS = 1000  # of the EM algorithm
 TOLERANCE = 1e-6  # largest change of a frequency in its last step

@@ -38,12 +38,12 @@ from transformers.utils import logging
 try:
     from .checkpoint_hierarchical import check_tokenizer, position_limit
     from .decisions_hierarchical import build_decisions
-    from .open_world_hierarchical import NoveltyTests, estimate_prior, fitted_prior, read_prior
+    from .open_world_hierarchical import NOVELTY, NoveltyTests, estimate_prior, fitted_prior, read_prior
     from .taxonomy_hierarchical import quote_name
 except ImportError:  # as a top-level module of the repository, not as remote code of a checkpoint
     from checkpoint_hierarchical import check_tokenizer, position_limit
     from decisions_hierarchical import build_decisions
-    from open_world_hierarchical import NoveltyTests, estimate_prior, fitted_prior, read_prior
+    from open_world_hierarchical import NOVELTY, NoveltyTests, estimate_prior, fitted_prior, read_prior
     from taxonomy_hierarchical import quote_name
 
 logger = logging.get_logger(__name__)
@@ -427,7 +427,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         top_k: int | None = None,
         prediction_set: list[int] | None = None,
         levels: bool = False,
-        novelty: float = 0.05,
+        novelty: float = NOVELTY,
     ) -> dict[str, Any]:
         """Build a result from the probabilities of all nodes, the predicted nodes, the numbers of tokens, and the strangeness."""
         tree, tests = self.tree, self.novelty_tests

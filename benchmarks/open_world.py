@@ -40,8 +40,7 @@ from sklearn.covariance import ledoit_wolf
 from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import normalize
 
-from hierarchical_clinicalbert.evaluation.open_world import MEASURED_NOVELTY
-from open_world_hierarchical import NoveltyTests
+from open_world_hierarchical import NOVELTY, NoveltyTests
 
 TEXTS = harness.ROOT / "benchmarks" / "strange_texts.txt"
 NEAREST, BATCH = 10, 64
@@ -136,7 +135,7 @@ def read_texts(file: Path) -> pd.DataFrame:
 def separation(known: np.ndarray, unknown: np.ndarray) -> dict[str, float]:
     """Return the AUROC, and the share of unknown texts above 95 % of the known ones, from scores of both."""
     labels = np.r_[np.zeros(len(known)), np.ones(len(unknown))]
-    threshold = np.quantile(known, 1 - MEASURED_NOVELTY)
+    threshold = np.quantile(known, 1 - NOVELTY)
     return {"auroc": roc_auc_score(labels, np.r_[known, unknown]), "found": float((unknown > threshold).mean())}
 
 
@@ -171,7 +170,7 @@ def compare(classify: Any, training: list[str], known: list[str], unknown: list[
     ]
     tests = NoveltyTests(classify.model.heads.open_world)
     for row, name in (("found_by_p_value", "unknown"), ("false_alarms", "known")):
-        rows[-1][row] = float((p_values(tests, outputs[name]) <= MEASURED_NOVELTY).mean())
+        rows[-1][row] = float((p_values(tests, outputs[name]) <= NOVELTY).mean())
     return rows
 
 
@@ -262,7 +261,7 @@ def print_scores(rows: list[dict], columns: list[tuple[str, str]]) -> None:
     for row in rows:
         if "found_by_p_value" in row:
             shown = f"{row['found_by_p_value']:.1%} of the unknown and {row['false_alarms']:.1%} of the known texts"
-            print(f"\nAt p ≤ {MEASURED_NOVELTY}: {shown}")
+            print(f"\nAt p ≤ {NOVELTY}: {shown}")
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ MAX_WAITING = 100  # requests; to more, gradio replies "Queue is full! Please tr
 START_TARGET = 0.9  # of the guarantee
 UNCALIBRATED = "no: trained without validation rows"
 SHOWN_WORDS = 4  # of an example on its button
-MEDICAL_EXAMPLES = [  # where the publisher gives none; the second one is truly ambiguous
+MEDICAL_EXAMPLES = [  # where the publisher gives none; a model is less sure of the second one
     "Whether mesalamine keeps ulcerative colitis quiet after a first attack was asked in 148 outpatients. All "
     "underwent colonoscopy with biopsy at entry and after one year. Mucosal inflammation returned in 31 % under treatment "
     "and in 58 % under placebo. Two patients were withdrawn for an unrelated cardiac arrhythmia. Maintenance treatment "

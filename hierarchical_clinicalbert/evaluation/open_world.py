@@ -11,10 +11,9 @@ import torch
 from scipy.sparse import csr_matrix
 from sklearn.covariance import ledoit_wolf
 
-from open_world_hierarchical import NoveltyTests, OpenWorld
+from open_world_hierarchical import NOVELTY, NoveltyTests, OpenWorld
 from taxonomy_hierarchical import Taxonomy
 
-MEASURED_NOVELTY = 0.05  # of the texts in metrics.json
 MIN_REFERENCES = 19  # of a node's test: with fewer, no p-value could be 0.05
 MAX_REFERENCES = 999  # of a test
 
@@ -110,7 +109,7 @@ def reference_values(open_world: OpenWorld, vectors: np.ndarray, nodes: list[lis
 def measure_novelty(
     open_world: OpenWorld, vectors: np.ndarray, texts: np.ndarray, nodes: list[list[int]]
 ) -> dict[str, float]:
-    """Measure how many texts like the training texts look strange, at `MEASURED_NOVELTY`.
+    """Measure how many texts like the training texts look strange, at `NOVELTY`.
 
     Returns:
         ``strange``: the share of texts whose p-value is at most that. ``unknown``: the share of labels whose path has no known
@@ -120,12 +119,12 @@ def measure_novelty(
     tests, tree = NoveltyTests(open_world), open_world.tree
     rows = open_world(torch.from_numpy(vectors[first])).tolist()
     known: list[tuple[int, Any]] = [
-        (label, tests.known(tree.path(label), row, MEASURED_NOVELTY))
+        (label, tests.known(tree.path(label), row, NOVELTY))
         for row, labelled in zip(rows, merged, strict=True)
         for label in tree.deepest(labelled)
     ]
     shares = {
-        "strange": [tests.p_value(row) <= MEASURED_NOVELTY for row in rows],
+        "strange": [tests.p_value(row) <= NOVELTY for row in rows],
         "unknown": [node is None for _, node in known],
         "known_above": [node not in (None, label) for label, node in known],
     }

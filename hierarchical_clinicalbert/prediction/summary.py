@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 from scipy.special import kolmogorov
 
+from hierarchical_clinicalbert.reading.results import DIGITS
 from open_world_hierarchical import OpenWorld
-
-DIGITS = 6
 
 
 class Summary:
@@ -52,9 +51,8 @@ class Summary:
         content: dict[str, Any] = {"rows": self.num_rows, "truncated": counted(self.num_truncated)}
         if self.num_references:
             p_values = np.arange(len(self.ranks)) / (self.num_references + 1)
-            content["strange"] = {"novelty": self.novelty} | counted(
-                np.array(self.ranks)[p_values <= self.novelty].sum()
-            )
+            num_strange = np.array(self.ranks)[p_values <= self.novelty].sum()
+            content["strange"] = {"novelty": self.novelty} | counted(num_strange)
             content["kolmogorov_smirnov"] = self.kolmogorov_smirnov()
         shares = {label: count / max(1, self.num_rows) for label, count in self.classes.items()}
         if not self.training:
