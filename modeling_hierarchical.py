@@ -51,7 +51,7 @@ if TYPE_CHECKING:  # never runs, but makes transformers fetch the file, which `s
 
 
 TOKENS_AT_ONCE = 4096  # of several windows in one call of the encoder, twice as many in training: they bound its memory
-NEW_LENGTH = 1.5  # of the weights of classes that are added without training, see benchmarks/LOG.md
+NEW_LENGTH = 2.5  # of the weights of classes that are added without training, see benchmarks/LOG.md
 SCORES_AT_ONCE = 2**26  # of label attention: more are computed in chunks of nodes
 
 
@@ -292,15 +292,17 @@ class HierarchicalHeads(nn.Module):
         ]
 
     @torch.no_grad()
-    def place(self, vectors: dict[int, Tensor], known: Container[int]) -> None:
-        """Set the heads of new classes, given by their ids, from a vector of each (H,), without training.
+    def place(self, vectors: Mapping[int, Tensor], known: Container[int], open_world: OpenWorld | None) -> None:
+        """Set the heads of new classes, given by their ids, from the vectors of texts of each, (n, H), without training.
 
-        The vector is the mean of the pooled vectors of the class's texts, or that of a description less the mean of
-        descriptions, or a sum of both. A new head is the mean head of the class's relatives (`Decisions.relatives`), plus a
-        weight along the vector. Its length is the root mean square distance of all known heads from their mean, times
-        `NEW_LENGTH`. Inner nodes that are no classes get 0.
+        A new head is the mean head of the class's relatives (`Decisions.relatives`), plus a weight w that is 0 for a text at the
+        mean μ of the relatives' texts:  w · (v - μ).  Its direction is that of a linear discriminant analysis
+        (`OpenWorld.discriminant`) between μ and the mean of the class's texts, where μ counts as one more text. Its length is
+        `NEW_LENGTH` times that with which such weights would give known classes, at their means, the scores of their heads, on
+        average. Inner nodes that are no classes get 0.
 
-        ``known`` are the ids of all other nodes. ValueError: a class has no vector, or the model has label attention.
+        ``known`` are the ids of all other nodes, and ``open_world`` has the means of their texts. ValueError: it is None, a class
+        has no vectors, or the model has label attention.
         """
         tree, num_classes = self.decisions.tree, self.decisions.num_classes
         new = [node for node in range(self.num_nodes) if node not in known]
@@ -311,22 +313,35 @@ class HierarchicalHeads(nn.Module):
         if not any(node in known for node in range(num_classes)):
             raise ValueError("no class of the taxonomy is known: new classes need known ones beside them")
         if missing := [tree.labels[node] for node in new if node < num_classes and node not in vectors]:
-            raise ValueError(f"a vector is missing for {list_names(missing)}")
+            raise ValueError(f"vectors are missing for {list_names(missing)}")
         self.weight[new], self.bias[new] = 0, 0
+        if not vectors:
+            return
+        if open_world is None:
+            raise ValueError(
+                "the checkpoint stores no class means, for want of validation texts: new classes need training"
+            )
         # weights and bias of each node as the log-odds of a leaf read them, with those of its ancestors
         own = torch.cat([self.weight, self.bias[:, None]], 1)
         above = self.decisions.of_parents(self.decisions.passed_down(own.T)).T
         total = own + above
-        kept = total[[node for node in range(num_classes) if node in known], :-1]
-        length = NEW_LENGTH * (kept - kept.mean(0)).square().sum(1).mean().sqrt()
-        for parent in {tree.parents[node] for node in new}:
+        means, has_texts = open_world.class_means(), open_world.shares > 0
+        fitted = [node for node in range(num_classes) if has_texts[node] and node in known]
+        heads, offsets = (values - values.mean(0) for values in (total[fitted, :-1], means[fitted]))
+        length = NEW_LENGTH * (heads * offsets).sum() / (open_world.discriminant(offsets) * offsets).sum()
+        for parent in {tree.parents[node] for node in vectors}:
             relatives = self.decisions.relatives(parent, known)
             level = total[relatives].mean(0)
             if relatives[0] >= num_classes:  # a divided leaf: its parts share its probability
                 level[-1] -= math.log(len(tree.leaves_at_or_below[relatives[0]]))
-            for node in (child for child in tree.children(parent) if child in vectors and child not in known):
+            center = means[[node for node in relatives if has_texts[node]] or fitted].mean(0)
+            for node in (child for child in tree.children(parent) if child in vectors):
+                texts = torch.atleast_2d(vectors[node]).to(means)
+                offset = (texts - center).sum(0) / (len(texts) + 1)
+                weight = length * open_world.discriminant(offset)
                 self.weight[node], self.bias[node] = (level - above[node])[:-1], (level - above[node])[-1]
-                self.weight[node] += length * nn.functional.normalize(vectors[node].to(self.weight), dim=0)
+                self.weight[node] += weight
+                self.bias[node] -= weight @ center
 
     def forward(
         self, vectors: Tensor | Tokens, input_ids: Tensor | None = None, attention_mask: Tensor | None = None
@@ -575,10 +590,10 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
 
         Known nodes (`Taxonomy.known_nodes`) keep their heads, and their parts of the lexical head and the calibration. In the
         lexical head, a new class gets the mean of its relatives (`Decisions.relatives`). Prediction sets, the stored
-        prior and `OpenWorld` are removed, unless nodes are only renamed.
+        prior and p-values are removed, unless nodes are only renamed.
 
         Args:
-            vectors: of the new classes, see `HierarchicalHeads.place`. Without them, new heads have random weights.
+            vectors: of texts of each new class, (n, H), see `HierarchicalHeads.place`. Without them, new heads have random weights.
             renamed: new names of nodes, by their present labels.
 
         Returns:
@@ -603,9 +618,12 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
                 open_world.tree = tree
             self.set_calibration(calibration, lexical, open_world)
         else:
-            self.set_calibration(calibration.of_nodes(tree, old, known), lexical)
+            open_world = None if open_world is None else open_world.of_nodes(tree, known)
+            self.set_calibration(calibration.of_nodes(tree, old, known), lexical, open_world)
         if vectors is not None:
-            self.heads.place({tree.id(label): vector for label, vector in vectors.items()}, known)
+            self.heads.place(
+                {tree.id(label): vector for label, vector in vectors.items()}, known, self.heads.open_world
+            )
         removed = {*range(old.num_nodes)} - {*known.values()}
         new = [label for node, label in enumerate(tree.labels) if node not in known]
         return new, [old.labels[node] for node in sorted(removed)]

@@ -39,6 +39,7 @@ except ImportError:  # as a top-level module of the repository, not as remote co
 NOVELTY = 0.05  # the p-value up to which a text, or a node of its path, is unknown
 FULL_PRECISION = 2**20  # numbers: 500 classes at BERT's base size
 MAX_STEPS = 1000  # of the EM algorithm
+SHRINKAGE = 2.0  # mean variances that are added to all variances, for the weights of new classes
 TOLERANCE = 1e-6  # largest change of a frequency in its last step
 FITTED_TEXTS = 7.0  # with as many validation texts a class, the fitted prior counts as much as the new texts
 SIGNIFICANCE = 0.05  # of a shift, corrected for the number of classes (Bonferroni)
@@ -98,6 +99,52 @@ class OpenWorld(nn.Module):
             nearest = distances.scatter_reduce(1, parents, nearest[:, :-1], "amin")
         return torch.cat([nearest[:, :-1], nearest[:, -1:] + self.energy_weight * energies], 1)
 
+    @property
+    def has_tests(self) -> bool:
+        """Whether there are references: not on a meta device, nor after the taxonomy has changed."""
+        return not self.counts.is_meta and len(self.references) > 0
+
+    # ── Class means, for classes that are added without training ─────────────────────────────────────────────────────
+
+    @property
+    def variances(self) -> Tensor:
+        """Variances within the classes along the columns of ``whitening``, (H,): each column is a direction over its deviation."""
+        return 1 / self.whitening.float().square().sum(0)
+
+    def class_means(self) -> Tensor:
+        """Return the means of the classes in the space of the texts' vectors, (N + 1, H)."""
+        return (self.means.float() * self.variances) @ self.whitening.float().T + self.center
+
+    def discriminant(self, offsets: Tensor) -> Tensor:
+        """Return the weights of linear discriminants along offsets between means: both (H,), or (K, H).
+
+        These are offsets times the inverse covariance within the classes, regularised by `SHRINKAGE` (Friedman, 1989,
+        "Regularized discriminant analysis").
+        """
+        variances, whitening = self.variances, self.whitening.float()
+        kept = variances / (variances + SHRINKAGE * variances.mean())
+        return (offsets @ whitening * kept) @ whitening.T
+
+    @classmethod
+    def of_means(cls, tree: Taxonomy, means: Tensor) -> "OpenWorld":
+        """Return one without tests, with the given means of the first classes, (C, H), and a covariance of the identity."""
+        num_known, size = means.shape
+        one = cls(tree, size, 0)
+        for name, weight in one.named_parameters():
+            weight.zero_() if name != "whitening" else weight.copy_(torch.eye(size))
+        one.means[:num_known], one.shares[:num_known] = means, 1 / num_known
+        return one.to(means.device)
+
+    def of_nodes(self, tree: Taxonomy, known: Mapping[int, int]) -> "OpenWorld":
+        """Return what is known of the nodes of another taxonomy, where ``known`` gives their ids here, without tests."""
+        other = OpenWorld(tree, len(self.center), 0)
+        state = self.state_dict() | {"references": self.references[:0], "counts": torch.zeros_like(other.counts)}
+        for name in ("means", "shares"):
+            state[name] = torch.zeros_like(getattr(other, name))
+            state[name][[*known, -1]] = getattr(self, name)[[*known.values(), -1]].to(state[name])
+        other.load_state_dict(state)
+        return other
+
 
 class NoveltyTests:
     """The tests of an `OpenWorld`, on lists. In all methods, ``strangeness`` are a text's values in each test, (N + 1,).
@@ -109,6 +156,7 @@ class NoveltyTests:
 
     def __init__(self, open_world: OpenWorld):
         tree, counts = open_world.tree, open_world.counts.tolist()
+        self.num_leaves = tree.num_leaves
         self.references = [values.tolist() for values in open_world.references.cpu().split(counts)]
         self.test_of = [*range(tree.num_nodes + 1)]
         for node in tree.reading_order:  # parents first
@@ -124,13 +172,15 @@ class NoveltyTests:
     def known(self, path: Sequence[int], strangeness: Sequence[float], novelty: float) -> int | None:
         """Return the deepest node of a path whose p-value is above ``novelty``.
 
-        Without one, return the root if the p-value among all texts is above ``novelty``, else None. So for texts like the
-        validation texts, None has a probability of at most ``novelty``.
+        If the p-value among all texts is not, a leaf is unknown: the text may at most be of an unseen child of an inner node.
+        Without a known node, return None for such a text, else the root. So for texts like the validation texts, None has a
+        probability of at most ``novelty``.
         """
+        is_strange = self.p_value(strangeness) <= novelty
         for node in reversed(path):
-            if self.p_value(strangeness, node) > novelty:
+            if self.p_value(strangeness, node) > novelty and not (is_strange and node < self.num_leaves):
                 return node
-        return path[0] if path and self.p_value(strangeness) > novelty else None
+        return path[0] if path and not is_strange else None
 
 
 # ── Other class frequencies ───────────────────────────────────────────────────────────────────────────────────────────

@@ -129,8 +129,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         self.decisions = build_decisions(self.tree, model.config.problem_type)  # on the CPU, where the results are
         open_world = model.heads.open_world
         # offloaded weights cannot be read here
-        has_tests = open_world is not None and not open_world.counts.is_meta
-        self.novelty_tests = NoveltyTests(open_world) if has_tests else None
+        self.novelty_tests = NoveltyTests(open_world) if open_world is not None and open_world.has_tests else None
         super().__init__(model, *args, **kwargs)
         check_tokenizer(self.tokenizer, self.model)
         limit = (

@@ -37,8 +37,8 @@ from hierarchical_clinicalbert.machine import has_bf16
 from hierarchical_clinicalbert.training.arguments import ModelArguments
 from hierarchical_clinicalbert.training.model import build_model
 from hierarchical_clinicalbert.training.prototypes import (
-    add_up_prototypes,
     list_candidates,
+    new_class_vectors,
     write_name_heads,
 )
 from modeling_hierarchical import HierarchicalForSequenceClassification
@@ -232,9 +232,9 @@ def added(task: Task, arguments: Any) -> list[dict]:
             drawn = train[is_new].sample(frac=1, random_state=seed).groupby("label").head(count).index
             members = torch.zeros(len(drawn), tree.num_leaves)
             members[np.arange(len(drawn)), task.nodes(train.loc[drawn])] = 1
-            prototypes = add_up_prototypes(phrases, names.weights, train_vectors[drawn], members)
+            vectors_of = new_class_vectors(known.heads.open_world, new, phrases, train_vectors[drawn], members)
             grown = copy.deepcopy(known)
-            grown.add_nodes(tree, {tree.labels[node]: prototypes[node] for node in new})
+            grown.add_nodes(tree, {tree.labels[node]: values for node, values in vectors_of.items()})
             runs.append(measure(encoder.predict(grown, texts, vectors), drawn))
         results.append({"rows": count, **pd.DataFrame(runs).mean().to_dict()})
     columns = [("rows", "{rows}"), ("new leaves' F1", "{new_f1:.1%}")]

@@ -152,7 +152,7 @@ def measure_sets(form: Form, splits: dict[str, ScoredSplit], calibration: Calibr
 def measure_strange_texts(splits: dict[str, ScoredSplit], open_world: OpenWorld | None) -> dict[str, float]:
     """Measure how strange the test texts look, by `measure_novelty`: ``test_strange`` and others, or nothing."""
     test = splits.get("test")
-    if test is None or test.vectors is None or open_world is None:
+    if test is None or test.vectors is None or open_world is None or not open_world.has_tests:
         return {}
     measured = measure_novelty(open_world, test.vectors, test.texts, test.nodes)
     return {f"test_{name}": share for name, share in measured.items()}

@@ -51,7 +51,7 @@ class RowFormat:
         self.types = {"row": count} if arguments.id_column is None else {"id": text}
         self.types |= {"label": text, "score": number, "path": texts}
         self.types |= {"labels": texts, "scores": numbers, "paths": pyarrow.list_(texts)}
-        if open_world is not None:
+        if open_world is not None and open_world.has_tests:
             self.types |= {"p_value": number, "known": text, "known_labels": texts}
         if (arguments.coverage, arguments.recall) != (None, None):
             self.types["prediction_set"] = texts

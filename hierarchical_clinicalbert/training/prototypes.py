@@ -23,6 +23,7 @@ from hierarchical_clinicalbert.training.arguments import FEW_ROWS, ModelArgument
 from hierarchical_clinicalbert.training.contrastive import train_contrastively
 from hierarchical_clinicalbert.training.trainer import HierarchicalTrainer
 from modeling_hierarchical import HierarchicalHeads
+from open_world_hierarchical import OpenWorld
 from taxonomy_hierarchical import Taxonomy
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 TYPICAL_SCORE = 4.0  # of a text at the typical distance from the mean, in the direction of its class
 NAME_WEIGHT = 4.0  # texts that a class name counts as
 DESCRIPTION_WEIGHT = 16.0  # texts that a name with a description counts as
+PHRASE_TEXTS = 2  # that a phrase of a class counts as, if the class is added to a checkpoint
 NAME_SCORE = 24.0  # of a name for itself, where there are no texts
 MAX_TEXTS = 4096  # that are embedded
 
@@ -88,8 +90,8 @@ def set_heads(trainer: HierarchicalTrainer, rows: Dataset | None, known: Contain
     """Set the heads of all classes, or of those that are not ``known`` to a checkpoint, without training. Return their labels.
 
     Over an encoder, they are those of `set_prototypes`, or without rows those of `write_name_heads`. In a checkpoint, they are
-    placed among the known ones by `HierarchicalHeads.place`, with such prototypes as vectors. There, m is 0, because the rows
-    may be those of the new classes alone.
+    placed among the known ones by `HierarchicalHeads.place`. A phrase counts as `PHRASE_TEXTS` texts there. They lie along u of
+    `set_prototypes`, as far from the mean of all texts as the class means of the checkpoint on average.
     """
     tree, heads, classes = trainer.model.config.tree, trainer.model.heads, trainer.model.config.num_labels
     names = list_candidates(tree, classes)[-1]
@@ -99,9 +101,11 @@ def set_heads(trainer: HierarchicalTrainer, rows: Dataset | None, known: Contain
         rows = rows.select(sample(rows))
         texts, members = embed_texts(trainer, rows), class_members(trainer, rows)
     if known:
-        prototypes = add_up_prototypes(phrases, names.weights, texts, members)
+        new = [node for node in range(classes) if node not in known]
+        # without stored class means, the phrases are the best guess
+        open_world = heads.open_world or OpenWorld.of_means(tree, phrases)
         with as_input_error("cannot add the classes without training"):
-            heads.place({node: prototypes[node] for node in range(classes) if node not in known}, known)
+            heads.place(new_class_vectors(open_world, new, phrases, texts, members), known, open_world)
     elif rows is not None:
         counts = heads.decisions.count_outcomes(node_targets(trainer, rows))
         heads.bias[:] = heads.decisions.initial_biases(counts)
@@ -113,10 +117,14 @@ def set_heads(trainer: HierarchicalTrainer, rows: Dataset | None, known: Contain
     return [label for node, label in enumerate(tree.labels[:classes]) if node not in known]
 
 
-def add_up_prototypes(phrases: Tensor, weights: list[float], texts: Tensor, members: Tensor) -> Tensor:
-    """Return prototypes as of `set_prototypes`, (C, H), from embeddings of phrases (C, H) and texts (B, H), with a mean text of 0."""
-    rms_length = texts.square().sum(1).mean().sqrt() if len(texts) else 1.0
-    return sum_prototypes(members, texts / rms_length, weights, normalize(phrases - phrases.mean(0)))
+def new_class_vectors(
+    open_world: OpenWorld, new: list[int], phrases: Tensor, texts: Tensor, members: Tensor
+) -> dict[int, Tensor]:
+    """Return the vectors of texts of new classes, (n, H) each, with phrases (C, H) as texts. See `set_heads`."""
+    means = open_world.class_means()[open_world.shares > 0]
+    center, directions = means.mean(0), normalize(phrases - phrases.mean(0))
+    places = center + (means - center).norm(dim=1).mean() * directions
+    return {node: torch.cat([places[node].expand(PHRASE_TEXTS, -1), texts[members[:, node] > 0]]) for node in new}
 
 
 def write_name_heads(heads: HierarchicalHeads, phrases: Tensor) -> None:
@@ -186,16 +194,12 @@ def set_prototypes(trainer: HierarchicalTrainer, rows: Dataset, vectors: Tensor,
     heads, classes = trainer.model.heads, trainer.model.config.num_labels
     offsets, mean, rms_distance = standardise(vectors)
     directions = embed_phrases(trainer, names.phrases)
-    prototypes = sum_prototypes(class_members(trainer, rows), offsets, names.weights, directions)
+    name_weights = offsets.new_tensor(names.weights)[:, None]
+    prototypes = normalize(class_members(trainer, rows).T @ offsets + name_weights * directions)
     heads.weight.zero_()
     heads.weight[:classes] = TYPICAL_SCORE / rms_distance * prototypes
     heads.bias[:classes] -= heads.weight[:classes] @ mean
     logger.info("heads are initialised from %s", names.source)
-
-
-def sum_prototypes(members: Tensor, offsets: Tensor, weights: list[float], directions: Tensor) -> Tensor:
-    """Return the prototypes p of `set_prototypes`, (C, H), given u as ``directions`` and k as ``weights``."""
-    return normalize(members.T @ offsets + offsets.new_tensor(weights)[:, None] * directions)
 
 
 def standardise(vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:

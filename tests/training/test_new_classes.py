@@ -1,6 +1,7 @@
 """Test classes that get heads without training: in a model, and from the command line of a user who has no or few rows."""
 
 import copy
+import itertools
 import json
 from pathlib import Path
 
@@ -10,13 +11,16 @@ import torch
 from conftest import CLEAR, clear_rows, read_csv, run, write_csv
 from safetensors.torch import load_file
 from scipy.special import log_softmax
+from sklearn.covariance import LedoitWolf
 from transformers import AutoModel, AutoTokenizer, pipeline
 
 import train
 from configuration_hierarchical import MULTI_LABEL, SINGLE_LABEL, Calibration, HierarchicalConfig
 from hierarchical_clinicalbert.errors import InputError
+from hierarchical_clinicalbert.evaluation.open_world import fit_open_world
 from modeling_hierarchical import HierarchicalForSequenceClassification
-from taxonomy_hierarchical import TaxonomyError
+from open_world_hierarchical import OpenWorld
+from taxonomy_hierarchical import Taxonomy, TaxonomyError
 
 TREE = {"a": {"b": ["c", "d"], "e": None}, "f": ["g", "h"], "i": None}
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
@@ -35,8 +39,20 @@ def model_of(problem_type: str = SINGLE_LABEL, calibrated: bool = True) -> Hiera
         biases = torch.randn(tree.num_nodes).tolist()
         thresholds = [0.3] * tree.num_nodes if problem_type == MULTI_LABEL else None
         lexical = {"idf": torch.rand(64), "weight": torch.randn(classes, 64), "bias": torch.randn(classes)}
-        model.set_calibration(Calibration(0.7, scales, biases, thresholds, [0.2] * 99, 64, 50), lexical)
+        model.set_calibration(
+            Calibration(0.7, scales, biases, thresholds, [0.2] * 99, 64, 50), lexical, known_texts()[0]
+        )
     return model
+
+
+def known_texts() -> tuple[OpenWorld, np.ndarray, np.ndarray]:
+    """Draw training texts of each leaf. Return what a checkpoint stores of them, their vectors, and their leaves."""
+    tree, generator = Taxonomy(TREE), np.random.default_rng(0)
+    leaves = np.arange(200) % tree.num_leaves
+    places, spread = generator.normal(size=(tree.num_leaves, 32)), np.linspace(0.2, 2, 32)
+    vectors = (places[leaves] + spread * generator.normal(size=(200, 32))).astype(np.float32)
+    nodes = leaves[:, None].tolist()
+    return fit_open_world(tree, vectors, nodes, np.c_[vectors, np.zeros(200, np.float32)], nodes), vectors, leaves
 
 
 def outputs(model: HierarchicalForSequenceClassification) -> dict[str, dict[str, np.ndarray]]:
@@ -70,7 +86,7 @@ def test_a_new_leaf_changes_known_nodes_only_by_its_share():
     model = model_of()
     before, grown = outputs(model), copy.deepcopy(model)
     nested = {"a": {"b": ["new", "d", "c"], "e": None}, "f": ["g", "h"], "i": None}  # ids change
-    assert grown.add_nodes(nested, {"new": torch.randn(32)}) == (["new"], [])
+    assert grown.add_nodes(nested, {"new": torch.randn(3, 32)}) == (["new"], [])
     after, tree = outputs(grown), grown.config.tree
     for label in ("c", "d", "e", "g", "h", "f", "i"):
         np.testing.assert_allclose(after["score"][label], before["score"][label], atol=1e-4)
@@ -93,17 +109,31 @@ def test_a_new_leaf_changes_known_nodes_only_by_its_share():
 
 
 def test_a_new_head_is_the_one_worked_by_hand():
-    """Compare the leaf probabilities with a flat softmax in NumPy, where the new leaf's siblings are c and d."""
-    model = model_of(calibrated=False)
+    """Compare the leaf probabilities with a flat softmax in NumPy, where the new leaf's siblings are c and d.
+
+    The covariance within the classes is that of scikit-learn.
+    """
+    model, (open_world, texts, text_leaves) = model_of(calibrated=False), known_texts()
+    model.set_calibration(Calibration(), None, open_world)
     weights, biases = flat_heads(model)
-    vector = np.random.default_rng(0).normal(size=32)
-    mean = np.mean([*weights.values()], 0)
-    length = np.sqrt(np.mean([np.sum((weight - mean) ** 2) for weight in weights.values()]))
-    direction = 1.5 * length * unit(vector)
+    labels = Taxonomy(TREE).labels[: len(weights)]
+    means = {label: texts[text_leaves == leaf].mean(0, dtype=float) for leaf, label in enumerate(labels)}
+    residuals = texts - np.stack([means[labels[leaf]] for leaf in text_leaves])
+    covariance = LedoitWolf(assume_centered=True).fit(residuals).covariance_
+    regularised = covariance + 2 * np.trace(covariance) / 32 * np.eye(32)
+    offsets = np.stack([means[label] for label in labels])
+    offsets -= offsets.mean(0)
+    known = np.stack([weights[label] for label in labels])
+    heads = ((known - known.mean(0)) * offsets).sum()
+    length = 2.5 * heads / (np.linalg.solve(regularised, offsets.T).T * offsets).sum()
+
+    given = np.random.default_rng(1).normal(size=(4, 32))
+    center = (means["c"] + means["d"]) / 2
+    direction = length * np.linalg.solve(regularised, (given.sum(0) + center) / 5 - center)
     weights["new"] = (weights["c"] + weights["d"]) / 2 + direction
-    biases["new"] = (biases["c"] + biases["d"]) / 2
+    biases["new"] = (biases["c"] + biases["d"]) / 2 - direction @ center
     nested = {"a": {"b": ["c", "d", "new"], "e": None}, "f": ["g", "h"], "i": None}
-    model.add_nodes(nested, {"new": torch.from_numpy(vector)})
+    model.add_nodes(nested, {"new": torch.from_numpy(given)})
     with torch.no_grad():
         pooled, found = model.pool(model.encode(IDS, None)[0]).double().numpy(), model(IDS).logits
     leaves = [model.config.id2label[i] for i in range(len(model.config.id2label))]
@@ -148,11 +178,12 @@ def test_a_removed_leaf_leaves_the_odds_of_all_others():
 
 
 def test_a_divided_leaf_passes_its_probability_on():
-    """Divide a leaf into parts whose vectors are 0: each gets an equal share. Then unite them again."""
-    model = model_of(calibrated=False)
-    before = outputs(model)["p"]
+    """Divide a leaf into parts whose texts are like its own: each gets an equal share. Then unite them again."""
+    model, (open_world, texts, leaves) = model_of(calibrated=False), known_texts()
+    model.set_calibration(Calibration(), None, open_world)
+    before, e = outputs(model)["p"], model.config.label2id["e"]
     nested = {"a": {"b": ["c", "d"], "e": ["e1", "e2", "e3"]}, "f": ["g", "h"], "i": None}
-    model.add_nodes(nested, dict.fromkeys(("e1", "e2", "e3"), torch.zeros(32)))
+    model.add_nodes(nested, dict.fromkeys(("e1", "e2", "e3"), torch.from_numpy(texts[leaves == e])))
     after = outputs(model)["p"]
     for leaf in ("c", "d", "e", "g", "h", "i"):
         np.testing.assert_allclose(after[leaf], before[leaf], rtol=1e-4)
@@ -167,7 +198,7 @@ def test_with_several_labels_known_nodes_keep_their_probabilities():
     model = model_of(MULTI_LABEL)
     before = outputs(model)["p"]
     nested = {"a": {"b": ["c", "new", "d"], "e": None}, "f": ["g", "h"], "i": None}
-    model.add_nodes(nested, {"new": torch.randn(32)})
+    model.add_nodes(nested, {"new": torch.randn(3, 32)})
     after = outputs(model)["p"]
     for label, p in before.items():
         np.testing.assert_allclose(after[label], p, rtol=1e-4)
@@ -179,13 +210,15 @@ def test_with_several_labels_known_nodes_keep_their_probabilities():
 def test_new_classes_need_vectors_and_known_classes_beside_them():
     model = model_of()
     nested = {"a": {"b": ["c", "d", "new"], "e": None}, "f": ["g", "h"], "i": None}
-    with pytest.raises(ValueError, match="a vector is missing for 'new'"):
+    with pytest.raises(ValueError, match="vectors are missing for 'new'"):
         copy.deepcopy(model).add_nodes(nested, {})
     with pytest.raises(ValueError, match="no class of the taxonomy is known"):
-        copy.deepcopy(model).add_nodes(["x", "y"], {"x": torch.ones(32), "y": torch.ones(32)})
+        copy.deepcopy(model).add_nodes(["x", "y"], {"x": torch.ones(1, 32), "y": torch.ones(1, 32)})
     config = HierarchicalConfig(text_config=SMALL, taxonomy=TREE, pooling="label_attention")
     with pytest.raises(ValueError, match="with label attention, new nodes need training"):
-        HierarchicalForSequenceClassification(config).add_nodes(nested, {"new": torch.ones(32)})
+        HierarchicalForSequenceClassification(config).add_nodes(nested, {"new": torch.ones(1, 32)})
+    with pytest.raises(ValueError, match="stores no class means"):
+        model_of(calibrated=False).add_nodes(nested, {"new": torch.ones(1, 32)})
 
 
 # ── From the command line ────────────────────────────────────────────────────────────────────────────────────────────
@@ -248,6 +281,26 @@ def test_without_rows_the_largest_cosine_of_a_phrase_wins(minilm, tmp_path, prob
         assert (np.diff(scores[order])[apart] > 0).all()
 
 
+def test_classes_are_added_to_a_classifier_without_rows(minilm, tmp_path):
+    """Such a checkpoint has no class means: the phrases take their place."""
+    described = {f"K{i}": ", ".join(names[:2]) for i, names in enumerate(CLEAR.values())}
+    first = taxonomy_file(tmp_path / "first.csv", {label: described[label] for label in [*described][:3]})
+    run("--taxonomy", first, "--model_name_or_path", minilm, "--output_dir", tmp_path / "first")
+    folder, taxonomy = tmp_path / "grown", taxonomy_file(tmp_path / "classes.csv", described)
+    run("--taxonomy", taxonomy, "--model_name_or_path", tmp_path / "first", "--output_dir", folder)
+    classify = pipeline("hierarchical-text-classification", model=str(folder), trust_remote_code=True)
+    given = [(f"K{i}", name) for i, names in enumerate(CLEAR.values()) for name in names[2:]]
+    found = classify([f"We report on patients with {name}." for _, name in given])
+    correct = {
+        label: [
+            one["label"] == label for one, (given_label, _) in zip(found, given, strict=True) if given_label == label
+        ]
+        for label in described
+    }
+    assert all(np.mean(correct[label]) >= 0.5 for label in ("K3", "K4"))
+    assert np.mean([*itertools.chain.from_iterable(correct.values())]) > 0.5
+
+
 @pytest.fixture(scope="module")
 def known(minilm, tmp_path_factory) -> Path:
     """Train a calibrated checkpoint with a lexical head on all classes but two."""
@@ -288,7 +341,8 @@ def test_classes_are_added_to_a_checkpoint_without_training(known, tmp_path, row
     assert "set_thresholds" in before["calibration"]
     assert "set_thresholds" not in after["calibration"]
     heads = [load_file(path / "heads.safetensors") for path in (known, folder)]
-    assert not any("open_world" in name for name in heads[1])
+    # class means are kept, for the classes that come next, but no p-values
+    assert [len(one["open_world.references"]) > 0 for one in heads] == [True, False]
     for label, old in before["label2id"].items():
         kept = after["label2id"][renamed.get(label, label)]
         for name in ("weight", "bias"):
