@@ -7,8 +7,9 @@ from nbclient import NotebookClient
 NOTEBOOK = ROOT / "inference.ipynb"
 
 
-def test_the_notebook_runs_from_top_to_bottom(clear_checkpoint, monkeypatch):
+def test_the_notebook_runs_from_top_to_bottom(clear_checkpoint, labels_checkpoint, monkeypatch):
     monkeypatch.setenv("CHECKPOINT", clear_checkpoint)
+    monkeypatch.setenv("LABELS_CHECKPOINT", labels_checkpoint)
     book = nbformat.read(NOTEBOOK, as_version=4)
     kinds = {
         cell["id"]: [o.output_type for o in cell.outputs if o.get("name") != "stderr"]
