@@ -1,8 +1,6 @@
 """Read a taxonomy from a file: nested YAML or JSON, or a table of parents and children."""
 
-import difflib
 import json
-import logging
 from collections import defaultdict
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -14,11 +12,6 @@ from hierarchical_clinicalbert.errors import InputError
 from hierarchical_clinicalbert.files import read_text, read_yaml, unique_names
 from hierarchical_clinicalbert.reading.sources import Source
 from taxonomy_hierarchical import MAX_DEPTH, Taxonomy, TaxonomyError, quote_name, to_nfc
-
-logger = logging.getLogger(__name__)
-
-NEAR = 0.85  # similarity by difflib from which one name may be a misspelling of another
-MAX_COMPARED = 1_000_000  # pairs of names, a few seconds
 
 
 def read_taxonomy(path: str | Path, separator: str = "/") -> Taxonomy:
@@ -47,8 +40,7 @@ def read_taxonomy(path: str | Path, separator: str = "/") -> Taxonomy:
 def build_from_table(table: pd.DataFrame, separator: str) -> Taxonomy:
     """Build a taxonomy from the columns ``parent``, one of ``child``, ``name`` and ``node``, and possibly ``description``.
 
-    A child without a parent is a root. So is a parent that is no node's child; if its name resembles another node's, a
-    warning is logged.
+    A child without a parent is a root. So is a parent that is no node's child.
 
     Raises:
         TaxonomyError: a column is missing, a name is empty, a child has two parents, or there is a cycle.
@@ -80,18 +72,6 @@ def build_from_table(table: pd.DataFrame, separator: str) -> Taxonomy:
         children[parent][child] = children[child]
     first_named = dict.fromkeys(parent or child for child, parent in parent_of.items())
     roots = [name for name in first_named if not parent_of.get(name)]
-    warn_of_misspelt_roots([name for name in roots if name not in parent_of], children)
     texts = zip(names, table.get("description", [""] * len(table)), strict=True)
     descriptions = {name: " ".join(text.split()) for name, text in texts if text.strip()}
     return Taxonomy({name: children[name] for name in roots}, separator, descriptions)
-
-
-def warn_of_misspelt_roots(names: list[str], children: dict[str, dict]) -> None:
-    """Warn of roots whose name resembles another node's. Large taxonomies, where this takes long, are skipped."""
-    if len(names) * len(children) > MAX_COMPARED:
-        return
-    for name in names:
-        others = children.keys() - {name, *children[name]}
-        if near := difflib.get_close_matches(name, sorted(others), n=1, cutoff=NEAR):
-            one, other = quote_name(name), quote_name(near[0])
-            logger.warning("%s occurs only as a parent, so it becomes a root; is it a misspelling of %s?", one, other)
