@@ -29,7 +29,7 @@ from taxonomy_hierarchical import (
 
 logger = logging.getLogger(__name__)
 
-CODES_AND_NAMES = ("code", "label", "condition_label"), ("name", "condition_name")  # columns of --class_names
+CODES_AND_NAMES = ("code", "label"), ("name",)  # columns of --class_names
 WRITTEN_LIST = "the label is a list written as text: save the data as .jsonl or .parquet, or join the labels and give --label_delimiter"
 
 

@@ -166,9 +166,8 @@ def _from_dataset(name: str, dataset: datasets.Dataset, hub_id: str | None = Non
 
     def read(names: list[str]) -> pd.DataFrame:
         arrow = dataset.select_columns(names).with_format("arrow")[:]
-        cells = {column: arrow.column(column).to_pylist() for column in names}
         index = pd.RangeIndex(1, len(dataset) + 1, name=f"{name}, row")
-        return _with_class_names(pd.DataFrame(cells, index, dtype=object), dataset.features)
+        return _with_class_names(pd.DataFrame(arrow.to_pydict(), index, dtype=object), dataset.features)
 
     hashes = sha256(Path(file["filename"]) for file in dataset.cache_files)
     return SplitSource(name, dataset.column_names, read, hashes, hub_id)

@@ -41,7 +41,14 @@ def read_delimited(
         problem_of: returns why a text cannot be decoded, or None.
     """
     csv.field_size_limit(MAX_FIELD)  # of the process
-    reader, width = csv.reader(lines, delimiter=separator, strict=True), 0
+    line, width = "", 0
+
+    def remembered() -> Iterator[str]:
+        nonlocal line
+        for line in lines:  # noqa: UP028 - the last one is looked at below
+            yield line
+
+    reader = csv.reader(remembered(), delimiter=separator, strict=True)
     while True:
         begin, fields = num_before + reader.line_num + 1, list[str]()
         problem: str | None = None
@@ -52,7 +59,7 @@ def read_delimited(
         except csv.Error as error:
             is_stray = "expected after" in str(error)
             problem = "a quotation mark is stray or not doubled" if is_stray else PROBLEMS.get(str(error), str(error))
-        if not problem and (not fields or (len(fields) == 1 and fields[0].isspace())):
+        if not problem and len(fields) < 2 and not line.strip():
             continue
         width, end = width or len(fields), num_before + reader.line_num
         problem = problem or problem_of("".join(fields))

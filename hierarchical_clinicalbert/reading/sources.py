@@ -97,11 +97,8 @@ def _list_files(pattern: str) -> tuple[Any, list[tuple[str, int]], bool]:
 
 
 def find_all_sources(patterns: Iterable[str], kind: str | None = None, encoding: str | None = None) -> list[Source]:
-    """Return the files of several patterns. A file that links give several names is returned once."""
-    unique: dict[str, Source] = {}
-    for source in (source for pattern in patterns for source in find_sources(pattern, kind, encoding)):
-        unique.setdefault(os.path.realpath(source.path) if source.filesystem is None else source.path, source)
-    return list(unique.values())
+    """Return the files of several patterns, each file once."""
+    return list(dict.fromkeys(source for pattern in patterns for source in find_sources(pattern, kind, encoding)))
 
 
 def kind_of(path: str) -> str:
@@ -125,14 +122,13 @@ def open_rows(source: Source) -> Iterator[RowReader]:
     if source.kind == FOLDER:
         yield _open_folder(source)
         return
-    is_packed = source.path.lower().endswith(".gz")
     with _open_file(source, source.path) as file:
         raw = Raw(file, source.name)
-        stream = gzip.GzipFile(fileobj=raw) if is_packed else raw
 
         def progress() -> float:
             return min(1.0, raw.count / max(source.size, 1))  # parts of a file that can seek may be read twice
 
+        stream = gzip.GzipFile(fileobj=raw) if source.path.lower().endswith(".gz") else raw
         yield RowReader(stream, source.kind, source.name, progress=progress, encoding=source.encoding)
 
 

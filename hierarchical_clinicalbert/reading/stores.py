@@ -66,7 +66,8 @@ def find_files(url: str) -> tuple[Any, list[tuple[str, int]], bool]:
             infos = filesystem.get_file_info(FileSelector(path))
         elif info.type == FileType.NotFound and (first := re.search("[*[]", path)):
             folder = path[: first.start()].rpartition("/")[0]
-            selector = FileSelector(folder, recursive=True, allow_not_found=True)
+            is_deep = "/" in path[first.start() :] or path.endswith("**")
+            selector = FileSelector(folder, recursive=is_deep, allow_not_found=True)
             pattern = re.compile(glob_translate(path))
             infos = [one for one in filesystem.get_file_info(selector) if pattern.match(one.path)]
             if "/." not in path:  # as on a disk, only a dot matches the dot of a hidden name

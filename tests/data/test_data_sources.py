@@ -79,21 +79,11 @@ def test_an_encoding_is_that_of_the_data_files(tmp_path):
     assert sorted(data.taxonomy.labels) == ["Städte", "a"]
 
 
-@pytest.mark.parametrize("kind", ["parquet", "folder"])
-def test_codes_of_many_digits_beside_missing_ones_stay_as_they_are(tmp_path, kind):
-    codes = [900_000_000_000_207_008 + i for i in range(6)]  # as long as those of SNOMED CT
-    rows = {
-        "text": [f"text {i}" for i in range(8)],
-        "l1": ["a"] * 4 + ["b"] * 4,
-        "l2": [*codes[:3], None, *codes[3:], None],
-    }
-    if kind == "parquet":
-        pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "rows.parquet")
-        source = {"train_file": tmp_path / "rows.parquet"}
-    else:
-        datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "rows")
-        source = {"data_path": tmp_path / "rows"}
-    data = load(**source, label_column=["l1", "l2"], validation_size=0.0, test_size=0.0)
+def test_codes_of_many_digits_beside_missing_ones_stay_as_they_are(tmp_path):
+    codes = [900_000_000_000_207_008 + i for i in range(3)]  # as long as those of SNOMED CT
+    rows = {"text": list("abcd"), "l1": ["a", "a", "b", "b"], "l2": [codes[0], None, *codes[1:]]}
+    pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "rows.parquet")
+    data = load(train_file=tmp_path / "rows.parquet", label_column=["l1", "l2"], validation_size=0.0)
     assert set(data.taxonomy.names) == {"a", "b", *map(str, codes)}
 
 

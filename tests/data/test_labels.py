@@ -121,14 +121,6 @@ def test_a_missing_list_a_null_and_an_empty_cell_mean_no_labels(tmp_path, taxono
     assert label_sets(data) == {"p": set(), "q": {"x"}, "r": set()}
 
 
-def test_lists_in_one_file_and_text_between_delimiters_in_another_are_the_same_labels(tmp_path, taxonomy):
-    train = json_lines(tmp_path / "a.jsonl", [["x", "c"], ["y"], []])
-    test = csv_file(tmp_path / "b.csv", [("p", "x; c"), ("q", "y"), ("r", "")])
-    data = load(train_file=train, test_file=test, taxonomy=taxonomy, validation_size=0.0, label_delimiter=";")
-    assert label_sets(data) == expected([["x", "c"], ["y"], []])
-    assert label_sets(data, "test") == {"p": {"x", "c"}, "q": {"y"}, "r": set()}
-
-
 def test_a_long_table_with_one_label_a_row_is_merged_within_each_split(tmp_path, taxonomy):
     train = csv_file(tmp_path / "a.csv", [("P", "x"), ("q", "z"), ("p", "u"), ("p ", "x"), ("q", "")])
     test = csv_file(tmp_path / "b.csv", [("r", "y"), ("r", "b")])

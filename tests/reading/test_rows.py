@@ -6,9 +6,7 @@ import io
 import itertools
 import json
 import os
-import warnings
 from datetime import date, datetime
-from decimal import Decimal
 
 import openpyxl
 import pyarrow as pa
@@ -71,14 +69,8 @@ STRAY, SWALLOWS = "a quotation mark is stray or not doubled", "swallows the rows
 CORPUS: dict[str, tuple[str, bytes, list[tuple[int, dict | str]]]] = {
     "values are not guessed": ("csv", b'text,id\nNA,007\n1.0,\n" x ",true\n', [
         (2, {"text": "NA", "id": "007"}), (3, {"text": "1.0", "id": ""}), (4, {"text": " x ", "id": "true"})]),
-    "a byte order mark": ("csv", b'\xef\xbb\xbf"text",id\na,1\n', [(2, {"text": "a", "id": "1"})]),
-    "a row of several lines": ("csv", b'text,id\n"two\nlines",1\nb,2\n', [
-        (2, {"text": "two\nlines", "id": "1"}), (4, {"text": "b", "id": "2"})]),
-    "line ends of Windows": ("csv", b'text,id\r\n"two\r\nlines",1\r\nb,2\r\n', [
-        (2, {"text": "two\r\nlines", "id": "1"}), (4, {"text": "b", "id": "2"})]),
-    "line ends of old Macs": ("csv", b'text,id\r"two\rlines",1\rb,2', [
-        (2, {"text": "two\rlines", "id": "1"}), (4, {"text": "b", "id": "2"})]),
-    "blank lines": ("csv", b'\n \ntext\n\n  \na\n""\n\t\n', [(6, {"text": "a"}), (7, {"text": ""})]),
+    "blank lines": ("csv", b'\n \ntext\n\n  \na\n""\n\t\n"\n"\n', [
+        (6, {"text": "a"}), (7, {"text": ""}), (9, {"text": "\n"})]),
     "blank cells in TSV": ("tsv", b"text\tid\n\t\n\n \t \n", [(2, {"text": "", "id": ""}), (4, {"text": " ", "id": " "})]),
     "ragged rows": ("csv", b"text,id\na\nb,2\nc,3,\nd,4\n", [
         (2, "1 fields, where the header has 2"), (3, {"text": "b", "id": "2"}),
@@ -95,20 +87,13 @@ CORPUS: dict[str, tuple[str, bytes, list[tuple[int, dict | str]]]] = {
         "tsv", b'text\tyear\n"Stroke" was\t1\n"Heart was\t2\ntwo\t3\nend"\t4\nfour\t5\n"two\nlines"\t6\n', [
         (2, STRAY), (3, f"{SWALLOWS} (lines 3 to 5)"), (6, {"text": "four", "year": "5"}),
         (7, {"text": "two\nlines", "year": "6"})]),
-    "a stray mark in TSV, text last": (
-        "tsv", b'year\ttext\n2\t"Heart was\n3\ttwo\n4\tend"\n5\tfour\n6\t"two\nlines"\n', [
-        (2, f"{SWALLOWS} (lines 2 to 4)"), (5, {"year": "5", "text": "four"}), (6, {"year": "6", "text": "two\nlines"})]),
     "a quoted header in TSV": ("tsv", b'"text"\t"id"\n"Hb\t12\nNa 140"\t1\n"a\t""b\nc"\t2\n', [
         (2, {"text": "Hb\t12\nNa 140", "id": "1"}), (4, {"text": 'a\t"b\nc', "id": "2"})]),
     "a TSV row that may as well be two": ("tsv", b'text\tid\n"a\tb\nc"\td\n"two\nlines"\t2\n', [
         (2, f"{SWALLOWS} (lines 2 to 3); if these lines are one row, quote the header too"),
         (4, {"text": "two\nlines", "id": "2"})]),
-    "a zero byte is a character": ("csv", b"text,id\na\0b,1\n", [(2, {"text": "a\0b", "id": "1"})]),
     "semicolons": ("csv", b'id;text\n1;"a; b\nc"\n2;c, d\n3;x;y\n', [
         (2, {"id": "1", "text": "a; b\nc"}), (4, {"id": "2", "text": "c, d"}), (5, "3 fields, where the header has 2")]),
-    "semicolons, and a comma in a name": ("csv", b'"text, or abstract";"text"\r\na;b,c\r\n', [
-        (2, {"text, or abstract": "a", "text": "b,c"})]),
-    "a stray mark in CSV with tabs": ("csv", b'text\tyear\n"one\t1\ntwo\t2\nend"\t3\n', [(2, f"{SWALLOWS} (lines 2 to 4)")]),
     "one column of texts with semicolons": ("csv", b"text\na;b\nc\td\n", [(2, {"text": "a;b"}), (3, {"text": "c\td"})]),
     "a semicolon in a quoted name": ("csv", b'"a;b",text\n1,2\n', [(2, {"a;b": "1", "text": "2"})]),
     "a workbook": ("xlsx", xlsx([
@@ -118,8 +103,6 @@ CORPUS: dict[str, tuple[str, bytes, list[tuple[int, dict | str]]]] = {
         (4, {"text": None, "id": 1.5, "": "no name", "when": True}),
         (5, {"text": "two\nlines", "id": None, "": None, "when": None}),
         (7, {"text": "\r\n", "id": 1, "": None, "when": None})]),
-    "a workbook whose header is not in the first row": ("xlsx", xlsx([[], [None, None], ["text", 2024], ["a", "b"]]), [
-        (4, {"text": "a", "2024": "b"})]),
     "a sheet of Excel's largest size": ("xlsx", sheet(Sparse.HEAD + Sparse.ROWS + Sparse.LAST), [
         (3, {"text": "a"}), (1048576, {"text": None})]),
     "a text a line": ("txt", b"\xef\xbb\xbfa,\"b\n\n  \n c \r\nd", [
@@ -141,16 +124,9 @@ CORPUS: dict[str, tuple[str, bytes, list[tuple[int, dict | str]]]] = {
         (1, "half of a surrogate pair"), (2, {"a": 2})]),
     "integers beside nulls": ("parquet", parquet({"n": pa.array([2**53 + 1, None, -1], pa.int64())}), [
         (1, {"n": 2**53 + 1}), (2, {"n": None}), (3, {"n": -1})]),
-    "dates, decimals, bytes, lists": ("parquet", parquet({
-        "d": [date(2024, 2, 3)], "t": pa.array([datetime(2024, 2, 3, 4, 5)], pa.timestamp("us")), "m": [Decimal("1.50")],
-        "b": [b"caf\xe9"], "l": [[1, None]], "s": [{"a": "x"}]}), [
-        (1, {"d": date(2024, 2, 3), "t": datetime(2024, 2, 3, 4, 5), "m": Decimal("1.50"), "b": b"caf\xe9",
-             "l": [1, None], "s": {"a": "x"}})]),
     "a time beyond the year 9999": ("parquet", parquet({
         "a": [1, 2, 3], "when": pa.array([0, 10**17, None], pa.timestamp("ms"))}), [
         (1, {"a": 1, "when": datetime(1970, 1, 1)}), (2, "it holds a value that cannot be read"), (3, {"a": 3, "when": None})]),
-    "bytes taken for text": ("parquet", parquet({"a": pa.array([b"x", b"caf\xe9", b"y"]).view(pa.string())}), [
-        (1, {"a": "x"}), (2, "it holds a value that cannot be read"), (3, {"a": "y"})]),
     "names with dots": ("parquet", parquet({"a": [{"b": 1}], "a.b": ["x"], "a.c": ["y"]}), [
         (1, {"a": {"b": 1}, "a.b": "x", "a.c": "y"})]),
 }  # fmt: skip
@@ -171,13 +147,6 @@ def test_odd_files_give_every_row_or_its_problem(name):
                 assert content in (row.problem or "")
 
 
-def test_nan_and_infinity_in_json_are_floats():
-    row = read(b'{"a": NaN, "b": -Infinity, "c": 1e400, "d": 12345678901234567890}\n', "jsonl")[0]
-    assert row.problem is None
-    assert row.values["a"] != row.values["a"]
-    assert [row.values[name] for name in "bcd"] == [float("-inf"), float("inf"), 12345678901234567890]
-
-
 @pytest.mark.parametrize(
     ("kind", "content", "message"),
     [
@@ -187,12 +156,6 @@ def test_nan_and_infinity_in_json_are_floats():
         ("csv", xlsx([["text"]]), "cannot be read: not UTF-8 text: save it as UTF-8"),  # a wrong suffix
         ("xlsx", b"text,id\n", "a file is not an .xlsx workbook without a password, or is damaged"),
         ("xlsx", xlsx([["text"]])[:-100], "a file is not an .xlsx workbook without a password, or is damaged"),
-        ("xlsx", xlsx([["text", "id", "text"]]), "a file has two columns called 'text': rename or remove one"),
-        (
-            "csv",
-            b'"text" x,id\na,1\n',
-            "the first line, which names the columns, cannot be read: a quotation mark is stray",
-        ),
         ("csv", b'"text,id\na,1\n', "cannot be read: a quotation mark is not closed (lines 1 to 2)"),
         ("csv", b"text,id,text\na,1,b\n", "a file has two columns called 'text': rename or remove one"),
         ("json", b'[{"a": "\xfc"}]', "a file is not UTF-8 text"),
@@ -202,12 +165,9 @@ def test_nan_and_infinity_in_json_are_floats():
             b'{"a": 1}\n{"a": 2}\n',
             "a file, line 2: not JSON: Extra data; name it .jsonl if it has an object a line",
         ),
-        ("json", b"", "a file, line 1: not JSON"),
         ("json", b'{"rows": []}', "must hold a list of objects"),
-        ("json", b"[" * 10**5, "a file: nested too deeply"),
         ("json", b'["x"]', "a file, row 1: not a JSON object"),
         ("jsonl", b"[]\n7\n", "a file, line 1: not a JSON object"),
-        ("parquet", b"", "a file is not a Parquet file, or is damaged"),
         ("parquet", b"PAR1 not really PAR1", "a file is not a Parquet file, or is damaged"),
         ("parquet", parquet(pa.table([["a"], ["b"]], names=["x", "x"])), "a file has two columns called 'x'"),
     ],
@@ -224,17 +184,13 @@ def test_a_file_without_rows_has_columns_or_none():
         assert list(rows.read()) == []
 
 
-def test_a_damaged_gz_stream_gives_its_rows_and_then_an_error():
+@pytest.mark.parametrize(("begin", "end", "least"), [(0, -500, 1000), (7, None, 0)])
+def test_a_damaged_gz_stream_gives_its_rows_and_then_an_error(begin, end, least):
     lines = b"".join(b'{"text": "%s"}\n' % os.urandom(40).hex().encode() for _ in range(3000))
-    packed = gzip.compress(lines)
-    middle = len(packed) // 2
-    flipped = packed[:middle] + bytes([packed[middle] ^ 0xFF]) + packed[middle + 1 :]
-    for content, begins in ((packed[:-500], True), (flipped, True), (b"not packed at all", False)):
-        count = 0
-        with pytest.raises(InputError, match="a file is damaged or incomplete: copy or download it again"):  # noqa: PT012
-            for _ in RowReader(gzip.GzipFile(fileobj=io.BytesIO(content)), "jsonl", "a file").read():
-                count += 1
-        assert (count > 1000) == begins
+    stream, found = gzip.GzipFile(fileobj=io.BytesIO(gzip.compress(lines)[begin:end])), []
+    with pytest.raises(InputError, match="a file is damaged or incomplete: copy or download it again"):
+        found.extend(RowReader(stream, "jsonl", "a file").read())  # keeps what came before
+    assert len(found) >= least
 
 
 # ── columns of JSON Lines ────────────────────────────────────────────────────────────────────────────────────────────
@@ -422,18 +378,15 @@ def test_what_was_found_in_a_file_is_logged_once_it_is_read(caplog, kind, conten
     assert caplog.messages == ([notice] if notice else [])
 
 
-def test_hidden_sheets_and_stored_values_of_formulas(caplog):
+def test_hidden_sheets_are_not_read():
     workbook, stream = openpyxl.Workbook(), io.BytesIO()
-    hidden, shown = workbook.active, workbook.create_sheet("Notes")
-    hidden.sheet_state = "hidden"
-    hidden.append(["text"])
-    for row in (["text", "sum"], ["a", "=1+1"]):
-        shown.append(row)
+    workbook.active.sheet_state = "hidden"
+    workbook.active.append(["hidden"])
+    shown = workbook.create_sheet("Notes")
+    shown.append(["text"])
+    shown.append(["a"])
     workbook.save(stream)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert read(stream.getvalue(), "xlsx") == [Row(2, {"text": "a", "sum": None})]  # nothing has computed it
-    assert not caplog.records
+    assert read(stream.getvalue(), "xlsx") == [Row(2, {"text": "a"})]
 
 
 def encoded(content: bytes, encoding: str | None, kind: str = "csv") -> list[Row]:
@@ -478,20 +431,19 @@ def test_any_texts_come_back_from_any_encoding(texts, encoding):
     assert [row.values["text"] for row in rows] == texts
 
 
-@fuzz
-@given(st.binary(max_size=60), st.integers(0, 6000))
-def test_a_damaged_workbook_gives_rows_or_one_line(damage, at):
-    content = xlsx([["text", "id"], ["one", 1], ["two", date(2024, 2, 3)]])
-    with refused_in_one_line():
-        read(content[:at] + damage + content[at + len(damage) :], "xlsx")
+WHOLE = {
+    "xlsx": xlsx([["text", "id"], ["one", 1], ["two", date(2024, 2, 3)]]),
+    "parquet": parquet({"text": ["one", "two"], "id": [1, None], "c": pa.array(["x", "y"]).dictionary_encode()}),
+}
 
 
 @fuzz
-@given(st.binary(max_size=60), st.integers(0, 900))
-def test_a_damaged_parquet_file_gives_rows_or_one_line(damage, at):
-    content = parquet({"text": ["one", "two"], "id": [1, None], "c": pa.array(["x", "y"]).dictionary_encode()})
+@given(st.sampled_from([*WHOLE]), st.binary(max_size=60), st.integers(0, 6000))
+def test_a_damaged_file_gives_rows_or_one_line(kind, damage, at):
+    content = WHOLE[kind]
+    at %= len(content)
     with refused_in_one_line():
-        read(content[:at] + damage + content[at + len(damage) :], "parquet")
+        read(content[:at] + damage + content[at + len(damage) :], kind)
 
 
 def test_an_error_of_the_stream_is_named():
