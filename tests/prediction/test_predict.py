@@ -458,7 +458,7 @@ def test_json_lines_have_the_columns_of_their_first_objects_together(tmp_path):
     assert read({"text": "x"}, {"text": "y", "key": 7}, key="key") == [(None, "x", None), (7, "y", None)]
     with pytest.raises(InputError, match="has no column 'key'"):
         read({"text": "x"}, key="key")
-    with pytest.raises(InputError, match="no column is called"):
+    with pytest.raises(InputError, match="has no column called"):
         read({"notes": "x"}, {"id": 1})
 
 
