@@ -50,6 +50,11 @@ def test_files_within_the_limits_are_read():
         assert [row.text for row in rows] == texts[: len(next(iter(columns.values())))]
 
 
+def test_a_row_that_cannot_be_read_is_listed_with_the_reason():
+    rows = read_table(b"text,id\na\nb,2\n", "csv").rows
+    assert [(row.text, row.problem) for row in rows] == [(None, "1 fields, where the header has 2"), ("b", None)]
+
+
 # ── Hostile files ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
