@@ -54,7 +54,7 @@ def uncertainties(outputs: list[Source]) -> Iterator[tuple[int, float]]:
     """Yield the number and the uncertainty of each row."""
     for source in outputs:
         with open_rows(source) as rows:
-            if missing := {"row", "uncertainty"} - rows.columns.keys():
+            if missing := {"row", "uncertainty"}.difference(rows.columns):
                 raise InputError(
                     f"{source.name} has no column {min(missing)}: predict with --uncertainty, without --id_column, "
                     "to .jsonl, .csv or .parquet"

@@ -21,14 +21,10 @@ from hierarchical_clinicalbert.errors import InputError
 from taxonomy_hierarchical import Taxonomy, to_nfc
 
 MAX_PAIRS = 20  # of labels that occur together
-MAX_LABEL_LENGTH = 500  # characters; a longer label means that the column holds texts
 ZERO_OR_ONE = {**dict.fromkeys(("0", "0.0", "false"), 0), **dict.fromkeys(("1", "1.0", "true"), 1)}
-WRITTEN_LIST = re.compile(
-    r"""[\[{(]+ (?: ['"].*['"],? )? [\])}]+   # nothing, or items in quotation marks, as Python and JSON write them
-      | [\[{] [^][{}]*,[^][{}]* [\]}]         # several items without quotation marks, as PostgreSQL and Spark do
-      | \[ [\d\s.]+ \]                       # numbers of NumPy""",
-    re.VERBOSE | re.DOTALL,
-)
+NO_NAME = "the label is neither text nor a whole number"
+# nothing, items in quotation marks, or numbers, in brackets, as Python, JSON and NumPy write them
+WRITTEN_LIST = re.compile(r"""[\[{(]+(['"].*['"],?)?[\])}]+|\[[\d\s.,]+\]""", re.DOTALL)
 
 Label = str | tuple[str, ...]  # a name or path as written, or one name per label column, from the root down
 
@@ -107,9 +103,7 @@ class ManyNodesRows:
         A missing list, or an empty cell, means no labels.
         """
         if len(columns) > 1:
-            problem = (
-                "the cell is neither 0 nor 1, as each of several label columns must be; join columns of names to one"
-            )
+            problem = "the cell is neither 0 nor 1, as in several label columns; join columns of names to one"
             for name in columns:
                 refuse_rows(table, [name], (problem if read_indicator(cell) is None else None for cell in table[name]))
             names = self.classes_of_columns(columns)
@@ -118,9 +112,7 @@ class ManyNodesRows:
         rows: list[Any] = []
         for cell in table[columns[0]]:
             rows.append(tuple(label for label in map(label_text, split_cell(cell, delimiter)) if label != ""))
-        refuse_rows(
-            table, columns, (next(filter(None, (label_problem((label,)) for label in row)), None) for row in rows)
-        )
+        refuse_rows(table, columns, (NO_NAME if None in row else None for row in rows))
         return rows
 
     def classes_of_columns(self, columns: list[str]) -> list[str]:
@@ -203,11 +195,9 @@ def is_written_list(label: Label, delimiter: str | None) -> bool:
 def label_problem(path: tuple[Any, ...]) -> str | None:
     """Return what is wrong with a row's labels, one per column, or None."""
     if None in path:
-        return "the label is neither text nor a whole number"
+        return NO_NAME
     if not any(path):
         return f"the label is missing (texts without labels need --problem_type {MULTI_LABEL})"
-    if any(len(name) > MAX_LABEL_LENGTH for name in path):
-        return f"the label has more than {MAX_LABEL_LENGTH} characters"
     if "" in path and any(path[path.index("") :]):
         return "a label column is empty, although the column of a deeper level is filled"
     return None

@@ -29,7 +29,7 @@ from taxonomy_hierarchical import (
 
 logger = logging.getLogger(__name__)
 
-CODES_AND_NAMES = ("code", "label", "condition_label"), ("name", "condition_name")  # columns of --class_names
+CODES_AND_NAMES = ("code", "label"), ("name",)  # columns of --class_names
 WRITTEN_LIST = "the label is a list written as text: save the data as .jsonl or .parquet, or join the labels and give --label_delimiter"
 
 
@@ -154,11 +154,10 @@ def read_class_names(path_or_json: str, where: str = "--class_names") -> dict[st
     else:
         where += f" {path_or_json}"
         table = read_table(Source(path_or_json, kind_of(path_or_json)))
-        shares = dict.fromkeys(table, 1.0)
-        code_column, name_column = (find_column(shares, None, candidates) for candidates in CODES_AND_NAMES)
-        if code_column is None or name_column is None:
+        columns = [find_column([*table], None, candidates) for candidates in CODES_AND_NAMES]
+        if None in columns:
             raise InputError(f"{where}: expected columns code (or label) and name, found {listed(table)}")
-        pairs = list(zip(table[code_column], table[name_column], strict=True))
+        pairs = [*table[columns].itertuples(index=False)]
     names: dict[str, str] = {}
     for code, name in pairs:
         code = to_nfc(str(code).strip())

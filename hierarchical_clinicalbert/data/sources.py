@@ -17,14 +17,7 @@ from datasets.packaged_modules.csv.csv import CsvConfig
 from configuration_hierarchical import MULTI_LABEL, SINGLE_LABEL
 from hierarchical_clinicalbert.connection import find_hub_problem
 from hierarchical_clinicalbert.data.arguments import SHARE, DataArguments
-from hierarchical_clinicalbert.data.label_forms import (
-    Label,
-    ManyNodesRows,
-    OnePathRows,
-    RowForm,
-    read_indicator,
-    split_cell,
-)
+from hierarchical_clinicalbert.data.label_forms import Label, ManyNodesRows, OnePathRows, RowForm, read_indicator
 from hierarchical_clinicalbert.data.report import SPLITS
 from hierarchical_clinicalbert.data.tables import place, read_table, refuse_rows
 from hierarchical_clinicalbert.errors import InputError, as_input_error
@@ -44,7 +37,7 @@ class SplitSource:
     """A file or data set with the rows of one split or of all splits."""
 
     name: str  # in messages
-    columns: dict[str, float]  # see `RowReader.columns`
+    columns: list[str]
     read: Callable[[list[str]], pd.DataFrame]  # takes the names of columns, see `read_table`
     sha256: dict[str, str]
     dataset: str | None = None  # id on the Hub
@@ -120,9 +113,8 @@ def find_split_sources(arguments: DataArguments, needs_rows: bool = True) -> tup
     if len(others) + bool(files) > 1:
         flags = " and ".join(f"--{name}" for name in [*others, *(f"{split}_file" for split in files)])
         raise InputError(f"{flags} contradict each other: give one source")
-    for name in ("dataset_config_name", "dataset_revision"):
-        if getattr(arguments, name) is not None and arguments.dataset_name is None:
-            raise InputError(f"--{name} needs --dataset_name")
+    if arguments.dataset_config_name is not None and arguments.dataset_name is None:
+        raise InputError("--dataset_config_name needs --dataset_name")
 
     # ── Files ────────────────────────────────────────────────────────────────────────────────────────────────────────
     if files:
@@ -136,11 +128,11 @@ def find_split_sources(arguments: DataArguments, needs_rows: bool = True) -> tup
         with as_input_error(f"cannot load --data_path {name}"):
             loaded = datasets.load_from_disk(name)
     else:
-        what = f"cannot load --dataset_name {name} (revision {arguments.dataset_revision or 'main'})"
+        what = f"cannot load --dataset_name {name}"
         if not Path(name).exists() and (problem := find_hub_problem()):  # `datasets` then looks in its cache
             what += f": {problem}; give --train_file or --data_path, or a data set that is in the cache"
         with as_input_error(what):
-            loaded = _load_dataset(name, arguments.dataset_config_name, arguments.dataset_revision)
+            loaded = _load_dataset(name, arguments.dataset_config_name)
     if isinstance(loaded, datasets.Dataset):
         return {"train": _from_dataset(name, loaded)}, True
     hub_id = None if Path(name).exists() else name  # --dataset_name may be a folder, too
@@ -158,16 +150,13 @@ def find_split_sources(arguments: DataArguments, needs_rows: bool = True) -> tup
     return sources, False
 
 
-def _load_dataset(name: str, config_name: str | None, revision: str | None) -> datasets.DatasetDict:
+def _load_dataset(name: str, config_name: str | None) -> datasets.DatasetDict:
     """Load a data set. `datasets` infers the types of CSV files, 007 as 7 and NA as missing, unless they are declared."""
-    given = {"name": config_name, "revision": revision}
-    builder, loaded = datasets.load_dataset_builder(name, **given), datasets.load_dataset(name, **given)
+    builder, loaded = datasets.load_dataset_builder(name, config_name), datasets.load_dataset(name, config_name)
     if isinstance(builder.config, CsvConfig) and builder.info.features is None:
         columns = next(iter(loaded.values())).column_names
         features = datasets.Features(dict.fromkeys(columns, datasets.Value("string")))
-        return datasets.load_dataset(name, **given, features=features, keep_default_na=False)
-    if not isinstance(builder.config, CsvConfig) and builder.info.builder_name == "csv":
-        logger.warning("%s is offline, and its cached types may be inferred ones: a label 007 would be 7", name)
+        return datasets.load_dataset(name, config_name, features=features, keep_default_na=False)
     return loaded
 
 
@@ -177,12 +166,11 @@ def _from_dataset(name: str, dataset: datasets.Dataset, hub_id: str | None = Non
 
     def read(names: list[str]) -> pd.DataFrame:
         arrow = dataset.select_columns(names).with_format("arrow")[:]
-        cells = {column: arrow.column(column).to_pylist() for column in names}
         index = pd.RangeIndex(1, len(dataset) + 1, name=f"{name}, row")
-        return _with_class_names(pd.DataFrame(cells, index, dtype=object), dataset.features)
+        return _with_class_names(pd.DataFrame(arrow.to_pydict(), index, dtype=object), dataset.features)
 
     hashes = sha256(Path(file["filename"]) for file in dataset.cache_files)
-    return SplitSource(name, dict.fromkeys(dataset.column_names, 1.0), read, hashes, hub_id)
+    return SplitSource(name, dataset.column_names, read, hashes, hub_id)
 
 
 def _with_class_names(table: pd.DataFrame, features: Mapping[str, Any]) -> pd.DataFrame:
@@ -237,13 +225,12 @@ def find_shares(arguments: DataArguments, splits: Container[str], single: bool) 
     for split, size in given.items():
         if size and not can_split[split]:
             raise InputError(f"--{split}_size has no effect here, as the data are given by split: leave it out")
-    sizes = {split: SHARE if size is None else size for split, size in given.items() if can_split[split]}
-    if not (all(size >= 0 for size in sizes.values()) and sum(sizes.values()) < 1):
-        shown = " and ".join(f"{size:g}" for size in sizes.values())
-        raise InputError(
-            f"--test_size and --validation_size must be shares of the rows with a sum below 1, not {shown}"
-        )
-    return {split: size for split, size in sizes.items() if size}
+    shares = {split: SHARE if size is None else size for split, size in given.items() if can_split[split]}
+    if min(shares.values(), default=0) < 0 or sum(shares.values()) >= 1:
+        shown = " and ".join(f"{share:g}" for share in shares.values())
+        problem = f"must be shares of the rows with a sum below 1, not {shown}"
+        raise InputError(f"--test_size and --validation_size {problem}")
+    return {split: share for split, share in shares.items() if share}
 
 
 # ── Columns ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -275,16 +262,10 @@ def choose_form(cells: list[Any], columns: list[str], arguments: DataArguments) 
         raise InputError(f"--problem_type {SINGLE_LABEL} means one label per text, but {contradiction}")
     if has_lists and arguments.problem_type is None:
         logger.info("the label column holds lists: any number of labels per text (--problem_type %s)", MULTI_LABEL)
+    if len(columns) > 1 and arguments.problem_type is None:  # do 0 and 1 name classes, or do they say yes and no?
+        values = {read_indicator(cell) for cell in cells if cell not in (None, "")}
+        if values and None not in values:
+            advice = f"give --problem_type {MULTI_LABEL}, or {SINGLE_LABEL} if they name the levels of a path"
+            raise InputError(f"the label columns {', '.join(map(quote_name, columns))} hold 0 and 1 alone: {advice}")
     is_multi_label = has_lists or delimiter is not None or arguments.problem_type == MULTI_LABEL
-
-    # ── Do 0 and 1 name classes, or do they say yes and no? ──────────────────────────────────────────────────────────
-    advice = None
-    if len(columns) > 1 and arguments.problem_type is None:
-        advice = f"give --problem_type {MULTI_LABEL}, or {SINGLE_LABEL} if they name the levels of a path"
-    elif len(columns) == 1 and is_multi_label and not (arguments.class_names or arguments.taxonomy):
-        advice = "give the names of a text's labels, or two or more columns, one per label"
-    labels = (label for cell in cells for label in split_cell(cell, delimiter) if label not in (None, ""))
-    if advice and {*map(read_indicator, labels)} in ({0}, {1}, {0, 1}):
-        shown = ", ".join(map(quote_name, columns))
-        raise InputError(f"the label columns {shown} hold 0 and 1 alone: {advice}")
     return ManyNodesRows() if is_multi_label else OnePathRows()

@@ -1,24 +1,18 @@
 """Read a taxonomy from a file: nested YAML or JSON, or a table of parents and children."""
 
-import difflib
 import json
-import logging
 from collections import defaultdict
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pandas as pd
 
-from hierarchical_clinicalbert.data.tables import read_table
+from hierarchical_clinicalbert.data.tables import read_table, refuse_rows
 from hierarchical_clinicalbert.errors import InputError
 from hierarchical_clinicalbert.files import read_text, read_yaml, unique_names
+from hierarchical_clinicalbert.reading.columns import find_column, listed
 from hierarchical_clinicalbert.reading.sources import Source
 from taxonomy_hierarchical import MAX_DEPTH, Taxonomy, TaxonomyError, quote_name, to_nfc
-
-logger = logging.getLogger(__name__)
-
-NEAR = 0.85  # similarity by difflib from which one name may be a misspelling of another
-MAX_COMPARED = 1_000_000  # pairs of names, a few seconds
 
 
 def read_taxonomy(path: str | Path, separator: str = "/") -> Taxonomy:
@@ -45,27 +39,23 @@ def read_taxonomy(path: str | Path, separator: str = "/") -> Taxonomy:
 
 
 def build_from_table(table: pd.DataFrame, separator: str) -> Taxonomy:
-    """Build a taxonomy from the columns ``parent``, one of ``child``, ``name`` and ``node``, and possibly ``description``.
+    """Build a taxonomy from the columns ``parent``, ``child`` or ``name``, and possibly ``description``.
 
-    A child without a parent is a root. So is a parent that is no node's child; if its name resembles another node's, a
-    warning is logged.
+    A child without a parent is a root. So is a parent that is no node's child.
 
     Raises:
-        TaxonomyError: a column is missing, a name is empty, a child has two parents, or there is a cycle.
+        TaxonomyError, InputError: a column is missing, a name is empty, a child has two parents, or there is a cycle.
     """
-    table = table.rename(columns=lambda name: name.strip().lower())
-    columns = list(table.columns)
-    child_column = next((name for name in ("child", "name", "node") if name in columns), "child")
-    if columns.count("parent") != 1 or columns.count(child_column) != 1:
-        shown = ", ".join(map(quote_name, columns))
-        raise TaxonomyError(f"expected columns 'parent' and 'child' (or 'name', 'node'), once each, found {shown}")
-    names, parents = ([to_nfc(name.strip()) for name in table[column]] for column in (child_column, "parent"))
+    candidates = (("child", "name"), ("parent",), ("description",))
+    child_column, parent_column, text_column = (find_column([*table], None, names) for names in candidates)
+    if child_column is None or parent_column is None:
+        raise TaxonomyError(f"expected columns 'parent' and 'child' (or 'name'), found {listed(table)}")
+    names, parents = ([to_nfc(name.strip()) for name in table[column]] for column in (child_column, parent_column))
+    refuse_rows(table, [child_column], (None if name else "the name is empty" for name in names))
 
     # ── The parent of each child ─────────────────────────────────────────────────────────────────────────────────────
     parent_of: dict[str, str] = {}  # "" for no parent
-    for line, child, parent in zip(table.index, names, parents, strict=True):
-        if not child:
-            raise TaxonomyError(f"line {line} has an empty name (parent {quote_name(parent)})")
+    for child, parent in zip(names, parents, strict=True):
         if parent_of.setdefault(child, parent) != parent:
             first, second = (quote_name(name) if name else "no parent" for name in (parent_of[child], parent))
             raise TaxonomyError(f"{quote_name(child)} has two parents: {first} and {second}")
@@ -80,18 +70,6 @@ def build_from_table(table: pd.DataFrame, separator: str) -> Taxonomy:
         children[parent][child] = children[child]
     first_named = dict.fromkeys(parent or child for child, parent in parent_of.items())
     roots = [name for name in first_named if not parent_of.get(name)]
-    warn_of_misspelt_roots([name for name in roots if name not in parent_of], children)
-    texts = zip(names, table.get("description", [""] * len(table)), strict=True)
+    texts = [] if text_column is None else zip(names, table[text_column], strict=True)
     descriptions = {name: " ".join(text.split()) for name, text in texts if text.strip()}
     return Taxonomy({name: children[name] for name in roots}, separator, descriptions)
-
-
-def warn_of_misspelt_roots(names: list[str], children: dict[str, dict]) -> None:
-    """Warn of roots whose name resembles another node's. Large taxonomies, where this takes long, are skipped."""
-    if len(names) * len(children) > MAX_COMPARED:
-        return
-    for name in names:
-        others = children.keys() - {name, *children[name]}
-        if near := difflib.get_close_matches(name, sorted(others), n=1, cutoff=NEAR):
-            one, other = quote_name(name), quote_name(near[0])
-            logger.warning("%s occurs only as a parent, so it becomes a root; is it a misspelling of %s?", one, other)

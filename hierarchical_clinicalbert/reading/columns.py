@@ -7,38 +7,32 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from hierarchical_clinicalbert.reading.rows import InputError
-from taxonomy_hierarchical import list_names, looks_like_name, quote_name
+from taxonomy_hierarchical import list_names, looks_like_name, quote_name, to_nfc
 
 TEXT_COLUMNS = ("medical_abstract", "abstract", "text", "sentence", "content", "document", "body")
 LABEL_COLUMNS = ("condition_label", "label", "labels", "category", "class", "condition_name")
-MIN_SHARE = 0.5  # of the rows that must have a column, for a candidate name to match it
 
 
-def find_column(columns: Mapping[str, float], requested: str | None, candidates: Sequence[str]) -> str | None:
+def find_column(columns: Sequence[str], requested: str | None, candidates: Sequence[str]) -> str | None:
     """Return the name of the requested column, or None if it is missing.
 
     Args:
-        columns: `RowReader.columns`.
         requested: a name that must match exactly, up to Unicode normalization. None to search for the candidates.
         candidates: names in order of preference, without regard to case and surrounding white space.
     """
-    if requested in columns:
-        return requested
     if requested is not None:  # an accent may be a character of its own, as in files from macOS
-        composed = {unicodedata.normalize("NFC", column): column for column in columns}
-        return composed.get(unicodedata.normalize("NFC", requested))
-    common = [column for column, share in columns.items() if share >= MIN_SHARE]
-    by_name = {column.strip().casefold(): column for column in reversed(common)} | {column: column for column in common}
-    return next((by_name[name] for name in candidates if name in by_name), None)
+        return {to_nfc(column): column for column in columns}.get(to_nfc(requested))
+    names = {column.strip().casefold(): column for column in reversed(columns)} | {column: column for column in columns}
+    return next((names[name] for name in candidates if name in names), None)
 
 
 def choose_columns(
-    sources: Mapping[str, Mapping[str, float]], requested: str | None, candidates: Sequence[str], flag: str
+    sources: Mapping[str, Sequence[str]], requested: str | None, candidates: Sequence[str], flag: str
 ) -> list[str]:
     """Return one column for each source: the requested one, or the first candidate that all sources have.
 
     Args:
-        sources: `RowReader.columns` of each source, by name.
+        sources: the columns of each source, by name.
         flag: the flag that requests a column, for messages.
 
     Raises:
@@ -52,15 +46,13 @@ def choose_columns(
     for name, columns in sources.items():
         if not columns:
             raise InputError(f"{name} is empty: it has no columns")
-        if find_column(columns, requested, candidates) is not None:
-            continue
-        if requested is not None:
-            raise InputError(f"{name} has no column {quote_name(requested)} ({flag}); it has {listed(columns)}")
-        if rare := find_column(dict.fromkeys(columns, 1.0), None, candidates):
-            raise InputError(f"{name}: fewer than half of the first rows have {quote_name(rare)}; give {flag} {rare}")
-        raise InputError(
-            f"{name}: no column is called {', '.join(candidates)}; give {flag}: there are {listed(columns)}"
-        )
+        if find_column(columns, requested, candidates) is None:
+            missing = (
+                f"called {', '.join(candidates)}; give {flag}"
+                if requested is None
+                else f"{quote_name(requested)} ({flag})"
+            )
+            raise InputError(f"{name} has no column {missing}: there are {listed(columns)}")
     raise InputError(f"{', '.join(sources)} have no column in common for {flag}: rename it in one of them")
 
 

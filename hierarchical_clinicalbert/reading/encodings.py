@@ -3,48 +3,30 @@
 import codecs
 import re
 
-# the first four bytes of text in a wide encoding: a byte order mark, or the zero bytes of an ASCII character
-WIDE = {
-    b"\xff\xfe\0\0|\0\0\xfe\xff": "utf-32",
-    b"\xff\xfe|\xfe\xff": "utf-16",
-    b"[^\0]\0\0\0": "utf-32-le",
-    b"\0\0\0[^\0]": "utf-32-be",
-    b"[^\0]\0[^\0]\0": "utf-16-le",
-    b"\0[^\0]\0[^\0]": "utf-16-be",
-}
-
 
 class Encoding:
     """The encoding of a source of text, and why a part of the source is not text of this encoding.
 
-    A problem offers an encoding that fits, as far as can be told: UTF-16 and UTF-32 by their first bytes, and else cp1252 if
-    the text has no character of UTF-8. It also names the flag, unless ``given`` is None, which stands for UTF-8.
+    A problem offers an encoding that fits, as far as can be told: UTF-16 by its byte order mark, and else cp1252 if the text
+    has no character of UTF-8. It also names the flag, unless ``given`` is None, which stands for UTF-8.
 
     Raises:
         LookupError: Python has no such encoding of text.
     """
 
     def __init__(self, given: str | None):
-        try:
-            "".encode(given or "utf-8")  # refuses codecs that are not encodings of text
-        except ValueError as error:  # a zero byte in the name
-            raise LookupError(given) from error
+        "".encode(given or "utf-8")  # refuses codecs that are not encodings of text
         self.name = codecs.lookup(given or "utf-8").name.upper().removesuffix("-SIG")
         self._has_flag, self._has_utf8 = given is not None, False
         self.codec = "utf-8-sig" if self.name == "UTF-8" else self.name
 
-    def decode(self, content: bytes) -> tuple[str, str | None]:
-        """Return a whole text, and its problem or None."""
-        try:
-            text = content.decode(self.codec, "surrogateescape")
-        except UnicodeError:  # of a wide encoding
-            return "", self._problem(None)
-        return text, self.problem_of_start(content[:4]) or self.problem_of(text)
-
     def problem_of_start(self, start: bytes) -> str | None:
-        """Return why a source with these first four bytes cannot be read, or None."""
-        wide = next((name for mark, name in WIDE.items() if re.match(mark, start, re.DOTALL)), None)
-        return self._problem(wide) if self.name == "UTF-8" and (wide or b"\0" in start) else None
+        """Return why a source with these first bytes cannot be read, or None."""
+        if self.name != "UTF-8":
+            return None
+        if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            return self._problem("utf-16")
+        return self._problem(None) if b"\0" in start else None
 
     def problem_of(self, text: str) -> str | None:
         """Return the problem of a text in which unpaired surrogates stand for bytes that cannot be decoded, or None."""

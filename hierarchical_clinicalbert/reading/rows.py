@@ -18,29 +18,20 @@ Worth knowing:
 10. Messages show no values. They show the name of a column only if it looks like a name.
 """
 
-import csv
 import gzip
 import io
 import json
 import logging
-import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice, zip_longest
 from typing import Any
 
 from hierarchical_clinicalbert.reading import workbook
-from hierarchical_clinicalbert.reading.delimited import (
-    Fields,
-    Line,
-    RowLines,
-    find_separators,
-    read_delimited,
-    refuse_swallowed_rows,
-)
+from hierarchical_clinicalbert.reading.delimited import find_separator, read_delimited, refuse_swallowed_rows
 from hierarchical_clinicalbert.reading.encodings import Encoding
 from taxonomy_hierarchical import quote_name
 
@@ -52,10 +43,8 @@ FOLDER = "folder"  # of texts, one a file: the kind of a source that is no file
 UNITS = {"json": "row", "parquet": "row", "xlsx": "row", FOLDER: "file"}
 FIRST_ROWS = 1024  # of JSON Lines, whose names become the columns
 BYTES_AT_ONCE = 2**23  # of a Parquet column; without it, pyarrow reads the column's part of a whole row group
-ROWS_PER_BATCH = (
-    16  # of Parquet: a value that is stored once is decoded for every row, so small batches bound the memory
-)
-UNREADABLE = object()
+# of Parquet: a value that is stored once is decoded for every row, so small batches bound the memory
+ROWS_PER_BATCH = 16
 UNREADABLE_ERRORS = (LookupError, OSError, OverflowError, RuntimeError, TypeError, ValueError)  # of pyarrow or Python
 
 
@@ -64,9 +53,8 @@ class InputError(ValueError):
 
 
 def reason_of(error: Exception) -> str:
-    """Return an error's message on one line. The query of a URL, which may hold a signature, is removed."""
-    message = getattr(error, "strerror", None) or re.sub(r"\?\S+", "", " ".join(str(error).split()))
-    return message or type(error).__name__
+    """Return an error's message on one line."""
+    return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
 
 
 @dataclass(frozen=True)
@@ -85,7 +73,6 @@ class Limits:
     bytes: int | None = None  # of the file, decompressed; for Parquet, of the requested columns, decoded
     rows: int | None = None
     columns: int | None = None
-    characters: int = 2**24  # of a row of lines, with their ends, or of a text in a folder; a longer one is a problem
     cells: int = 10**8  # of a sheet
     unpacked_bytes: int = 2**30  # of all parts of a workbook, whose texts are held in memory
 
@@ -95,15 +82,14 @@ class RowReader:
 
     Args:
         stream: a binary stream, which the caller closes. Only read() is called; for `SEEKABLE` kinds also seekable() and
-            seek(). For a `FOLDER`, the names of its files, each with a function that reads a number of bytes.
+            seek(). For a `FOLDER`, the names of its files, each with a function that reads it.
         kind: one of `KINDS`, or `FOLDER`.
         name: name of the source in messages.
         progress: returns the share of the stream that was read, or None if it is unknown. Ignored for Parquet.
         encoding: of text files. None for UTF-8 where no flag ``--encoding`` can be offered.
 
     Attributes:
-        columns: column names in order, each with the share of rows that have it: 1, except for JSON. For JSON Lines, the
-            names of the first 1,024 rows.
+        columns: column names in order. For JSON Lines, the names of the first 1,024 rows.
         unit: what `Row.line` counts: "line", "row" or "file".
         done: returns the share of the source that was read so far, or None.
     """
@@ -119,10 +105,10 @@ class RowReader:
     ):
         self.kind, self.name, self.limits, self.done = kind, name, limits or Limits(), progress
         self.unit = UNITS.get(kind, "line")
-        self.columns: dict[str, float] = {}
+        self.columns: list[str] = []
         try:
             self._encoding = Encoding(encoding)
-        except LookupError as error:
+        except (LookupError, ValueError) as error:
             raise InputError(f"--encoding {encoding}: Python has no such encoding of text") from error
         self._notice = ""  # what is logged once the rows are read
         self._read: Callable[[list[str]], Iterator[Row]]
@@ -154,13 +140,13 @@ class RowReader:
         if most is not None and count > most:
             raise InputError(f"{self.name} has more than {most:,} {limit.replace('_', ' ')}, the most that is accepted")
 
-    def set_columns(self, names: Sequence[str], shares: Iterable[float] | None = None) -> None:
+    def set_columns(self, names: list[str]) -> None:
         """Set ``columns``, or raise InputError if there are too many, or two have the same name."""
         self.check("columns", len(names))
-        self.columns = dict(zip(names, shares or [1.0] * len(names), strict=True))
-        named = [name for name in names if name]  # spreadsheets leave empty names at the end
-        if len({*named}) < len(named):
-            raise InputError(f"{self.name} has two columns called {_first_twice(named)}: rename or remove one")
+        counts = Counter(filter(None, names))  # spreadsheets leave empty names at the end
+        if twice := [name for name, count in counts.items() if count > 1]:
+            raise InputError(f"{self.name} has two columns called {quote_name(twice[0])}: rename or remove one")
+        self.columns = list(dict.fromkeys(names))
 
     @contextmanager
     def _as_input_error(self) -> Iterator[None]:
@@ -187,46 +173,37 @@ class RowReader:
         text = io.TextIOWrapper(buffered, encoding=self._encoding.codec, errors="surrogateescape", newline="")
         if self.kind == "json":
             return self._open_json(text.read())
-        lines = _lines(text, self.limits.characters, self._encoding.problem_of)
         if self.kind in ("csv", "tsv"):
-            return self._open_delimited(RowLines(lines, self.limits.characters))
-        filled = (line for line in lines if line[2] or line[1].strip())
+            return self._open_delimited(text)
+        lines = ((number, line) for number, line in enumerate(text, start=1) if line.strip())
         if self.kind != "txt":
-            return self._open_objects((_parsed(*line) for line in filled), FIRST_ROWS)
+            return self._open_objects((self._parsed(*line) for line in lines), FIRST_ROWS)
         self.set_columns(["text"])
-        return (Row(n, {} if problem else {"text": line.rstrip("\r\n")}, problem) for n, line, problem in filled)
+        problem_of = self._encoding.problem_of
+        return (
+            Row(n, {}, bad) if (bad := problem_of(line)) else Row(n, {"text": line.rstrip("\r\n")}) for n, line in lines
+        )
 
-    def _open_delimited(self, lines: RowLines) -> Iterator[Row]:
-        # The csv module's limit is global to the process. It is only raised, never lowered, because other threads read too.
-        csv.field_size_limit(max(csv.field_size_limit(), self.limits.characters))
-        separator = usual = "\t" if self.kind == "tsv" else ","
-        rows: Iterator[Fields] = read_delimited(lines, separator)
-        _, header, problem = next(rows, (0, [], None))
-        if lines.problem:
-            raise InputError(f"{self.name} is {lines.problem}")
-        if lines.number == lines.begin:  # a header of several lines is quoted for the usual separator
-            separator, *others = find_separators(lines.last, usual, len(header))
-            if others:
-                shown = " or ".join(map(repr, [separator, *others]))
-                raise InputError(
-                    f"{self.name}: its first line may be separated by {shown}: rename the columns without one of them"
-                )
+    def _open_delimited(self, lines: Iterator[str]) -> Iterator[Row]:
+        num_blank, first = next(((n, line) for n, line in enumerate(lines) if line.strip()), (0, ""))
+        usual = "\t" if self.kind == "tsv" else ","
+        separator = find_separator(first, usual)
         if separator != usual:
-            header, problem = next(csv.reader([lines.last], delimiter=separator)), None
-            rows = read_delimited(lines, separator, len(header))
             self._notice = f"is separated by {separator!r}"
+        rows = read_delimited(chain([first], lines), separator, num_blank, self._encoding.problem_of)
+        _, header, problem = next(rows, (0, [], None))
         if problem:
             raise InputError(f"{self.name}: the first line, which names the columns, cannot be read: {problem}")
         self.set_columns(header)
-        if separator == "\t" and len(header) > 1:
-            rows = refuse_swallowed_rows(rows, lines)
+        if separator == "\t" and len(header) > 1 and '"' not in first:
+            rows = refuse_swallowed_rows(rows, first.count("\t"))
         return (Row(n, {} if bad else dict(zip(header, fields, strict=True)), bad) for n, fields, bad in rows)
 
     def _open_json(self, text: str) -> Iterator[Row]:
         if problem := self._encoding.problem_of(text):
             raise InputError(f"{self.name} is {problem}")
         try:
-            records = JSON.decode(text)
+            records = json.loads(text)
         except (ValueError, RecursionError) as error:
             line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
             remedy = "; name it .jsonl if it has an object a line" if "Extra data" in str(error) else ""
@@ -239,13 +216,18 @@ class RowReader:
     def _open_objects(self, rows: Iterator[Row], most: int | None) -> Iterator[Row]:
         # many writers omit nulls, so the columns are the names of several rows
         first = list(islice(rows, most))
-        counts = Counter(name for row in first for name in row.values)
-        readable = sum(row.problem is None for row in first)
-        if first and not readable:
-            others = "" if len(first) == 1 else f", and none of the first {len(first):,} rows can be read"
-            raise InputError(f"{self.place(first[0])}: {first[0].problem}{others}")
-        self.set_columns(list(counts), [count / readable for count in counts.values()])
+        if first and all(row.problem for row in first):
+            raise InputError(f"{self.place(first[0])}: {first[0].problem}")
+        self.set_columns(list(dict.fromkeys(name for row in first for name in row.values)))
         return chain(first, rows)
+
+    def _parsed(self, number: int, line: str) -> Row:
+        if problem := self._encoding.problem_of(line):
+            return Row(number, {}, problem)
+        try:
+            return _object_row(number, json.loads(line))
+        except (ValueError, RecursionError) as error:
+            return Row(number, {}, _json_problem(error))
 
     def _open_parquet(self, stream: Any) -> Callable[[list[str]], Iterator[Row]]:
         import pyarrow.parquet  # lazily, because it is slow to import
@@ -261,16 +243,13 @@ class RowReader:
         count, size, total = 0, 0, max(file.metadata.num_rows, 1)
         self.done = lambda: count / total
         for batch in file.iter_batches(ROWS_PER_BATCH, columns=requested, use_threads=False):
-            arrays = [batch.column(name) for name in requested]
-            arrays = [a.dictionary_decode() if isinstance(a, pyarrow.DictionaryArray) else a for a in arrays]
-            size += sum(array.nbytes for array in arrays)
+            batch = batch.select(requested)  # which has also other columns, if names have dots
+            columns = [a.dictionary_decode() if isinstance(a, pyarrow.DictionaryArray) else a for a in batch.columns]
+            size += sum(column.nbytes for column in columns)
             self.check("bytes", size)
-            for cells in zip(*map(_python_values, arrays), strict=True):
+            for values in _python_values(batch):
                 count += 1
-                values = dict(zip(requested, cells, strict=True))
-                unreadable = next((name for name, value in values.items() if value is UNREADABLE), None)
-                problem = unreadable and f"the column {quote_name(unreadable)} holds a value that cannot be read"
-                yield Row(count, {} if problem else values, problem)
+                yield Row(count, {}, "it holds a value that cannot be read") if values is None else Row(count, values)
 
     def _open_workbook(self, stream: Any) -> Iterator[Row]:
         self._library_errors = workbook.ERRORS
@@ -282,17 +261,15 @@ class RowReader:
         self.set_columns(names)
         return (Row(number, dict(zip_longest(names, values[: len(names)]))) for number, values in rows)
 
-    def _open_folder(self, files: Sequence[tuple[str, Callable[[int], bytes]]]) -> Iterator[Row]:
+    def _open_folder(self, files: Sequence[tuple[str, Callable[[], bytes]]]) -> Iterator[Row]:
         labelled = any("/" in name for name, _ in files)
         self.set_columns(["id", "text", "label"] if labelled else ["id", "text"])
         self._notice = f"holds {len(files):,} texts, one a file; for one a line, give its files by a pattern"
-        return (self._text_row(number, *file) for number, file in enumerate(files, start=1))
+        return (self._text_row(number, name, read()) for number, (name, read) in enumerate(files, start=1))
 
-    def _text_row(self, number: int, name: str, read: Callable[[int], bytes]) -> Row:
-        most = self.limits.characters
-        content = read(4 * most)  # bytes, at most 4 a character
-        text, problem = self._encoding.decode(content)
-        problem = problem or (f"{most:,} characters or more" if len(text) >= most else None)
+    def _text_row(self, number: int, name: str, content: bytes) -> Row:
+        text = content.decode(self._encoding.codec, "surrogateescape")
+        problem = self._encoding.problem_of_start(content[:4]) or self._encoding.problem_of(text)
         if problem or not text.strip():
             return Row(number, {}, f"{name}: {problem or 'the text is empty'}")
         folder = name.rpartition("/")[0]
@@ -333,75 +310,33 @@ class Raw(io.RawIOBase):
         return len(content)
 
 
-def _lines(stream: io.TextIOWrapper, limit: int, problem_of: Callable[[str], str | None]) -> Iterator[Line]:
-    """Yield all lines. The content of a line of ``limit`` or more characters is replaced by a problem."""
-    number = 0
-    while text := stream.readline(limit):
-        number += 1
-        if len(text) < limit or text.endswith("\n"):
-            yield number, text, problem_of(text)
-            continue
-        while len(text) == limit and not text.endswith("\n"):
-            text = stream.readline(limit)
-        yield number, "", f"{limit:,} characters or more"
-
-
 # ── Values of JSON and Parquet ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        raise InputError(f"the name {_first_twice([name for name, _ in pairs])} occurs twice")
-    return values
-
-
-JSON = json.JSONDecoder(object_pairs_hook=_object)
-
-
 def _json_problem(error: Exception) -> str:
-    """Return why `JSON` cannot decode a text."""
+    """Return why the json module cannot read or write a value."""
     if isinstance(error, json.JSONDecodeError):
         return f"not JSON: {error.msg}"
-    if isinstance(error, RecursionError):
-        return "nested too deeply"
-    return str(error) if isinstance(error, InputError) else "a number has too many digits"  # which Python limits
-
-
-def _parsed(number: int, line: str, problem: str | None) -> Row:
-    if problem:
-        return Row(number, {}, problem)
-    try:
-        return _object_row(number, JSON.decode(line))
-    except (ValueError, RecursionError) as error:
-        return Row(number, {}, _json_problem(error))
+    if isinstance(error, UnicodeEncodeError):  # JSON has an escape for it, and UTF-8 has no encoding
+        return "half of a surrogate pair, which is not a character"
+    return "nested too deeply" if isinstance(error, RecursionError) else "a number has too many digits"
 
 
 def _object_row(number: int, value: Any) -> Row:
-    problem = None if isinstance(value, dict) else "not a JSON object"
+    if not isinstance(value, dict):
+        return Row(number, {}, "not a JSON object")
     try:
         json.dumps(value, ensure_ascii=False).encode()  # visits all values, faster than Python can
-    except UnicodeEncodeError:  # JSON has an escape for half of a pair, and UTF-8 has no encoding
-        problem = "half of a surrogate pair, which is not a character"
-    except RecursionError as error:
-        problem = _json_problem(error)
-    return Row(number, {} if problem else value, problem)
+    except (UnicodeEncodeError, RecursionError) as error:
+        return Row(number, {}, _json_problem(error))
+    return Row(number, value)
 
 
-def _python_values(array: Any) -> list[Any]:
-    """Convert an array of pyarrow. A value that Python cannot hold, or text that is not UTF-8, becomes `UNREADABLE`."""
+def _python_values(batch: Any) -> list[dict[str, Any] | None]:
+    """Return the values of each row by column, or None for a row with a value that Python does not have."""
     try:
-        return array.to_pylist()
+        return batch.to_pylist()
     except UNREADABLE_ERRORS:
-        return list(map(_python_value, array))
-
-
-def _python_value(scalar: Any) -> Any:
-    try:
-        return scalar.as_py()
-    except UNREADABLE_ERRORS:
-        return UNREADABLE
-
-
-def _first_twice(names: Sequence[str]) -> str:
-    return quote_name(next(name for name, count in Counter(names).items() if count > 1))
+        if batch.num_rows == 1:
+            return [None]
+        return [_python_values(batch.slice(row, 1))[0] for row in range(batch.num_rows)]

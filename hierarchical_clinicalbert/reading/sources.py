@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from hierarchical_clinicalbert.reading.rows import FOLDER, KINDS, SEEKABLE, InputError, Raw, RowReader
-from hierarchical_clinicalbert.reading.stores import find_files, is_url, open_stream, without_query
+from hierarchical_clinicalbert.reading.stores import find_files, is_url, open_stream
 
 SUFFIXES = tuple(f".{kind}{gz}" for kind in KINDS for gz in ("", ".gz") if not (gz and kind in SEEKABLE))
 SAVED_BY_DATASETS = ("dataset_info.json", "dataset_dict.json")
@@ -37,13 +37,12 @@ class Source:
     @property
     def name(self) -> str:
         """The name for messages and outputs. Bytes of a path that are not UTF-8 are escaped."""
-        path = without_query(self.path)
-        return "standard input" if path == "-" else os.fsencode(path).decode(errors="backslashreplace")
+        return "standard input" if self.path == "-" else os.fsencode(self.path).decode(errors="backslashreplace")
 
     def name_of(self, file: str) -> str:
         """Return the name of a file in the folder, with its path below the folder."""
-        depth = self.path.rstrip("/").count("/") + 1
-        return os.fsencode(file.split("/", depth)[-1]).decode(errors="backslashreplace")
+        name = file.removeprefix(f"{self.path.rstrip('/')}/")
+        return os.fsencode(name).decode(errors="backslashreplace")
 
 
 def find_sources(pattern: str, kind: str | None = None, encoding: str | None = None) -> list[Source]:
@@ -57,29 +56,31 @@ def find_sources(pattern: str, kind: str | None = None, encoding: str | None = N
     Raises:
         InputError: no file matches, or the kind is unknown.
     """
-    pattern, encoding = pattern.removeprefix("file://"), encoding or "utf-8"
+    encoding = encoding or "utf-8"
     if pattern == "-":
         if kind is None:
             raise InputError(f"- has no file name: give --input_format, one of {', '.join(KINDS)}")
         return [Source("-", kind, encoding=encoding)]
     filesystem, files, is_folder = _list_files(pattern)
     if is_folder:
-        if any(path.rpartition("/")[2] in SAVED_BY_DATASETS for path, _ in files):
-            raise InputError(f"{without_query(pattern)} was saved by `datasets`: write it as Parquet, with to_parquet")
+        names = {path.rpartition("/")[2] for path, _ in files}
+        if not names.isdisjoint(SAVED_BY_DATASETS):
+            raise InputError(f"{pattern} was saved by `datasets`: write it as Parquet, with to_parquet")
         files = [(path, size) for path, size in files if not path.rpartition("/")[2].startswith((".", "_"))]
         files = [(path, size) for path, size in files if kind or path.lower().endswith(SUFFIXES)]
         if kind is None and all(path.lower().endswith(".txt") for path, _ in files):
-            folder, mark, query = pattern.partition("?") if filesystem else (glob.escape(pattern), "", "")
-            files = _list_files(f"{folder.rstrip('/')}/**/*.txt{mark}{query}")[1]
-            source = Source(folder if filesystem else pattern, FOLDER, filesystem, 0, encoding)
-            files = [(path, size) for path, size in files if not re.search("(^|/)[._]", source.name_of(path))]
-            if files:
-                return [replace(source, size=sum(size for _, size in files), files=tuple(path for path, _ in files))]
+            folder = pattern.rstrip("/") if filesystem else glob.escape(pattern.rstrip("/"))
+            source = Source(pattern, FOLDER, filesystem, encoding=encoding)
+            texts = _list_files(f"{folder}/**/*.txt")[1]
+            texts = [(path, size) for path, size in texts if not re.search("(^|/)[._]", source.name_of(path))]
+            if texts:
+                paths, sizes = zip(*texts, strict=True)
+                return [replace(source, size=sum(sizes), files=paths)]
     if not files:
         problem = "it contains no file of a known format" if is_folder else "there is no such file"
         if not is_folder and os.path.exists(pattern):  # such as <(command)
             problem = "it is not a regular file; pipe its content to standard input (-)"
-        raise InputError(f"{without_query(pattern)}: {problem}")
+        raise InputError(f"{pattern}: {problem}")
     return [Source(path, kind or kind_of(path), filesystem, size, encoding) for path, size in files]
 
 
@@ -96,16 +97,12 @@ def _list_files(pattern: str) -> tuple[Any, list[tuple[str, int]], bool]:
 
 
 def find_all_sources(patterns: Iterable[str], kind: str | None = None, encoding: str | None = None) -> list[Source]:
-    """Return the files of several patterns. A file that links give several names is returned once."""
-    unique: dict[str, Source] = {}
-    for source in (source for pattern in patterns for source in find_sources(pattern, kind, encoding)):
-        unique.setdefault(os.path.realpath(source.path) if source.filesystem is None else source.path, source)
-    return list(unique.values())
+    """Return the files of several patterns, each file once."""
+    return list(dict.fromkeys(source for pattern in patterns for source in find_sources(pattern, kind, encoding)))
 
 
 def kind_of(path: str) -> str:
     """Return the kind of a file from its name, or raise InputError."""
-    path = without_query(path)
     name = path.lower()
     kind = Path(name.removesuffix(".gz")).suffix.removeprefix(".")
     if kind not in KINDS:
@@ -125,14 +122,13 @@ def open_rows(source: Source) -> Iterator[RowReader]:
     if source.kind == FOLDER:
         yield _open_folder(source)
         return
-    is_packed = without_query(source.path).lower().endswith(".gz")
     with _open_file(source, source.path) as file:
         raw = Raw(file, source.name)
-        stream = gzip.GzipFile(fileobj=raw) if is_packed else raw
 
         def progress() -> float:
             return min(1.0, raw.count / max(source.size, 1))  # parts of a file that can seek may be read twice
 
+        stream = gzip.GzipFile(fileobj=raw) if source.path.lower().endswith(".gz") else raw
         yield RowReader(stream, source.kind, source.name, progress=progress, encoding=source.encoding)
 
 
@@ -150,11 +146,11 @@ def _open_folder(source: Source) -> RowReader:
     """Return a reader of a folder of texts, which are opened one after another."""
     count = 0
 
-    def read(path: str, size: int) -> bytes:
+    def read(path: str) -> bytes:
         nonlocal count
         count += 1
         with _open_file(source, path) as file:
-            return io.BufferedReader(Raw(file, path)).read(size)
+            return io.BufferedReader(Raw(file, path)).read()
 
     files = [(source.name_of(path), partial(read, path)) for path in source.files]
     return RowReader(files, FOLDER, source.name, progress=lambda: count / len(files), encoding=source.encoding)

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import shutil
 
 import datasets
 import pandas as pd
@@ -19,7 +18,7 @@ ROWS = [("NA", "a/x"), ('007, a "quoted"\ntext', "a/y"), ("Ünïcode  text", "b"
 def write_as(kind, path):
     frame = pd.DataFrame(ROWS, columns=["text", "label"])
     records = frame.to_dict("records")
-    if kind in ("csv", "csv.gz", "tsv"):
+    if kind in ("csv.gz", "tsv"):
         frame.to_csv(path, index=False, sep="\t" if kind == "tsv" else ",")
     elif kind == "parquet":
         frame.to_parquet(path)
@@ -33,7 +32,7 @@ def write_as(kind, path):
         path.write_text("\n".join(map(json.dumps, records)) + "\n\n")
 
 
-@pytest.mark.parametrize("kind", ["csv", "csv.gz", "tsv", "json", "data.json", "jsonl", "ndjson", "parquet", "xlsx"])
+@pytest.mark.parametrize("kind", ["csv.gz", "tsv", "json", "data.json", "ndjson", "parquet", "xlsx"])
 def test_every_format_gives_the_same_rows(tmp_path, kind):
     path = tmp_path / f"rows.{kind}"
     write_as(kind, path)
@@ -58,19 +57,16 @@ def test_a_folder_of_texts_has_the_labels_of_its_subfolders(tmp_path):
     texts = dict(zip(data.splits["train"]["text"], nodes_of(data), strict=True))
     assert [texts[text] for text, _ in ROWS] == [0, 1, 2, 3]
     hashes = data.report["sources"][0]["sha256"]
-    assert hashes == load(data_path=folder, validation_size=0, test_size=0).report["sources"][0]["sha256"]
     (folder / "b" / "2.txt").write_text("another text")
-    assert (
-        load(train_file=folder, validation_size=0).report["sources"][0]["sha256"].keys() == hashes.keys() == {"notes"}
-    )
-    assert load(train_file=folder, validation_size=0).report["sources"][0]["sha256"] != hashes
+    changed = load(data_path=folder, validation_size=0, test_size=0).report["sources"][0]["sha256"]
+    assert hashes.keys() == changed.keys() == {"notes"}
+    assert hashes != changed
     (folder / "empty.txt").write_text("")
     with pytest.raises(InputError, match=r"notes, file 5: empty.txt: the text is empty"):
         load(train_file=folder, validation_size=0)
     (folder / "more.csv").write_text("text,label\n")
-    for flags in ({"train_file": folder}, {"data_path": folder}):
-        with pytest.raises(InputError, match=r"is not a folder saved by `datasets`, nor one of .txt files alone"):
-            load(**flags)
+    with pytest.raises(InputError, match=r"is not a folder saved by `datasets`, nor one of .txt files alone"):
+        load(data_path=folder)
 
 
 def test_an_encoding_is_that_of_the_data_files(tmp_path):
@@ -83,21 +79,11 @@ def test_an_encoding_is_that_of_the_data_files(tmp_path):
     assert sorted(data.taxonomy.labels) == ["Städte", "a"]
 
 
-@pytest.mark.parametrize("kind", ["parquet", "folder"])
-def test_codes_of_many_digits_beside_missing_ones_stay_as_they_are(tmp_path, kind):
-    codes = [900_000_000_000_207_008 + i for i in range(6)]  # as long as those of SNOMED CT
-    rows = {
-        "text": [f"text {i}" for i in range(8)],
-        "l1": ["a"] * 4 + ["b"] * 4,
-        "l2": [*codes[:3], None, *codes[3:], None],
-    }
-    if kind == "parquet":
-        pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "rows.parquet")
-        source = {"train_file": tmp_path / "rows.parquet"}
-    else:
-        datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "rows")
-        source = {"data_path": tmp_path / "rows"}
-    data = load(**source, label_column=["l1", "l2"], validation_size=0.0, test_size=0.0)
+def test_codes_of_many_digits_beside_missing_ones_stay_as_they_are(tmp_path):
+    codes = [900_000_000_000_207_008 + i for i in range(3)]  # as long as those of SNOMED CT
+    rows = {"text": list("abcd"), "l1": ["a", "a", "b", "b"], "l2": [codes[0], None, *codes[1:]]}
+    pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "rows.parquet")
+    data = load(train_file=tmp_path / "rows.parquet", label_column=["l1", "l2"], validation_size=0.0)
     assert set(data.taxonomy.names) == {"a", "b", *map(str, codes)}
 
 
@@ -118,7 +104,7 @@ def test_columns_are_found_in_order_of_preference_and_logged(tmp_path, caplog):
 
 def test_label_columns_that_are_not_there_or_named_twice_are_refused(tmp_path):
     path = csv_file(tmp_path / "a.csv", [("one", "x"), ("two", "y")], ("notes", "diagnosis"))
-    with pytest.raises(InputError, match=r"no column is called .*--label_column: there are 'notes', 'diagnosis'"):
+    with pytest.raises(InputError, match=r"no column called .*--label_column: there are 'notes', 'diagnosis'"):
         load(train_file=path, text_column="notes")
     with pytest.raises(InputError, match="names a column twice"):
         load(train_file=path, text_column="notes", label_column=["diagnosis", "diagnosis"])
@@ -185,7 +171,7 @@ def test_saved_folders_that_cannot_be_used_are_refused(tmp_path):
         load(data_path=tmp_path / "all")
 
 
-def test_a_data_set_by_name_has_its_cells_as_texts(tmp_path, monkeypatch, caplog):
+def test_a_data_set_by_name_has_its_cells_as_texts(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     folder = tmp_path / "corpus"  # `datasets` takes a folder of files for a name, too
     folder.mkdir()
@@ -203,12 +189,6 @@ def test_a_data_set_by_name_has_its_cells_as_texts(tmp_path, monkeypatch, caplog
         assert data.splits["train"]["text"][:] == [text, "b", "c", "d"]
         assert labels_of(data, "train") == ["007", "7", "NA", "1.0"]
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    cached = tmp_path / "cache" / "nobody___cached" / "other" / "0.0.0" / "a"
-    shutil.copytree(next((tmp_path / "cache" / "corpus").glob("other/*/*/*.json")).parent, cached)
-    (cached / "corpus-train.arrow").rename(cached / "cached-train.arrow")
-    with pytest.raises(InputError, match="row 3, column 'label'"):  # NA was inferred to be missing
-        load(dataset_name="nobody/cached", dataset_config_name="other", validation_size=0)
-    assert "its cached types may be inferred ones" in caplog.text
     with pytest.raises(InputError, match="cannot load --dataset_name nobody/nothing") as caught:
         load(dataset_name="nobody/nothing")
     assert "\n" not in str(caught.value)

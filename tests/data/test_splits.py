@@ -11,10 +11,8 @@ import numpy as np
 import pytest
 from iterstrat.ml_stratifiers import MultilabelStratifiedShuffleSplit
 from labelled_files import MANY, SECRET, csv_file, json_lines, label_sets, load
-from sklearn.preprocessing import MultiLabelBinarizer
 
 from decisions_hierarchical import ManyNodes
-from hierarchical_clinicalbert.data.label_forms import _sample_by_labels
 from hierarchical_clinicalbert.data.report import length_report, log_report
 from hierarchical_clinicalbert.data.trained_texts import TrainedTexts, normalise_text, text_hash
 from hierarchical_clinicalbert.errors import InputError
@@ -35,13 +33,6 @@ def skewed(rows, seed):
     return made
 
 
-def draw_sets(count, seed=0):
-    """Draw dependent labels of different frequencies. Some texts have none."""
-    generator = np.random.default_rng(seed)
-    names, rates = np.array(["x", "y", "z", "u", "v"]), [0.4, 0.2, 0.3, 0.1, 0.05]
-    return [names[generator.random(5) < rates].tolist() for _ in range(count)]
-
-
 def texts_of(data):
     return {split: {normalise_text(text) for text in part["text"]} for split, part in data.splits.items()}
 
@@ -50,11 +41,10 @@ def texts_of(data):
 
 
 @FORMS
-@pytest.mark.parametrize("seed", range(3))
-def test_one_file_is_split_by_class_with_identical_texts_together(tmp_path, seed, flags):
-    rows = skewed(1500, seed)
+def test_one_file_is_split_by_class_with_identical_texts_together(tmp_path, flags):
+    rows = skewed(1500, 0)
     path = csv_file(tmp_path / "a.csv", rows)
-    data = load(seed=seed, data_path=path, validation_size=0.15, test_size=0.1, **flags)
+    data = load(data_path=path, validation_size=0.15, test_size=0.1, **flags)
     texts = texts_of(data)
     assert list(texts) == ["train", "validation", "test"]
     assert set.union(*texts.values()) == {normalise_text(text) for text, _ in rows}
@@ -70,9 +60,7 @@ def test_one_file_is_split_by_class_with_identical_texts_together(tmp_path, seed
     for split, share in (("validation", 0.15), ("test", 0.1)):
         for label, count in everywhere.items():
             assert abs(counts[split][label] - share * count) <= 3 + 0.15 * share * count, (split, label)
-    again, other = (
-        load(seed=s, data_path=path, validation_size=0.15, test_size=0.1, **flags) for s in (seed, seed + 1)
-    )
+    again, other = (load(seed, data_path=path, validation_size=0.15, test_size=0.1, **flags) for seed in (0, 1))
     assert again.splits["test"]["row"][:] == data.splits["test"]["row"][:] != other.splits["test"]["row"][:]
 
 
@@ -163,39 +151,21 @@ def test_validation_texts_without_any_label_are_refused(tmp_path):
 
 
 def test_sets_of_labels_are_split_as_the_package_splits_them_closed_upwards(tmp_path):
-    sets = draw_sets(200)
+    has = np.random.default_rng(0).random((200, 5)) < [0.4, 0.2, 0.3, 0.1, 0.05]
+    sets = [[name for name, has_it in zip("xyzuv", row, strict=True) if has_it] for row in has]
     data = load(train_file=json_lines(tmp_path / "a.jsonl", sets), known=TREE, validation_size=0.3)
     marks = ManyNodes(TREE).targets([[TREE.id(label) for label in labels] for labels in sets]).numpy()
     splitter = MultilabelStratifiedShuffleSplit(n_splits=1, test_size=60, random_state=0)
     _, expected = next(splitter.split(np.zeros(200), marks))
     assert sorted(data.splits["validation"]["row"]) == sorted(expected.tolist())
-    # the rates of all labels
-    binarizer = MultiLabelBinarizer(classes=["x", "y", "z", "u", "v"])
-    found, all_counts = (
-        binarizer.fit_transform(part).sum(0) for part in (label_sets(data, "validation").values(), sets)
-    )
-    np.testing.assert_allclose(found, all_counts * 0.3, atol=2.5)
 
 
 def test_one_of_few_texts_is_split_off(tmp_path):
-    for seed in (5, 21):
+    for seed in (5, 21):  # for which the package would split off none
         has = np.random.default_rng(seed).random((12, 5)) < 0.3
         sets = [[name for name, has_it in zip("xyzuv", row, strict=True) if has_it] for row in has]
-        marks = ManyNodes(TREE).targets([[TREE.id(label) for label in labels] for labels in sets]).numpy()
-        drawn = MultilabelStratifiedShuffleSplit(n_splits=1, test_size=1, random_state=0)
-        assert not len(next(drawn.split(marks, marks))[1])  # the package would split off none
         data = load(train_file=json_lines(tmp_path / "a.jsonl", sets), known=TREE, validation_size=0.1)
         assert len(data.splits["validation"]) >= 1
-
-
-def test_classes_without_texts_do_not_change_the_split():
-    generator = np.random.default_rng(0)
-    labels = (generator.random((1500, 40)) < np.geomspace(0.02, 0.3, 40)).astype(np.int8)  # none is rare
-    wide = np.zeros((1500, 120), dtype=np.int8)
-    wide[:, np.sort(generator.permutation(120)[:40])] = labels
-    trained = np.zeros(1500, dtype=bool)
-    narrow, with_empty = (_sample_by_labels(each, 150, "test", 0, trained) for each in (labels, wide))
-    np.testing.assert_array_equal(narrow, with_empty)
 
 
 # ── A text in several splits ─────────────────────────────────────────────────────────────────────────────────────────
@@ -228,24 +198,18 @@ def test_a_text_belongs_to_one_split_of_those_given(tmp_path, caplog, flags):
 
 @pytest.mark.parametrize(
     "variant",
-    ["caf\u00e9 au lait, 5\u00b5g", "cafe\u0301 au lait, 5\u03bcg", "\ufeffCaf\u00e9 au lait, 5\u03bcg",
-     "ca\u200bf\u00e9 au\u00a0lait,\u2060 5\u00b5g", "ca\u00adfe\u200d\u0301 au lait, \uff15\u03bcg", "CAF\u00c9  AU\tLAIT, 5\u00b5G"],
-)  # fmt: skip
+    [
+        "cafe\u0301 au lait, 5\u00b5g",
+        "\ufeffCAF\u00c9  AU\tLAIT, 5\u00b5G",
+        "ca\u200bf\u00e9 au\u00a0lait,\u2060 \uff15\u03bcg",
+    ],
+)
 def test_unicode_variants_of_a_text_are_that_text(tmp_path, variant):
     plain, other = "caf\u00e9 au lait, 5\u03bcg", "cafe au lait, 5\u03bcg"
     train = csv_file(tmp_path / "a.csv", [(variant, "a"), (other, "b")])
     test = csv_file(tmp_path / "b.csv", [(plain, "a"), ("more", "b")])
     data = load(train_file=train, test_file=test, validation_size=0)
     assert data.splits["train"]["text"][:] == [other]  # a different word that looks the same
-
-
-def test_split_off_validation_has_no_text_of_the_test_file(tmp_path):
-    rows = [(f"text {i}", "ab"[i % 2]) for i in range(60)]
-    train = csv_file(tmp_path / "a.csv", rows)
-    test = csv_file(tmp_path / "b.csv", [(text.upper(), label) for text, label in rows[:20]])
-    data = load(train_file=train, test_file=test, validation_size=0.5)
-    assert {split: len(part) for split, part in data.splits.items()} == {"train": 20, "validation": 20, "test": 20}
-    assert not texts_of(data)["test"] & texts_of(data)["validation"]
 
 
 # ── Report ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -305,12 +269,3 @@ def test_the_log_shows_the_numbers_and_no_text(tmp_path, caplog):
     assert f"1 classes without training rows: (a value of {len(text)} characters)" in caplog.text
     assert SECRET not in caplog.text
     assert "Example" not in caplog.text
-
-
-def test_length_report_by_hand():
-    # 1 … 100: the smallest count that q % of the texts do not exceed is q
-    assert length_report(list(range(1, 101)), 90) == {
-        "p50": 50, "p90": 90, "p95": 95, "p99": 99, "max": 100, "max_length": 90, "truncated": 10, "truncated_share": 0.1,
-    }  # fmt: skip
-    assert length_report([4], 4)["truncated"] == 0
-    assert length_report([1, 10], 8)["p50"] == 1  # a count that occurs, not the middle of two

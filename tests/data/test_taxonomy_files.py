@@ -2,17 +2,12 @@
 
 import json
 
-import pandas as pd
 import pytest
 
 from configuration_hierarchical import HierarchicalConfig
-from hierarchical_clinicalbert.data.taxonomy_files import build_from_table, read_taxonomy
+from hierarchical_clinicalbert.data.taxonomy_files import read_taxonomy
 from hierarchical_clinicalbert.errors import InputError
-from taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy, TaxonomyError
-
-
-def from_rows(rows):
-    return build_from_table(pd.DataFrame(rows, range(2, len(rows) + 2), ["parent", "child"]), "/")
+from taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy
 
 
 def test_every_file_gives_the_same_taxonomy(tmp_path):
@@ -43,45 +38,8 @@ def test_descriptions_of_a_table_stay_with_their_nodes_in_the_configuration_and_
 def test_names_stay_as_they_are_written(tmp_path):
     (tmp_path / "tree.yaml").write_text("no:\n  - 1\n  - 2.50\nnull: \n1.0: null\nyes: ~\n")
     assert read_taxonomy(tmp_path / "tree.yaml").names == ["1", "2.50", "null", "1.0", "yes", "no"]
-    composed, decomposed = "caf\u00e9", "cafe\u0301"  # but one name is one node, however its letters are composed
-    assert from_rows([(composed, "hot"), (decomposed, "cold"), ("", decomposed)]) == Taxonomy(
-        {composed: ["hot", "cold"]}
-    )
-
-
-def test_a_misspelt_parent_is_warned_of_with_the_nearest_name(caplog):
-    tree = from_rows(
-        [("", "heart disease"), ("heart disease", "angina"), ("heart diseasse", "arrhythmia"), ("lung", "asthma")]
-    )
-    assert len(tree.children(-1)) == 3
-    (warning,) = caplog.messages
-    assert (
-        warning
-        == "'heart diseasse' occurs only as a parent, so it becomes a root; is it a misspelling of 'heart disease'?"
-    )
-    caplog.clear()
-    from_rows(
-        [("", "general pathological conditions"), ("specific disease", "neoplasms"), ("specific disease", "disease")]
-    )
-    from_rows([("diabetes", "diabetes 1"), ("diabetes", "diabetes 2"), ("nervous system", "pain")])
-    from_rows([("", "lung"), ("", "lungs"), ("lung", "a"), ("lungs", "b")])  # both are listed
-    assert not caplog.messages
-
-
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        ([("a", "b"), ("b", "c"), ("c", "a"), ("", "d")], "cycle: '[abc]' > '[abc]' > '[abc]' > '[abc]'"),
-        ([("a", "a")], "cycle: 'a' > 'a'"),
-        ([("a", "c"), ("b", "c")], "'c' has two parents: 'a' and 'b'"),
-        ([("a", "b"), ("", "b")], "'b' has two parents: 'a' and no parent"),
-        ([("a", "b"), ("a", " ")], "line 3 .*empty name"),
-        ([("a", "b")], "at least two leaves"),
-    ],
-)
-def test_rows_that_are_no_taxonomy_are_refused_by_name(rows, message):
-    with pytest.raises(TaxonomyError, match=message):
-        from_rows(rows)
+    (tmp_path / "tree.csv").write_text("parent,child\ncaf\u00e9,hot\ncafe\u0301,cold\n,cafe\u0301\n")  # one name
+    assert read_taxonomy(tmp_path / "tree.csv") == Taxonomy({"caf\u00e9": ["hot", "cold"]})
 
 
 @pytest.mark.parametrize(
@@ -89,13 +47,15 @@ def test_rows_that_are_no_taxonomy_are_refused_by_name(rows, message):
     [
         ("t.yaml", "a: [", "t.yaml: .*, line 1"),
         ("t.yaml", "a:\nb:\na:\n", "t.yaml: the name 'a' occurs twice in one mapping, line 1"),
-        ("t.yaml", "? [a]\n: b\n", "t.yaml: a name must be text, not a list"),
         ("t.yaml", "a: &x [b, c]\nd: *x\n", r"t.yaml: an alias \(\*name\) is not supported: .*, line 2"),
-        ("t.yaml", "just a name", "t.yaml: a taxonomy is a list or a mapping"),
         ("t.json", '{"a": null, "b": null, "a": null}', "t.json: the name 'a' occurs twice"),
         ("t.json", "{", "t.json: "),
-        ("t.csv", "x,y\n1,2\n", "t.csv: expected columns 'parent' and 'child'"),
-        ("t.csv", "parent,Parent,child\na,b,c\n", "once each, found 'parent', 'parent', 'child'"),
+        ("t.csv", "x,y\n1,2\n", r"t.csv: expected columns 'parent' and 'child' \(or 'name'\), found 'x', 'y'"),
+        ("t.csv", "parent,child\na,b\nb,c\nc,a\n,d\n", "t.csv: .* cycle: '[abc]' > '[abc]' > '[abc]' > '[abc]'"),
+        ("t.csv", "parent,child\na,c\nb,c\n", "t.csv: 'c' has two parents: 'a' and 'b'"),
+        ("t.csv", "parent,child\na,b\n,b\n", "t.csv: 'b' has two parents: 'a' and no parent"),
+        ("t.csv", "parent,child\na,b\na, \n", "t.csv, line 3, column 'child': the name is empty"),
+        ("t.csv", "parent,child\na,b\n", "t.csv: .* at least two leaves"),
         ("t.csv", 'parent,child,description\n,a,"of a\n,b,of b\n', "t.csv, line 2: a quotation mark is not closed"),
         ("t.txt", "a", "t.txt: expected .yaml, .yml, .json, .csv or .tsv, not '.txt'"),
     ],

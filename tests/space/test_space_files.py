@@ -20,7 +20,6 @@ from tables import FORMULA, MAX_BYTES, MAX_COLUMNS, Refused, read_table, to_csv
     [
         (b"text\n", "csv", "no rows"),
         (b"We followed 212 patients with fibrillation.\nBlood was drawn.\n", "csv", "is the header missing"),
-        (b"id;befund,text\n1;Kolitis\n", "csv", "separated by ',' or ';'"),
         ("text\nKoliken\n".encode("utf-16"), "csv", "fits utf-16: save it as UTF-8."),
         (b"text\n" * 10_002, "csv", "more than 10,000 rows"),
         (b"x" * (MAX_BYTES + 1), "txt", "at most 10 MB"),
@@ -49,6 +48,11 @@ def test_files_within_the_limits_are_read():
     for columns in ({"text": pa.array(texts).dictionary_encode()}, {"a": texts[:3000], "vector": vectors}):
         rows = read_table(parquet(columns), "parquet").rows
         assert [row.text for row in rows] == texts[: len(next(iter(columns.values())))]
+
+
+def test_a_row_that_cannot_be_read_is_listed_with_the_reason():
+    rows = read_table(b"text,id\na\nb,2\n", "csv").rows
+    assert [(row.text, row.problem) for row in rows] == [(None, "1 fields, where the header has 2"), ("b", None)]
 
 
 # ── Hostile files ────────────────────────────────────────────────────────────────────────────────────────────────────
