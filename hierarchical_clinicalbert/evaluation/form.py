@@ -1,7 +1,6 @@
 """What both forms of label have in common in evaluation: the base class of `OnePathForm` and `ManyNodesForm`."""
 
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -95,10 +94,6 @@ class FormBase:
         """Return the names of a node's path as text."""
         return join_labels((self.tree.names[step] for step in self.tree.path(node)), " > ")
 
-    def headline(self, scores: dict[str, float], texts: str, share: Callable[[float], str]) -> str:
-        """Return the scores of a split that matter most, in one sentence. ``texts`` names its rows, ``share`` formats a share."""
-        raise NotImplementedError
-
     def fit_classifier(
         self, counts: csr_matrix, labels: np.ndarray, wanted: bool | None = None
     ) -> LexicalClassifier | None:
@@ -106,9 +101,9 @@ class FormBase:
 
         By default it is wanted if it has at most `MAX_WEIGHTS` weights.
         """
-        vocab_size, num_classes = counts.shape[1], self.decisions.num_classes
         if wanted is False:
             return None
+        vocab_size, num_classes = counts.shape[1], self.decisions.num_classes
         if wanted is None and vocab_size * num_classes > MAX_WEIGHTS:
             size = f"{vocab_size:,} tokens times {num_classes:,} classes"
             logger.info("no lexical head: it would have %s weights; --lexical_head true adds it", size)

@@ -63,18 +63,13 @@ def scores_by_split(metrics: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {split: scores for split, scores in splits.items() if "log_loss" in scores}
 
 
-def outcomes(labels: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return true positives, predictions and labels, each (num_rows, num_classes) of bool.
+def confusion_counts(labels: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """Count each class's true positives, predictions and labels: (3, num_classes).
 
-    ``labels``, 1 or 0, and the predictions ``chosen`` are (num_rows, num_classes).
+    ``labels``, 1 or 0, and the predictions ``chosen``, bool, are (num_rows, num_classes).
     """
     true = labels == 1
-    return true & chosen, chosen, true
-
-
-def confusion_counts(labels: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """Count each class's true positives, predictions and labels, see `outcomes`: (3, num_classes)."""
-    return np.stack([pairs.sum(axis=0) for pairs in outcomes(labels, chosen)])
+    return np.stack([pairs.sum(axis=0) for pairs in (true & chosen, chosen, true)])
 
 
 def node_f1(counts: np.ndarray) -> np.ndarray:
@@ -107,14 +102,15 @@ def bootstrap_intervals(
     the score itself. So the resampled values of macro-F1 are shifted until their mean is the score.
 
     Args:
-        labels, chosen: as for `outcomes`.
+        labels, chosen: as for `confusion_counts`.
         texts: ids of the rows' texts, (num_rows,). All rows of a text are drawn together. By default each row is a text.
 
     Returns:
         Lower and upper ends: ``micro_f1`` and ``macro_f1``, (2,); ``f1``, (2, num_classes), over the resamples in which the class
         occurs, NaN if there are none. With one label per row, ``micro_f1`` is the accuracy.
     """
-    columns = csr_matrix(np.hstack(outcomes(labels, chosen)), dtype=np.float64).T
+    true = labels == 1
+    columns = csr_matrix(np.hstack([true & chosen, chosen, true]), dtype=np.float64).T
     ids, text_of_row = np.unique(np.arange(len(labels)) if texts is None else texts, return_inverse=True)
     generator, size = np.random.default_rng(0), len(ids)
     draws = (np.bincount(generator.integers(size, size=size), minlength=size) for _ in range(resamples))
@@ -132,9 +128,8 @@ def per_class_report(
 ) -> tuple[list[dict], dict[str, list[float]]]:
     """Compute one row per class with precision, recall and F1, and the intervals of micro- and macro-F1.
 
-    Labels and predictions are those of `outcomes`, texts those of `bootstrap_intervals`. ``support`` is the number of labels,
-    and ``f1_interval`` is None for a class that does not occur. A ratio with denominator 0 is 0. Rows and intervals are empty
-    without labels.
+    Arguments are those of `bootstrap_intervals`. ``support`` is the number of labels, and ``f1_interval`` is None for a class that
+    does not occur. A ratio with denominator 0 is 0. Rows and intervals are empty without labels.
     """
     if not labels.size:
         return [], {}
