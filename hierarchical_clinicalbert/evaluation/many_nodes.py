@@ -245,14 +245,11 @@ class ManyNodesForm(FormBase):
     """What differs in evaluation for any number of nodes a text; its counterpart is `evaluation.one_path.OnePathForm`."""
 
     metrics, micro_f1 = METRICS, "micro_f1"
-    classifier, predictions = NodeClassifier, NodePredictions
+    decisions_class, classifier, predictions = ManyNodes, NodeClassifier, NodePredictions
     plot_titles = {
         "f1_by_frequency": "F1 of each node over its number of {split} texts",
         "precision_recall": "Precision and recall of the {split} rows over all thresholds",
     }
-
-    def __init__(self, tree: Taxonomy):
-        super().__init__(ManyNodes(tree))
 
     def nodes_of(self, labels: np.ndarray) -> list[list[int]]:
         """Return the labelled nodes of each text, ancestors included."""
@@ -304,10 +301,6 @@ class ManyNodesForm(FormBase):
         most = [((100 - percent) * (num_texts + 1) - 100) * whole // 100 for percent in range(1, 100)]
         exact = [probabilities[bisect_right(losses, allowed)] if allowed >= 0 else None for allowed in most]
         return [None if p is None else float(SIX_DIGITS_DOWN.create_decimal_from_float(p)) for p in exact]
-
-    def scores_to_store(self, scores: pd.Series, labels: np.ndarray, texts: np.ndarray) -> dict[str, Any]:
-        """Return no fields: no recall follows from other node frequencies, see `ManyNodes.shifted_threshold`."""
-        return {}
 
     # ── Scores ───────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -33,7 +33,6 @@ from hierarchical_clinicalbert.evaluation.form import FormBase
 from hierarchical_clinicalbert.evaluation.lexical import LeafClassifier
 from hierarchical_clinicalbert.evaluation.metrics import ECE, ECE_BY_CHANCE, Metric, calibration_bins, micro_f1, one_hot
 from hierarchical_clinicalbert.evaluation.sets import PredictedSets
-from taxonomy_hierarchical import Taxonomy
 
 # ── Metrics ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -177,11 +176,8 @@ class OnePathForm(FormBase):
     """What differs in evaluation for one path a text; see `FormBase` for the methods without a description."""
 
     metrics, micro_f1 = METRICS, "accuracy"
-    classifier, predictions = LeafClassifier, PathPredictions
+    decisions_class, classifier, predictions = OnePath, LeafClassifier, PathPredictions
     plot_titles = {"confusion_matrix_level_{level}": "Confusion matrix of the {split} rows, level {level}"}
-
-    def __init__(self, tree: Taxonomy):
-        super().__init__(OnePath(tree))
 
     def nodes_of(self, labels: np.ndarray) -> list[list[int]]:
         """Return the labelled nodes of each row."""
@@ -200,10 +196,6 @@ class OnePathForm(FormBase):
     def normalise(self, logits: np.ndarray) -> tuple[float, np.ndarray]:
         """Return the sum of the log-normalisers of a decision's logits (num_rows, num_children), and its probabilities."""
         return logsumexp(logits, axis=1).sum(), softmax(logits, axis=1)
-
-    def fit_thresholds(self, logits: np.ndarray, labels: np.ndarray) -> None:
-        """Return the thresholds of predicted nodes: None, because the most probable leaf is predicted."""
-        return None
 
     def set_scores(self, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray) -> pd.Series:
         """Return the nonconformity score of each text, by text: the greatest of its rows."""
