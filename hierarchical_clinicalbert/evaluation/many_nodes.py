@@ -183,14 +183,14 @@ def level_micro_f1(p: NodePredictions, level: int) -> float | None:
 
 METRICS = {
     # with closed sets, micro-F1 is the hierarchical F1 (Kiritchenko, Matwin and Famili, 2005)
-    "micro_f1": Metric(lambda p: micro_f1(p.counts), "micro F1", "f1", is_drawn=True, is_compared=True),
+    "micro_f1": Metric(lambda p: micro_f1(p.counts), "micro F1", "f1", is_key=True),
     # over the nodes that occur in labels or predictions
-    "macro_f1": Metric(lambda p: macro_f1(p.counts), "macro F1", "f1", is_drawn=True, is_compared=True),
+    "macro_f1": Metric(lambda p: macro_f1(p.counts), "macro F1", "f1", is_key=True),
     "leaf_micro_f1": Metric(lambda p: micro_f1(p.counts[:, : p.num_leaves]), "micro F1 of the leaves", "f1"),
     "leaf_macro_f1": Metric(lambda p: macro_f1(p.counts[:, : p.num_leaves]), "macro F1 of the leaves", "f1"),
     "example_f1": Metric(example_f1, "example-based F1", "f1"),
     "mean_average_precision": Metric(
-        mean_average_precision, "mean average precision", "mean_average_precision", is_drawn=True, is_compared=True
+        mean_average_precision, "mean average precision", "mean_average_precision", is_key=True
     ),
     # the mean binary cross-entropy over all pairs
     "log_loss": Metric(
@@ -198,7 +198,7 @@ METRICS = {
         "log loss of a node (nats)",
         "log_loss",
         direction=-1,
-        is_compared=True,
+        is_key=True,
     ),
     # a model without probable nodes has no calibration error, so it cannot select a checkpoint
     "ece": replace(ECE, direction=0),

@@ -29,16 +29,14 @@ class Metric:
         title: in the card and the training curves.
         hub_type: the metric's type on the Hub, see hf.co/metrics.
         direction: 1 if higher is better, -1 if lower is, and 0 if the metric cannot select a checkpoint.
-        is_drawn: whether it is among the training curves.
-        is_compared: whether the card compares it between stages of training.
+        is_key: whether it is in the log, in the first table of the card and, if higher is better, among the training curves.
     """
 
     compute: Callable[..., Any]
     title: str
     hub_type: str
     direction: int = 1
-    is_drawn: bool = False
-    is_compared: bool = False
+    is_key: bool = False
 
 
 def of_all_levels(table: dict[str, Metric], depth: int) -> dict[str, Metric]:
@@ -186,7 +184,7 @@ def of_bins(error: Callable[[pd.DataFrame], float]) -> Callable[..., float | Non
 
 
 # rows of both tables
-ECE = Metric(of_bins(expected_calibration_error), "expected calibration error", "ece", direction=-1, is_compared=True)
+ECE = Metric(of_bins(expected_calibration_error), "expected calibration error", "ece", direction=-1, is_key=True)
 ECE_BY_CHANCE = Metric(
     of_bins(calibration_error_by_chance), "expected calibration error if perfectly calibrated", "ece", direction=0
 )

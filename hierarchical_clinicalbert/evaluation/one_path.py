@@ -128,22 +128,20 @@ def level_macro_f1(p: PathPredictions, level: int) -> float | None:
 
 leaf_f1 = partial(leaf_score, score=f1_score, zero_division=0)
 METRICS = {
-    "accuracy": Metric(
-        partial(leaf_score, score=accuracy_score), "accuracy", "accuracy", is_drawn=True, is_compared=True
-    ),
+    "accuracy": Metric(partial(leaf_score, score=accuracy_score), "accuracy", "accuracy", is_key=True),
     "any_label_accuracy": Metric(
         any_label_accuracy, "accuracy, counting any label of a repeated text as correct", "accuracy"
     ),
     # over the leaves that occur as label or prediction
-    "macro_f1": Metric(partial(leaf_f1, average="macro"), "macro F1", "f1", is_drawn=True, is_compared=True),
-    "weighted_f1": Metric(partial(leaf_f1, average="weighted"), "weighted F1", "f1", is_drawn=True),
+    "macro_f1": Metric(partial(leaf_f1, average="macro"), "macro F1", "f1", is_key=True),
+    "weighted_f1": Metric(partial(leaf_f1, average="weighted"), "weighted F1", "f1"),
     # over the nodes of all paths (Kiritchenko, Matwin and Famili, 2005)
     "hierarchical_precision": Metric(lambda p: p.counts[0] / p.counts[1], "hierarchical precision", "precision"),
     "hierarchical_recall": Metric(lambda p: p.counts[0] / p.counts[2], "hierarchical recall", "recall"),
-    "hierarchical_f1": Metric(lambda p: micro_f1(p.counts), "hierarchical F1", "f1", is_drawn=True, is_compared=True),
+    "hierarchical_f1": Metric(lambda p: micro_f1(p.counts), "hierarchical F1", "f1", is_key=True),
     # an inner node's probability is the sum over its leaves
     "log_loss": Metric(
-        lambda p: -p.log_probability(p.labels).mean(), "log loss (nats)", "log_loss", direction=-1, is_compared=True
+        lambda p: -p.log_probability(p.labels).mean(), "log loss (nats)", "log_loss", direction=-1, is_key=True
     ),
     "ece": ECE,
     "ece_by_chance": ECE_BY_CHANCE,

@@ -231,7 +231,7 @@ def share_format(num_rows: int) -> Callable[[float], str]:
 def log_metrics(form: Form, metrics: dict[str, float], splits: dict[str, ScoredSplit]) -> None:
     """Log the headline, and a table of the metrics that matter most, with one column per scored split."""
     if splits:
-        compared = [name for name, metric in form.metrics.items() if metric.is_compared]
+        compared = [name for name, metric in form.metrics.items() if metric.is_key]
         table = pd.DataFrame(scores_by_split(metrics)).filter(compared, axis="index")
         logger.info("scores\n%s", table.to_string(float_format="%.4f", na_rep=""))
         logger.info("%s", headline(form, metrics, {name: len(split.rows) for name, split in splits.items()}))

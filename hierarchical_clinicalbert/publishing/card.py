@@ -195,7 +195,7 @@ def collect_facts(
     return facts | {
         "scores": {split: {name: scores[name] for name in table if name in scores} for split, scores in scored.items()},
         "metrics_table": table,
-        "key_metrics": {name: metric for name, metric in form.metrics.items() if metric.is_compared},
+        "key_metrics": {name: metric for name, metric in form.metrics.items() if metric.is_key},
         "headline": headline(form, metrics, num_rows),
         "weakest": [row for row in worst if row["support"] >= MIN_SUPPORT][:3],
         "share": share,
