@@ -38,7 +38,11 @@ def fit_open_world(
     # ── Classes and their common covariance ──────────────────────────────────────────────────────────────────────────
     center = vectors.mean(0)
     offsets = (vectors - center).astype(np.float64)
-    members = class_shares(tree, nodes)
+    # the share of each text in each class; the last is of texts without a label
+    deepest = [tree.deepest(labelled) or [tree.num_nodes] for labelled in nodes]
+    counts = [*map(len, deepest)]
+    rows, shares = np.repeat(range(len(nodes)), counts), np.repeat(1 / np.array(counts), counts)
+    members = csr_matrix((shares, (rows, np.concatenate(deepest))), shape=(len(nodes), tree.num_nodes + 1))
     sizes = members.sum(axis=0).A1
     means = (members.T @ offsets) / np.maximum(sizes, 1e-12)[:, None]
     covariance, _ = ledoit_wolf(offsets - members @ means, assume_centered=True)
@@ -73,15 +77,6 @@ def merge_texts(texts: np.ndarray, nodes: list[list[int]]) -> tuple[np.ndarray, 
     for text, labelled in zip(text_of, nodes, strict=True):
         merged[text].update(labelled)
     return first, [*map(sorted, merged)]
-
-
-def class_shares(tree: Taxonomy, nodes: list[list[int]]) -> csr_matrix:
-    """Return the share of each text in each class, (num_texts, N + 1): equal for its deepest nodes. Class N is "no label"."""
-    deepest = [tree.deepest(labelled) or [tree.num_nodes] for labelled in nodes]
-    sizes = np.array([*map(len, deepest)])
-    pointers = np.concatenate([[0], np.cumsum(sizes)])
-    shape = (len(nodes), tree.num_nodes + 1)
-    return csr_matrix((np.repeat(1 / sizes, sizes), np.concatenate(deepest), pointers), shape=shape)
 
 
 @torch.no_grad()
