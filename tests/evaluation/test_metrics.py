@@ -157,7 +157,7 @@ def test_the_calibration_error_by_hand():
     probabilities = np.array(
         [[0.2, 0.2, 0.2, 0.2, 0.2], [0.84, 0.04, 0.04, 0.04, 0.04], [0.86, 0.05, 0.03, 0.03, 0.03]]
     )
-    # 0.2 is the border of the bins 2 and 3, and belongs to the bin below; 0.84 and 0.86 are in bin 12
+    # the first is wrong; the others are correct and in one bin, from 12/15 to 13/15
     scores = OnePathForm(TREE).measure(np.log(probabilities), np.array([C, A, A]))
     assert scores["ece"] == pytest.approx((0.2 + abs(2 - 1.7)) / 3)
     variances = [0.2 * 0.8, 0.84 * 0.16 + 0.86 * 0.14]
