@@ -178,22 +178,6 @@ def test_nonconformity_is_the_smallest_threshold_whose_set_holds_the_leaf(tree):
             assert nonconformity(tree, nodes, node) == max(scores[leaf] for leaf in under[node])
 
 
-@pytest.mark.parametrize(
-    ("tree", "threshold", "leaves", "expected"),
-    [
-        (TREE, 0.5, {"c": 0.9, "d": 0.1}, "c"),
-        (TREE, 0.9, {"f": 0.4, "g": 0.5, "c": 0.1}, "ec"),  # f and g are all of e
-        (TREE, 0.9, {"c": 0.4, "d": 0.3, "f": 0.2, "g": 0.1}, "b"),  # four leaves are three nodes, which are all of b
-        (TREE, 0.9, {"a": 0.31, "c": 0.29, "i": 0.2, "j": 0.2}, "hab"),  # four leaves on three levels: their roots
-        (ONLY, 0.5, {"c": 0.98, "g": 0.02}, "c"),  # an only child, in place of its parent
-        (ONLY, 0.9, {"g": 0.6, "h": 0.4}, "f"),  # f is the only child of e, and e of d
-    ],
-)
-def test_sets_are_as_deep_as_the_model_is_sure(tree, threshold, leaves, expected):
-    nodes = [sum(leaves.get(tree.labels[leaf], 0) for leaf in held) for held in tree.leaves_at_or_below]
-    assert "".join(tree.labels[node] for node in OnePath(tree).prediction_set(nodes, threshold)) == expected
-
-
 def test_thresholds_are_the_ranks_of_split_conformal_prediction():
     logits, labels = drawn(TREE, 9)
     nodes = np.exp(OnePath(TREE).log_probs(torch.from_numpy(logits)).numpy()).tolist()
