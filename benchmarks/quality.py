@@ -132,7 +132,7 @@ PARTS = ("accuracy", "macro_f1", "level_1_accuracy", "log_loss", "ece")
 MULTI_LABEL_PARTS = ("micro_f1", "macro_f1", "mean_average_precision", "log_loss", "ece")
 OWN = (  # from the metrics of a checkpoint
     *("test_log_loss", "test_ece", "test_level_1_ece", "test_ece_by_chance", "test_level_1_ece_by_chance"),
-    *("test_set_coverage", "test_set_leaves", "lexical_weight"),
+    *("test_any_label_accuracy", "test_set_coverage", "test_set_leaves", "lexical_weight"),
     *("test_set_recall", "test_set_nodes", "epoch", "train_samples_per_second"),
     *(
         f"{step}_test_{name}"
