@@ -90,10 +90,8 @@ class LeafClassifier(LexicalClassifier):
         model = LogisticRegression(C=REGULARISATION, max_iter=1000, tol=1e-3).fit(self.documents, labels)
         coefficients, intercepts = model.coef_, model.intercept_
         if len(model.classes_) == 2:  # scikit-learn has one row: the difference between the classes
-            coefficients, intercepts = (
-                np.vstack([-coefficients, coefficients]) / 2,
-                np.append(-intercepts, intercepts) / 2,
-            )
+            factors = np.array([[-0.5], [0.5]])
+            coefficients, intercepts = factors * coefficients, (factors * intercepts).ravel()
         self.weight, self.bias[self.classes] = coefficients, intercepts
         if len(unseen := np.setdiff1d(np.arange(len(self.bias)), self.classes)):
             # a leaf of bias b has odds of exp(b - total) against the leaves with training documents

@@ -115,10 +115,11 @@ def shrunk_thresholds(
         return dict.fromkeys(strengths, np.full(taxonomy.num_nodes, DEFAULT_THRESHOLD))
 
     of_leaves = [best_threshold(u[:, leaf], true[:, leaf]) for leaf in range(taxonomy.num_leaves)]
+    nodes = taxonomy.reading_order[::-1]  # each after the nodes below it
     fitted = {}
     for strength in strengths:
         thresholds, chosen = np.full(taxonomy.num_nodes, common), np.zeros_like(true)
-        for node in reversed(taxonomy.reading_order) if math.isfinite(strength) else ():  # after the nodes below it
+        for node in nodes if math.isfinite(strength) else []:
             # the parent of a chosen node is chosen, too
             forced = chosen[:, taxonomy.children(node)].any(axis=1)
             if node < taxonomy.num_leaves:

@@ -157,7 +157,7 @@ def node_probabilities(decisions: OnePath, logits: np.ndarray) -> Iterator[list[
 
 
 class OnePathForm(FormBase):
-    """What differs in evaluation for one path a text; see `FormBase` for the methods without a description."""
+    """What differs in evaluation for one path a text; its counterpart is `evaluation.many_nodes.ManyNodesForm`."""
 
     metrics, micro_f1 = METRICS, "accuracy"
     decisions_class, classifier, predictions = OnePath, LeafClassifier, PathPredictions
