@@ -229,8 +229,8 @@ def train(arguments: Arguments, data: LabelledSplits, resume_from: str | None, p
     metrics = facts | scores | classes
     if args.should_save:
         write_scores(form, scored, thresholds, classes.get("per_class", []), output)
-        titles = {name: metric.title for name, metric in form.metrics.items() if metric.is_drawn}
-        plots.write(plots.training_curves(trainer.state.log_history, titles), output / "plots" / "training_curves.png")
+        drawn = {name: metric.title for name, metric in form.metrics.items() if metric.is_key and metric.direction > 0}
+        plots.write(plots.training_curves(trainer.state.log_history, drawn), output / "plots" / "training_curves.png")
         write_card(trainer, settings, data_report, output, metrics, classify_example(scorer.model, tokenizer))
         write_json(output / METRICS, metrics | {SCORED_MODEL: hash_model(output)})
         logger.info("checkpoint, metrics and plots are in %s", output)

@@ -24,9 +24,3 @@ def test_the_notebook_runs_from_top_to_bottom(clear_checkpoint, labels_checkpoin
             assert [o.output_type for o in cell.outputs if o.get("name") != "stderr"] == kinds[cell["id"]]
     last = book.cells[-1].outputs[-1].text
     assert "the heaviest word: " in last
-
-
-def test_the_notebook_contains_no_local_path():
-    written = NOTEBOOK.read_text(encoding="utf-8")
-    assert "/tmp/" not in written
-    assert str(ROOT) not in written

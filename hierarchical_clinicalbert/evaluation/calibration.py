@@ -138,12 +138,11 @@ def calibrate_out_of_fold(
     With fewer than five texts there is one fold per text. A single text is calibrated by its own fit. Returns logits
     (num_rows, num_classes), in float64.
     """
-    folds = min(FOLDS, len(np.unique(texts)))
-    if folds == 1:
-        calibration = fit_calibration(form, scores, lexical_scores, labels, log_prior)
-        return calibrated_logits(form.decisions, calibration, scores, lexical_scores)
+    folds, splits = min(FOLDS, len(np.unique(texts))), [(slice(None), slice(None))]
+    if folds > 1:
+        splits = GroupKFold(folds, shuffle=True, random_state=0).split(scores, groups=texts)
     calibrated = np.empty((len(scores), form.decisions.num_classes))
-    for fitted, scored in GroupKFold(folds, shuffle=True, random_state=0).split(scores, groups=texts):
+    for fitted, scored in splits:
         lexical = (None, None) if lexical_scores is None else (lexical_scores[fitted], lexical_scores[scored])
         calibration = fit_calibration(form, scores[fitted], lexical[0], labels[fitted], log_prior)
         calibrated[scored] = calibrated_logits(form.decisions, calibration, scores[scored], lexical[1])

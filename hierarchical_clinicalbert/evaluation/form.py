@@ -1,7 +1,6 @@
 """What both forms of label have in common in evaluation: the base class of `OnePathForm` and `ManyNodesForm`."""
 
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,12 +9,12 @@ import torch
 from scipy.sparse import csr_matrix
 from transformers import EvalPrediction
 
-from decisions_hierarchical import Decisions
 from hierarchical_clinicalbert.errors import InputError
 from hierarchical_clinicalbert.evaluation.lexical import MAX_WEIGHTS, LexicalClassifier
 from hierarchical_clinicalbert.evaluation.metrics import Metric, of_all_levels
 from hierarchical_clinicalbert.evaluation.sets import choose_bands, split_by_band
 from hierarchical_clinicalbert.reading.columns import join_labels
+from taxonomy_hierarchical import Taxonomy
 
 logger = logging.getLogger(__name__)
 
@@ -35,25 +34,22 @@ class FormBase:
     metrics: dict[str, Metric]
     micro_f1: str
     plot_titles: dict[str, str]
+    decisions_class: Any
     classifier: Any  # a subclass of LexicalClassifier
     predictions: Any  # what the functions of the table of metrics read
     set_scores: Any  # what `thresholds_of` reads of each text
     thresholds_of: Any
-    scores_to_store: Any
 
-    def __init__(self, decisions: Decisions):
-        self.decisions: Any = decisions
-        self.tree = decisions.tree
+    def __init__(self, tree: Taxonomy):
+        self.tree, self.decisions = tree, self.decisions_class(tree)
 
-    def measure(
-        self, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray | None = None, thresholds: Any = None
-    ) -> dict[str, float]:
+    def measure(self, logits: np.ndarray, labels: np.ndarray, thresholds: Any = None) -> dict[str, float]:
         """Compute all metrics that the rows define. InputError: the logits are not finite."""
-        infinite = np.flatnonzero(~np.isfinite(logits).all(axis=1))
-        if infinite.size:
-            where = f"{infinite.size} of {len(logits)} documents"
+        infinite = ~np.isfinite(logits).all(axis=1)
+        if infinite.any():
+            where = f"{infinite.sum()} of {len(logits)} documents"
             raise InputError(f"the model's logits are not finite for {where}: training diverged; lower --learning_rate")
-        predictions = self.predictions(self.decisions, logits, labels, texts, thresholds)
+        predictions = self.predictions(self.decisions, logits, labels, thresholds)
         metrics = of_all_levels(self.metrics, self.tree.depth)
         measured = {name: metric.compute(predictions) for name, metric in metrics.items()}
         return {name: float(value) for name, value in measured.items() if value is not None}
@@ -62,6 +58,10 @@ class FormBase:
         """Return the probabilities of the classes, (num_rows, num_classes), in float64."""
         log_probs = self.decisions.log_probs(torch.tensor(logits, dtype=torch.float64))
         return log_probs[:, : self.decisions.num_classes].exp().numpy()
+
+    def fit_thresholds(self, logits: np.ndarray, labels: np.ndarray) -> list[float] | None:
+        """Return the thresholds of predicted nodes; None if the most probable leaf is predicted."""
+        return None
 
     # ── Prediction sets ──────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -86,6 +86,10 @@ class FormBase:
         fields = {"set_thresholds": thresholds, "set_bands": bands or None, "num_texts": scores.index.nunique()}
         return fields | self.scores_to_store(scores, labels, texts)
 
+    def scores_to_store(self, scores: pd.Series, labels: np.ndarray, texts: np.ndarray) -> dict[str, Any]:
+        """Return the fields of `Calibration` that thresholds for other class frequencies are computed from, if any."""
+        return {}
+
     def compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """Compute the metrics for a Trainer. Predictions are logits, or a tuple that begins with them."""
         logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
@@ -95,10 +99,6 @@ class FormBase:
         """Return the names of a node's path as text."""
         return join_labels((self.tree.names[step] for step in self.tree.path(node)), " > ")
 
-    def headline(self, scores: dict[str, float], texts: str, share: Callable[[float], str]) -> str:
-        """Return the scores of a split that matter most, in one sentence. ``texts`` names its rows, ``share`` formats a share."""
-        raise NotImplementedError
-
     def fit_classifier(
         self, counts: csr_matrix, labels: np.ndarray, wanted: bool | None = None
     ) -> LexicalClassifier | None:
@@ -106,9 +106,9 @@ class FormBase:
 
         By default it is wanted if it has at most `MAX_WEIGHTS` weights.
         """
-        vocab_size, num_classes = counts.shape[1], self.decisions.num_classes
         if wanted is False:
             return None
+        vocab_size, num_classes = counts.shape[1], self.decisions.num_classes
         if wanted is None and vocab_size * num_classes > MAX_WEIGHTS:
             size = f"{vocab_size:,} tokens times {num_classes:,} classes"
             logger.info("no lexical head: it would have %s weights; --lexical_head true adds it", size)

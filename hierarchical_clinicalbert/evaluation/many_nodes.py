@@ -108,36 +108,29 @@ def shrunk_thresholds(
     taxonomy: Taxonomy, u: np.ndarray, labels: np.ndarray, strengths: tuple[float, ...]
 ) -> dict[float, np.ndarray]:
     """Fit the thresholds of all nodes for each strength of the shrinkage, see `ManyNodesForm.fit_thresholds`."""
-    u, labels = np.asfortranarray(u), np.asfortranarray(labels)  # columns are read one by one
-    true, positives = labels == 1, (labels == 1).sum(axis=0)
+    u, true = np.asfortranarray(u), np.asfortranarray(labels == 1)  # columns are read one by one
+    positives = true.sum(axis=0)
     common = best_threshold(u.ravel(), true.ravel())
     if common is None:
         return dict.fromkeys(strengths, np.full(taxonomy.num_nodes, DEFAULT_THRESHOLD))
 
-    def own_threshold(node: int, forced: np.ndarray) -> float | None:
-        if not positives[node]:
-            return None
-        free = ~forced
-        counts = np.count_nonzero(forced), np.count_nonzero(true[forced, node])
-        return best_threshold(u[free, node], true[free, node], *counts)
-
-    def shrunk(node: int, own: float | None, strength: float) -> float:
-        return common if own is None else (positives[node] * own + strength * common) / (positives[node] + strength)
-
-    none = np.zeros(len(u), dtype=bool)
-    of_leaves = [own_threshold(leaf, none) for leaf in range(taxonomy.num_leaves)]  # the same for all strengths
-    inner_nodes = [node for node in reversed(taxonomy.reading_order) if node >= taxonomy.num_leaves]
+    of_leaves = [best_threshold(u[:, leaf], true[:, leaf]) for leaf in range(taxonomy.num_leaves)]
+    nodes = taxonomy.reading_order[::-1]  # each after the nodes below it
     fitted = {}
     for strength in strengths:
-        thresholds = np.full(taxonomy.num_nodes, common)
-        if math.isfinite(strength):
-            thresholds[: taxonomy.num_leaves] = [shrunk(leaf, own, strength) for leaf, own in enumerate(of_leaves)]
-            chosen = u >= thresholds
-            for node in inner_nodes:  # each after the nodes below it
-                # the parent of a chosen node is chosen, too
-                forced = chosen[:, taxonomy.children(node)].any(axis=1)
-                thresholds[node] = shrunk(node, own_threshold(node, forced), strength)
-                chosen[:, node] = forced | (u[:, node] >= thresholds[node])
+        thresholds, chosen = np.full(taxonomy.num_nodes, common), np.zeros_like(true)
+        for node in nodes if math.isfinite(strength) else []:
+            # the parent of a chosen node is chosen, too
+            forced = chosen[:, taxonomy.children(node)].any(axis=1)
+            if node < taxonomy.num_leaves:
+                own = of_leaves[node]  # the same for all strengths
+            else:
+                free, counts = ~forced, (forced.sum(), true[forced, node].sum())
+                own = best_threshold(u[free, node], true[free, node], *counts)
+            if own is not None:
+                weighted = positives[node] * own + strength * common
+                thresholds[node] = weighted / (positives[node] + strength)
+            chosen[:, node] = forced | (u[:, node] >= thresholds[node])
         fitted[strength] = expit(thresholds)
     return fitted
 
@@ -156,9 +149,7 @@ class NodePredictions:
         pairs: those of `probable_pairs`.
     """
 
-    def __init__(
-        self, decisions: ManyNodes, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray | None, thresholds: Any
-    ):
+    def __init__(self, decisions: ManyNodes, logits: np.ndarray, labels: np.ndarray, thresholds: Any):
         self.u, self.labels, self.true = logits.astype(np.float64), labels, labels == 1
         self.num_leaves, self.levels = decisions.num_leaves, np.array(decisions.tree.levels)
         thresholds = common_threshold(self.u, labels) if thresholds is None else thresholds
@@ -191,14 +182,14 @@ def level_micro_f1(p: NodePredictions, level: int) -> float | None:
 
 METRICS = {
     # with closed sets, micro-F1 is the hierarchical F1 (Kiritchenko, Matwin and Famili, 2005)
-    "micro_f1": Metric(lambda p: micro_f1(p.counts), "micro F1", "f1", is_drawn=True, is_compared=True),
+    "micro_f1": Metric(lambda p: micro_f1(p.counts), "micro F1", "f1", is_key=True),
     # over the nodes that occur in labels or predictions
-    "macro_f1": Metric(lambda p: macro_f1(p.counts), "macro F1", "f1", is_drawn=True, is_compared=True),
+    "macro_f1": Metric(lambda p: macro_f1(p.counts), "macro F1", "f1", is_key=True),
     "leaf_micro_f1": Metric(lambda p: micro_f1(p.counts[:, : p.num_leaves]), "micro F1 of the leaves", "f1"),
     "leaf_macro_f1": Metric(lambda p: macro_f1(p.counts[:, : p.num_leaves]), "macro F1 of the leaves", "f1"),
     "example_f1": Metric(example_f1, "example-based F1", "f1"),
     "mean_average_precision": Metric(
-        mean_average_precision, "mean average precision", "mean_average_precision", is_drawn=True, is_compared=True
+        mean_average_precision, "mean average precision", "mean_average_precision", is_key=True
     ),
     # the mean binary cross-entropy over all pairs
     "log_loss": Metric(
@@ -206,7 +197,7 @@ METRICS = {
         "log loss of a node (nats)",
         "log_loss",
         direction=-1,
-        is_compared=True,
+        is_key=True,
     ),
     # a model without probable nodes has no calibration error, so it cannot select a checkpoint
     "ece": replace(ECE, direction=0),
@@ -253,14 +244,10 @@ class ManyNodesForm(FormBase):
     """What differs in evaluation for any number of nodes a text; its counterpart is `evaluation.one_path.OnePathForm`."""
 
     metrics, micro_f1 = METRICS, "micro_f1"
-    classifier, predictions = NodeClassifier, NodePredictions
+    decisions_class, classifier, predictions = ManyNodes, NodeClassifier, NodePredictions
     plot_titles = {
         "f1_by_frequency": "F1 of each node over its number of {split} texts",
-        "precision_recall": "Precision and recall of the {split} rows over all thresholds",
     }
-
-    def __init__(self, tree: Taxonomy):
-        super().__init__(ManyNodes(tree))
 
     def nodes_of(self, labels: np.ndarray) -> list[list[int]]:
         """Return the labelled nodes of each text, ancestors included."""
@@ -308,19 +295,10 @@ class ManyNodesForm(FormBase):
         whole = math.lcm(*{*sizes})
         losses = list(accumulate(whole // size for size in sizes))  # at t just above each probability
 
-        thresholds: list[float | None] = []
-        for percent in range(1, 100):
-            allowed = ((100 - percent) * (num_texts + 1) - 100) * whole // 100  # the greatest sum of losses
-            threshold = None
-            if allowed >= 0:
-                exact = probabilities[bisect_right(losses, allowed)]  # of the first node that must not be missed
-                threshold = float(SIX_DIGITS_DOWN.create_decimal_from_float(exact))
-            thresholds.append(threshold)
-        return thresholds
-
-    def scores_to_store(self, scores: pd.Series, labels: np.ndarray, texts: np.ndarray) -> dict[str, Any]:
-        """Return no fields: no recall follows from other node frequencies, see `ManyNodes.shifted_threshold`."""
-        return {}
+        # for each recall, the greatest sum of losses. The threshold is that of the first node that must not be missed
+        most = [((100 - percent) * (num_texts + 1) - 100) * whole // 100 for percent in range(1, 100)]
+        exact = [probabilities[bisect_right(losses, allowed)] if allowed >= 0 else None for allowed in most]
+        return [None if p is None else float(SIX_DIGITS_DOWN.create_decimal_from_float(p)) for p in exact]
 
     # ── Scores ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -371,37 +349,37 @@ class ManyNodesForm(FormBase):
 
     def plots(self, logits: np.ndarray, labels: np.ndarray, per_class: list[dict]) -> dict[str, Figure | None]:
         """Draw the figures of a split, by file name."""
-        return {
-            "f1_by_frequency": plots.f1_by_frequency(per_class),
-            "precision_recall": plots.precision_and_recall(self.tree, logits, labels),
-        }
+        return {"f1_by_frequency": plots.f1_by_frequency(per_class)}
 
     def reliability_diagram(self, logits: np.ndarray, labels: np.ndarray) -> Figure | None:
         """Draw the reliability of the `probable_pairs`."""
         probabilities, correct, _ = probable_pairs(self.tree, logits, labels)
         return plots.reliability_diagram(probabilities, correct, "Pairs of document and node", "Share of correct pairs")
 
-    def prediction_columns(self, logits: np.ndarray, labels: np.ndarray, thresholds: Any) -> dict[str, Any]:
-        """Return the columns of a CSV file: each text's deepest labels, and its deepest predicted nodes, most probable first.
+    def prediction_table(self, logits: np.ndarray, labels: np.ndarray, thresholds: Any) -> pd.DataFrame:
+        """Return a table of each text's deepest labels, and its deepest predicted nodes, most probable first.
 
         The second choice is the most probable of the nodes that are not predicted.
         """
-        tree = self.tree
-        names = ("labels", "predictions", "correct", "probabilities", "paths", "second_choice", "second_probability")
-        columns: dict[str, list[Any]] = {name: [] for name in names}
+        tree, rows = self.tree, []
         chosen, probabilities = predict_nodes(self.decisions, logits, thresholds), expit(logits)
         for labelled, nodes, of_nodes in zip(self.nodes_of(labels), chosen, probabilities, strict=True):
+            deepest = tree.deepest(labelled)
             predicted = sorted(tree.deepest(np.flatnonzero(nodes).tolist()), key=lambda node: -of_nodes[node])
-            columns["labels"].append(join_labels(tree.labels[node] for node in tree.deepest(labelled)))
-            columns["predictions"].append(join_labels(tree.labels[node] for node in predicted))
-            columns["correct"].append(set(predicted) == set(tree.deepest(labelled)))
-            columns["probabilities"].append("; ".join(f"{of_nodes[node]:.6f}" for node in predicted))
-            columns["paths"].append(join_labels(map(self.joined_path, predicted)))
             second = max(np.flatnonzero(~nodes), key=lambda node: of_nodes[node], default=None)
-            columns["second_choice"].append("" if second is None else tree.labels[second])
-            columns["second_probability"].append(np.nan if second is None else of_nodes[second])
-        return columns
+            row = {
+                "labels": join_labels(tree.labels[node] for node in deepest),
+                "predictions": join_labels(tree.labels[node] for node in predicted),
+                "correct": {*predicted} == {*deepest},
+                "probabilities": "; ".join(f"{of_nodes[node]:.6f}" for node in predicted),
+                "paths": join_labels(map(self.joined_path, predicted)),
+                "second_choice": "" if second is None else tree.labels[second],
+                "second_probability": np.nan if second is None else of_nodes[second],
+            }
+            rows.append(row)
+        return pd.DataFrame(rows)
 
     def headline(self, scores: dict[str, float], texts: str, share: Callable[[float], str]) -> str:
+        """Return the scores of a split that matter most. ``texts`` names its rows."""
         correct = f"F1 {scores['micro_f1']:.2f} over all nodes of {texts}"
         return f"{correct}, {scores['level_1_micro_f1']:.2f} at level 1" if self.tree.depth > 1 else correct

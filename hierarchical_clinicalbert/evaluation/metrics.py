@@ -29,16 +29,14 @@ class Metric:
         title: in the card and the training curves.
         hub_type: the metric's type on the Hub, see hf.co/metrics.
         direction: 1 if higher is better, -1 if lower is, and 0 if the metric cannot select a checkpoint.
-        is_drawn: whether it is among the training curves.
-        is_compared: whether the card compares it between stages of training.
+        is_key: whether it is in the log, in the first table of the card and, if higher is better, among the training curves.
     """
 
     compute: Callable[..., Any]
     title: str
     hub_type: str
     direction: int = 1
-    is_drawn: bool = False
-    is_compared: bool = False
+    is_key: bool = False
 
 
 def of_all_levels(table: dict[str, Metric], depth: int) -> dict[str, Metric]:
@@ -63,18 +61,13 @@ def scores_by_split(metrics: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {split: scores for split, scores in splits.items() if "log_loss" in scores}
 
 
-def outcomes(labels: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return true positives, predictions and labels, each (num_rows, num_classes) of bool.
+def confusion_counts(labels: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """Count each class's true positives, predictions and labels: (3, num_classes).
 
-    ``labels``, 1 or 0, and the predictions ``chosen`` are (num_rows, num_classes).
+    ``labels``, 1 or 0, and the predictions ``chosen``, bool, are (num_rows, num_classes).
     """
     true = labels == 1
-    return true & chosen, chosen, true
-
-
-def confusion_counts(labels: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """Count each class's true positives, predictions and labels, see `outcomes`: (3, num_classes)."""
-    return np.stack([pairs.sum(axis=0) for pairs in outcomes(labels, chosen)])
+    return np.stack([pairs.sum(axis=0) for pairs in (true & chosen, chosen, true)])
 
 
 def node_f1(counts: np.ndarray) -> np.ndarray:
@@ -107,14 +100,15 @@ def bootstrap_intervals(
     the score itself. So the resampled values of macro-F1 are shifted until their mean is the score.
 
     Args:
-        labels, chosen: as for `outcomes`.
+        labels, chosen: as for `confusion_counts`.
         texts: ids of the rows' texts, (num_rows,). All rows of a text are drawn together. By default each row is a text.
 
     Returns:
         Lower and upper ends: ``micro_f1`` and ``macro_f1``, (2,); ``f1``, (2, num_classes), over the resamples in which the class
         occurs, NaN if there are none. With one label per row, ``micro_f1`` is the accuracy.
     """
-    columns = csr_matrix(np.hstack(outcomes(labels, chosen)), dtype=np.float64).T
+    true = labels == 1
+    columns = csr_matrix(np.hstack([true & chosen, chosen, true]), dtype=np.float64).T
     ids, text_of_row = np.unique(np.arange(len(labels)) if texts is None else texts, return_inverse=True)
     generator, size = np.random.default_rng(0), len(ids)
     draws = (np.bincount(generator.integers(size, size=size), minlength=size) for _ in range(resamples))
@@ -132,9 +126,8 @@ def per_class_report(
 ) -> tuple[list[dict], dict[str, list[float]]]:
     """Compute one row per class with precision, recall and F1, and the intervals of micro- and macro-F1.
 
-    Labels and predictions are those of `outcomes`, texts those of `bootstrap_intervals`. ``support`` is the number of labels,
-    and ``f1_interval`` is None for a class that does not occur. A ratio with denominator 0 is 0. Rows and intervals are empty
-    without labels.
+    Arguments are those of `bootstrap_intervals`. ``support`` is the number of labels, and ``f1_interval`` is None for a class that
+    does not occur. A ratio with denominator 0 is 0. Rows and intervals are empty without labels.
     """
     if not labels.size:
         return [], {}
@@ -191,7 +184,7 @@ def of_bins(error: Callable[[pd.DataFrame], float]) -> Callable[..., float | Non
 
 
 # rows of both tables
-ECE = Metric(of_bins(expected_calibration_error), "expected calibration error", "ece", direction=-1, is_compared=True)
+ECE = Metric(of_bins(expected_calibration_error), "expected calibration error", "ece", direction=-1, is_key=True)
 ECE_BY_CHANCE = Metric(
     of_bins(calibration_error_by_chance), "expected calibration error if perfectly calibrated", "ece", direction=0
 )

@@ -5,14 +5,9 @@ Worth knowing:
 1. The scored prediction is the most probable leaf with its ancestors, so a predicted path always reaches a leaf.
 2. A label that is an inner node ("specific disease", child unknown) counts in all scores but the flat ones.
 3. A score without documents (no label is a leaf, or reaches the level) is left out, so no score is NaN.
-4. The thresholds of prediction sets are quantiles of nonconformity scores. Split conformal prediction (Vovk et al., 2005) takes
-   the k-th smallest of n scores, k = ⌈(n + 1) · coverage⌉. A new document's score is at most this threshold with at least that
-   probability, if the document is drawn like the validation rows. Two conditions follow:
+4. The thresholds of prediction sets are those of split conformal prediction (Vovk et al., 2005). Two conditions follow:
    - The scored model must not be fitted to these rows, hence `evaluation.calibration.calibrate_out_of_fold`.
-   - The scores must be exchangeable. Texts are drawn independently, but a repeated text brings all its rows. A text's greatest
-     score is exchangeable with that of a new text, and no row's score is above it. So the coverage holds for a new text with
-     any of its labels.
-   The selection of the checkpoint on the same rows is not corrected; evaluation measures the coverage on the test rows.
+   - The scores must be exchangeable. A repeated text brings all its rows, so the score of a text is the greatest of its rows.
    A row labelled with an inner node counts as covered if the set contains every leaf below. Leaving such rows out would
    select rows by their label, and the coverage of the other rows would be too low.
 
@@ -22,7 +17,7 @@ same text, (num_rows,) each.
 
 from collections.abc import Callable, Iterator
 from decimal import ROUND_CEILING, Decimal
-from itertools import pairwise
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -38,13 +33,12 @@ from hierarchical_clinicalbert.evaluation.form import FormBase
 from hierarchical_clinicalbert.evaluation.lexical import LeafClassifier
 from hierarchical_clinicalbert.evaluation.metrics import ECE, ECE_BY_CHANCE, Metric, calibration_bins, micro_f1, one_hot
 from hierarchical_clinicalbert.evaluation.sets import PredictedSets
-from taxonomy_hierarchical import Taxonomy
 
 # ── Metrics ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class PathPredictions:
-    """Predicted leaves of rows with a label, and what several metrics read.
+    """Predicted leaves of rows, and what several metrics read.
 
     Attributes:
         labels, predictions: node ids, (num_rows,).
@@ -55,22 +49,17 @@ class PathPredictions:
             an inner node, the predicted path is truncated at the label's level.
     """
 
-    def __init__(
-        self, decisions: OnePath, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray | None, thresholds: Any
-    ):
-        tree, known = decisions.tree, labels >= 0
-        logits, self.labels, self.texts = logits[known], labels[known], None if texts is None else texts[known]
+    def __init__(self, decisions: OnePath, logits: np.ndarray, labels: np.ndarray, thresholds: Any):
+        tree, self.labels = decisions.tree, labels
         self.depth, self.levels, self.paths = tree.depth, np.array(tree.levels), np.array(tree.padded_paths)
         self.paths[self.paths == tree.num_nodes] = -1
-        self.predictions, self.is_leaf = logits.argmax(axis=1), self.labels < tree.num_leaves
+        self.predictions, self.is_leaf = logits.argmax(axis=1), labels < tree.num_leaves
         self.log_probs = node_log_probs(decisions, logits)
         # the predicted node at the label's level, or -1; which node is correct below an inner node is unknown
-        self.at_label = self.paths[self.predictions, self.levels[self.labels] - 1]
+        self.at_label = self.paths[self.predictions, self.levels[labels] - 1]
         self.is_below_label = ~self.is_leaf & (self.at_label >= 0)
-        true, predicted = (
-            self.paths[self.labels],
-            self.paths[np.where(self.is_below_label, self.at_label, self.predictions)],
-        )
+        truncated = np.where(self.is_below_label, self.at_label, self.predictions)
+        true, predicted = self.paths[labels], self.paths[truncated]
         pairs = ((predicted == true) & (true >= 0), predicted >= 0, true >= 0)
         self.counts = np.array([np.count_nonzero(nodes) for nodes in pairs])
 
@@ -100,22 +89,9 @@ class PathPredictions:
         return calibration_bins(confidence, correct, variance=confidence**2 * (1 / p_scored - 1))
 
 
-def of_leaves(score: Callable[..., float], **options: Any) -> Callable[[PathPredictions], float | None]:
-    """Return the function that computes a score of scikit-learn over the rows labelled with a leaf."""
-
-    def compute(p: PathPredictions) -> float | None:
-        return score(p.labels[p.is_leaf], p.predictions[p.is_leaf], **options) if p.is_leaf.any() else None
-
-    return compute
-
-
-def any_label_accuracy(p: PathPredictions) -> float | None:
-    """Compute the share of rows whose predicted leaf is the label of any row with the same text."""
-    if p.texts is None or not p.is_leaf.any():
-        return None
-    pairs = (pd.MultiIndex.from_arrays([p.texts[p.is_leaf], ids[p.is_leaf]]) for ids in (p.labels, p.predictions))
-    true, predicted = pairs
-    return predicted.isin(true).mean()
+def leaf_score(p: PathPredictions, score: Callable[..., float], **options: Any) -> float | None:
+    """Compute a score of scikit-learn over the rows labelled with a leaf."""
+    return score(p.labels[p.is_leaf], p.predictions[p.is_leaf], **options) if p.is_leaf.any() else None
 
 
 def level_accuracy(p: PathPredictions, level: int) -> float | None:
@@ -139,23 +115,19 @@ def level_macro_f1(p: PathPredictions, level: int) -> float | None:
     return f1_score(true[known], predicted[known], **options)
 
 
+leaf_f1 = partial(leaf_score, score=f1_score, zero_division=0)
 METRICS = {
-    "accuracy": Metric(of_leaves(accuracy_score), "accuracy", "accuracy", is_drawn=True, is_compared=True),
-    "any_label_accuracy": Metric(
-        any_label_accuracy, "accuracy, counting any label of a repeated text as correct", "accuracy"
-    ),
+    "accuracy": Metric(partial(leaf_score, score=accuracy_score), "accuracy", "accuracy", is_key=True),
     # over the leaves that occur as label or prediction
-    "macro_f1": Metric(
-        of_leaves(f1_score, average="macro", zero_division=0), "macro F1", "f1", is_drawn=True, is_compared=True
-    ),
-    "weighted_f1": Metric(of_leaves(f1_score, average="weighted", zero_division=0), "weighted F1", "f1", is_drawn=True),
+    "macro_f1": Metric(partial(leaf_f1, average="macro"), "macro F1", "f1", is_key=True),
+    "weighted_f1": Metric(partial(leaf_f1, average="weighted"), "weighted F1", "f1"),
     # over the nodes of all paths (Kiritchenko, Matwin and Famili, 2005)
     "hierarchical_precision": Metric(lambda p: p.counts[0] / p.counts[1], "hierarchical precision", "precision"),
     "hierarchical_recall": Metric(lambda p: p.counts[0] / p.counts[2], "hierarchical recall", "recall"),
-    "hierarchical_f1": Metric(lambda p: micro_f1(p.counts), "hierarchical F1", "f1", is_drawn=True, is_compared=True),
+    "hierarchical_f1": Metric(lambda p: micro_f1(p.counts), "hierarchical F1", "f1", is_key=True),
     # an inner node's probability is the sum over its leaves
     "log_loss": Metric(
-        lambda p: -p.log_probability(p.labels).mean(), "log loss (nats)", "log_loss", direction=-1, is_compared=True
+        lambda p: -p.log_probability(p.labels).mean(), "log loss (nats)", "log_loss", direction=-1, is_key=True
     ),
     "ece": ECE,
     "ece_by_chance": ECE_BY_CHANCE,
@@ -188,11 +160,8 @@ class OnePathForm(FormBase):
     """What differs in evaluation for one path a text; its counterpart is `evaluation.many_nodes.ManyNodesForm`."""
 
     metrics, micro_f1 = METRICS, "accuracy"
-    classifier, predictions = LeafClassifier, PathPredictions
+    decisions_class, classifier, predictions = OnePath, LeafClassifier, PathPredictions
     plot_titles = {"confusion_matrix_level_{level}": "Confusion matrix of the {split} rows, level {level}"}
-
-    def __init__(self, tree: Taxonomy):
-        super().__init__(OnePath(tree))
 
     def nodes_of(self, labels: np.ndarray) -> list[list[int]]:
         """Return the labelled nodes of each row."""
@@ -202,24 +171,15 @@ class OnePathForm(FormBase):
 
     def decisions_of(self, labels: np.ndarray) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
         """Yield each decision's nodes, the rows whose path takes it, and the correct node of each: one-hot."""
-        tree = self.tree
-        paths = np.array(tree.padded_paths)[labels]  # (num_rows, depth)
-        rows, levels = np.nonzero(paths < tree.num_nodes)
-        correct = paths[rows, levels]
-        decision = np.array(tree.decision_of)[correct]
-        order = np.argsort(decision, kind="stable")
-        ends = np.searchsorted(decision[order], np.arange(len(tree.decisions) + 1))
-        for nodes, (start, end) in zip(tree.decisions, pairwise(ends), strict=True):
-            pairs = order[start:end]
-            yield nodes, rows[pairs], one_hot(np.searchsorted(nodes, correct[pairs]), len(nodes))
+        paths = np.array(self.tree.padded_paths)[labels]  # (num_rows, depth)
+        decision_of = np.array([*self.tree.decision_of, -1])[paths]
+        for decision, nodes in enumerate(self.tree.decisions):
+            rows, levels = np.nonzero(decision_of == decision)
+            yield nodes, rows, one_hot(np.searchsorted(nodes, paths[rows, levels]), len(nodes))
 
     def normalise(self, logits: np.ndarray) -> tuple[float, np.ndarray]:
         """Return the sum of the log-normalisers of a decision's logits (num_rows, num_children), and its probabilities."""
         return logsumexp(logits, axis=1).sum(), softmax(logits, axis=1)
-
-    def fit_thresholds(self, logits: np.ndarray, labels: np.ndarray) -> None:
-        """Return the thresholds of predicted nodes: None, because the most probable leaf is predicted."""
-        return None
 
     def set_scores(self, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray) -> pd.Series:
         """Return the nonconformity score of each text, by text: the greatest of its rows."""
@@ -303,8 +263,7 @@ class OnePathForm(FormBase):
 
     def plots(self, logits: np.ndarray, labels: np.ndarray, per_class: list[dict]) -> dict[str, Figure | None]:
         """Draw the figures of a split, by file name."""
-        matrices = plots.confusion_matrices(self.tree, logits, labels).items()
-        return {f"confusion_matrix_level_{level}": figure for level, figure in matrices}
+        return plots.confusion_matrices(self.tree, logits, labels)
 
     def reliability_diagram(self, logits: np.ndarray, labels: np.ndarray) -> Figure | None:
         """Draw the reliability of the predicted leaves; return None if a label is an inner node.
@@ -316,11 +275,11 @@ class OnePathForm(FormBase):
         probabilities, correct = softmax(logits, axis=1).max(axis=1), logits.argmax(axis=1) == labels
         return plots.reliability_diagram(probabilities, correct, "Documents", "Accuracy")
 
-    def prediction_columns(self, logits: np.ndarray, labels: np.ndarray, thresholds: Any) -> dict[str, Any]:
-        """Return the columns of a CSV file of predictions."""
+    def prediction_table(self, logits: np.ndarray, labels: np.ndarray, thresholds: Any) -> pd.DataFrame:
+        """Return a table of each row's label and predicted leaf."""
         tree, probabilities = self.tree, softmax(logits, axis=1)
         second, first = np.argsort(probabilities, axis=1, kind="stable")[:, -2:].T
-        return {
+        columns = {
             "label": [tree.labels[node] for node in labels],
             "prediction": [tree.labels[leaf] for leaf in first],
             "correct": [label in tree.path(leaf) for label, leaf in zip(labels, first, strict=True)],
@@ -329,11 +288,12 @@ class OnePathForm(FormBase):
             "second_choice": [tree.labels[leaf] for leaf in second],
             "second_probability": np.take_along_axis(probabilities, second[:, None], axis=1)[:, 0],
         }
+        return pd.DataFrame(columns)
 
     def headline(self, scores: dict[str, float], texts: str, share: Callable[[float], str]) -> str:
+        """Return the scores of a split that matter most. ``texts`` names its rows, ``share`` formats a share."""
         parts = [f"{share(scores['accuracy'])} of {texts} are classified correctly"] if "accuracy" in scores else []
         if self.tree.depth > 1 and "level_1_accuracy" in scores:
-            parts.append(
-                f"{share(scores['level_1_accuracy'])} {'' if parts else f'of {texts} '}are in the right branch"
-            )
+            whose = "" if parts else f"of {texts} "
+            parts.append(f"{share(scores['level_1_accuracy'])} {whose}are in the right branch")
         return ", ".join(parts)

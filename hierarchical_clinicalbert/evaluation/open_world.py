@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from scipy.sparse import csr_matrix
 from sklearn.covariance import ledoit_wolf
+from torch import nn
 
 from open_world_hierarchical import NOVELTY, NoveltyTests, OpenWorld
 from taxonomy_hierarchical import Taxonomy
@@ -37,7 +38,11 @@ def fit_open_world(
     # ── Classes and their common covariance ──────────────────────────────────────────────────────────────────────────
     center = vectors.mean(0)
     offsets = (vectors - center).astype(np.float64)
-    members = class_shares(tree, nodes)
+    # the share of each text in each class; the last is of texts without a label
+    deepest = [tree.deepest(labelled) or [tree.num_nodes] for labelled in nodes]
+    counts = [*map(len, deepest)]
+    rows, shares = np.repeat(range(len(nodes)), counts), np.repeat(1 / np.array(counts), counts)
+    members = csr_matrix((shares, (rows, np.concatenate(deepest))), shape=(len(nodes), tree.num_nodes + 1))
     sizes = members.sum(axis=0).A1
     means = (members.T @ offsets) / np.maximum(sizes, 1e-12)[:, None]
     covariance, _ = ledoit_wolf(offsets - members @ means, assume_centered=True)
@@ -46,12 +51,13 @@ def fit_open_world(
 
     # ── As it is stored ──────────────────────────────────────────────────────────────────────────────────────────────
     fitted = OpenWorld(tree, vectors.shape[1], 0)
-    shares = sizes / sizes.sum()
-    stored = {"center": center, "whitening": whitening, "means": means @ whitening, "shares": shares}
-    counts = {"references": torch.empty(0), "counts": torch.zeros(tree.num_nodes + 1), "energy_weight": torch.zeros(1)}
-    fitted.load_state_dict({name: torch.as_tensor(value) for name, value in stored.items()} | counts)
+    stored = {"center": center, "whitening": whitening, "means": means @ whitening, "shares": sizes / sizes.sum()}
+    for name, values in stored.items():
+        getattr(fitted, name).copy_(torch.as_tensor(values))
+    fitted.energy_weight.zero_()
     spread, of_energies = fitted(torch.from_numpy(validation_vectors))[:, -1].std(), validation_vectors[:, -1].std()
-    fitted.energy_weight.copy_(spread / of_energies if of_energies else torch.zeros(1))
+    if of_energies:
+        fitted.energy_weight.copy_(spread / of_energies)
 
     # ── References, computed from what is stored ─────────────────────────────────────────────────────────────────────
     generator = np.random.default_rng(seed)
@@ -59,13 +65,9 @@ def fit_open_world(
         np.sort(generator.permutation(values)[:MAX_REFERENCES] if len(values) >= MIN_REFERENCES else values[:0])
         for values in reference_values(fitted, validation_vectors, validation_nodes)
     ]
-    whole = OpenWorld(tree, vectors.shape[1], sum(map(len, references)))
-    counts = {
-        "references": torch.from_numpy(np.concatenate(references)),
-        "counts": torch.tensor([*map(len, references)]),
-    }
-    whole.load_state_dict(fitted.state_dict() | counts)
-    return whole
+    fitted.references = nn.Parameter(torch.tensor(np.concatenate(references), dtype=torch.float32), requires_grad=False)
+    fitted.counts.copy_(torch.tensor([*map(len, references)]))
+    return fitted
 
 
 def merge_texts(texts: np.ndarray, nodes: list[list[int]]) -> tuple[np.ndarray, list[list[int]]]:
@@ -75,15 +77,6 @@ def merge_texts(texts: np.ndarray, nodes: list[list[int]]) -> tuple[np.ndarray, 
     for text, labelled in zip(text_of, nodes, strict=True):
         merged[text].update(labelled)
     return first, [*map(sorted, merged)]
-
-
-def class_shares(tree: Taxonomy, nodes: list[list[int]]) -> csr_matrix:
-    """Return the share of each text in each class, (num_texts, N + 1): equal for its deepest nodes. Class N is "no label"."""
-    deepest = [tree.deepest(labelled) or [tree.num_nodes] for labelled in nodes]
-    sizes = np.array([*map(len, deepest)])
-    pointers = np.concatenate([[0], np.cumsum(sizes)])
-    shape = (len(nodes), tree.num_nodes + 1)
-    return csr_matrix((np.repeat(1 / sizes, sizes), np.concatenate(deepest), pointers), shape=shape)
 
 
 @torch.no_grad()

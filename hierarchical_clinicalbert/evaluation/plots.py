@@ -1,11 +1,10 @@
 """Draw a run's training curves, confusion matrices and reliability diagrams as PNG files.
 
 `matplotlib.figure.Figure` without pyplot needs neither global state nor a display. Class names are user input, so ``$`` is
-escaped, which matplotlib reads as mathematics. They may be in any script: `show_names` finds fonts.
+escaped, which matplotlib reads as mathematics. They may be in any script: `find_fonts` finds fonts.
 """
 
-import unicodedata
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,30 +13,22 @@ from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from PIL import Image
 from sklearn.calibration import CalibrationDisplay
-from sklearn.metrics import ConfusionMatrixDisplay, PrecisionRecallDisplay, confusion_matrix
+from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 
 from hierarchical_clinicalbert.evaluation.metrics import BINS, calibration_bins, expected_calibration_error
 from taxonomy_hierarchical import Taxonomy
 
 MAX_CLASSES = 40
 MAX_NAME = 40  # characters
-NAMED = 5  # classes of each kind that `f1_by_frequency` names
 FONT = "DejaVu Sans"  # comes with matplotlib
 
 
 def write(figure: Figure | None, path: Path) -> None:
-    """Write a figure as PNG, with its label as the description, and create its folder; do nothing for None."""
+    """Write a figure as PNG, and create its folder; do nothing for None."""
     if figure is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150, metadata={"Description": str(figure.get_label())})
-
-
-def read_description(path: Path) -> str:
-    """Return the description that `write` stored: the names that the figure shows as numbers, or nothing."""
-    with Image.open(path) as image:
-        return image.info.get("Description", "")
+        figure.savefig(path, dpi=150)
 
 
 def training_curves(log_history: list[dict], scores: dict[str, str]) -> Figure | None:
@@ -69,19 +60,20 @@ def training_curves(log_history: list[dict], scores: dict[str, str]) -> Figure |
     return figure
 
 
-def confusion_matrices(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray) -> dict[int, Figure]:
-    """Draw one confusion matrix per level with documents. Rows are normalised, so the diagonal is the recall.
+def confusion_matrices(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray) -> dict[str, Figure | None]:
+    """Draw one confusion matrix per level with documents, by file name. Rows are normalised, so the diagonal is the recall.
 
     True and predicted paths are truncated at the level, so a leaf above the level stands for itself. A document labelled with
     an inner node above the level is left out, because its class there is unknown. If a level has more than 40 classes, the 40
     with the most documents are drawn. ``logits`` are of leaves, and ``labels`` node ids.
     """
-    predictions, figures = logits.argmax(axis=1), {}
+    predictions, figures = logits.argmax(axis=1), dict[str, Figure | None]()
     for level in range(1, taxonomy.depth + 1):
         truncated = np.array([taxonomy.path(node)[:level][-1] for node in range(taxonomy.num_nodes)])
         known = (labels < taxonomy.num_leaves) | (np.array(taxonomy.levels)[labels] >= level)
         if known.any():
-            figures[level] = _confusion_matrix(taxonomy, level, truncated[labels[known]], truncated[predictions[known]])
+            figure = _confusion_matrix(taxonomy, level, truncated[labels[known]], truncated[predictions[known]])
+            figures[f"confusion_matrix_level_{level}"] = figure
     return figures
 
 
@@ -94,8 +86,8 @@ def _confusion_matrix(taxonomy: Taxonomy, level: int, true: np.ndarray, predicte
     shares = confusion_matrix(true, predicted, labels=nodes) / np.maximum(support[nodes], 1)[:, None]
     side = max(3.6, 0.4 * len(nodes))  # inches
     figure = Figure(figsize=(side + 4.6, side + 3.2), layout="constrained")
-    names, fonts, legend = show_names([taxonomy.labels[node] for node in nodes])
-    figure.set_label(legend)
+    names = [shorten(taxonomy.labels[node]) for node in nodes]
+    fonts = find_fonts(names)
     display = ConfusionMatrixDisplay(shares, display_labels=names)
     small = {"fontsize": 7 if len(nodes) > 10 else 10}
     style = {"cmap": "Blues", "im_kw": {"vmin": 0, "vmax": 1}, "colorbar": False, "text_kw": small}
@@ -113,10 +105,7 @@ def _confusion_matrix(taxonomy: Taxonomy, level: int, true: np.ndarray, predicte
 
 
 def f1_by_frequency(per_class: list[dict]) -> Figure | None:
-    """Draw each class's F1 over its number of documents, from the rows of `per_class_report`; return None without any.
-
-    The classes with the lowest F1 and those with the most documents are named.
-    """
+    """Draw each class's F1 over its number of documents, from the rows of `per_class_report`; return None without any."""
     rows = [row for row in per_class if row["support"]]
     if not rows:
         return None
@@ -125,32 +114,9 @@ def f1_by_frequency(per_class: list[dict]) -> Figure | None:
     figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.subplots()
     axes.errorbar(support, f1, np.abs(ends - f1), fmt=".", ecolor="lightgray", markersize=9)
-    ranks = [sorted(rows, key=key)[:NAMED] for key in (lambda row: row["f1"], lambda row: -row["support"])]
-    named = [row for row in rows if any(row in rank for rank in ranks)]
-    names, fonts, legend = show_names([row["label"] for row in named])
-    figure.set_label(legend)
-    for name, row in zip(names, named, strict=True):
-        beside = {"xytext": (5, 3), "textcoords": "offset points", "fontsize": 7, "fontfamily": fonts}
-        axes.annotate(name, (row["support"], row["f1"]), **beside)
     axes.set(xscale="log", xlabel="Documents of the class", ylabel="F1, with 95 % intervals", ylim=(-0.02, 1.02))
     _grid(axes)
     figure.suptitle(f"F1 by frequency: {len(rows)} classes")
-    return figure
-
-
-def precision_and_recall(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray) -> Figure | None:
-    """Draw precision over recall, over all thresholds, for the pairs of document and node of each level."""
-    if not (labels == 1).any():
-        return None
-    levels, figure = np.array(taxonomy.levels), Figure(figsize=(6.5, 6), layout="constrained")
-    axes = figure.subplots()
-    for level in range(1, taxonomy.depth + 1):
-        true, scores = labels[:, levels == level].ravel() == 1, logits[:, levels == level].ravel()
-        if true.any():
-            PrecisionRecallDisplay.from_predictions(true, scores, name=f"level {level}", ax=axes)
-    axes.set(xlabel="Recall", ylabel="Precision", xlim=(0, 1.02), ylim=(0, 1.02))
-    _grid(axes)
-    figure.suptitle("Precision and recall over all thresholds")
     return figure
 
 
@@ -185,33 +151,16 @@ def shorten(name: str) -> str:
     return name.replace("$", r"\$")
 
 
-def show_names(names: Sequence[str]) -> tuple[list[str], list[str], str]:
-    """Return names for a figure, the fonts that they need, in order, and a legend.
-
-    A name for which no installed font has all characters is replaced by its number, and the legend gives the name.
-    """
-    short = list(map(shorten, names))
-    fonts, missing = find_fonts({*"".join(short)})
-    numbered = [i for i, name in enumerate(short) if missing & {*name}]
-    for i in numbered:
-        short[i] = str(i + 1)
-    return short, fonts, "; ".join(f"{i + 1}: {names[i]}" for i in numbered)
-
-
-def find_fonts(characters: Collection[str]) -> tuple[list[str], set[str]]:
-    """Return names of installed fonts that have the characters, `FONT` first, and the characters that none of them has."""
-    fonts, missing = [FONT], {ord(one) for one in characters if unicodedata.category(one)[0] not in "CZ"}
-    missing -= _characters_of(font_manager.findfont(FONT))
-    plain = [entry for entry in font_manager.fontManager.ttflist if (entry.style, entry.weight) == ("normal", 400)]
-    for entry in sorted(plain, key=lambda entry: entry.name):
+def find_fonts(names: Sequence[str]) -> list[str]:
+    """Return the default font, and installed fonts that have the characters of the names which it lacks."""
+    fonts, missing = [FONT], {*map(ord, "".join(names))}
+    missing -= {*font_manager.get_font(font_manager.findfont(FONT)).get_charmap()}
+    for entry in sorted(font_manager.fontManager.ttflist, key=lambda entry: entry.name):
         # the last resort draws every character as a box
-        if missing and not entry.name.startswith("Last Resort") and (known := missing & _characters_of(entry.fname)):
+        is_plain = (entry.style, entry.weight) == ("normal", 400) and not entry.name.startswith("Last Resort")
+        if missing and is_plain and (known := missing.intersection(font_manager.get_font(entry.fname).get_charmap())):
             fonts, missing = [*fonts, entry.name], missing - known
-    return fonts, set(map(chr, missing))
-
-
-def _characters_of(file: str) -> set[int]:
-    return {*font_manager.get_font(file).get_charmap()}
+    return fonts
 
 
 def _grid(axes: Axes) -> None:

@@ -118,7 +118,7 @@ def measure(form: Form, splits: dict[str, ScoredSplit], thresholds: Any) -> dict
     """Compute each split's metrics, ``eval_…`` and ``test_…``."""
     metrics = {}
     for name, split in splits.items():
-        measured = form.measure(split.logits, split.labels, split.texts, thresholds)
+        measured = form.measure(split.logits, split.labels, thresholds)
         metrics |= {f"{PREFIXES[name]}_{metric}": value for metric, value in measured.items()}
     return metrics
 
@@ -142,11 +142,11 @@ def measure_sets(form: Form, splits: dict[str, ScoredSplit], calibration: Calibr
         return {}
     test = splits["test"]
     sets = form.predict_sets(test.logits, test.labels, test.texts, threshold)
-    scores, worst = sets.scores(), sets.worst_band()
-    of_worst = {"worst_band": worst} if worst else {}
-    if worst:
-        scores["worst_band"] = worst[form.decisions.guarantee]
-    return {f"test_set_{name}": value for name, value in scores.items()} | {"set_groups": sets.groups()} | of_worst
+    measured: dict[str, Any] = {f"test_set_{name}": value for name, value in sets.scores().items()}
+    measured["set_groups"] = sets.groups()
+    if worst := sets.worst_band():
+        measured |= {"test_set_worst_band": worst[form.decisions.guarantee], "worst_band": worst}
+    return measured
 
 
 def measure_strange_texts(splits: dict[str, ScoredSplit], open_world: OpenWorld | None) -> dict[str, float]:
@@ -158,7 +158,7 @@ def measure_strange_texts(splits: dict[str, ScoredSplit], open_world: OpenWorld 
     return {f"test_{name}": share for name, share in measured.items()}
 
 
-def reported_split(splits: dict[str, ScoredSplit]) -> str:
+def reported_split(splits: dict[str, Any]) -> str:
     """Return the name of the split that plots and class scores show: test before validation."""
     return "test" if "test" in splits else "validation"
 
@@ -193,8 +193,10 @@ def write_scores(
     are the rows of `class_scores`.
     """
     for name, split in splits.items():
-        columns = form.prediction_columns(split.logits, split.labels, thresholds)
-        table = pd.DataFrame({"row": split.rows, "text_id": split.texts, **columns}).sort_values("row", kind="stable")
+        rows = pd.DataFrame({"row": split.rows, "text_id": split.texts})
+        table = rows.join(form.prediction_table(split.logits, split.labels, thresholds)).sort_values(
+            "row", kind="stable"
+        )
         table.to_csv(folder / f"{name}_predictions.csv", index=False, float_format="%.6f")
     if splits:
         split = splits[reported_split(splits)]
@@ -206,9 +208,9 @@ def write_scores(
 def headline(form: Form, metrics: dict[str, float], num_rows: dict[str, int]) -> str:
     """Return the scores that matter most in one sentence, of the `reported_split` among ``num_rows``; empty without scores."""
     by_split = scores_by_split(metrics)
-    split = next((name for name in ("test", "validation") if name in by_split), None)
-    if split is None:
+    if not by_split:
         return ""
+    split = reported_split(by_split)
     scores, share = by_split[split], share_format(num_rows[split])
     sentence = form.headline(scores, f"{num_rows[split]:,} {split} texts", share)
     if "set_nodes" in scores:
@@ -229,7 +231,7 @@ def share_format(num_rows: int) -> Callable[[float], str]:
 def log_metrics(form: Form, metrics: dict[str, float], splits: dict[str, ScoredSplit]) -> None:
     """Log the headline, and a table of the metrics that matter most, with one column per scored split."""
     if splits:
-        table = pd.DataFrame(scores_by_split(metrics)).filter([*form.metrics, "ece"], axis="index")
-        shown = [name for name in table.index if name == "ece" or form.metrics[name].is_compared]
-        logger.info("scores\n%s", table.loc[shown].to_string(float_format="%.4f", na_rep=""))
+        compared = [name for name, metric in form.metrics.items() if metric.is_key]
+        table = pd.DataFrame(scores_by_split(metrics)).filter(compared, axis="index")
+        logger.info("scores\n%s", table.to_string(float_format="%.4f", na_rep=""))
         logger.info("%s", headline(form, metrics, {name: len(split.rows) for name, split in splits.items()}))

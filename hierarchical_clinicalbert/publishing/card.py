@@ -27,7 +27,6 @@ from hierarchical_clinicalbert.checkpoint_files import encoder_on_hub
 from hierarchical_clinicalbert.data.report import list_rows
 from hierarchical_clinicalbert.evaluation.forms import form_of
 from hierarchical_clinicalbert.evaluation.metrics import PREFIXES, of_all_levels, scores_by_split
-from hierarchical_clinicalbert.evaluation.plots import read_description
 from hierarchical_clinicalbert.evaluation.report import headline, measured_threshold, share_format
 from taxonomy_hierarchical import Taxonomy
 
@@ -196,7 +195,7 @@ def collect_facts(
     return facts | {
         "scores": {split: {name: scores[name] for name in table if name in scores} for split, scores in scored.items()},
         "metrics_table": table,
-        "key_metrics": {name: metric for name, metric in form.metrics.items() if metric.is_compared},
+        "key_metrics": {name: metric for name, metric in form.metrics.items() if metric.is_key},
         "headline": headline(form, metrics, num_rows),
         "weakest": [row for row in worst if row["support"] >= MIN_SUPPORT][:3],
         "share": share,
@@ -204,10 +203,10 @@ def collect_facts(
         "best_split": best_split,
         "intervals": {titles[name]: ends for name, ends in metrics.get("intervals", {}).items()},
         "plots": {
-            name: (title.format(split=best_split, level=k), read_description(file))
+            name: title.format(split=best_split, level=k)
             for pattern, title in (form.plot_titles | PLOTS).items()
             for k in range(1, tree.depth + 1)
-            if (file := folder / "plots" / f"{(name := pattern.format(level=k))}.png").is_file()
+            if (folder / "plots" / f"{(name := pattern.format(level=k))}.png").is_file()
         },
     }
 

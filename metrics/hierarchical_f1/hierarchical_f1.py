@@ -47,7 +47,7 @@ Returns:
     hierarchical_precision (`float`), hierarchical_recall (`float`), hierarchical_f1 (`float`): between 0 and 1.
 
 Raises:
-    ValueError: no documents, an id that is not a node, parents that are not integers or form a cycle.
+    ValueError: no documents, an id that is not a node, or parents that form a cycle.
 
 Examples:
     >>> metric = evaluate.load("metrics/hierarchical_f1", keep_in_memory=True)
@@ -72,17 +72,9 @@ class HierarchicalF1(evaluate.Metric):
     def _compute(self, predictions: np.ndarray, references: np.ndarray, parents: Sequence[int]) -> dict[str, float]:
         if len(references) == 0:
             raise ValueError("there are no predictions and references to compare")
-        parents = np.asarray(parents)
-        if parents.ndim != 1 or parents.size == 0 or parents.dtype.kind not in "iu":
-            raise ValueError(
-                "parents must be a non-empty list of integers: the parent's id of each node, -1 for a root"
-            )
-        parents = parents.astype(np.int64)
-        for name, ids, least in (
-            ("parents", parents, -1),
-            ("predictions", predictions, 0),
-            ("references", references, 0),
-        ):
+        parents = np.array(parents, dtype=np.int64)
+        for name, ids in {"parents": parents, "predictions": predictions, "references": references}.items():
+            least = -1 if name == "parents" else 0
             invalid = np.flatnonzero((ids < least) | (ids >= len(parents)))
             if invalid.size:
                 where = f"{name}[{invalid[0]}] is {ids[invalid[0]]}"

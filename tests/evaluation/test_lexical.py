@@ -48,11 +48,8 @@ def rows(count: int, seed: int = 0, leaves: int = TREE.num_leaves, several: bool
     return datasets.Dataset.from_dict({"input_ids": ids, "labels": nodes if several else has.argmax(axis=1)})
 
 
-def classifier_of(
-    rows: datasets.Dataset, tree: Taxonomy = TREE, vocabulary: int = VOCABULARY
-) -> lexical.LeafClassifier:
-    counts = token_counts(rows, vocabulary)
-    return lexical.LeafClassifier(OnePath(tree), counts, np.array(rows["labels"]))
+def classifier_of(rows: datasets.Dataset, tree: Taxonomy = TREE) -> lexical.LeafClassifier:
+    return lexical.LeafClassifier(OnePath(tree), token_counts(rows, VOCABULARY), np.array(rows["labels"]))
 
 
 def features(train: np.ndarray, counts: np.ndarray, spread: np.ndarray) -> np.ndarray:
@@ -158,10 +155,9 @@ def test_a_model_with_a_lexical_head_comes_back_the_same_and_can_lose_it(model, 
     after = model(**inputs).logits
     assert (after - before).abs().max() > 0.1
     model.save_pretrained(tmp_path)
-    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.1)):
-        loaded = AutoModel.from_pretrained(tmp_path, trust_remote_code=True, dtype=dtype)
-        assert loaded.heads.lexical.weight.dtype == torch.float32
-        torch.testing.assert_close(loaded(**inputs).logits, after, atol=tolerance, rtol=0)
+    loaded = AutoModel.from_pretrained(tmp_path, trust_remote_code=True, dtype=torch.bfloat16)
+    assert loaded.heads.lexical.weight.dtype == torch.float32
+    torch.testing.assert_close(loaded(**inputs).logits, after, atol=0.1, rtol=0)
     model.set_calibration(Calibration())
     torch.testing.assert_close(model(**inputs).logits, before)
 

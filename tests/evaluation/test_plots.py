@@ -5,10 +5,7 @@ import warnings
 import numpy as np
 import pytest
 import sklearn.metrics
-from drawn import TREE, A, B, C, D, E, F, H
-from fontTools.fontBuilder import FontBuilder
-from fontTools.pens.ttGlyphPen import TTGlyphPen
-from matplotlib import font_manager
+from drawn import TREE, A, B, C, D, E, F, H, draw_labels, logits_of
 from PIL import Image
 from scipy.special import expit, softmax
 
@@ -18,25 +15,18 @@ from hierarchical_clinicalbert.evaluation.one_path import OnePathForm
 from hierarchical_clinicalbert.evaluation.plots import (
     confusion_matrices,
     f1_by_frequency,
-    precision_and_recall,
-    read_description,
     training_curves,
     write,
 )
 from taxonomy_hierarchical import Taxonomy
 
-LOG = [
-    {"loss": 1.5, "learning_rate": 1e-4, "grad_norm": 2.0, "epoch": 0.5, "step": 10},
-    {"loss": 1.25, "learning_rate": 5e-5, "grad_norm": 2.0, "epoch": 1.0, "step": 20},
-    {"eval_loss": 1.125, "eval_macro_f1": 0.625, "eval_runtime": 3.0, "epoch": 1.0, "step": 20},
-    {"train_runtime": 9.0, "train_loss": 1.4, "epoch": 1.0, "step": 20},
-]
+FORMS = pytest.mark.parametrize("form", [OnePathForm(TREE), ManyNodesForm(TREE)], ids=["one path", "many nodes"])
 
 
-def random_case(taxonomy: Taxonomy, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
-    rng = np.random.default_rng(0)
-    logits = rng.normal(size=(num_rows, taxonomy.num_leaves))
-    return logits, rng.integers(0, taxonomy.num_leaves, num_rows)
+def drawn(form, rows: int = 200) -> tuple[np.ndarray, np.ndarray]:
+    """Draw logits and labels."""
+    scores = np.random.default_rng(0).normal(-0.5, 1.5, (rows, form.tree.num_nodes))
+    return logits_of(form, scores), draw_labels(form, scores)
 
 
 def matrix_of(figure) -> tuple[list[str], np.ndarray]:
@@ -48,11 +38,16 @@ def matrix_of(figure) -> tuple[list[str], np.ndarray]:
 
 
 def test_training_curves_hold_the_log():
-    figure = training_curves(LOG, {"macro_f1": "macro F1", "micro_f1": "micro F1"})
-    panels = {axes.get_ylabel(): axes for axes in figure.axes}
+    log = [
+        {"loss": 1.5, "learning_rate": 1e-4, "grad_norm": 2.0, "step": 10},
+        {"loss": 1.25, "learning_rate": 5e-5, "grad_norm": 2.0, "step": 20},
+        {"eval_loss": 1.125, "eval_macro_f1": 0.625, "eval_runtime": 3.0, "step": 20},
+        {"train_runtime": 9.0, "train_loss": 1.4, "step": 20},
+    ]
+    figure = training_curves(log, {"macro_f1": "macro F1", "micro_f1": "micro F1"})
     lines = {
-        (panel, line.get_label()): (line.get_xdata().tolist(), line.get_ydata().tolist())
-        for panel, axes in panels.items()
+        (axes.get_ylabel(), line.get_label()): (line.get_xdata().tolist(), line.get_ydata().tolist())
+        for axes in figure.axes
         for line in axes.lines
     }
     assert lines == {
@@ -63,15 +58,16 @@ def test_training_curves_hold_the_log():
     }
 
 
-def test_nothing_to_draw_no_figure():
+def test_nothing_to_draw_no_figure(tmp_path):
     assert training_curves([{"train_runtime": 1.0, "train_loss": 0.5, "step": 3}], {"macro_f1": "macro F1"}) is None
-    logits, labels = random_case(TREE, 4)
-    levels = confusion_matrices(TREE, logits, np.full_like(labels, B)).keys()
-    assert levels == {1}  # no document has a class further down
+    logits, labels = drawn(OnePathForm(TREE), 4)
+    # no document has a class further down
+    assert confusion_matrices(TREE, logits, np.full_like(labels, B)).keys() == {"confusion_matrix_level_1"}
     assert OnePathForm(TREE).reliability_diagram(logits, np.array([A, A, A, B])) is None
     empty = np.zeros((4, TREE.num_nodes))
     assert ManyNodesForm(TREE).reliability_diagram(empty - 9, empty) is None
-    assert precision_and_recall(TREE, empty, empty) is None
+    write(None, tmp_path / "nothing.png")
+    assert not (tmp_path / "nothing.png").exists()
 
 
 def test_confusion_matrices_by_hand():
@@ -86,21 +82,20 @@ def test_confusion_matrices_by_hand():
         3: (["a", "c", "e", "f", "h"], [[1, 0, 0, 0, 0], [0, 0, 0, 0, 1], [0, 0, 0, 1, 0], [0, 0, 0, 1, 0], [0] * 5]),
     }
     figures = confusion_matrices(TREE, logits, labels)
-    assert figures.keys() == expected.keys()
-    for level, (names, counts) in expected.items():
-        shown, shares = matrix_of(figures[level])
+    for (level, (names, counts)), figure in zip(expected.items(), figures.values(), strict=True):
+        shown, shares = matrix_of(figure)
         assert shown == names
         np.testing.assert_allclose(shares, counts / np.maximum(np.sum(counts, axis=1, keepdims=True), 1))
-        assert f"level {level} of 3" in figures[level].get_suptitle()
-    texts = [text.get_text() for text in figures[1].axes[0].texts]
+        assert f"level {level} of 3" in figure.get_suptitle()
+    texts = [text.get_text() for text in figures["confusion_matrix_level_1"].axes[0].texts]
     assert texts == ["100%", "", "", "", "80%", "20%", "", "", ""]
 
 
 def test_the_largest_of_many_classes_are_drawn():
     taxonomy = Taxonomy([f"class {i}" for i in range(60)])
-    logits, _ = random_case(taxonomy, 60 * 61 // 2)
     labels = np.repeat(np.arange(60), np.arange(1, 61))  # class i has i + 1 documents
-    figure = confusion_matrices(taxonomy, logits, labels)[1]
+    logits = np.random.default_rng(0).normal(size=(len(labels), 60))
+    (figure,) = confusion_matrices(taxonomy, logits, labels).values()
     names, shares = matrix_of(figure)
     assert names == [f"class {i}" for i in range(20, 60)]
     assert "the 40 of 60 classes with the most documents" in figure.get_suptitle()
@@ -108,36 +103,34 @@ def test_the_largest_of_many_classes_are_drawn():
     assert np.diag(shares) == pytest.approx(recall[20:])  # predictions of classes not drawn count in the row
 
 
-def test_class_names_are_shortened_in_the_middle_and_dollars_are_not_mathematics(tmp_path):
-    long = ["Female Genital Diseases and Pregnancy Complications", r"$\nosuchcommand{$ " * 9]  # which does not parse
-    taxonomy = Taxonomy([name.strip() for name in long])
-    figure = confusion_matrices(taxonomy, *random_case(taxonomy, 50))[1]
-    for name, whole in zip(matrix_of(figure)[0], taxonomy.labels, strict=True):
+def test_names_are_shortened_and_drawn_in_any_script_and_dollars_are_not_mathematics(tmp_path):
+    names = ["Female Genital Diseases and Pregnancy Complications", (r"$\nosuchcommand{$ " * 9).strip(), "сердце", "の"]
+    taxonomy = Taxonomy(names)
+    (figure,) = confusion_matrices(taxonomy, *drawn(OnePathForm(taxonomy), 50)).values()
+    shown, _ = matrix_of(figure)
+    for name, whole in zip(shown[:2], names, strict=False):
         start, end = name.replace(r"\$", "$").split("…")
         assert len(start) + len(end) < 40
         assert whole.startswith(start)
         assert whole.endswith(end)
-    write(figure, tmp_path / "new" / "matrix.png")
+    assert shown[2:] == names[2:]
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "error"
+        )  # matplotlib warns of each character without a glyph, as "の" in its default font
+        write(figure, tmp_path / "new" / "matrix.png")
     with Image.open(tmp_path / "new" / "matrix.png") as picture:
         assert min(picture.size) > 600
 
 
-def multi_label_case() -> tuple[np.ndarray, np.ndarray]:
-    """Draw logits and labels of all nodes."""
-    rng = np.random.default_rng(0)
-    logits = rng.normal(-1, 2, size=(200, TREE.num_nodes))
-    return logits, (rng.random(logits.shape) < expit(logits)).astype(int)
-
-
-@pytest.mark.parametrize("several", [False, True])
-def test_the_reliability_diagram_holds_the_bins_and_the_error(several):
+@FORMS
+def test_the_reliability_diagram_holds_the_bins_and_the_error(form):
     """With one path a text, it is of the predicted leaves. With many nodes, it is of all pairs that are not improbable."""
-    if several:
-        form, (logits, labels) = ManyNodesForm(TREE), multi_label_case()
+    logits, labels = drawn(form)
+    if isinstance(form, ManyNodesForm):
         pairs = expit(logits) >= 0.1
         probabilities, correct = expit(logits[pairs]), labels[pairs] == 1
     else:
-        form, (logits, labels) = OnePathForm(TREE), random_case(TREE, 300)
         probabilities, correct = softmax(logits, axis=1).max(axis=1), logits.argmax(axis=1) == labels
     figure = form.reliability_diagram(logits, labels)
     upper, lower = figure.axes
@@ -149,64 +142,12 @@ def test_the_reliability_diagram_holds_the_bins_and_the_error(several):
     assert f"{expected_calibration_error(bins):.3f}" in figure.get_suptitle()
 
 
-def test_the_curves_of_precision_and_recall_are_those_of_scikit_learn():
-    logits, labels = multi_label_case()
-    lines = precision_and_recall(TREE, logits, labels).axes[0].lines
-    assert len(lines) == TREE.depth
-    for level, line in enumerate(lines, 1):
-        true, scores = (array[:, np.array(TREE.levels) == level].ravel() for array in (labels, logits))
-        precision, recall, _ = sklearn.metrics.precision_recall_curve(true, scores)
-        np.testing.assert_allclose(line.get_xdata(), recall)
-        np.testing.assert_allclose(line.get_ydata(), precision)
-        average = sklearn.metrics.average_precision_score(true, scores)
-        assert line.get_label() == f"level {level} (AP = {average:.2f})"
-
-
-def test_f1_by_frequency_shows_the_classes_that_occur_with_their_intervals_and_names_the_worst_and_the_largest():
+def test_f1_by_frequency_shows_the_classes_that_occur_with_their_intervals():
     rows = [{"label": f"kind {i}", "support": 100 + i, "f1": i / 20, "f1_interval": None} for i in range(20)]
     rows[3]["f1_interval"] = [0.1, 0.25]
     rows.append({"label": "absent", "support": 0, "f1": 0.0, "f1_interval": None})
-    axes = f1_by_frequency(rows).axes[0]
-    points, _, (bars,) = axes.containers[0]
+    points, _, (bars,) = f1_by_frequency(rows).axes[0].containers[0]
     np.testing.assert_allclose(points.get_xydata(), [[100 + i, i / 20] for i in range(20)])
     np.testing.assert_allclose(bars.get_segments()[3], [[103, 0.1], [103, 0.25]])
     np.testing.assert_allclose(bars.get_segments()[4], [[104, 0.2], [104, 0.2]])
-    worst_and_largest = [*range(5), *range(15, 20)]
-    named = {text.get_text(): tuple(text.xy) for text in axes.texts}
-    assert named == {f"kind {i}": (100 + i, i / 20) for i in worst_and_largest}
     assert f1_by_frequency(rows[-1:]) is None
-
-
-def test_names_of_any_script_are_drawn_by_a_font_that_has_them_or_numbered(tmp_path):
-    names = ["Größe", "сердце", "神経", "脳卒中 $5"]
-    taxonomy = Taxonomy(names)
-    logits, labels = random_case(taxonomy, 40)
-    figures = [confusion_matrices(taxonomy, logits, labels)[1]]
-    # a font with the characters is installed
-    file = tmp_path / "Test.ttf"
-    builder = FontBuilder(1000)
-    characters = {ord(one): f"g{ord(one)}" for one in "神経脳卒中"}
-    builder.setupGlyphOrder([".notdef", *characters.values()])
-    builder.setupCharacterMap(characters)
-    builder.setupGlyf({name: TTGlyphPen(None).glyph() for name in (".notdef", *characters.values())})
-    builder.setupHorizontalMetrics(dict.fromkeys((".notdef", *characters.values()), (900, 0)))
-    builder.setupHorizontalHeader(ascent=800, descent=-200)
-    builder.setupNameTable({"familyName": "Zz Test", "styleName": "Regular"})
-    builder.setupOS2(usWeightClass=400)
-    builder.setupPost()
-    builder.save(file)
-    known = list(font_manager.fontManager.ttflist)
-    font_manager.fontManager.addfont(file)
-    try:
-        figures.append(confusion_matrices(taxonomy, logits, labels)[1])
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # matplotlib warns of each character without a glyph
-            for i, figure in enumerate(figures):
-                write(figure, tmp_path / f"{i}.png")
-    finally:
-        font_manager.fontManager.ttflist[:] = known
-    assert matrix_of(figures[0])[0] == ["Größe", "сердце", "3", "4"]
-    assert read_description(tmp_path / "0.png") == "3: 神経; 4: 脳卒中 $5"
-    assert matrix_of(figures[1])[0] == ["Größe", "сердце", "神経", r"脳卒中 \$5"]
-    assert figures[1].axes[0].get_xticklabels()[2].get_fontfamily() == ["DejaVu Sans", "Zz Test"]
-    assert read_description(tmp_path / "1.png") == ""

@@ -12,8 +12,6 @@ import pytest
 import yaml
 from conftest import ROOT, snippets
 from huggingface_hub import ModelCard
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from configuration_hierarchical import MULTI_LABEL, SINGLE_LABEL, Calibration, HierarchicalConfig
 from hierarchical_clinicalbert.data.label_forms import ManyNodesRows, OnePathRows
@@ -103,7 +101,7 @@ def make_metrics(config: HierarchicalConfig) -> dict:
     for stage in STAGES:
         for prefix in ("eval", "test"):
             logits = generator.normal(size=(40, form.decisions.num_classes))
-            scores = {"loss": 0.5, "runtime": 2.0, **form.measure(logits, labels, texts)}
+            scores = {"loss": 0.5, "runtime": 2.0, **form.measure(logits, labels)}
             metrics |= {f"{stage}{prefix}_{name}": value for name, value in scores.items()}
     outcomes = form.class_outcomes(logits, labels, texts, config.calibration.thresholds)
     rows, ends = per_class_report(tree.labels[: form.decisions.num_classes], *outcomes)
@@ -467,17 +465,14 @@ def test_the_training_section_shows_encoder_settings_and_size(written):
 def test_only_plots_that_are_there_are_shown(written, tmp_path, problem_type):
     assert "![" not in written(problem_type=problem_type)
     (tmp_path / "plots").mkdir()
-    numbered = PngInfo()
-    numbered.add_text("Description", "1: 神経; 2: *")
-    for name in ("f1_by_frequency", "precision_recall", "confusion_matrix_level_2", "confusion_matrix_level_3"):
-        Image.new("L", (1, 1)).save(tmp_path / "plots" / f"{name}.png", pnginfo=numbered if name[-1] in "2l" else None)
+    for name in ("f1_by_frequency", "confusion_matrix_level_2", "confusion_matrix_level_3"):
+        (tmp_path / "plots" / f"{name}.png").touch()
     shown = written(problem_type=problem_type)
-    assert shown.count("No font for these names was installed: 1: 神経; 2: &#42;.") == 1
     images = re.findall(r"!\[(.*?)\]\(plots/(.*?)\.png\)", shown)
     if problem_type == SINGLE_LABEL:  # the taxonomy has two levels: the third is of another run
         assert images == [("Confusion matrix of the test rows, level 2", "confusion_matrix_level_2")]
     else:
-        assert [name for _, name in images] == ["f1_by_frequency", "precision_recall"]
+        assert [name for _, name in images] == ["f1_by_frequency"]
 
 
 def test_the_data_section_shows_rows_conflicts_lengths_and_classes(written):
