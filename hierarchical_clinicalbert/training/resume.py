@@ -235,10 +235,7 @@ def start_run(trainer: Trainer, model: str, data: LabelledSplits, resume_from: s
 def delete_run(output: Path, model: str) -> None:
     """Delete a run's checkpoints, description and configuration. ``output`` may be the folder of the initial ``model``."""
     for folder in list_checkpoints(output):
-        if folder.is_symlink():
-            folder.unlink()
-        else:
-            shutil.rmtree(folder)
+        shutil.rmtree(folder)
     delete_description(output)
     for name in (LABEL_ISSUES, *EXPORTED_FILES):  # exports of the earlier weights
         (output / name).unlink(missing_ok=True)

@@ -319,7 +319,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_a_checkpoint_is_written(t
         model.encoder.embeddings.word_embeddings.weight[61] = float("nan")
     settings = {"logging_steps": 99, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, **settings}
     args = arguments(tmp_path, max_steps=3, **settings)
-    with pytest.raises(InputError, match="the loss is nan at step 2, rows 6, 7 of the training data: lower"):
+    with pytest.raises(InputError, match="the loss is nan at step 2 or before: lower --learning_rate"):
         trainer(model, tokenizer, data, args).train()
     assert list(tmp_path.glob("checkpoint-*")) == []
 
