@@ -162,7 +162,7 @@ def train(arguments: Arguments, data: LabelledSplits, resume_from: str | None, p
     # ── Run: folder, trainer, initial heads ──────────────────────────────────────────────────────────────────────────
     if args.should_save:
         output.mkdir(parents=True, exist_ok=True)
-    trainer = prepare(build_trainer(arguments, splits, model, tokenizer))
+    trainer = prepare(build_trainer(arguments, form, splits, model, tokenizer))
     size = size_report(model)
     setup = (args.device, args.precision, arguments.model.quantization, arguments.model.tuning)
     logger.info("device %s, precision %s, encoder %s, tuning %s", *setup)
@@ -240,13 +240,12 @@ def train(arguments: Arguments, data: LabelledSplits, resume_from: str | None, p
 
 
 def build_trainer(
-    arguments: Arguments, splits: DatasetDict, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    arguments: Arguments, form: Form, splits: DatasetDict, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> HierarchicalTrainer:
     """Build the Trainer for tokenized splits, with the loss and the early stopping that the flags ask for."""
     args, loss = arguments.training, arguments.loss
     if args.fp16 and args.device.type == "cpu":  # accelerate would train in float32
         raise InputError("--fp16 needs a GPU: leave it out")
-    form = form_of(model.config.tree, model.config.problem_type)
     labels = splits["train"]["labels"][:] if "train" in splits else [[]]  # without rows, no step needs the loss
     loss_function = FocalLoss(
         form.decisions,

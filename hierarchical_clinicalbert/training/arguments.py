@@ -162,7 +162,7 @@ RANGES = {
 FIXED_FLAGS = {
     **dict.fromkeys(("batch_eval_metrics", "dataloader_drop_last", "prediction_loss_only"), False),
     **dict.fromkeys(("bf16_full_eval", "fp16_full_eval", "remove_unused_columns"), False),
-    "dataloader_persistent_workers": False,
+    **dict.fromkeys(("dataloader_persistent_workers", "enable_jit_checkpoint"), False),
     **dict.fromkeys(("eval_do_concat_batches", "restore_callback_states_from_checkpoint"), True),
     "label_names": None,
 }
@@ -278,9 +278,6 @@ def check_values(arguments: Arguments) -> None:
         ),
         "--label_issues lists training rows, and --do_train false trains on none: leave it out": (
             data.label_issues and not args.do_train
-        ),
-        "--enable_jit_checkpoint needs room for its checkpoint beside the best one: --save_total_limit 2 or more": (
-            args.enable_jit_checkpoint and args.save_total_limit == 1
         ),
         "--label_delimiter must not be empty": delimiter == "",
         "--label_delimiter needs one --label_column": delimiter is not None and len(columns) > 1,

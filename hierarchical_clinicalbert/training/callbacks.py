@@ -1,13 +1,10 @@
-"""Callbacks of the Trainer: log lines, check the losses, stop at SIGTERM, and resume with the settings of this run."""
+"""Callbacks of the Trainer: log lines, check the losses, and resume with the settings of this run."""
 
 import logging
 import math
-import signal
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate.utils import reduce
 from torch import Tensor
 from transformers import EarlyStoppingCallback, ProgressCallback, Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -17,8 +14,6 @@ from hierarchical_clinicalbert.errors import InputError
 from hierarchical_clinicalbert.training.resume import find_best_checkpoint
 
 logger = logging.getLogger(__name__)
-
-RESUME_HINT = "--resume_from_checkpoint auto continues from the last checkpoint"
 
 
 class ProgressBar(ProgressCallback):
@@ -66,47 +61,10 @@ class LossCheck(TrainerCallback):
         reads = control.should_log or control.should_evaluate or control.should_save or control.should_training_stop
         if reads and not math.isfinite(self.total):
             problem = f"the loss is {float(self.total)} at step {state.global_step} or before"
-            raise InputError(f"{problem}: lower --learning_rate; {RESUME_HINT}")
+            remedy = "lower --learning_rate; --resume_from_checkpoint auto continues from the last checkpoint"
+            raise InputError(f"{problem}: {remedy}")
 
     on_epoch_end = on_step_end
-
-
-class StopAtSigterm(TrainerCallback):
-    """After SIGTERM (``--enable_jit_checkpoint``), save a checkpoint and raise InputError.
-
-    The checkpoint is saved after any evaluation of the step or epoch, so the resumed run ends with the same weights. The
-    callback of transformers saves before it, and evaluates in mid-epoch, which an uninterrupted run does not.
-    """
-
-    def __init__(self) -> None:
-        self.requested = False  # by a signal to this process
-        self.stops = False  # the same for all processes
-        self.may_raise = False
-        self.earlier_handler = signal.signal(signal.SIGTERM, self.request)
-
-    def request(self, *_: object) -> None:
-        self.requested = True
-
-    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        # the signal may reach processes at different steps, and all must save at the same one
-        self.stops = reduce(torch.tensor(float(self.requested), device=args.device)).item() > 0
-        # at the end of an epoch or of training, an evaluation may follow the save of this step
-        self.may_raise = self.stops and not control.should_training_stop and state.epoch % 1 != 0
-        control.should_save |= self.may_raise
-
-    def on_epoch_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self.may_raise = self.stops
-        control.should_save |= self.may_raise
-
-    def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        if self.may_raise:
-            steps = f"{state.global_step} of {state.max_steps} steps"
-            raise InputError(f"stopped by SIGTERM after {steps}, and saved: {RESUME_HINT}")
-
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        signal.signal(signal.SIGTERM, self.earlier_handler)
-        if self.requested:  # during the last evaluation
-            signal.raise_signal(signal.SIGTERM)
 
 
 class ResumedRun(TrainerCallback):

@@ -8,7 +8,6 @@ import json
 import logging
 import re
 import shutil
-import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -45,12 +44,7 @@ from modeling_hierarchical import HierarchicalForSequenceClassification
 
 logger = logging.getLogger(__name__)
 
-# files that a checkpoint needs besides the model, and the message if one is missing
-NEEDED = {
-    "optimizer*": "it has no optimizer state (--save_only_model?)",
-    "scheduler.pt": "scheduler.pt is missing",
-    "rng_state*.pth": "rng_state.pth is missing",
-}
+NEEDED = ("optimizer*", "scheduler.pt", "rng_state*.pth")  # besides the model; --save_only_model leaves them out
 LABEL_ISSUES = "label_issues.csv"
 
 
@@ -264,7 +258,5 @@ def find_resume_problem(checkpoint: Path) -> str | None:
         return f"{TRAINER_STATE_NAME} cannot be read"
     is_sharded = any(checkpoint.glob("pytorch_model_fsdp*"))
     damage = None if is_sharded else find_damage(checkpoint)
-    missing = [problem for pattern, problem in NEEDED.items() if not any(checkpoint.glob(pattern))]
-    archives = [*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]  # zip files, whose directory is at the end
-    damaged = [f"{file.name} is damaged" for file in archives if not zipfile.is_zipfile(file)]
-    return damage or next(iter(missing + damaged), None)
+    missing = [f"{pattern} is missing" for pattern in NEEDED if not any(checkpoint.glob(pattern))]
+    return damage or next(iter(missing), None)

@@ -26,7 +26,7 @@ from open_world_hierarchical import OpenWorld
 from pipeline_hierarchical import use_cpu_kernels
 
 SCORING_ARGUMENTS: dict[str, Any] = {  # arguments of a Trainer that only scores
-    **dict.fromkeys(("bf16", "fp16", "load_best_model_at_end", "push_to_hub", "enable_jit_checkpoint"), False),
+    **dict.fromkeys(("bf16", "fp16", "load_best_model_at_end", "push_to_hub"), False),
     "report_to": [],
     "eval_strategy": "no",
     "lr_scheduler_type": "linear",  # some schedulers need an evaluation

@@ -6,7 +6,7 @@ Worth knowing:
    depend on how the batch is split. DDP averages gradients, so the loss is multiplied by the number of processes.
 2. The Trainer resumes and restores the best model by root-level file names. The adapter form has its own loader here.
 3. No ``training_args.bin`` is written, because it is a pickle and can contain a token.
-4. Signals, checks of the losses and the state of a resumed run are callbacks, see `training.callbacks`.
+4. Checks of the losses and the state of a resumed run are callbacks, see `training.callbacks`.
 """
 
 import logging
@@ -20,7 +20,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 from transformers import PrinterCallback, ProgressCallback, TrainingArguments, trainer_pt_utils
-from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import TrainOutput
 
 from checkpoint_hierarchical import ADAPTER_FILES, load_heads_and_adapter
@@ -28,7 +27,7 @@ from decisions_hierarchical import average_over_labels
 from hierarchical_clinicalbert.errors import InputError, as_input_error
 from hierarchical_clinicalbert.publishing.trainer import PublishingTrainer
 from hierarchical_clinicalbert.training.arguments import METRIC_SCHEDULERS
-from hierarchical_clinicalbert.training.callbacks import LogLines, LossCheck, ProgressBar, ResumedRun, StopAtSigterm
+from hierarchical_clinicalbert.training.callbacks import LogLines, LossCheck, ProgressBar, ResumedRun
 from hierarchical_clinicalbert.training.cpu import use_training_kernels
 from hierarchical_clinicalbert.training.sampler import LengthGroupedSampler
 from hierarchical_clinicalbert.training.views import halves
@@ -70,11 +69,6 @@ class HierarchicalTrainer(PublishingTrainer):
         self.loss_function: Any = loss_function.to(self.args.device) if loss_function else self.decisions.loss
         self.consistency = consistency
         self.resumed: ResumedRun | None = None  # in a run that resumes
-        self.sigterm: StopAtSigterm | None = None
-        if (callback := self.pop_callback(JITCheckpointCallback)) is not None:
-            callback.on_train_end(self.args, self.state, self.control)  # resets the handler of the signal
-            self.sigterm = StopAtSigterm()
-            self.add_callback(self.sigterm)
         self.pop_callback(PrinterCallback)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(ProgressBar)

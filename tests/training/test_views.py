@@ -1,16 +1,13 @@
-"""Test halves of texts: their sentences, predictions for a half against predictions for the same tokens as a text, and training."""
+"""Test halves of texts against the sentences of the texts."""
 
 import itertools
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer
 
-from configuration_hierarchical import HierarchicalConfig
 from decisions_hierarchical import OnePath
 from hierarchical_clinicalbert.training.tokens import build_collator
 from hierarchical_clinicalbert.training.views import NO_SENTENCE, halves, sentence_numbers, split_sentences
-from modeling_hierarchical import HierarchicalForSequenceClassification
 from taxonomy_hierarchical import Taxonomy
 
 TEXTS = [
@@ -116,24 +113,3 @@ def test_the_halves_of_a_text_do_not_depend_on_its_batch(tokenizer):
     others = [halved(tokenizer, 6), halved(tokenizer, 5, seed=4), halved(tokenizer, 5, rows=(20, 21, 22, 23))]
     for other, *views in others:
         assert tokens(other, views[0][3]) != tokens(inputs, first[3])
-
-
-def test_a_model_predicts_a_half_like_a_text(tokenizer):
-    torch.manual_seed(0)
-    text_config = {"model_type": "bert", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-                   "intermediate_size": 48, "vocab_size": len(tokenizer)}  # fmt: skip
-    model = HierarchicalForSequenceClassification(HierarchicalConfig(text_config=text_config)).eval()
-    inputs, first, second = halved(tokenizer, 1)
-    assert inputs.keys() == {"input_ids", "attention_mask", "token_type_ids"}
-    with torch.no_grad():
-        found = model(**inputs).node_log_probs
-        for view in {*first.tolist(), *second.tolist()}:
-            alone = model(input_ids=torch.tensor([tokens(inputs, view)])).node_log_probs[0]
-            torch.testing.assert_close(found[view], alone, atol=1e-5, rtol=0)
-
-
-def test_left_padding_gives_the_same_halves(minilm, tokenizer):
-    left = AutoTokenizer.from_pretrained(minilm, padding_side="left")
-    (inputs, *views), (other, *other_views) = halved(left, 2), halved(tokenizer, 2)
-    assert all(map(torch.equal, views, other_views))
-    assert all(inputs[name].equal(other[name]) for name in other)
