@@ -130,6 +130,9 @@ def test_a_metric_that_the_validation_rows_cannot_give_selects_no_checkpoint(pro
     message = f"{name} is not measured on these validation rows; it is one of "
     with nullcontext() if measured else pytest.raises(InputError, match=message):
         fit_to_data(*given)
+    # else the Trainer would look for it in each evaluation
+    unselected = dataclasses.replace(given[0], load_best_model_at_end=False)
+    assert fit_to_data(unselected, *given[1:]).metric_for_best_model is None
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)

@@ -1,8 +1,6 @@
 """Test that an interrupted run resumes, and ends with the result of an uninterrupted one."""
 
-import hashlib
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -110,9 +108,6 @@ def test_a_run_killed_several_times_ends_with_the_weights_of_an_uninterrupted_ru
         assert done.returncode == -signal.SIGKILL, done.stderr[-4000:]
     run(*line)
     assert same_weights(unbroken, output)
-    assert json.loads((output / "metrics.json").read_text())["test_accuracy"] == pytest.approx(
-        json.loads((unbroken / "metrics.json").read_text())["test_accuracy"], abs=0
-    )
 
 
 def test_a_run_that_was_killed_after_its_last_step_takes_none_more(words, unbroken, tmp_path):
@@ -120,12 +115,10 @@ def test_a_run_that_was_killed_after_its_last_step_takes_none_more(words, unbrok
     shutil.copytree(last, output / last.name)
     done = run(*words, "--output_dir", output, "--resume_from_checkpoint", "auto")
     assert "nothing left to train" in done.stderr
-    assert [folder.name for folder in list_checkpoints(output)] == ["checkpoint-20"]
     assert same_weights(unbroken, output)
-    all_metrics = [json.loads((folder / "metrics.json").read_text()) for folder in (unbroken, output)]
-    assert all_metrics[0]["test_log_loss"] == all_metrics[1]["test_log_loss"]
-    assert all_metrics[0]["epoch"] == all_metrics[1]["epoch"]
-    assert [metrics.get("resumed_from_step") for metrics in all_metrics] == [None, 20]
+    before, after = (json.loads((folder / "metrics.json").read_text()) for folder in (unbroken, output))
+    assert (after["test_log_loss"], after["epoch"]) == (before["test_log_loss"], before["epoch"])
+    assert after["resumed_from_step"] == 20
 
 
 def test_early_stopping_is_the_same_after_an_interruption(words, tmp_path):
@@ -164,37 +157,20 @@ def test_overwriting_deletes_the_checkpoints_and_results_of_the_former_run(words
     run(*line, "--resume_from_checkpoint", "auto", "--do_train", "true", "--do_eval", "false")
     assert list_checkpoints(run_folder) == before
     assert all(path.exists() for path in kept | gone)  # it goes on, and overwrites nothing
-    line += DIVERGES
-    assert "the loss is" in run(*line, check=False).stderr
+    refused("the loss is", *line, *DIVERGES)
     assert list_checkpoints(run_folder) == []
     assert all(path.exists() for path in kept)
     assert not any(path.exists() for path in gone)
     assert not (run_folder / "test_predictions.csv").exists()
 
 
-def test_scores_never_replace_those_of_training(words, run_folder, tmp_path):
-    (run_folder / "label_issues.csv").write_text("row,label\n")
-    score = [*words, "--do_train", "false", "--do_predict", "--model_name_or_path", run_folder]
-    score += ["--overwrite_output_dir", "true", "--output_dir"]
-    killed = tmp_path / "killed"  # a run that has saved only a checkpoint
-    shutil.copytree(list_checkpoints(run_folder)[0], killed / "checkpoint-2")
-    for output in (run_folder, killed):
-        before = content(output)
-        done = run(*score, output, check=False)
-        message = f"train.py: error: --output_dir {output} already holds a run: give another --output_dir\n"
-        assert (done.returncode, done.stderr) == (2, message)
-        assert content(output) == before
-    for _ in range(2):  # scores replace scores
-        run(*score, tmp_path / "scores")
-
-
 def test_a_card_that_a_person_edited_is_kept_and_one_that_was_not_is_replaced(words, run_folder):
-    """Overwrite, resume with further steps, and resume without a step."""
+    """Resume with further steps, overwrite, and resume without a step."""
     card, line = run_folder / "README.md", [*words, "--output_dir", run_folder]
     for flags, kept in (
-        (["--overwrite_output_dir", "true", "--max_steps", 2], []),
-        (["--resume_from_checkpoint", "auto", "--max_steps", 4], ["README.edited-1.md"]),
-        (["--resume_from_checkpoint", "auto", "--max_steps", 4], ["README.edited-1.md", "README.edited-2.md"]),
+        (["--resume_from_checkpoint", "auto", "--max_steps", 22], []),
+        (["--overwrite_output_dir", "true", "--max_steps", 2], ["README.edited-1.md"]),
+        (["--resume_from_checkpoint", "auto", "--max_steps", 2], ["README.edited-1.md", "README.edited-2.md"]),
     ):
         if kept:
             card.write_text(card.read_text() + f"\nOur data: {kept[-1]}\n")
@@ -207,45 +183,61 @@ def test_a_card_that_a_person_edited_is_kept_and_one_that_was_not_is_replaced(wo
             assert f"{card} was written or edited by hand: kept as {kept[-1]}" in done.stderr
 
 
+RESUME, OVERWRITE = ("--resume_from_checkpoint", "auto"), ("--overwrite_output_dir", "true")
+SCORE = ("--do_train", "false", "--do_predict", "--model_name_or_path", "{output}", *OVERWRITE)
+HOLDS_A_RUN = "--output_dir {output} already holds a run: give another --output_dir"
+HOLDS_A_MODEL = "holds a model and no complete checkpoint to resume from: give another --output_dir, or --overwrite"
+STATES = {  # of a run, by what is in its folder
+    "finished": ("*",),
+    "without checkpoints": ("config.json", "metrics.json"),
+    "without metrics": ("config.json",),
+    "killed": ("checkpoint-20",),
+}
+
+
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("state", "flags", "message"),
     [
-        (["--load_best_model_at_end", "true", "--metric_for_best_model", "f"], "is not measured"),
-        (["--lora_target_modules", "q"], "'q'"),
-        (["--model_name_or_path", "{last}"], "--overwrite_output_dir true would delete {last}"),
+        ("finished", (), f"{HOLDS_A_RUN}, or --overwrite_output_dir true, or --resume_from_checkpoint auto"),
+        ("finished", SCORE, HOLDS_A_RUN),
+        ("finished", (*OVERWRITE, "--model_name_or_path", "{last}"), "--overwrite_output_dir true would delete {last}"),
+        (
+            "finished",
+            (*OVERWRITE, "--load_best_model_at_end", "true", "--metric_for_best_model", "f"),
+            "is not measured",
+        ),
+        ("finished", (*OVERWRITE, "--lora_target_modules", "q"), "'q'"),
+        ("without checkpoints", (), f"{HOLDS_A_RUN}, or --overwrite_output_dir true"),
+        ("without checkpoints", RESUME, HOLDS_A_MODEL),
+        ("killed", (), f"{HOLDS_A_RUN}, or --overwrite_output_dir true, or --resume_from_checkpoint auto"),
+        ("killed", SCORE, HOLDS_A_RUN),
+        ("without metrics", RESUME, HOLDS_A_MODEL),
     ],
 )
-def test_a_command_that_is_refused_deletes_nothing_of_the_former_run(words, run_folder, flags, message):
-    former, last = sorted(run_folder.rglob("*")), list_checkpoints(run_folder)[-1]
-    line = [*words, "--output_dir", run_folder, "--overwrite_output_dir", "true"]
-    refused(message.format(last=last), *line, *(flag.format(last=last) for flag in flags))
-    assert sorted(run_folder.rglob("*")) == former
+def test_a_refused_command_changes_no_file_of_the_former_run(words, unbroken, tmp_path, state, flags, message):
+    output = tmp_path / "results"
+    output.mkdir()
+    for path in (path for pattern in STATES[state] for path in unbroken.glob(pattern)):
+        (shutil.copytree if path.is_dir() else shutil.copy)(path, output / path.name)
+    before, names = content(output), {"output": str(output), "last": str(output / "checkpoint-20")}
+    line = [*words, "--output_dir", output, *(flag.format_map(names) for flag in flags)]
+    assert message.format_map(names) in refused("", *line)
+    assert content(output) == before
 
 
-def test_a_finished_run_without_checkpoints_is_not_trained_again(words, run_folder):
-    for folder in list_checkpoints(run_folder):
-        shutil.rmtree(folder)
-    before = content(run_folder)
-    line, resume = [*words, "--output_dir", run_folder], ["--resume_from_checkpoint", "auto"]
-    refused("holds a model and no complete checkpoint to resume from: give another", *line, *resume)
-    refused("already holds a run: give another --output_dir, or --overwrite_output_dir true", *line)
-    assert content(run_folder) == before
-    (run_folder / "checkpoint-2").mkdir()  # an incomplete one
-    refused("--overwrite_output_dir true", *line, *resume)
-    run(*line, *resume, "--max_steps", "2", "--overwrite_output_dir", "true")
-    assert [folder.name for folder in list_checkpoints(run_folder)] == ["checkpoint-2"]
+def test_scores_replace_scores(words, unbroken, tmp_path):
+    for _ in range(2):
+        run(*words, *(flag.format(output=unbroken) for flag in SCORE), "--output_dir", tmp_path / "scores")
 
 
 def test_a_run_interrupted_before_its_first_checkpoint_starts_again(words, unbroken, tmp_path):
-    """Resume a run that has left a data report and at most an incomplete checkpoint."""
+    """Resume a run that has left a data report and an incomplete checkpoint."""
     output = tmp_path / "results"
     (output / "checkpoint-2").mkdir(parents=True)
     shutil.copy(unbroken / "data_report.json", output)
-    line = [*words, "--output_dir", output]
-    assert refused("already holds a run: give another --output_dir, or", *line).endswith("--overwrite_output_dir true")
-    run(*line, "--max_steps", 2, "--resume_from_checkpoint", "auto")
+    refused(HOLDS_A_RUN.format(output=output), *words, "--output_dir", output)
+    run(*words, "--output_dir", output, "--max_steps", 2, *RESUME)
     assert find_checkpoint("auto", str(output)) == str(output / "checkpoint-2")
-    refused("--overwrite_output_dir true, or --resume_from_checkpoint auto", *line)
 
 
 @pytest.mark.parametrize(
@@ -258,10 +250,7 @@ def test_a_run_interrupted_before_its_first_checkpoint_starts_again(words, unbro
         (["--model_name_or_path", "{other}"], "it was trained with another --model_name_or_path, encoder"),
         (["--problem_type", "multi_label_classification"], "it was trained with another --problem_type, single_label"),
         # otherwise more or fewer epochs would be trained, and metrics.json would not show it
-        (
-            ["--per_device_train_batch_size", "2"],
-            " steps per epoch, and now there are 32: give the same number of proc",
-        ),
+        (["--per_device_train_batch_size", "2"], "16 steps per epoch, and now there are 32: give the same number"),
         (["--heads_learning_rate", "1e-3"], "its optimizer does not match the settings of this run: "),
         (["--optim", "adafactor"], "its optimizer does not match the settings of this run: --optim differs"),
         (["--train_file", "{rows}"], "it was trained on other rows or labels; give the same data"),
@@ -382,13 +371,3 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_says_what_to_do(words, unbrok
     subprocess.run(["mount", "-o", "remount,size=200m", disk], check=True, capture_output=True)
     run(*line, "--resume_from_checkpoint", "auto")
     assert same_weights(unbroken, output)
-
-
-def test_metrics_describe_the_environment_and_the_data(words, unbroken):
-    environment = json.loads((unbroken / "metrics.json").read_text())["environment"]
-    base = torch.__version__.partition("+")[0]  # the local part, of the build, may be in the one and not in the other
-    assert environment["versions"]["torch"].partition("+")[0] == base
-    assert f"{len(os.sched_getaffinity(0))} cores" in environment["hardware"]
-    files = {split: Path(words[words.index(f"--{split}_file") + 1]) for split in ("train", "validation", "test")}
-    hashes = {split: {file.name: hashlib.sha256(file.read_bytes()).hexdigest()} for split, file in files.items()}
-    assert environment["data"] == hashes

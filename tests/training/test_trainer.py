@@ -248,17 +248,6 @@ def test_batches_hold_texts_of_like_length_and_differ_between_epochs(count):
         assert longest[1:-1] != sorted(longest[1:-1], reverse=True)
 
 
-@FORMS
-@pytest.mark.parametrize("strategy", ["group_by_length", "sequential"])
-def test_predictions_come_in_the_order_of_their_rows(tmp_path, tokenizer, strategy, several):
-    data, model = rows(40, several=several), tiny_model(several).eval()
-    run = trainer(model, tokenizer, data, arguments(tmp_path, train_sampling_strategy=strategy))
-    predicted = run.predict(data)
-    with torch.inference_mode():
-        alone = [model(input_ids=torch.tensor([row["input_ids"]])).logits[0] for row in data]
-    torch.testing.assert_close(torch.tensor(predicted.predictions), torch.stack(alone), atol=1e-5, rtol=1e-4)
-
-
 def test_heads_have_a_learning_rate_of_their_own(tmp_path, tokenizer):
     model = tiny_model()
     run = trainer(model, tokenizer, rows(), arguments(tmp_path, learning_rate=1e-4, heads_learning_rate=1e-2))
