@@ -19,6 +19,7 @@ from hierarchical_clinicalbert.evaluation.report import MEASURED_TARGET, measure
 from hierarchical_clinicalbert.publishing import card
 from hierarchical_clinicalbert.publishing.hub import find_target, log_in, refuse_local_encoder
 from hierarchical_clinicalbert.training.arguments import Arguments, HierarchicalTrainingArguments
+from hierarchical_clinicalbert.training.model import adapter_settings
 from hierarchical_clinicalbert.training.trainer import HierarchicalTrainer
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from pipeline_hierarchical import HierarchicalTextClassificationPipeline
@@ -42,12 +43,9 @@ def run_settings(
         "contrastive_steps": None if heads_init is None else arguments.model.contrastive_steps,
         "train_precision": arguments.training.precision,
     }
-    settings |= dict.fromkeys(("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"))
     if model.has_adapter:
-        adapter = model.encoder.peft_config["default"]
-        settings |= {"lora_r": adapter.r, "lora_alpha": adapter.lora_alpha, "lora_dropout": adapter.lora_dropout}
-        settings["lora_target_modules"] = sorted(adapter.target_modules)
-    return settings
+        return settings | adapter_settings(model.encoder.peft_config["default"])
+    return settings | dict.fromkeys(("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"))
 
 
 def run_facts(arguments: Arguments, size: dict[str, int | float], data_report: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from accelerate.utils import broadcast_object_list
+from peft import LoraConfig
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -26,7 +27,6 @@ from hierarchical_clinicalbert.checkpoint_files import (
     find_damage,
     is_checkpoint,
     read_config,
-    read_json_object,
 )
 from hierarchical_clinicalbert.data.splits import LabelledSplits
 from hierarchical_clinicalbert.data.trained_texts import (
@@ -40,6 +40,7 @@ from hierarchical_clinicalbert.errors import InputError, as_input_error
 from hierarchical_clinicalbert.files import lock
 from hierarchical_clinicalbert.publishing.description import delete_description
 from hierarchical_clinicalbert.training.arguments import HierarchicalTrainingArguments
+from hierarchical_clinicalbert.training.model import adapter_settings
 from modeling_hierarchical import HierarchicalForSequenceClassification
 
 logger = logging.getLogger(__name__)
@@ -173,16 +174,12 @@ def check_model(checkpoint: str, model: HierarchicalForSequenceClassification) -
         "--problem_type": (stored.problem_type, config.problem_type),
     }
     if model.has_adapter and stored.adapter_subfolder:
-        adapter = model.encoder.peft_config["default"]
-        settings = read_json_object(Path(checkpoint) / ADAPTER_SUBFOLDER / "adapter_config.json")
-        pairs |= {
-            "--lora_r": (settings["r"], adapter.r),
-            "--lora_alpha": (settings["lora_alpha"], adapter.lora_alpha),
-            "--lora_target_modules": (sorted(settings["target_modules"]), sorted(adapter.target_modules)),
-        }
-    for flag, (before, now) in pairs.items():
-        if before != now:
-            refuse_to_resume(checkpoint, f"it was trained with another {flag}, {before}, not {now}; give the same")
+        before = adapter_settings(LoraConfig.from_pretrained(Path(checkpoint) / ADAPTER_SUBFOLDER))
+        now = adapter_settings(model.encoder.peft_config["default"])
+        pairs |= {f"--{name}": (before[name], now[name]) for name in before if name != "lora_dropout"}
+    for flag, (theirs, ours) in pairs.items():
+        if theirs != ours:
+            refuse_to_resume(checkpoint, f"it was trained with another {flag}, {theirs}, not {ours}; give the same")
 
 
 def refuse_to_resume(checkpoint: str, problem: str) -> NoReturn:
