@@ -107,8 +107,7 @@ def run(arguments: Arguments, prepare: Prepare) -> None:
     trains = bool(args.do_train)
     resume.check_output_folder(args, source)
     set_seed(args.seed)
-    requested = args.resume_from_checkpoint if trains else None
-    resume_from = resume.find_checkpoint(requested, args.output_dir)
+    resume_from = resume.find_checkpoint(args.resume_from_checkpoint, args.output_dir) if trains else None
 
     # ── Data: read, map labels to nodes, split ───────────────────────────────────────────────────────────────────────
     with args.main_process_first(desc="reading the data"):
@@ -159,9 +158,7 @@ def train(arguments: Arguments, data: LabelledSplits, resume_from: str | None, p
     model.config.calibration.max_length = tokenizer.model_max_length  # which engines read, also without a calibration
     log_report(data.report, lengths)
 
-    # ── Run: folder, trainer, initial heads ──────────────────────────────────────────────────────────────────────────
-    if args.should_save:
-        output.mkdir(parents=True, exist_ok=True)
+    # ── Run: trainer, initial heads, data report ─────────────────────────────────────────────────────────────────────
     trainer = prepare(build_trainer(arguments, form, splits, model, tokenizer))
     size = size_report(model)
     setup = (args.device, args.precision, arguments.model.quantization, arguments.model.tuning)
@@ -193,9 +190,8 @@ def train(arguments: Arguments, data: LabelledSplits, resume_from: str | None, p
 
     # ── Score: the model as trained, and the checkpoint loaded back ──────────────────────────────────────────────────
     as_trained: dict[str, float] = {}
-    if arguments.model.quantization != "none":
-        held_out = DatasetDict({split: rows for split, rows in splits.items() if split == "validation"})
-        _, as_trained = score_splits(trainer, held_out)
+    if arguments.model.quantization != "none" and "validation" in splits:
+        _, as_trained = score_splits(trainer, DatasetDict(validation=splits["validation"]))
     scorer = scoring_trainer(args.output_dir, args, tokenizer, trainer.loss_function)
     scored, uncalibrated = score_splits(scorer, splits)
     scores = {f"quantized_{name}": value for name, value in as_trained.items()} | uncalibrated
@@ -321,7 +317,6 @@ def score_checkpoint(arguments: Arguments, data: LabelledSplits) -> None:
     # ── Files ────────────────────────────────────────────────────────────────────────────────────────────────────────
     if args.should_save:
         output = Path(args.output_dir)
-        output.mkdir(parents=True, exist_ok=True)
         delete_scores(output)
         write_json(output / "data_report.json", data.report | {"lengths": lengths})
         classes = class_scores(form, scored, config.calibration.thresholds)

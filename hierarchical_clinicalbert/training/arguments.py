@@ -319,8 +319,8 @@ def fit_to_data(
     if takes_steps and selects:
         check_best_metric(fitted.metric_for_best_model or "loss", form, splits["validation"]["nodes"][:])
         return fitted
-    # else the Trainer looks for the metric in each evaluation
-    return dataclasses.replace(fitted, metric_for_best_model=None)
+    # else the Trainer looks for the metric in each evaluation; the log shows the lowest loss as the best
+    return dataclasses.replace(fitted, metric_for_best_model=None, greater_is_better=None)
 
 
 def check_best_metric(name: str, form: Form, nodes: list[list[int]]) -> None:

@@ -112,7 +112,7 @@ def read_earlier_texts(model: str, resume_from: str | None) -> TrainedTexts:
 
 
 def find_checkpoint(requested: str | None, output_dir: str) -> str | None:
-    """Return the folder of ``--resume_from_checkpoint``. "auto" selects the last complete checkpoint of the run."""
+    """Return the folder of ``--resume_from_checkpoint``. "auto" selects the last complete checkpoint of the run, if any."""
     if requested is None:
         return None
     if requested != "auto":
@@ -191,20 +191,18 @@ def find_best_checkpoint(args: TrainingArguments, state: TrainerState, checkpoin
     """Return the best checkpoint of a resumed run. Its folder may have moved since its path was stored."""
     if state.best_model_checkpoint is None:
         return None
-    stored = Path(state.best_model_checkpoint)
-    best = next((str(path) for path in (Path(checkpoint).parent / stored.name, stored) if path.is_dir()), None)
+    best = Path(checkpoint).with_name(Path(state.best_model_checkpoint).name)
     if args.load_best_model_at_end:
         name = args.metric_for_best_model
         entries = [entry for entry in state.log_history if entry["step"] == state.best_global_step]
         if state.best_metric not in [entry.get(f"eval_{name.removeprefix('eval_')}") for entry in entries]:
-            refuse_to_resume(
-                checkpoint, f"--metric_for_best_model {name} did not select its best checkpoint; give the same"
-            )
-        if best is None:
-            problem = f"the best checkpoint of its run, {stored.name}, is not in the same folder"
+            problem = f"--metric_for_best_model {name} did not select its best checkpoint; give the same"
+            refuse_to_resume(checkpoint, problem)
+        if not best.is_dir():
+            problem = f"the best checkpoint of its run, {best.name}, is not in the same folder"
             remedy = "move it there, or give --load_best_model_at_end false"
             raise InputError(f"cannot resume from {checkpoint}: {problem}; {remedy}")
-    return best
+    return str(best) if best.is_dir() else None
 
 
 def start_run(trainer: Trainer, model: str, data: LabelledSplits, resume_from: str | None) -> None:

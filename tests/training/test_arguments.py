@@ -132,7 +132,8 @@ def test_a_metric_that_the_validation_rows_cannot_give_selects_no_checkpoint(pro
         fit_to_data(*given)
     # else the Trainer would look for it in each evaluation
     unselected = dataclasses.replace(given[0], load_best_model_at_end=False)
-    assert fit_to_data(unselected, *given[1:]).metric_for_best_model is None
+    fitted = fit_to_data(unselected, *given[1:])
+    assert (fitted.metric_for_best_model, fitted.greater_is_better) == (None, None)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)

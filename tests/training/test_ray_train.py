@@ -42,7 +42,7 @@ def test_after_a_killed_worker_the_weights_are_those_of_an_unbroken_run(tiny_enc
     with started(*line, log=log, until=saved, command=SCRIPT, settings=settings) as process:
         os.kill(int(re.findall(r"RayTrainWorker pid=(\d+)", log.read_text())[0]), signal.SIGKILL)
         assert process.wait() == 0, log.read_text()[-4000:]
-    assert "worker 0 failed" in log.read_text()
+    assert re.search(r"worker \d failed", log.read_text())
     resumed = json.loads((broken / "metrics.json").read_text())["resumed_from_step"]
     assert 4 <= resumed < 10
     assert same_weights(whole, broken)
