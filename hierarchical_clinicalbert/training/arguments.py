@@ -320,7 +320,8 @@ def fit_to_data(
         check_best_metric(fitted.metric_for_best_model or "loss", form, splits["validation"]["nodes"][:])
         return fitted
     # else the Trainer looks for the metric in each evaluation; the log shows the lowest loss as the best
-    return dataclasses.replace(fitted, metric_for_best_model=None, greater_is_better=None)
+    unset: dict[str, Any] = dict.fromkeys(("metric_for_best_model", "greater_is_better"))
+    return dataclasses.replace(fitted, **unset)
 
 
 def check_best_metric(name: str, form: Form, nodes: list[list[int]]) -> None:
