@@ -7,7 +7,7 @@ import torch
 
 from decisions_hierarchical import OnePath
 from hierarchical_clinicalbert.training.tokens import build_collator
-from hierarchical_clinicalbert.training.views import NO_SENTENCE, halves, sentence_numbers, split_sentences
+from hierarchical_clinicalbert.training.views import NO_SENTENCE, halves, sentence_numbers
 from taxonomy_hierarchical import Taxonomy
 
 TEXTS = [
@@ -82,17 +82,6 @@ def test_halves_share_out_the_sentences_in_their_order(tokenizer):
     assert len(set(deals[3])) > 20  # of seven sentences, another deal in most steps
     both = [0 in one and 0 in other for one, other in deals[3]]
     assert 0.5 < sum(both) / len(both) < 0.9
-
-
-def test_halves_are_of_like_length():
-    generator = np.random.default_rng(0)
-    for _ in range(200):
-        counts = generator.integers(1, 40, size=generator.integers(2, 15))
-        one, other = split_sentences(counts, generator)
-        assert (one | other).all()
-        assert not (one & other)[1:].any()
-        title, gap = counts[0], (one[1:].astype(int) - other[1:]) @ counts[1:]
-        assert min(abs(gap + title), abs(gap - title)) <= counts.max()  # a title that both have had gone to one of them
 
 
 def test_no_half_is_empty_where_a_sentence_has_no_tokens():
