@@ -64,7 +64,6 @@ from hierarchical_clinicalbert.training.publish import (
     write_card,
 )
 from hierarchical_clinicalbert.training.score import (
-    label_arrays,
     learn_known_texts,
     score_splits,
     scoring_trainer,
@@ -108,8 +107,7 @@ def run(arguments: Arguments, prepare: Prepare) -> None:
     trains = bool(args.do_train)
     resume.check_output_folder(args, source)
     set_seed(args.seed)
-    requested = args.resume_from_checkpoint if trains else None
-    resume_from = resume.find_checkpoint(requested, args.output_dir)
+    resume_from = resume.find_checkpoint(args.resume_from_checkpoint, args.output_dir) if trains else None
 
     # ── Data: read, map labels to nodes, split ───────────────────────────────────────────────────────────────────────
     with args.main_process_first(desc="reading the data"):
@@ -160,10 +158,8 @@ def train(arguments: Arguments, data: LabelledSplits, resume_from: str | None, p
     model.config.calibration.max_length = tokenizer.model_max_length  # which engines read, also without a calibration
     log_report(data.report, lengths)
 
-    # ── Run: folder, trainer, initial heads ──────────────────────────────────────────────────────────────────────────
-    if args.should_save:
-        output.mkdir(parents=True, exist_ok=True)
-    trainer = prepare(build_trainer(arguments, splits, model, tokenizer))
+    # ── Run: trainer, initial heads, data report ─────────────────────────────────────────────────────────────────────
+    trainer = prepare(build_trainer(arguments, form, splits, model, tokenizer))
     size = size_report(model)
     setup = (args.device, args.precision, arguments.model.quantization, arguments.model.tuning)
     logger.info("device %s, precision %s, encoder %s, tuning %s", *setup)
@@ -194,9 +190,8 @@ def train(arguments: Arguments, data: LabelledSplits, resume_from: str | None, p
 
     # ── Score: the model as trained, and the checkpoint loaded back ──────────────────────────────────────────────────
     as_trained: dict[str, float] = {}
-    if arguments.model.quantization != "none":
-        held_out = DatasetDict({split: rows for split, rows in splits.items() if split == "validation"})
-        _, as_trained = score_splits(trainer, held_out)
+    if arguments.model.quantization != "none" and "validation" in splits:
+        _, as_trained = score_splits(trainer, DatasetDict(validation=splits["validation"]))
     scorer = scoring_trainer(args.output_dir, args, tokenizer, trainer.loss_function)
     scored, uncalibrated = score_splits(scorer, splits)
     scores = {f"quantized_{name}": value for name, value in as_trained.items()} | uncalibrated
@@ -208,7 +203,7 @@ def train(arguments: Arguments, data: LabelledSplits, resume_from: str | None, p
         classifier = None
         if takes_steps:
             counts = token_counts(splits["train"], model.config.text_config.vocab_size)
-            labels = label_arrays(form.decisions, splits["train"])
+            labels = form.decisions.targets(splits["train"]["labels"][:]).numpy()
             classifier = form.fit_classifier(counts, labels, arguments.model.lexical_head)
         calibration, scored, calibrated = calibrate_splits(form, scored, classifier)
         calibration = dataclasses.replace(calibration, max_length=tokenizer.model_max_length)
@@ -241,13 +236,12 @@ def train(arguments: Arguments, data: LabelledSplits, resume_from: str | None, p
 
 
 def build_trainer(
-    arguments: Arguments, splits: DatasetDict, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    arguments: Arguments, form: Form, splits: DatasetDict, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> HierarchicalTrainer:
     """Build the Trainer for tokenized splits, with the loss and the early stopping that the flags ask for."""
     args, loss = arguments.training, arguments.loss
     if args.fp16 and args.device.type == "cpu":  # accelerate would train in float32
         raise InputError("--fp16 needs a GPU: leave it out")
-    form = form_of(model.config.tree, model.config.problem_type)
     labels = splits["train"]["labels"][:] if "train" in splits else [[]]  # without rows, no step needs the loss
     loss_function = FocalLoss(
         form.decisions,
@@ -273,7 +267,8 @@ def build_trainer(
 
 def write_label_issues(form: Form, rows: Dataset, config: HierarchicalConfig, folder: Path) -> int:
     """Write ``label_issues.csv`` for tokenized training rows; return the number of rows in it."""
-    counts, labels = token_counts(rows, config.text_config.vocab_size), label_arrays(form.decisions, rows)
+    counts = token_counts(rows, config.text_config.vocab_size)
+    labels = form.decisions.targets(rows["labels"][:]).numpy()
     columns = (np.array(rows[column]) for column in ("text_id", "row", "moved"))
     issues, file = list_label_issues(form, counts, labels, *columns), folder / resume.LABEL_ISSUES
     issues.to_csv(file, index=False, float_format="%.6f")
@@ -322,7 +317,6 @@ def score_checkpoint(arguments: Arguments, data: LabelledSplits) -> None:
     # ── Files ────────────────────────────────────────────────────────────────────────────────────────────────────────
     if args.should_save:
         output = Path(args.output_dir)
-        output.mkdir(parents=True, exist_ok=True)
         delete_scores(output)
         write_json(output / "data_report.json", data.report | {"lengths": lengths})
         classes = class_scores(form, scored, config.calibration.thresholds)

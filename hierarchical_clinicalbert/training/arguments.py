@@ -2,10 +2,7 @@
 
 import argparse
 import dataclasses
-import inspect
 import logging
-import os
-import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,12 +14,11 @@ import torch
 from accelerate.utils import parse_flag_from_env
 from transformers import HfArgumentParser, SchedulerType, TrainingArguments
 from transformers.hf_argparser import string_to_bool
-from transformers.trainer_utils import SaveStrategy
 
 from configuration_hierarchical import DEFAULT_ENCODER, DEFAULT_ENCODER_REVISION
 from hierarchical_clinicalbert.checkpoint_files import is_local
 from hierarchical_clinicalbert.data.arguments import DataArguments, flag
-from hierarchical_clinicalbert.errors import ArgumentParser, InputError, is_own_bug, one_line, refuse_undecodable
+from hierarchical_clinicalbert.errors import ArgumentParser, InputError, as_input_error, refuse_undecodable
 from hierarchical_clinicalbert.evaluation.forms import Form, direction_of
 from hierarchical_clinicalbert.evaluation.metrics import of_all_levels
 from hierarchical_clinicalbert.machine import has_bf16
@@ -115,21 +111,14 @@ class HierarchicalTrainingArguments(TrainingArguments):
     run_name: str | None = flag(None, "Name of the run in these services. Default: the name of --output_dir.")
     logging_steps: float = flag(10, "Steps between log lines, or, below 1, their share of all.")
     remove_unused_columns: bool = flag(False, argparse.SUPPRESS)
-    bf16: bool | None = flag(None, "bfloat16 autocast. Default: as given to accelerate launch, else true if native.")
+    bf16: bool | None = flag(None, "bfloat16 autocast. Default: true if native.")
 
     def __post_init__(self):
         if not (torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available()):
             self.use_cpu = True
-        precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        if precision not in ("no", "fp16", "bf16"):
-            raise InputError(f"accelerate launch --mixed_precision {precision} is not supported: use no, bf16 or fp16")
         if self.bf16 is None:
-            if precision == "no" and has_bf16(self.use_cpu):
-                precision = "bf16"
-            elif precision == "no" and torch.cuda.is_available() and not self.use_cpu:
-                precision = "fp16"
-            self.bf16 = precision == "bf16" and not self.fp16
-            self.fp16 = self.fp16 or precision == "fp16"
+            self.bf16 = has_bf16(self.use_cpu) and not self.fp16
+            self.fp16 = self.fp16 or (torch.cuda.is_available() and not (self.use_cpu or self.bf16))
         if self.greater_is_better is None and direction_of(self.metric_for_best_model or "") < 0:
             self.greater_is_better = False  # transformers assumes that a metric other than a loss is better if greater
         folder = Path(self.output_dir).resolve().name
@@ -142,7 +131,7 @@ class HierarchicalTrainingArguments(TrainingArguments):
         self.do_eval = do_eval
         if self.do_train is None:
             self.do_train = not (self.do_eval or self.do_predict)
-        # the Trainer would otherwise prefer the launcher's precision to an explicit --bf16 false
+        # the Trainer would otherwise prefer the precision of accelerate launch
         self.mixed_precision = "no" if self.precision == "fp32" else self.precision
 
     @property
@@ -161,21 +150,20 @@ class Arguments(NamedTuple):
 # Intervals: a bracket includes the bound, a parenthesis excludes it.
 RANGES = {
     **dict.fromkeys(("lora_r", "lora_alpha", "per_device_train_batch_size", "per_device_eval_batch_size"), "[1, inf)"),
-    **dict.fromkeys(("gradient_accumulation_steps", "eval_accumulation_steps", "save_total_limit"), "[1, inf)"),
+    **dict.fromkeys(("gradient_accumulation_steps", "save_total_limit"), "[1, inf)"),
     **dict.fromkeys(("lora_dropout", "label_smoothing_factor"), "[0, 1)"),
     **dict.fromkeys(("learning_rate", "heads_learning_rate"), "(0, inf)"),
     **dict.fromkeys(("num_train_epochs", "focal_gamma", "consistency", "weight_decay", "max_grad_norm"), "[0, inf)"),
-    **dict.fromkeys(("early_stopping_patience", "dataloader_num_workers", "neftune_noise_alpha"), "[0, inf)"),
-    "contrastive_steps": "[0, inf)",
-    "dataloader_prefetch_factor": "[1, inf)",
+    **dict.fromkeys(("early_stopping_patience", "contrastive_steps", "dataloader_num_workers"), "[0, inf)"),
     **dict.fromkeys(("seed", "data_seed"), "[0, 4294967296)"),
     "max_length": "[8, inf)",
 }
-# Flags of transformers that would drop rows from the scores, change the scored model, or remove the scores.
+# Flags of transformers that would change the scored rows, the scored model, or how a run resumes.
 FIXED_FLAGS = {
     **dict.fromkeys(("batch_eval_metrics", "dataloader_drop_last", "prediction_loss_only"), False),
     **dict.fromkeys(("bf16_full_eval", "fp16_full_eval", "remove_unused_columns"), False),
-    "eval_do_concat_batches": True,
+    **dict.fromkeys(("dataloader_persistent_workers", "enable_jit_checkpoint"), False),
+    **dict.fromkeys(("eval_do_concat_batches", "restore_callback_states_from_checkpoint"), True),
     "label_names": None,
 }
 # Flags of transformers that ``--help`` shows beside this project's own.
@@ -183,7 +171,6 @@ USUAL_FLAGS = (
     *("max_steps", "seed", "gradient_accumulation_steps", "label_smoothing_factor", "activation_checkpointing"),
     *("eval_steps", "save_steps", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy"),
 )
-COMPILE_MODES = ("default", "lite", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")  # of torch.compile
 METRIC_SCHEDULERS = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)  # they follow the evaluation metric
 
 
@@ -194,8 +181,7 @@ def parse(argv: list[str]) -> Arguments:
     parser = Parser(dataclass_types=classes, prog="train.py", usage=usage, formatter_class=HelpFormatter)
     parser.add_argument("--help-all", action="help", help="show all flags of transformers' TrainingArguments, too")
     inherited = TrainingArguments.__annotations__.keys() - HierarchicalTrainingArguments.__annotations__.keys()
-    rare = inherited - {*USUAL_FLAGS} | {"restore_callback_states_from_checkpoint"}
-    hidden = {*FIXED_FLAGS} | (set() if "--help-all" in argv else rare)
+    hidden = {*FIXED_FLAGS} | (set() if "--help-all" in argv else inherited - {*USUAL_FLAGS})
     for action in parser._actions:
         if action.type is string_to_bool:
             action.nargs, action.const = "?", True
@@ -211,12 +197,8 @@ def parse(argv: list[str]) -> Arguments:
         name = word.split("=")[0]
         if word.startswith("--") and name not in parser._option_string_actions:
             raise InputError(f"unknown flag {name}; {nearest(name, parser._option_string_actions)}")
-    try:
+    with as_input_error("cannot use these flags"):
         *parsed, rest = parser.parse_args_into_dataclasses(argv, True, look_for_args_file=False)
-    except (ValueError, TypeError, ImportError, OSError) as error:
-        if is_own_bug(error):
-            raise
-        raise InputError(one_line(error)) from error
     if rest:
         raise InputError(f"unexpected words on the command line: {' '.join(rest)}")
 
@@ -275,14 +257,11 @@ def check_values(arguments: Arguments) -> None:
             raise InputError(f"--{name} must be {lower} {low:,.0f}{upper}, not {value}")
     for name, default in FIXED_FLAGS.items():
         if values[name] not in (default, None):
-            raise InputError(f"--{name} is not supported: it would change which rows are scored, or the scored model")
+            raise InputError(f"--{name} is not supported: it would change the scores, or how a run resumes")
 
     # ── Other problems, and whether they occur ───────────────────────────────────────────────────────────────────────
     model, data, _, args = arguments
     by_steps = args.eval_strategy == args.save_strategy == "steps"
-    torch_arguments = inspect.signature(torch.utils.checkpoint.checkpoint).parameters
-    checkpoint_kwargs = {*torch_arguments, "every_n_layers", "offload"}
-    optim_args = (args.optim_args or "").replace(" ", "")
     columns, delimiter = data.label_column or [], data.label_delimiter
     fsdp = args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")
     problems = {
@@ -292,15 +271,6 @@ def check_values(arguments: Arguments) -> None:
         "--load_best_model_at_end needs a save at every evaluation: give the same --eval_steps and --save_steps": (
             args.load_best_model_at_end and by_steps and args.eval_steps != args.save_steps
         ),
-        "--activation_checkpointing_kwargs has an unknown name: give arguments of torch's checkpoint, every_n_layers, offload": (
-            not checkpoint_kwargs >= {*(args.activation_checkpointing_kwargs or {})}
-        ),
-        f"--optim_args must be name=value pairs, separated by commas, not {optim_args!r}": (
-            re.fullmatch("([^=,]+=[^=,]+,?)*", optim_args) is None
-        ),
-        f"--torch_compile_mode must be one of {', '.join(COMPILE_MODES)}": (
-            args.torch_compile_mode not in (None, *COMPILE_MODES)
-        ),
         "--output_dir needs the name of a folder": not args.output_dir,
         "--max_steps must be at least 1; leave it out to train for --num_train_epochs": args.max_steps == 0,
         "--num_train_epochs 0 takes no steps: leave out --max_steps and --resume_from_checkpoint": (
@@ -308,15 +278,6 @@ def check_values(arguments: Arguments) -> None:
         ),
         "--label_issues lists training rows, and --do_train false trains on none: leave it out": (
             data.label_issues and not args.do_train
-        ),
-        "--enable_jit_checkpoint needs room for its checkpoint beside the best one: --save_total_limit 2 or more": (
-            args.enable_jit_checkpoint and args.save_total_limit == 1
-        ),
-        "--dataloader_persistent_workers changes the random numbers of a resumed run: leave it out": (
-            args.dataloader_persistent_workers
-        ),
-        "--dataloader_multiprocessing_context needs processes: also give --dataloader_num_workers": (
-            args.dataloader_multiprocessing_context is not None and not args.dataloader_num_workers
         ),
         "--label_delimiter must not be empty": delimiter == "",
         "--label_delimiter needs one --label_column": delimiter is not None and len(columns) > 1,
@@ -335,36 +296,32 @@ def fit_to_data(
     If the run ``has_taxonomy``, it needs no training rows, and without any takes no steps (``num_train_epochs`` 0).
     InputError: the splits do not have what the arguments need.
     """
-    schedule, changes = SchedulerType(args.lr_scheduler_type), dict[str, Any]()
+    schedule = SchedulerType(args.lr_scheduler_type)
+    takes_steps = "train" in splits and args.num_train_epochs > 0
+    changes: dict[str, Any] = {}
     if "train" not in splits and not has_taxonomy:
         sources = "--train_file, --data_path or --dataset_name"
         raise InputError(f"no training rows: give {sources}, or --taxonomy for new classes, or --do_train false")
-    if "train" not in splits or not args.num_train_epochs:
+    if not takes_steps:
         logger.info("no training steps: new heads are set from names, descriptions and rows, if there are any")
-        changes = {"num_train_epochs": 0.0, "max_steps": -1, "metric_for_best_model": None}
-        changes |= {
-            "eval_strategy": "no",
-            "save_strategy": "no",
-            "load_best_model_at_end": False,
-            "eval_on_start": False,
-        }
-        return dataclasses.replace(args, **changes)
-    if "validation" not in splits:
+        changes = {"num_train_epochs": 0.0, "max_steps": -1, "save_strategy": "no"}
+    elif "validation" not in splits:
         logger.info("no validation rows: early stopping is off, and the last weights are kept")
-        changes = {"eval_strategy": "no", "load_best_model_at_end": False, "eval_on_start": False}
-        if args.save_strategy == SaveStrategy.BEST:
-            changes["save_strategy"] = SaveStrategy.EPOCH
+        changes = {"save_strategy": "epoch"} if args.save_strategy == "best" else {}
         if schedule in METRIC_SCHEDULERS:
             raise InputError(f"--lr_scheduler_type {schedule.value} needs validation rows")
     elif args.load_best_model_at_end and args.eval_strategy == "no":
         raise InputError("--eval_strategy no selects no best checkpoint: also give --load_best_model_at_end false")
+    if not takes_steps or "validation" not in splits:
+        changes |= {"eval_strategy": "no", "load_best_model_at_end": False, "eval_on_start": False}
     fitted = dataclasses.replace(args, **changes)
-    if not (fitted.load_best_model_at_end or fitted.save_strategy == "best" or schedule in METRIC_SCHEDULERS):
-        # else the Trainer looks for the metric in each evaluation
-        fitted = dataclasses.replace(fitted, metric_for_best_model=None)
-    elif fitted.eval_strategy != "no":
+    selects = fitted.load_best_model_at_end or fitted.save_strategy == "best" or schedule in METRIC_SCHEDULERS
+    if takes_steps and selects:
         check_best_metric(fitted.metric_for_best_model or "loss", form, splits["validation"]["nodes"][:])
-    return fitted
+        return fitted
+    # else the Trainer looks for the metric in each evaluation; the log shows the lowest loss as the best
+    unset: dict[str, Any] = dict.fromkeys(("metric_for_best_model", "greater_is_better"))
+    return dataclasses.replace(fitted, **unset)
 
 
 def check_best_metric(name: str, form: Form, nodes: list[list[int]]) -> None:

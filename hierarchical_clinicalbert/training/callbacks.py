@@ -1,22 +1,12 @@
-"""Callbacks of the Trainer: log lines, check the losses, stop at SIGTERM, and resume with the settings of this run."""
+"""Callbacks of the Trainer: log lines, check the losses, and resume with the settings of this run."""
 
 import logging
 import math
-import signal
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from accelerate.utils import reduce
 from torch import Tensor
-from transformers import (
-    EarlyStoppingCallback,
-    ProgressCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerState,
-)
+from transformers import EarlyStoppingCallback, ProgressCallback, Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
@@ -24,9 +14,6 @@ from hierarchical_clinicalbert.errors import InputError
 from hierarchical_clinicalbert.training.resume import find_best_checkpoint
 
 logger = logging.getLogger(__name__)
-
-MAX_UNREAD = 100  # losses of micro-batches that stay on the device before they are read
-RESUME_HINT = "--resume_from_checkpoint auto continues from the last checkpoint"
 
 
 class ProgressBar(ProgressCallback):
@@ -49,8 +36,6 @@ class LogLines(TrainerCallback):
         name = args.metric_for_best_model or "loss"
         key = name if name.startswith("eval_") else f"eval_{name}"
         history = [entry for entry in state.log_history if key in entry]
-        if not history:  # an evaluation with a prefix of its own
-            return
         losses = [entry["loss"] for entry in state.log_history if "loss" in entry][-1:]
         shown = [f"loss {loss:.4g}" for loss in losses] + [f"validation loss {history[-1]['eval_loss']:.4g}"]
         if key != "eval_loss":
@@ -63,72 +48,23 @@ class LogLines(TrainerCallback):
 class LossCheck(TrainerCallback):
     """End a run at a loss that is not finite, before it is logged or saved.
 
-    Reading a loss waits for the GPU. So losses are read when the Trainer waits anyway, and every `MAX_UNREAD`.
+    Reading a loss waits for the GPU. So the sum of the losses is read when the Trainer waits anyway.
     """
 
     def __init__(self) -> None:
-        self.unread: list[tuple[int, Tensor, np.ndarray | None]] = []  # step, loss, rows
+        self.total: Tensor | float = 0.0
 
-    def add(self, step: int, loss: Tensor, rows: np.ndarray | None) -> None:
-        self.unread.append((step, loss.detach(), rows))
-        if len(self.unread) == MAX_UNREAD:
-            self.read()
-
-    def read(self) -> None:
-        """Read the losses that were added since the last call. Raise InputError if one is not finite."""
-        unread, self.unread = self.unread, []
-        losses = torch.stack([loss for _, loss, _ in unread]).tolist() if unread else []
-        for (step, _, rows), loss in zip(unread, losses, strict=True):
-            if not math.isfinite(loss):
-                where = "" if rows is None else f", rows {', '.join(map(str, rows.tolist()))} of the training data"
-                raise InputError(f"the loss is {loss} at step {step}{where}: lower --learning_rate; {RESUME_HINT}")
+    def add(self, loss: Tensor) -> None:
+        self.total = self.total + loss.detach()
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        if control.should_log or control.should_evaluate or control.should_save or control.should_training_stop:
-            self.read()
+        reads = control.should_log or control.should_evaluate or control.should_save or control.should_training_stop
+        if reads and not math.isfinite(self.total):
+            problem = f"the loss is {float(self.total)} at step {state.global_step} or before"
+            remedy = "lower --learning_rate; --resume_from_checkpoint auto continues from the last checkpoint"
+            raise InputError(f"{problem}: {remedy}")
 
     on_epoch_end = on_step_end
-
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        self.read()
-
-
-class StopAtSigterm(TrainerCallback):
-    """After SIGTERM (``--enable_jit_checkpoint``), save a checkpoint and raise InputError.
-
-    The checkpoint is saved after any evaluation of the step or epoch, so the resumed run ends with the same weights. The
-    callback of transformers saves before it, and evaluates in mid-epoch, which an uninterrupted run does not.
-    """
-
-    def __init__(self) -> None:
-        self.requested = False  # by a signal to this process
-        self.stops = False  # the same for all processes
-        self.may_raise = False
-        self.earlier_handler = signal.signal(signal.SIGTERM, self.request)
-
-    def request(self, *_: object) -> None:
-        self.requested = True
-
-    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        # the signal may reach processes at different steps, and all must save at the same one
-        self.stops = reduce(torch.tensor(float(self.requested), device=args.device)).item() > 0
-        # at the end of an epoch or of training, an evaluation may follow the save of this step
-        self.may_raise = self.stops and not control.should_training_stop and state.epoch % 1 != 0
-        control.should_save |= self.may_raise
-
-    def on_epoch_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self.may_raise = self.stops
-        control.should_save |= self.may_raise
-
-    def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        if self.may_raise:
-            steps = f"{state.global_step} of {state.max_steps} steps"
-            raise InputError(f"stopped by SIGTERM after {steps}, and saved: {RESUME_HINT}")
-
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        signal.signal(signal.SIGTERM, self.earlier_handler)
-        if self.requested:  # during the last evaluation
-            signal.raise_signal(signal.SIGTERM)
 
 
 class ResumedRun(TrainerCallback):
@@ -157,8 +93,7 @@ class ResumedRun(TrainerCallback):
     def has_ended(self, max_steps: int) -> bool:
         """Return whether the run had taken all steps, or had stopped early."""
         stored = self.state.stateful_callbacks.get(EarlyStoppingCallback.__name__)
-        restored = stored and self.trainer.args.restore_callback_states_from_checkpoint
-        waited = stored["attributes"]["early_stopping_patience_counter"] if restored else 0
+        waited = stored["attributes"]["early_stopping_patience_counter"] if stored else 0
         return self.state.global_step >= max_steps or waited >= self.patience
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:

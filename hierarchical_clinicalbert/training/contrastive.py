@@ -13,7 +13,6 @@ from torch.nn.functional import normalize
 from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
-from hierarchical_clinicalbert.errors import InputError
 from hierarchical_clinicalbert.training.trainer import HierarchicalTrainer
 
 logger = logging.getLogger(__name__)
@@ -39,9 +38,7 @@ def train_contrastively(trainer: HierarchicalTrainer, inputs: list[list[int]], m
     # ── Optimizer ────────────────────────────────────────────────────────────────────────────────────────────────────
     model, args = trainer.model, trainer.args
     if args.activation_checkpointing:
-        settings = dict(args.activation_checkpointing_kwargs or {})
-        own = {name: settings.pop(name) for name in ("every_n_layers", "offload") if name in settings}
-        model.activation_checkpointing_enable(settings or None, **own)
+        model.activation_checkpointing_enable()
     weights = [weight for weight in model.encoder.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=args.learning_rate, weight_decay=0.0)
     scheduler = get_cosine_schedule_with_warmup(optimizer, args.get_warmup_steps(steps), steps)
@@ -52,10 +49,7 @@ def train_contrastively(trainer: HierarchicalTrainer, inputs: list[list[int]], m
     # ── Steps ────────────────────────────────────────────────────────────────────────────────────────────────────────
     model.train()
     logger.info("contrastive steps: %d", steps)
-    silent = args.disable_tqdm or not trainer.is_world_process_zero()
-    for _ in tqdm(range(steps), desc="contrastive steps", disable=silent):
-        if trainer.sigterm and trainer.sigterm.requested:
-            raise InputError("stopped by SIGTERM in the contrastive steps: the same command starts over")
+    for _ in tqdm(range(steps), desc="contrastive steps", disable=args.disable_tqdm or args.process_index > 0):
         chosen = [classes[i] for i in generator.choice(len(classes), num_classes, replace=False)]
         drawn = [generator.choice(texts, min(TEXTS_PER_CLASS, len(texts)), replace=False) for texts in chosen]
         rows = np.unique(np.concatenate(drawn))

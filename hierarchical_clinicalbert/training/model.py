@@ -137,9 +137,8 @@ def continue_checkpoint(
     if takes_steps:
         model.set_calibration(Calibration())  # the stored one is fitted to the earlier weights
     if tuning == "lora":
-        adapter = model.encoder.peft_config["default"]
-        settings = adapter.r, adapter.lora_alpha, adapter.lora_dropout, ", ".join(sorted(adapter.target_modules))
-        logger.info("the adapter keeps its settings: r = %s, alpha = %s, dropout = %s, target modules %s", *settings)
+        settings = adapter_settings(model.encoder.peft_config["default"])
+        logger.info("the adapter keeps its settings: %s", ", ".join(f"{name} {settings[name]}" for name in settings))
         prepare_model_for_kbit_training(model.encoder, use_gradient_checkpointing=False)
         set_adapter(model.encoder, "default")
     stored = model.config.tree
@@ -156,6 +155,12 @@ def continue_checkpoint(
         raise InputError("no training steps, and --taxonomy is the checkpoint's: nothing would change")
     model.config.set_taxonomy(taxonomy)
     return model
+
+
+def adapter_settings(adapter: LoraConfig) -> dict[str, Any]:
+    """Return the settings of an adapter, by the flags that give them."""
+    sizes = {"lora_r": adapter.r, "lora_alpha": adapter.lora_alpha, "lora_dropout": adapter.lora_dropout}
+    return sizes | {"lora_target_modules": sorted(adapter.target_modules)}
 
 
 # ── Fetch and load ───────────────────────────────────────────────────────────────────────────────────────────────────

@@ -4,7 +4,7 @@ import os
 import platform
 import shutil
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from hierarchical_clinicalbert.evaluation.report import MEASURED_TARGET, measure
 from hierarchical_clinicalbert.publishing import card
 from hierarchical_clinicalbert.publishing.hub import find_target, log_in, refuse_local_encoder
 from hierarchical_clinicalbert.training.arguments import Arguments, HierarchicalTrainingArguments
+from hierarchical_clinicalbert.training.model import adapter_settings
 from hierarchical_clinicalbert.training.trainer import HierarchicalTrainer
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from pipeline_hierarchical import HierarchicalTextClassificationPipeline
@@ -42,12 +43,9 @@ def run_settings(
         "contrastive_steps": None if heads_init is None else arguments.model.contrastive_steps,
         "train_precision": arguments.training.precision,
     }
-    settings |= dict.fromkeys(("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"))
     if model.has_adapter:
-        adapter = model.encoder.peft_config["default"]
-        settings |= {"lora_r": adapter.r, "lora_alpha": adapter.lora_alpha, "lora_dropout": adapter.lora_dropout}
-        settings["lora_target_modules"] = sorted(adapter.target_modules)
-    return settings
+        return settings | adapter_settings(model.encoder.peft_config["default"])
+    return settings | dict.fromkeys(("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"))
 
 
 def run_facts(arguments: Arguments, size: dict[str, int | float], data_report: dict[str, Any]) -> dict[str, Any]:
@@ -61,13 +59,11 @@ def run_facts(arguments: Arguments, size: dict[str, int | float], data_report: d
     }
 
 
-def describe_environment(device: torch.device | str) -> dict[str, Any]:
+def describe_environment(device: torch.device) -> dict[str, Any]:
     """Describe the machine as ``hardware`` (text) and ``versions`` (by library), without names of hosts or users.
 
-    Args:
-        device: the device of training. With data parallelism, all processes are assumed to have equal devices.
+    With data parallelism, all processes are assumed to have a ``device`` like that of this one.
     """
-    device = torch.device(device)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     hardware = f"{torch.cpu.get_capabilities()['cpu_name']}, {cores} cores"
     if device.type == "cuda":
@@ -76,13 +72,8 @@ def describe_environment(device: torch.device | str) -> dict[str, Any]:
         hardware = f"{gpus} × {gpu.name} ({gpu.total_memory / 2**30:.0f} GiB); {hardware}"
     elif device.type != "cpu":
         hardware = f"{device.type} device; {hardware}"
-    versions = {"python": platform.python_version()}
-    for library in ("torch", "transformers", "peft", "bitsandbytes"):
-        try:
-            versions[library] = version(library)
-        except PackageNotFoundError:
-            continue
-    return {"hardware": hardware, "versions": versions}
+    versions = {library: version(library) for library in ("torch", "transformers", "peft", "bitsandbytes")}
+    return {"hardware": hardware, "versions": {"python": platform.python_version(), **versions}}
 
 
 def source_commit() -> str | None:

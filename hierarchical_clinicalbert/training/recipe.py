@@ -8,7 +8,6 @@ import argparse
 import difflib
 import json
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from hierarchical_clinicalbert.errors import InputError
@@ -36,20 +35,24 @@ def insert_recipe(argv: list[str], flags: Mapping[str, argparse.Action]) -> list
     used = [group for group in SOURCES if given & {*group}]
     replaced = {name for group in SOURCES if used and group not in used for name in group}
     words: list[str] = []
-    for key, value in read_recipe(path).items():
+    recipe = read_yaml(path)
+    if not isinstance(recipe, dict):
+        raise InputError(f"the recipe {path} must be a mapping of flags to values")
+    for key, value in recipe.items():
         if key not in flags:
             raise InputError(f"the recipe {path} has an unknown key {quote_name(key)}; {nearest(str(key), flags)}")
         if key in replaced:
             continue
-        takes_list = flags[key].nargs in ("+", "*")
         if value is None and flags[key].default is None:
             continue
         if value is None:
             raise InputError(f"the recipe {path}: {key} has no value; leave the key out for its default")
         if isinstance(value, dict):
             value = json.dumps(value if key == "class_names" else typed(value))
-        values = value if isinstance(value, list) else [value]
-        words += [f"--{key}", *map(str, values)] if takes_list else [f"--{key}={value}"]
+        if flags[key].nargs in ("+", "*"):
+            words += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
+        else:
+            words.append(f"--{key}={value}")
     return words + rest
 
 
@@ -69,11 +72,3 @@ def nearest(name: str, known: Iterable[str]) -> str:
         return f"did you mean {'--' * name.startswith('--')}{own}?"
     near = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {near[0]}?" if near else "train.py --help lists all flags"
-
-
-def read_recipe(path: str | Path) -> dict:
-    """Read a recipe as a mapping of flags to values, all of them text, or raise InputError."""
-    recipe = read_yaml(path)
-    if not isinstance(recipe, dict):
-        raise InputError(f"the recipe {path} must be a mapping of flags to values")
-    return recipe

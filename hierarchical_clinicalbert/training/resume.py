@@ -8,13 +8,13 @@ import json
 import logging
 import re
 import shutil
-import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 from accelerate.utils import broadcast_object_list
+from peft import LoraConfig
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -27,7 +27,6 @@ from hierarchical_clinicalbert.checkpoint_files import (
     find_damage,
     is_checkpoint,
     read_config,
-    read_json_object,
 )
 from hierarchical_clinicalbert.data.splits import LabelledSplits
 from hierarchical_clinicalbert.data.trained_texts import (
@@ -41,16 +40,12 @@ from hierarchical_clinicalbert.errors import InputError, as_input_error
 from hierarchical_clinicalbert.files import lock
 from hierarchical_clinicalbert.publishing.description import delete_description
 from hierarchical_clinicalbert.training.arguments import HierarchicalTrainingArguments
+from hierarchical_clinicalbert.training.model import adapter_settings
 from modeling_hierarchical import HierarchicalForSequenceClassification
 
 logger = logging.getLogger(__name__)
 
-# files that a checkpoint needs besides the model, and the message if one is missing
-NEEDED = {
-    "optimizer*": "it has no optimizer state (--save_only_model?)",
-    "scheduler.pt": "scheduler.pt is missing",
-    "rng_state*.pth": "rng_state.pth is missing",
-}
+NEEDED = ("optimizer*", "scheduler.pt", "rng_state*.pth")  # besides the model; --save_only_model leaves them out
 LABEL_ISSUES = "label_issues.csv"
 
 
@@ -117,7 +112,7 @@ def read_earlier_texts(model: str, resume_from: str | None) -> TrainedTexts:
 
 
 def find_checkpoint(requested: str | None, output_dir: str) -> str | None:
-    """Return the folder of ``--resume_from_checkpoint``. "auto" selects the last complete checkpoint of the run."""
+    """Return the folder of ``--resume_from_checkpoint``. "auto" selects the last complete checkpoint of the run, if any."""
     if requested is None:
         return None
     if requested != "auto":
@@ -179,16 +174,12 @@ def check_model(checkpoint: str, model: HierarchicalForSequenceClassification) -
         "--problem_type": (stored.problem_type, config.problem_type),
     }
     if model.has_adapter and stored.adapter_subfolder:
-        adapter = model.encoder.peft_config["default"]
-        settings = read_json_object(Path(checkpoint) / ADAPTER_SUBFOLDER / "adapter_config.json")
-        pairs |= {
-            "--lora_r": (settings["r"], adapter.r),
-            "--lora_alpha": (settings["lora_alpha"], adapter.lora_alpha),
-            "--lora_target_modules": (sorted(settings["target_modules"]), sorted(adapter.target_modules)),
-        }
-    for flag, (before, now) in pairs.items():
-        if before != now:
-            refuse_to_resume(checkpoint, f"it was trained with another {flag}, {before}, not {now}; give the same")
+        before = adapter_settings(LoraConfig.from_pretrained(Path(checkpoint) / ADAPTER_SUBFOLDER))
+        now = adapter_settings(model.encoder.peft_config["default"])
+        pairs |= {f"--{name}": (before[name], now[name]) for name in before if name != "lora_dropout"}
+    for flag, (theirs, ours) in pairs.items():
+        if theirs != ours:
+            refuse_to_resume(checkpoint, f"it was trained with another {flag}, {theirs}, not {ours}; give the same")
 
 
 def refuse_to_resume(checkpoint: str, problem: str) -> NoReturn:
@@ -200,20 +191,18 @@ def find_best_checkpoint(args: TrainingArguments, state: TrainerState, checkpoin
     """Return the best checkpoint of a resumed run. Its folder may have moved since its path was stored."""
     if state.best_model_checkpoint is None:
         return None
-    stored = Path(state.best_model_checkpoint)
-    best = next((str(path) for path in (Path(checkpoint).parent / stored.name, stored) if path.is_dir()), None)
+    best = Path(checkpoint).with_name(Path(state.best_model_checkpoint).name)
     if args.load_best_model_at_end:
         name = args.metric_for_best_model
         entries = [entry for entry in state.log_history if entry["step"] == state.best_global_step]
         if state.best_metric not in [entry.get(f"eval_{name.removeprefix('eval_')}") for entry in entries]:
-            refuse_to_resume(
-                checkpoint, f"--metric_for_best_model {name} did not select its best checkpoint; give the same"
-            )
-        if best is None:
-            problem = f"the best checkpoint of its run, {stored.name}, is not in the same folder"
+            problem = f"--metric_for_best_model {name} did not select its best checkpoint; give the same"
+            refuse_to_resume(checkpoint, problem)
+        if not best.is_dir():
+            problem = f"the best checkpoint of its run, {best.name}, is not in the same folder"
             remedy = "move it there, or give --load_best_model_at_end false"
             raise InputError(f"cannot resume from {checkpoint}: {problem}; {remedy}")
-    return best
+    return str(best) if best.is_dir() else None
 
 
 def start_run(trainer: Trainer, model: str, data: LabelledSplits, resume_from: str | None) -> None:
@@ -235,10 +224,7 @@ def start_run(trainer: Trainer, model: str, data: LabelledSplits, resume_from: s
 def delete_run(output: Path, model: str) -> None:
     """Delete a run's checkpoints, description and configuration. ``output`` may be the folder of the initial ``model``."""
     for folder in list_checkpoints(output):
-        if folder.is_symlink():
-            folder.unlink()
-        else:
-            shutil.rmtree(folder)
+        shutil.rmtree(folder)
     delete_description(output)
     for name in (LABEL_ISSUES, *EXPORTED_FILES):  # exports of the earlier weights
         (output / name).unlink(missing_ok=True)
@@ -267,7 +253,5 @@ def find_resume_problem(checkpoint: Path) -> str | None:
         return f"{TRAINER_STATE_NAME} cannot be read"
     is_sharded = any(checkpoint.glob("pytorch_model_fsdp*"))
     damage = None if is_sharded else find_damage(checkpoint)
-    missing = [problem for pattern, problem in NEEDED.items() if not any(checkpoint.glob(pattern))]
-    archives = [*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]  # zip files, whose directory is at the end
-    damaged = [f"{file.name} is damaged" for file in archives if not zipfile.is_zipfile(file)]
-    return damage or next(iter(missing + damaged), None)
+    missing = [f"{pattern} is missing" for pattern in NEEDED if not any(checkpoint.glob(pattern))]
+    return damage or next(iter(missing), None)

@@ -6,7 +6,7 @@ Worth knowing:
    depend on how the batch is split. DDP averages gradients, so the loss is multiplied by the number of processes.
 2. The Trainer resumes and restores the best model by root-level file names. The adapter form has its own loader here.
 3. No ``training_args.bin`` is written, because it is a pickle and can contain a token.
-4. Signals, checks of the losses and the state of a resumed run are callbacks, see `training.callbacks`.
+4. Checks of the losses and the state of a resumed run are callbacks, see `training.callbacks`.
 """
 
 import logging
@@ -20,15 +20,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 from transformers import PrinterCallback, ProgressCallback, TrainingArguments, trainer_pt_utils
-from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import TrainOutput
 
 from checkpoint_hierarchical import ADAPTER_FILES, load_heads_and_adapter
 from decisions_hierarchical import average_over_labels
-from hierarchical_clinicalbert.errors import InputError, as_input_error, one_line
+from hierarchical_clinicalbert.errors import InputError, as_input_error
 from hierarchical_clinicalbert.publishing.trainer import PublishingTrainer
 from hierarchical_clinicalbert.training.arguments import METRIC_SCHEDULERS
-from hierarchical_clinicalbert.training.callbacks import LogLines, LossCheck, ProgressBar, ResumedRun, StopAtSigterm
+from hierarchical_clinicalbert.training.callbacks import LogLines, LossCheck, ProgressBar, ResumedRun
 from hierarchical_clinicalbert.training.cpu import use_training_kernels
 from hierarchical_clinicalbert.training.sampler import LengthGroupedSampler
 from hierarchical_clinicalbert.training.views import halves
@@ -36,7 +35,6 @@ from hierarchical_clinicalbert.training.views import halves
 logger = logging.getLogger(__name__)
 
 EMBEDDED_AT_ONCE = 8  # texts
-AUTO_FIND_ERRORS = ("No executable batch size found", "Evaluation hit an out-of-memory error")  # of transformers
 
 
 class HierarchicalTrainer(PublishingTrainer):
@@ -71,11 +69,6 @@ class HierarchicalTrainer(PublishingTrainer):
         self.loss_function: Any = loss_function.to(self.args.device) if loss_function else self.decisions.loss
         self.consistency = consistency
         self.resumed: ResumedRun | None = None  # in a run that resumes
-        self.sigterm: StopAtSigterm | None = None
-        if (callback := self.pop_callback(JITCheckpointCallback)) is not None:
-            callback.on_train_end(self.args, self.state, self.control)  # resets the handler of the signal
-            self.sigterm = StopAtSigterm()
-            self.add_callback(self.sigterm)
         self.pop_callback(PrinterCallback)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(ProgressBar)
@@ -119,7 +112,7 @@ class HierarchicalTrainer(PublishingTrainer):
             outputs = model(**inputs, **asked)
             loss = self.loss_function(outputs["decision_logits"], labels, num_items_in_batch=items)
         if model.training:
-            self.losses.add(self.state.global_step + 1, loss, rows)
+            self.losses.add(loss)
         if items is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
@@ -137,7 +130,7 @@ class HierarchicalTrainer(PublishingTrainer):
 
     # ── Resume ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput:
         """Train or resume. A run that has reached ``max_steps`` or stopped early takes no further step.
 
         With ``num_train_epochs`` 0, no step is taken.
@@ -145,16 +138,11 @@ class HierarchicalTrainer(PublishingTrainer):
         if not self.args.num_train_epochs:
             self.state.epoch = 0.0
             return TrainOutput(0, 0.0, {"epoch": 0.0})
-        if isinstance(resume_from_checkpoint, str):
+        if resume_from_checkpoint is not None:
             self.resumed = ResumedRun(self, resume_from_checkpoint)
             self.add_callback(self.resumed)
             self.args.eval_on_start = False  # early stopping would count this evaluation
-        try:
-            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        except RuntimeError as error:
-            if not str(error).startswith(AUTO_FIND_ERRORS):
-                raise
-            raise InputError(f"--auto_find_batch_size: {one_line(error)} Or lower --max_length.") from error
+        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         if self.resumed is None:
             return output
         metrics, before = output.metrics, self.resumed.state
@@ -215,14 +203,13 @@ class HierarchicalTrainer(PublishingTrainer):
         is_new = self.optimizer is None
         with as_input_error("cannot set up the optimizer"):
             optimizer = super().create_optimizer(model)
-        rate = getattr(self.args, "heads_learning_rate", None)  # which TrainingArguments of transformers lack
-        if is_new and rate is not None:
+        if is_new and self.args.heads_learning_rate is not None:
             heads = {id(p) for p in self.accelerator.unwrap_model(self.model).heads.parameters()}
             for group in list(optimizer.param_groups):
                 in_heads = [p for p in group["params"] if id(p) in heads]
                 group["params"] = [p for p in group["params"] if id(p) not in heads]
                 if in_heads:
-                    optimizer.add_param_group({**group, "params": in_heads, "lr": rate})
+                    optimizer.add_param_group({**group, "params": in_heads, "lr": self.args.heads_learning_rate})
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -247,5 +234,4 @@ class HierarchicalTrainer(PublishingTrainer):
         if self.args.should_save:
             model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
             model.save_pretrained(output_dir, state_dict=state_dict)
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(output_dir)
+            self.processing_class.save_pretrained(output_dir)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import yaml
 from conftest import ROOT, snippets
 from huggingface_hub import ModelCard
@@ -526,7 +527,7 @@ def test_limits_time_and_machine_are_stated(written):
     text = written(metrics=METRICS[SINGLE_LABEL] | {"resumed_from_step": 1200})
     assert "Training time from step 1,200 on, where it was resumed, evaluations included: 2.1 minutes." in text
 
-    environment = describe_environment("cpu")
+    environment = describe_environment(torch.device("cpu"))
     assert {"python", "torch", "transformers", "peft", "bitsandbytes"} <= environment["versions"].keys()
     assert re.fullmatch(r".+, \d+ cores", environment["hardware"])
     assert socket.gethostname() not in json.dumps(environment)

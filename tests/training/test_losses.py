@@ -21,39 +21,34 @@ FORMS = pytest.mark.parametrize(
 )
 
 
-def decisions_by_hand(decisions: Decisions, scores: Tensor, label: dict[int, float]) -> list[tuple[Tensor, list]]:
-    """Return each decision's probabilities of its outcomes, and their weights in a label {node: weight}."""
-    tree = decisions.tree
+def decisions_by_hand(decisions: Decisions, scores: Tensor, label: list[int]) -> list[tuple[Tensor, list[bool]]]:
+    """Return each decision's probabilities of its outcomes, and which outcome the label has."""
+    tree, has = decisions.tree, decisions.tree.with_ancestors(label)
     if isinstance(decisions, OnePath):
-        of_node = [sum(w for node, w in label.items() if above in tree.path(node)) for above in range(tree.num_nodes)]
-        return [(scores[siblings].softmax(0), [of_node[node] for node in siblings]) for siblings in tree.decisions]
-    found = []
-    for node in range(tree.num_nodes):
-        p = scores[tree.path(node)].sigmoid().prod()
-        weight = max([w for deepest, w in label.items() if node in tree.path(deepest)], default=0.0)
-        found.append((torch.stack([p, 1 - p]), [weight, 1 - weight]))
-    return found
+        return [(scores[siblings].softmax(0), [node in has for node in siblings]) for siblings in tree.decisions]
+    p = [scores[tree.path(node)].sigmoid().prod() for node in range(tree.num_nodes)]
+    return [(torch.stack([p[node], 1 - p[node]]), [node in has, node not in has]) for node in range(tree.num_nodes)]
 
 
 def by_hand(
-    decisions: Decisions, scores: Tensor, labels: list[dict[int, float]], trained: list[list[int]],
+    decisions: Decisions, scores: Tensor, labels: list[list[int]], trained: list[list[int]],
     gamma: float = 0.0, balanced: bool = False, smoothing: float = 0.0,
 ) -> Tensor:  # fmt: skip
-    """Compute the mean of  Σ t · α · (1 - p)^γ · (-(1 - ε) log p - ε Σ q log p)  over texts with these scores and labels."""
-    ones = [dict.fromkeys(nodes, 1.0) for nodes in trained if nodes or isinstance(decisions, ManyNodes)]
-    per_text = [[weights for _, weights in decisions_by_hand(decisions, scores[0], label)] for label in ones]
+    """Compute the mean of  Σ α · (1 - p)^γ · (-(1 - ε) log p - ε Σ q log p)  over texts with these scores and labels."""
+    known = [nodes for nodes in trained if nodes or isinstance(decisions, ManyNodes)]
+    per_text = [[outcome for _, outcome in decisions_by_hand(decisions, scores[0], label)] for label in known]
     counts = [np.sum(weights, axis=0) for weights in zip(*per_text, strict=True)]  # of each decision's outcomes
     total = torch.zeros((), dtype=scores.dtype)
     for row, label in zip(scores, labels, strict=True):
-        for (p, weights), n in zip(decisions_by_hand(decisions, row, label), counts, strict=True):
+        for (p, has), n in zip(decisions_by_hand(decisions, row, label), counts, strict=True):
             alpha, texts = np.ones(len(n)), np.repeat(np.arange(len(n)), n.astype(int))
             if balanced and len(texts):
                 alpha[n > 0] = compute_class_weight("balanced", classes=np.flatnonzero(n), y=texts)
             # smoothing is towards equal shares of siblings, or the node's rate in the training texts
             q = np.full(len(n), 1 / len(n)) if isinstance(decisions, OnePath) else (n + 0.5) / (n.sum() + 1)
-            for outcome, weight in enumerate(weights):
+            for outcome in np.flatnonzero(has):
                 entropy = -(1 - smoothing) * p[outcome].log() - smoothing * (torch.tensor(q) * p.log()).sum()
-                total = total + weight * alpha[outcome] * (1 - p[outcome]) ** gamma * entropy
+                total = total + alpha[outcome] * (1 - p[outcome]) ** gamma * entropy
     return total / len(labels)
 
 
@@ -68,22 +63,15 @@ def test_the_loss_is_the_formula_worked_decision_by_decision(decisions, trained,
     nodes, scores = [[0], [3], [5], [4], [1]], drawn_scores(5)
     if isinstance(decisions, ManyNodes):
         nodes = [[0], [3, 5], [0, 2], [], [4]]
-    expected = by_hand(
-        decisions, scores, [dict.fromkeys(ids, 1.0) for ids in nodes], trained, gamma, balanced, smoothing
-    )
+    expected = by_hand(decisions, scores, nodes, trained, gamma, balanced, smoothing)
     torch.testing.assert_close(loss(scores, decisions.targets(nodes)), expected, rtol=1e-6, atol=0)
-    # weights of labels are between 0 and 1
-    nodes, weights = [[0, 2, 3], [1, 4]], [[0.5, 0.3, 0.2], [0.1, 0.9]]
-    labels = [dict(zip(*pair, strict=True)) for pair in zip(nodes, weights, strict=True)]
-    expected = by_hand(decisions, scores[:2], labels, trained, gamma, balanced, smoothing)
-    torch.testing.assert_close(loss(scores[:2], decisions.targets(nodes, weights)), expected, rtol=1e-6, atol=0)
 
 
 @FORMS
 def test_plain_settings_are_the_models_own_loss(decisions, trained):
     """Compare the losses of texts, of which one has no known label, and other divisors of the sum."""
     scores, labels = drawn_scores(3), decisions.targets([[0], [3], [5]])
-    expected = by_hand(decisions, scores[[0, 2]], [{0: 1.0}, {5: 1.0}], trained)
+    expected = by_hand(decisions, scores[[0, 2]], [[0], [5]], trained)
     labels[1] = -100
     for loss in (FocalLoss(decisions, decisions.targets(trained)), decisions.loss):
         torch.testing.assert_close(loss(scores, labels), expected)
@@ -96,7 +84,7 @@ def test_unknown_nodes_count_for_nothing():
     labels[0, 3] = -100
     found = decisions.loss(scores, labels)
     p = scores[0, 3].sigmoid() * scores[0, 7].sigmoid()  # f > g
-    expected = by_hand(decisions, scores, [{0: 1.0}, {2: 1.0}], SEVERAL) + (1 - p).log() / 2
+    expected = by_hand(decisions, scores, [[0], [2]], SEVERAL) + (1 - p).log() / 2
     torch.testing.assert_close(found, expected)
     found.backward()
     assert scores.grad[0, 3] == 0
@@ -115,13 +103,6 @@ def test_gradients_are_finite_where_a_decision_is_certain_or_no_label_known(deci
     unknown.backward()
     assert unknown == 0
     assert scores.grad.abs().sum() == 0
-
-
-def test_labels_that_are_not_of_one_path_are_refused():
-    with pytest.raises(ValueError, match="several nodes of equal weight, and this model is for one path"):
-        OnePath(TREE).targets([[0], [1, 2]])
-    with pytest.raises(ValueError, match="weights are for leaves"):
-        OnePath(TREE).targets([[0, 6]], [[0.5, 0.5]])
 
 
 @pytest.mark.parametrize("score", [60.0, -60.0, 15.0])
@@ -144,22 +125,18 @@ def test_divergence_is_that_of_the_distributions_over_labels(form):
 
     def distribution(scores: Tensor) -> Tensor:
         chances = []
+        if form is OnePath:
+            p = torch.zeros_like(scores)
+            for siblings in tree.decisions:
+                p[siblings] = scores[siblings].softmax(0)
+            return torch.stack([p[tree.path(leaf)].prod() for leaf in range(tree.num_leaves)])
         for has in itertools.product((False, True), repeat=tree.num_nodes):
-            nodes, chance = {node for node in range(tree.num_nodes) if has[node]}, torch.ones(())
-            if form is OnePath:
-                for siblings in tree.decisions:
-                    taken = tree.parents[siblings[0]] in {-1, *nodes}
-                    of_siblings = [node for node in siblings if node in nodes]
-                    chance = chance * (len(of_siblings) == taken)
-                    for node in of_siblings:
-                        chance = chance * scores[siblings].softmax(0)[siblings.index(node)]
-            else:
-                for node in range(tree.num_nodes):
-                    p = scores[node].sigmoid() * (tree.parents[node] in {-1, *nodes})
-                    chance = chance * (p if node in nodes else 1 - p)
+            chance = torch.ones(())
+            for node, parent in enumerate(tree.parents):
+                p = scores[node].sigmoid() * (parent == -1 or has[parent])
+                chance = chance * (p if has[node] else 1 - p)
             if chance > 0:
                 chances.append(chance)
-        assert sum(chances) == pytest.approx(1)
         return torch.stack(chances)
 
     p, q = torch.randn(2, 3, tree.num_nodes, dtype=torch.float64)

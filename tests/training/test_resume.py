@@ -1,8 +1,6 @@
 """Test that an interrupted run resumes, and ends with the result of an uninterrupted one."""
 
-import hashlib
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -18,7 +16,6 @@ from conftest import (
     STRIKE,
     complete,
     first_rows,
-    interrupt,
     read_csv,
     run,
     same_weights,
@@ -28,13 +25,7 @@ from conftest import (
 
 import train
 from hierarchical_clinicalbert.errors import InputError
-from hierarchical_clinicalbert.training.resume import (
-    find_checkpoint,
-    find_resume_problem,
-    list_checkpoints,
-)
-
-WEIGHTS = ("heads.safetensors", "adapter/adapter_model.safetensors")
+from hierarchical_clinicalbert.training.resume import find_checkpoint, find_resume_problem, list_checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +45,20 @@ def unbroken(words, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("unbroken") / "results"
     run(*words, "--output_dir", output)
     return output
+
+
+@pytest.fixture
+def run_folder(unbroken, tmp_path) -> Path:
+    """Copy the finished run, for tests that change it."""
+    return shutil.copytree(unbroken, tmp_path / "results")
+
+
+def refused(message: str, *words: object) -> str:
+    """Return the message with which train.py refuses flags, after checking that ``message`` occurs in it."""
+    with pytest.raises(InputError) as error:
+        train.main(list(map(str, words)))
+    assert message in str(error.value)
+    return str(error.value)
 
 
 def content(folder: Path) -> dict[Path, bytes]:
@@ -103,53 +108,17 @@ def test_a_run_killed_several_times_ends_with_the_weights_of_an_uninterrupted_ru
         assert done.returncode == -signal.SIGKILL, done.stderr[-4000:]
     run(*line)
     assert same_weights(unbroken, output)
-    assert json.loads((output / "metrics.json").read_text())["test_accuracy"] == pytest.approx(
-        json.loads((unbroken / "metrics.json").read_text())["test_accuracy"], abs=0
-    )
-
-
-def test_a_run_ended_by_sigterm_saves_and_is_resumed(words, tmp_path):
-    """Test ``--enable_jit_checkpoint``, which is for machines that can be preempted."""
-    broken = tmp_path / "broken"
-    words = [*words, "--max_steps", 20_000, "--save_strategy", "no", "--eval_strategy", "no", "--logging_steps", 1]
-    words += ["--output_dir", broken, "--enable_jit_checkpoint", "true", "--resume_from_checkpoint", "auto"]
-    # once the Trainer exists, which ends training three seconds after the signal
-    log_text = interrupt(signal.SIGTERM, *words, log=tmp_path / "log", until="device cpu", code=2)
-    (saved,) = list_checkpoints(broken)
-    steps = saved.name.removeprefix("checkpoint-")
-    message = f"stopped by SIGTERM after {steps} of 20000 steps, and saved: --resume_from_checkpoint auto continues"
-    assert message in log_text
-    assert "Traceback" not in log_text
-    assert not (broken / "config.json").exists()
-    done = run(*words, "--max_steps", int(steps) + 2)
-    assert f"resuming from {saved}" in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("flag", "steps"), [("--per_device_train_batch_size", 2), ("--gradient_accumulation_steps", 2)]
-)
-def test_a_run_is_not_resumed_with_another_number_of_steps_per_epoch(words, run_folder, flag, steps):
-    """Otherwise more or fewer epochs would be trained, and metrics.json would not show it."""
-    line = [*words, "--output_dir", run_folder, "--resume_from_checkpoint", "auto", flag, steps]
-    with pytest.raises(
-        InputError, match=r"had \d+ steps per epoch, and now there are \d+: give the same number of processes"
-    ):
-        train.main(list(map(str, line)))
 
 
 def test_a_run_that_was_killed_after_its_last_step_takes_none_more(words, unbroken, tmp_path):
-    output = tmp_path / "results"
-    output.mkdir()
-    for folder in list_checkpoints(unbroken)[-1:]:
-        shutil.copytree(folder, output / folder.name)
+    output, last = tmp_path / "results", list_checkpoints(unbroken)[-1]
+    shutil.copytree(last, output / last.name)
     done = run(*words, "--output_dir", output, "--resume_from_checkpoint", "auto")
     assert "nothing left to train" in done.stderr
-    assert [folder.name for folder in list_checkpoints(output)] == ["checkpoint-20"]
     assert same_weights(unbroken, output)
-    all_metrics = [json.loads((folder / "metrics.json").read_text()) for folder in (unbroken, output)]
-    assert all_metrics[0]["test_log_loss"] == all_metrics[1]["test_log_loss"]
-    assert all_metrics[0]["epoch"] == all_metrics[1]["epoch"]
-    assert [metrics.get("resumed_from_step") for metrics in all_metrics] == [None, 20]
+    before, after = (json.loads((folder / "metrics.json").read_text()) for folder in (unbroken, output))
+    assert (after["test_log_loss"], after["epoch"]) == (before["test_log_loss"], before["epoch"])
+    assert after["resumed_from_step"] == 20
 
 
 def test_early_stopping_is_the_same_after_an_interruption(words, tmp_path):
@@ -177,13 +146,6 @@ def test_early_stopping_is_the_same_after_an_interruption(words, tmp_path):
     assert list_checkpoints(output)[-1].name == "checkpoint-10"
 
 
-@pytest.fixture
-def run_folder(unbroken, tmp_path) -> Path:
-    """Copy the finished run, for tests that damage it."""
-    shutil.copytree(unbroken, tmp_path / "results")
-    return tmp_path / "results"
-
-
 def test_overwriting_deletes_the_checkpoints_and_results_of_the_former_run(words, run_folder):
     kept = {run_folder / "notes.txt", run_folder / "checkpoint-best" / "heads.safetensors", run_folder / "mine.csv"}
     gone = {run_folder / name for name in ("plots/old.png", "test_predictions.csv", "label_issues.csv", "metrics.json")}
@@ -195,101 +157,87 @@ def test_overwriting_deletes_the_checkpoints_and_results_of_the_former_run(words
     run(*line, "--resume_from_checkpoint", "auto", "--do_train", "true", "--do_eval", "false")
     assert list_checkpoints(run_folder) == before
     assert all(path.exists() for path in kept | gone)  # it goes on, and overwrites nothing
-    line += DIVERGES
-    assert "the loss is" in run(*line, check=False).stderr
+    refused("the loss is", *line, *DIVERGES)
     assert list_checkpoints(run_folder) == []
     assert all(path.exists() for path in kept)
     assert not any(path.exists() for path in gone)
     assert not (run_folder / "test_predictions.csv").exists()
 
 
-def test_scores_never_replace_those_of_training(words, run_folder, tmp_path):
-    (run_folder / "label_issues.csv").write_text("row,label\n")
-    score = [*words, "--do_train", "false", "--do_predict", "--model_name_or_path", run_folder]
-    score += ["--overwrite_output_dir", "true", "--output_dir"]
-    killed = tmp_path / "killed"  # a run that has saved only a checkpoint
-    shutil.copytree(list_checkpoints(run_folder)[0], killed / "checkpoint-2")
-    for output in (run_folder, killed):
-        before = content(output)
-        done = run(*score, output, check=False)
-        message = f"train.py: error: --output_dir {output} already holds a run: give another --output_dir\n"
-        assert (done.returncode, done.stderr) == (2, message)
-        assert content(output) == before
-    for _ in range(2):  # scores replace scores
-        run(*score, tmp_path / "scores")
+def test_a_card_that_a_person_edited_is_kept_and_one_that_was_not_is_replaced(words, run_folder):
+    """Resume with further steps, overwrite, and resume without a step."""
+    card, line = run_folder / "README.md", [*words, "--output_dir", run_folder]
+    for flags, kept in (
+        (["--resume_from_checkpoint", "auto", "--max_steps", 22], []),
+        (["--overwrite_output_dir", "true", "--max_steps", 2], ["README.edited-1.md"]),
+        (["--resume_from_checkpoint", "auto", "--max_steps", 2], ["README.edited-1.md", "README.edited-2.md"]),
+    ):
+        if kept:
+            card.write_text(card.read_text() + f"\nOur data: {kept[-1]}\n")
+        edited = card.read_text()
+        done = run(*line, *flags)
+        assert sorted(file.name for file in run_folder.glob("README.edited-*.md")) == kept
+        assert "Our data" not in card.read_text()
+        if kept:
+            assert (run_folder / kept[-1]).read_text() == edited
+            assert f"{card} was written or edited by hand: kept as {kept[-1]}" in done.stderr
 
 
-@pytest.mark.parametrize("flags", [["--overwrite_output_dir", "true"], ["--resume_from_checkpoint", "auto"]])
-def test_a_card_that_a_person_edited_is_kept_and_one_that_was_not_is_replaced(words, run_folder, flags):
-    card, more = run_folder / "README.md", "\n## Our data\n\nFrom the ward.\n"
-    line = [*words, "--output_dir", run_folder, *flags, "--max_steps"]
-    for steps, edited in ((22, False), (24, True)):
-        if edited:
-            card.write_text(card.read_text() + more)
-        before = card.read_text()
-        done = run(*line, steps)
-        kept = [file.read_text() for file in run_folder.glob("README.edited-*.md")]
-        assert kept == ([before] if edited else [])
-        assert (f"{card} was written or edited by hand: kept as README.edited-1.md" in done.stderr) == edited
-        assert more not in card.read_text()
-    (run_folder / "README.md").write_text("Ours.\n")
-    run(*line, 24, *([] if "auto" in flags else ["--resume_from_checkpoint", "auto"]))  # no step is left
-    assert (run_folder / "README.edited-2.md").read_text() == "Ours.\n"
+RESUME, OVERWRITE = ("--resume_from_checkpoint", "auto"), ("--overwrite_output_dir", "true")
+SCORE = ("--do_train", "false", "--do_predict", "--model_name_or_path", "{output}", *OVERWRITE)
+HOLDS_A_RUN = "--output_dir {output} already holds a run: give another --output_dir"
+HOLDS_A_MODEL = "holds a model and no complete checkpoint to resume from: give another --output_dir, or --overwrite"
+STATES = {  # of a run, by what is in its folder
+    "finished": ("*",),
+    "without checkpoints": ("config.json", "metrics.json"),
+    "without metrics": ("config.json",),
+    "killed": ("checkpoint-20",),
+}
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("state", "flags", "message"),
     [
-        (["--load_best_model_at_end", "true", "--metric_for_best_model", "f"], "is not measured"),
-        (["--lora_target_modules", "q"], "'q'"),
-        (["--model_name_or_path", "{last}"], "--overwrite_output_dir true would delete {last}"),
+        ("finished", (), f"{HOLDS_A_RUN}, or --overwrite_output_dir true, or --resume_from_checkpoint auto"),
+        ("finished", SCORE, HOLDS_A_RUN),
+        ("finished", (*OVERWRITE, "--model_name_or_path", "{last}"), "--overwrite_output_dir true would delete {last}"),
+        (
+            "finished",
+            (*OVERWRITE, "--load_best_model_at_end", "true", "--metric_for_best_model", "f"),
+            "is not measured",
+        ),
+        ("finished", (*OVERWRITE, "--lora_target_modules", "q"), "'q'"),
+        ("without checkpoints", (), f"{HOLDS_A_RUN}, or --overwrite_output_dir true"),
+        ("without checkpoints", RESUME, HOLDS_A_MODEL),
+        ("killed", (), f"{HOLDS_A_RUN}, or --overwrite_output_dir true, or --resume_from_checkpoint auto"),
+        ("killed", SCORE, HOLDS_A_RUN),
+        ("without metrics", RESUME, HOLDS_A_MODEL),
     ],
 )
-def test_a_command_that_is_refused_deletes_nothing_of_the_former_run(words, run_folder, flags, message):
-    former, last = sorted(run_folder.rglob("*")), list_checkpoints(run_folder)[-1]
-    line = [*words, "--output_dir", run_folder, "--overwrite_output_dir", "true"]
-    with pytest.raises(InputError, match=message.format(last=last)):
-        train.main([str(word).format(last=last) for word in (*line, *flags)])
-    assert sorted(run_folder.rglob("*")) == former
+def test_a_refused_command_changes_no_file_of_the_former_run(words, unbroken, tmp_path, state, flags, message):
+    output = tmp_path / "results"
+    output.mkdir()
+    for path in (path for pattern in STATES[state] for path in unbroken.glob(pattern)):
+        (shutil.copytree if path.is_dir() else shutil.copy)(path, output / path.name)
+    before, names = content(output), {"output": str(output), "last": str(output / "checkpoint-20")}
+    line = [*words, "--output_dir", output, *(flag.format_map(names) for flag in flags)]
+    assert message.format_map(names) in refused("", *line)
+    assert content(output) == before
 
 
-def test_a_finished_run_without_checkpoints_is_not_trained_again(words, run_folder):
-    for folder in list_checkpoints(run_folder):
-        shutil.rmtree(folder)
-    before = content(run_folder)
-    line = list(map(str, [*words, "--output_dir", run_folder]))
-    resume, score = (
-        ["--resume_from_checkpoint", "auto"],
-        ["--do_train", "false", "--do_predict", "--model_name_or_path"],
-    )
-    for flags, message in (
-        (resume, r"holds a model and no complete checkpoint .*--overwrite_output_dir true$"),
-        ([], r"already holds a run: give another --output_dir, or --overwrite_output_dir true$"),
-        ([*score, str(run_folder), *resume], r"already holds a run: give another --output_dir$"),
-    ):
-        with pytest.raises(InputError, match=message):
-            train.main([*line, *flags])
-    assert content(run_folder) == before
-    (run_folder / "checkpoint-2").mkdir()  # an incomplete one
-    with pytest.raises(InputError, match="--overwrite_output_dir true"):
-        train.main([*line, *resume])
-    run(*line, *resume, "--max_steps", "2", "--overwrite_output_dir", "true")
-    assert [folder.name for folder in list_checkpoints(run_folder)] == ["checkpoint-2"]
+def test_scores_replace_scores(words, unbroken, tmp_path):
+    for _ in range(2):
+        run(*words, *(flag.format(output=unbroken) for flag in SCORE), "--output_dir", tmp_path / "scores")
 
 
 def test_a_run_interrupted_before_its_first_checkpoint_starts_again(words, unbroken, tmp_path):
-    """Resume a run that has left a data report and at most an incomplete checkpoint."""
+    """Resume a run that has left a data report and an incomplete checkpoint."""
     output = tmp_path / "results"
     (output / "checkpoint-2").mkdir(parents=True)
     shutil.copy(unbroken / "data_report.json", output)
-    with pytest.raises(
-        InputError, match=r"already holds a run: give another --output_dir, or --overwrite_output_dir true$"
-    ):
-        train.main(list(map(str, [*words, "--output_dir", output])))
-    run(*words, "--output_dir", output, "--max_steps", 2, "--resume_from_checkpoint", "auto")
+    refused(HOLDS_A_RUN.format(output=output), *words, "--output_dir", output)
+    run(*words, "--output_dir", output, "--max_steps", 2, *RESUME)
     assert find_checkpoint("auto", str(output)) == str(output / "checkpoint-2")
-    with pytest.raises(InputError, match="--overwrite_output_dir true, or --resume_from_checkpoint auto"):
-        train.main(list(map(str, [*words, "--output_dir", output])))
 
 
 @pytest.mark.parametrize(
@@ -300,15 +248,13 @@ def test_a_run_interrupted_before_its_first_checkpoint_starts_again(words, unbro
         (["--lora_r", "4"], "it was trained with another --lora_r, 16, not 4"),
         (["--lora_target_modules", "query"], "it was trained with another --lora_target_modules"),
         (["--model_name_or_path", "{other}"], "it was trained with another --model_name_or_path, encoder"),
-        (
-            ["--problem_type", "multi_label_classification"],
-            "it was trained with another --problem_type, single_label_classification",
-        ),
+        (["--problem_type", "multi_label_classification"], "it was trained with another --problem_type, single_label"),
+        # otherwise more or fewer epochs would be trained, and metrics.json would not show it
+        (["--per_device_train_batch_size", "2"], "16 steps per epoch, and now there are 32: give the same number"),
         (["--heads_learning_rate", "1e-3"], "its optimizer does not match the settings of this run: "),
         (["--optim", "adafactor"], "its optimizer does not match the settings of this run: --optim differs"),
         (["--train_file", "{rows}"], "it was trained on other rows or labels; give the same data"),
         (["--class_names", "{swapped}"], "it was trained on other rows or labels; give the same data, columns, names"),
-        (["--validation_file", "{rows}"], "it was trained on other rows or labels; give the same data"),
         (["--taxonomy", "{tree}"], "it has another taxonomy, or another order of classes; give the same --taxonomy"),
     ],
 )
@@ -324,9 +270,7 @@ def test_a_run_is_not_resumed_with_other_settings_or_data(words, run_folder, tin
     if "another taxonomy" in message:
         (run_folder / "data_report.json").unlink()  # as of a run that was downloaded
     before = {path: path.read_bytes() for path in run_folder.glob("*") if path.is_file()}
-    with pytest.raises(InputError, match=f"cannot resume from {list_checkpoints(run_folder)[-1]}") as refused:
-        train.main(list(map(str, line)))
-    assert message in str(refused.value)
+    refused(message, *line)
     kept = {"config.json", "heads.safetensors", "metrics.json", "README.md", "data_report.json"}
     assert all(path.read_bytes() == content for path, content in before.items() if path.name in kept)
 
@@ -339,13 +283,8 @@ def test_a_resumed_run_keeps_its_split(tiny_encoder, tmp_path):
     line += ["--load_best_model_at_end", "false"]
     line += ["--output_dir", tmp_path / "results", "--resume_from_checkpoint", "auto"]
     run(*line, "--max_steps", 2)
-    message = "it was trained on other rows or labels; give the same data"
-    for change in (["--seed", 9], ["--test_size", 0.2], []):
-        if not change:
-            write_csv(data, [*rows, {**rows[0], "text": "One more text."}])
-        with pytest.raises(InputError, match=message):
-            train.main(list(map(str, [*line, "--max_steps", 4, *change])))
-    write_csv(data, rows)
+    for change in (["--seed", 9], ["--test_size", 0.2]):
+        refused("it was trained on other rows or labels; give the same data", *line, "--max_steps", 4, *change)
     run(*line, "--max_steps", 4)
     assert list_checkpoints(tmp_path / "results")[-1].name == "checkpoint-4"
 
@@ -353,20 +292,17 @@ def test_a_resumed_run_keeps_its_split(tiny_encoder, tmp_path):
 def test_a_checkpoint_that_is_not_the_last_of_its_run_is_refused(words, run_folder, unbroken):
     earlier, last = list_checkpoints(run_folder)
     line = [*words, "--output_dir", run_folder, "--resume_from_checkpoint"]
-    for folder, message in (
-        (list_checkpoints(unbroken)[0], f"--output_dir {run_folder} already holds a run"),
-        (earlier, f"cannot resume from {earlier}: this run has later checkpoints, {last.name}"),
-    ):
-        with pytest.raises(InputError, match=message):
-            train.main(list(map(str, [*line, folder])))
+    refused(f"--output_dir {run_folder} already holds a run", *line, list_checkpoints(unbroken)[0])
+    refused(f"cannot resume from {earlier}: this run has later checkpoints, {last.name}", *line, earlier)
     assert find_checkpoint(str(earlier), str(run_folder.parent / "other")) == str(earlier)
 
 
-def test_a_resumed_run_takes_the_learning_rate_and_weight_decay_that_it_is_given(words, run_folder):
+def test_a_resumed_run_takes_the_learning_rate_weight_decay_and_steps_that_it_is_given(words, run_folder):
     line = [*words, "--output_dir", run_folder, "--resume_from_checkpoint", "auto", "--max_steps", 24]
-    run(*line, "--learning_rate", 3e-5, "--weight_decay", 0.5, "--seed", 5)  # its rows are given, and stay the same
-    last = list_checkpoints(run_folder)[-1]
-    assert last.name == "checkpoint-24"
+    # its rows are given, and stay the same
+    run(*line, "--learning_rate", 3e-5, "--weight_decay", 0.5, "--seed", 5, "--save_steps", 3)
+    before, last = list_checkpoints(run_folder)
+    assert (before.name, last.name) == ("checkpoint-21", "checkpoint-24")
     scheduler = torch.load(last / "scheduler.pt", weights_only=True)
     groups = torch.load(last / "optimizer.pt", weights_only=True)["param_groups"]
     assert scheduler["last_epoch"] == 24
@@ -384,11 +320,10 @@ def test_the_best_checkpoint_is_found_where_the_run_was_moved(words, tmp_path):
     best = list_checkpoints(tmp_path / "here")[0]
     assert best.name == "checkpoint-2"
     assert f"loading adapter and heads from {best}" in run(*line).stderr
-    with pytest.raises(InputError, match="--metric_for_best_model log_loss did not select its best checkpoint; give"):
-        train.main(list(map(str, [*line, "--metric_for_best_model", "log_loss"])))
+    message = "--metric_for_best_model log_loss did not select its best checkpoint; give the same"
+    refused(message, *line, "--metric_for_best_model", "log_loss")
     shutil.rmtree(best)
-    with pytest.raises(InputError, match=f"the best checkpoint of its run, {best.name}, is not in the same folder"):
-        train.main(list(map(str, line)))
+    refused(f"the best checkpoint of its run, {best.name}, is not in the same folder", *line)
 
 
 def cut(path: Path) -> None:
@@ -400,11 +335,11 @@ def cut(path: Path) -> None:
     [
         (lambda folder: (folder / "trainer_state.json").unlink(), "it is incomplete: trainer_state.json is missing"),
         (lambda folder: cut(folder / "trainer_state.json"), "trainer_state.json cannot be read"),
-        (lambda folder: cut(folder / WEIGHTS[1]), "adapter/adapter_model.safetensors is damaged"),
-        (lambda folder: (folder / "optimizer.pt").unlink(), "it has no optimizer state"),
-        (lambda folder: cut(folder / "rng_state.pth"), "rng_state.pth is damaged"),
-        (lambda folder: (folder / "scheduler.pt").unlink(), "scheduler.pt is missing"),
-        (lambda folder: (folder / WEIGHTS[1]).unlink(), "adapter/adapter_model.safetensors is missing"),
+        (
+            lambda folder: cut(folder / "adapter/adapter_model.safetensors"),
+            "adapter/adapter_model.safetensors is damaged",
+        ),
+        (lambda folder: (folder / "optimizer.pt").unlink(), "optimizer* is missing"),
     ],
 )
 def test_a_damaged_checkpoint_is_named_and_skipped(run_folder, caplog, damage, message):
@@ -414,11 +349,9 @@ def test_a_damaged_checkpoint_is_named_and_skipped(run_folder, caplog, damage, m
     with caplog.at_level("INFO"):
         assert find_checkpoint("auto", str(run_folder)) == str(earlier)
     assert f"skipped {last}: {message}" in caplog.text
-    with pytest.raises(InputError, match="cannot resume from") as refused:
+    with pytest.raises(InputError) as error:
         find_checkpoint(str(last), str(run_folder))
-    assert message in str(refused.value)
-    damage(earlier)
-    assert find_checkpoint("auto", str(run_folder)) is None
+    assert str(error.value) == f"cannot resume from {last}: {message}"
 
 
 def test_a_full_disk_keeps_the_last_checkpoint_and_says_what_to_do(words, unbroken, small_disk):
@@ -438,13 +371,3 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_says_what_to_do(words, unbrok
     subprocess.run(["mount", "-o", "remount,size=200m", disk], check=True, capture_output=True)
     run(*line, "--resume_from_checkpoint", "auto")
     assert same_weights(unbroken, output)
-
-
-def test_metrics_describe_the_environment_and_the_data(words, unbroken):
-    environment = json.loads((unbroken / "metrics.json").read_text())["environment"]
-    base = torch.__version__.partition("+")[0]  # the local part, of the build, may be in the one and not in the other
-    assert environment["versions"]["torch"].partition("+")[0] == base
-    assert f"{len(os.sched_getaffinity(0))} cores" in environment["hardware"]
-    files = {split: Path(words[words.index(f"--{split}_file") + 1]) for split in ("train", "validation", "test")}
-    hashes = {split: {file.name: hashlib.sha256(file.read_bytes()).hexdigest()} for split, file in files.items()}
-    assert environment["data"] == hashes

@@ -1,7 +1,6 @@
 """Test tokenization against the tokenizer's own truncation."""
 
 import datasets
-import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -11,7 +10,7 @@ from hierarchical_clinicalbert.training.tokens import build_collator, tokenize_s
 from taxonomy_hierarchical import Taxonomy
 
 
-def word_tokenizer(side="right", **arguments):
+def word_tokenizer(**arguments):
     """Return a tokenizer with one token per word, between [CLS] and [SEP]."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{i}" for i in range(30))]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
@@ -21,7 +20,7 @@ def word_tokenizer(side="right", **arguments):
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
-        truncation_side=side, model_max_length=8, **arguments,
+        model_max_length=8, **arguments,
     )  # fmt: skip
 
 
@@ -31,10 +30,9 @@ def texts_of_lengths(lengths):
     return datasets.DatasetDict({"test": datasets.Dataset.from_dict(columns)})
 
 
-@pytest.mark.parametrize("side", ["right", "left"])
-def test_tokens_are_those_of_the_tokenizers_own_truncation(side, warned):
+def test_tokens_are_those_of_the_tokenizers_own_truncation(warned):
     words = [1, 5, 6, 7, 13, 30, 29]  # with two special tokens: 3, 7, 8, 9, 15, 32, 31
-    splits, tokenizer = texts_of_lengths(words), word_tokenizer(side, model_input_names=["input_ids", "attention_mask"])
+    splits, tokenizer = texts_of_lengths(words), word_tokenizer(model_input_names=["input_ids", "attention_mask"])
     tokenized, lengths = tokenize_splits(splits, tokenizer, 8)
     assert "longer than" not in warned.text
     rows = tokenized["test"]
@@ -50,30 +48,18 @@ def test_tokens_are_those_of_the_tokenizers_own_truncation(side, warned):
     assert "longer than" in warned.text  # so it would have been seen
 
 
-def test_rows_of_a_file_with_a_cache_are_tokenized_anew(tmp_path):
-    texts_of_lengths([20])["test"].save_to_disk(tmp_path)
-    splits, tokenizer = datasets.DatasetDict({"test": datasets.load_from_disk(tmp_path)}), word_tokenizer()
-    for limit in (4, 8):
-        assert tokenize_splits(splits, tokenizer, limit)[0]["test"]["length"][:] == [limit]
-
-
 def test_token_types_only_where_the_tokenizer_has_them():
     names = ["input_ids", "token_type_ids", "attention_mask"]
     tokenized, _ = tokenize_splits(texts_of_lengths([3]), word_tokenizer(model_input_names=names), 8)
     assert tokenized["test"]["token_type_ids"][:] == [[0] * 5]
-    tokenized, _ = tokenize_splits(texts_of_lengths([3]), word_tokenizer(model_input_names=["input_ids"]), 8)
-    assert set(tokenized["test"].column_names) == {"input_ids", "attention_mask", "length", "labels", "row", "text_id"}
 
 
-@pytest.mark.parametrize("side", ["right", "left"])
-def test_tokens_of_training_texts_know_their_sentences(side):
-    splits = datasets.DatasetDict()
-    for split in ("train", "test"):
-        splits[split] = texts_of_lengths([1, 1]).pop("test")
-        splits[split] = splits[split].remove_columns("text").add_column("text", ["a b. c d e? f g", "a"])
-    tokenized, _ = tokenize_splits(splits, word_tokenizer(side), 6, sentences=True)
-    cut = [0, 0, 1, 1] if side == "right" else [1, 1, 2, 2]
-    assert tokenized["train"]["sentences"][:] == [[-1, *cut, -1], [-1, 0, -1]]
+def test_tokens_of_training_texts_know_their_sentences():
+    rows = texts_of_lengths([1, 1]).pop("test")
+    rows = rows.remove_columns("text").add_column("text", ["a b. c d e? f g", "a"])
+    splits = datasets.DatasetDict({"train": rows, "test": rows})
+    tokenized, _ = tokenize_splits(splits, word_tokenizer(), 6, sentences=True)
+    assert tokenized["train"]["sentences"][:] == [[-1, 0, 0, 1, 1, -1], [-1, 0, -1]]
     assert "sentences" not in tokenized["test"].column_names
 
 
@@ -88,6 +74,3 @@ def test_labels_become_arrays_in_a_batch():
     assert batch(ManyNodes, [*tokens, tokens[0] | {"labels": [0, 2]}]) == [
         [1, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1], [1, 0, 1, 1],
     ]  # fmt: skip
-    weighted = [{"input_ids": [2, 3], "labels": [0, 2], "weights": [0.75, 0.25]}]
-    assert batch(OnePath, weighted) == [[0.75, 0, 0.25]]
-    assert batch(ManyNodes, weighted) == [[0.75, 0, 0.25, 0.25]]

@@ -1,16 +1,13 @@
-"""Test halves of texts: their sentences, predictions for a half against predictions for the same tokens as a text, and training."""
+"""Test halves of texts against the sentences of the texts."""
 
 import itertools
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer
 
-from configuration_hierarchical import HierarchicalConfig
 from decisions_hierarchical import OnePath
 from hierarchical_clinicalbert.training.tokens import build_collator
-from hierarchical_clinicalbert.training.views import NO_SENTENCE, halves, sentence_numbers, split_sentences
-from modeling_hierarchical import HierarchicalForSequenceClassification
+from hierarchical_clinicalbert.training.views import NO_SENTENCE, halves, sentence_numbers
 from taxonomy_hierarchical import Taxonomy
 
 TEXTS = [
@@ -87,17 +84,6 @@ def test_halves_share_out_the_sentences_in_their_order(tokenizer):
     assert 0.5 < sum(both) / len(both) < 0.9
 
 
-def test_halves_are_of_like_length():
-    generator = np.random.default_rng(0)
-    for _ in range(200):
-        counts = generator.integers(1, 40, size=generator.integers(2, 15))
-        one, other = split_sentences(counts, generator)
-        assert (one | other).all()
-        assert not (one & other)[1:].any()
-        title, gap = counts[0], (one[1:].astype(int) - other[1:]) @ counts[1:]
-        assert min(abs(gap + title), abs(gap - title)) <= counts.max()  # a title that both have had gone to one of them
-
-
 def test_no_half_is_empty_where_a_sentence_has_no_tokens():
     sentences = np.array([[-1, 0, 0, 2, -1], [-1, 3, 3, 3, -1], [-1, 1, -1, -2, -2], [-1, -1, -1, -2, -2]])
     inputs = {"input_ids": torch.arange(1, 21).view(4, 5), "attention_mask": torch.ones(4, 5, dtype=torch.long)}
@@ -116,24 +102,3 @@ def test_the_halves_of_a_text_do_not_depend_on_its_batch(tokenizer):
     others = [halved(tokenizer, 6), halved(tokenizer, 5, seed=4), halved(tokenizer, 5, rows=(20, 21, 22, 23))]
     for other, *views in others:
         assert tokens(other, views[0][3]) != tokens(inputs, first[3])
-
-
-def test_a_model_predicts_a_half_like_a_text(tokenizer):
-    torch.manual_seed(0)
-    text_config = {"model_type": "bert", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-                   "intermediate_size": 48, "vocab_size": len(tokenizer)}  # fmt: skip
-    model = HierarchicalForSequenceClassification(HierarchicalConfig(text_config=text_config)).eval()
-    inputs, first, second = halved(tokenizer, 1)
-    assert inputs.keys() == {"input_ids", "attention_mask", "token_type_ids"}
-    with torch.no_grad():
-        found = model(**inputs).node_log_probs
-        for view in {*first.tolist(), *second.tolist()}:
-            alone = model(input_ids=torch.tensor([tokens(inputs, view)])).node_log_probs[0]
-            torch.testing.assert_close(found[view], alone, atol=1e-5, rtol=0)
-
-
-def test_left_padding_gives_the_same_halves(minilm, tokenizer):
-    left = AutoTokenizer.from_pretrained(minilm, padding_side="left")
-    (inputs, *views), (other, *other_views) = halved(left, 2), halved(tokenizer, 2)
-    assert all(map(torch.equal, views, other_views))
-    assert all(inputs[name].equal(other[name]) for name in other)
