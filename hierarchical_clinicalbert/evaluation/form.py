@@ -43,13 +43,15 @@ class FormBase:
     def __init__(self, tree: Taxonomy):
         self.tree, self.decisions = tree, self.decisions_class(tree)
 
-    def measure(self, logits: np.ndarray, labels: np.ndarray, thresholds: Any = None) -> dict[str, float]:
+    def measure(
+        self, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray | None = None, thresholds: Any = None
+    ) -> dict[str, float]:
         """Compute all metrics that the rows define. InputError: the logits are not finite."""
         infinite = ~np.isfinite(logits).all(axis=1)
         if infinite.any():
             where = f"{infinite.sum()} of {len(logits)} documents"
             raise InputError(f"the model's logits are not finite for {where}: training diverged; lower --learning_rate")
-        predictions = self.predictions(self.decisions, logits, labels, thresholds)
+        predictions = self.predictions(self.decisions, logits, labels, texts, thresholds)
         metrics = of_all_levels(self.metrics, self.tree.depth)
         measured = {name: metric.compute(predictions) for name, metric in metrics.items()}
         return {name: float(value) for name, value in measured.items() if value is not None}

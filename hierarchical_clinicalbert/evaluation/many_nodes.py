@@ -149,7 +149,9 @@ class NodePredictions:
         pairs: those of `probable_pairs`.
     """
 
-    def __init__(self, decisions: ManyNodes, logits: np.ndarray, labels: np.ndarray, thresholds: Any):
+    def __init__(
+        self, decisions: ManyNodes, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray | None, thresholds: Any
+    ):
         self.u, self.labels, self.true = logits.astype(np.float64), labels, labels == 1
         self.num_leaves, self.levels = decisions.num_leaves, np.array(decisions.tree.levels)
         thresholds = common_threshold(self.u, labels) if thresholds is None else thresholds
@@ -247,6 +249,7 @@ class ManyNodesForm(FormBase):
     decisions_class, classifier, predictions = ManyNodes, NodeClassifier, NodePredictions
     plot_titles = {
         "f1_by_frequency": "F1 of each node over its number of {split} texts",
+        "precision_recall": "Precision and recall of the {split} rows over all thresholds",
     }
 
     def nodes_of(self, labels: np.ndarray) -> list[list[int]]:
@@ -349,7 +352,10 @@ class ManyNodesForm(FormBase):
 
     def plots(self, logits: np.ndarray, labels: np.ndarray, per_class: list[dict]) -> dict[str, Figure | None]:
         """Draw the figures of a split, by file name."""
-        return {"f1_by_frequency": plots.f1_by_frequency(per_class)}
+        return {
+            "f1_by_frequency": plots.f1_by_frequency(per_class),
+            "precision_recall": plots.precision_and_recall(self.tree, logits, labels),
+        }
 
     def reliability_diagram(self, logits: np.ndarray, labels: np.ndarray) -> Figure | None:
         """Draw the reliability of the `probable_pairs`."""

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from sklearn.calibration import CalibrationDisplay
-from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
+from sklearn.metrics import ConfusionMatrixDisplay, PrecisionRecallDisplay, confusion_matrix
 
 from hierarchical_clinicalbert.evaluation.metrics import BINS, calibration_bins, expected_calibration_error
 from taxonomy_hierarchical import Taxonomy
@@ -117,6 +117,22 @@ def f1_by_frequency(per_class: list[dict]) -> Figure | None:
     axes.set(xscale="log", xlabel="Documents of the class", ylabel="F1, with 95 % intervals", ylim=(-0.02, 1.02))
     _grid(axes)
     figure.suptitle(f"F1 by frequency: {len(rows)} classes")
+    return figure
+
+
+def precision_and_recall(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray) -> Figure | None:
+    """Draw precision over recall, over all thresholds, for the pairs of document and node of each level."""
+    if not (labels == 1).any():
+        return None
+    levels, figure = np.array(taxonomy.levels), Figure(figsize=(6.5, 6), layout="constrained")
+    axes = figure.subplots()
+    for level in range(1, taxonomy.depth + 1):
+        true, scores = labels[:, levels == level].ravel() == 1, logits[:, levels == level].ravel()
+        if true.any():
+            PrecisionRecallDisplay.from_predictions(true, scores, name=f"level {level}", ax=axes)
+    axes.set(xlabel="Recall", ylabel="Precision", xlim=(0, 1.02), ylim=(0, 1.02))
+    _grid(axes)
+    figure.suptitle("Precision and recall over all thresholds")
     return figure
 
 

@@ -15,6 +15,7 @@ from hierarchical_clinicalbert.evaluation.one_path import OnePathForm
 from hierarchical_clinicalbert.evaluation.plots import (
     confusion_matrices,
     f1_by_frequency,
+    precision_and_recall,
     training_curves,
     write,
 )
@@ -66,6 +67,7 @@ def test_nothing_to_draw_no_figure(tmp_path):
     assert OnePathForm(TREE).reliability_diagram(logits, np.array([A, A, A, B])) is None
     empty = np.zeros((4, TREE.num_nodes))
     assert ManyNodesForm(TREE).reliability_diagram(empty - 9, empty) is None
+    assert precision_and_recall(TREE, empty, empty) is None
     write(None, tmp_path / "nothing.png")
     assert not (tmp_path / "nothing.png").exists()
 
@@ -140,6 +142,15 @@ def test_the_reliability_diagram_holds_the_bins_and_the_error(form):
     np.testing.assert_allclose(curve.get_ydata(), bins["correct"] / bins["count"])
     assert sum(bar.get_height() for bar in lower.patches) == len(correct)
     assert f"{expected_calibration_error(bins):.3f}" in figure.get_suptitle()
+
+
+def test_each_level_has_a_curve_of_precision_and_recall():
+    logits, labels = drawn(ManyNodesForm(TREE))
+    lines = precision_and_recall(TREE, logits, labels).axes[0].lines
+    for level, line in zip(range(1, TREE.depth + 1), lines, strict=True):
+        true, scores = (array[:, np.array(TREE.levels) == level].ravel() for array in (labels, logits))
+        average = sklearn.metrics.average_precision_score(true, scores)
+        assert line.get_label() == f"level {level} (AP = {average:.2f})"
 
 
 def test_f1_by_frequency_shows_the_classes_that_occur_with_their_intervals():

@@ -102,7 +102,7 @@ def make_metrics(config: HierarchicalConfig) -> dict:
     for stage in STAGES:
         for prefix in ("eval", "test"):
             logits = generator.normal(size=(40, form.decisions.num_classes))
-            scores = {"loss": 0.5, "runtime": 2.0, **form.measure(logits, labels)}
+            scores = {"loss": 0.5, "runtime": 2.0, **form.measure(logits, labels, texts)}
             metrics |= {f"{stage}{prefix}_{name}": value for name, value in scores.items()}
     outcomes = form.class_outcomes(logits, labels, texts, config.calibration.thresholds)
     rows, ends = per_class_report(tree.labels[: form.decisions.num_classes], *outcomes)
@@ -466,14 +466,14 @@ def test_the_training_section_shows_encoder_settings_and_size(written):
 def test_only_plots_that_are_there_are_shown(written, tmp_path, problem_type):
     assert "![" not in written(problem_type=problem_type)
     (tmp_path / "plots").mkdir()
-    for name in ("f1_by_frequency", "confusion_matrix_level_2", "confusion_matrix_level_3"):
+    for name in ("f1_by_frequency", "precision_recall", "confusion_matrix_level_2", "confusion_matrix_level_3"):
         (tmp_path / "plots" / f"{name}.png").touch()
     shown = written(problem_type=problem_type)
     images = re.findall(r"!\[(.*?)\]\(plots/(.*?)\.png\)", shown)
     if problem_type == SINGLE_LABEL:  # the taxonomy has two levels: the third is of another run
         assert images == [("Confusion matrix of the test rows, level 2", "confusion_matrix_level_2")]
     else:
-        assert [name for _, name in images] == ["f1_by_frequency"]
+        assert [name for _, name in images] == ["f1_by_frequency", "precision_recall"]
 
 
 def test_the_data_section_shows_rows_conflicts_lengths_and_classes(written):
