@@ -58,7 +58,7 @@ def main(argv: list[str]) -> int:
         first = next(records, None)  # refuses an unusable input before the model is loaded
         if first is None:
             raise InputError(f"--input {' '.join(arguments.input)} has no rows")
-        if snapshot := find_snapshot(arguments.model, arguments.revision, "--model"):
+        if snapshot := find_snapshot(arguments.model, arguments.revision):
             arguments.revision = snapshot.name  # so that all processes load the same commit
         if is_checkpoint(folder := snapshot or Path(arguments.model)):
             require_encoder(folder)
