@@ -5,15 +5,14 @@ Worth knowing:
 1. Texts are read, classified and written in blocks, so memory does not grow with the file.
 2. A killed run continues when the same command is given again, and writes the same bytes (`prediction.output`). A run with
    another model, another input or other options is refused.
-3. Rows that cannot be read are listed in an error file, and the exit code is 1. All other rows are classified. If no row can be
-   read, that is an error, and the exit code is 2.
+3. Rows that cannot be read are listed in an error file, and the exit code is 1. All other rows are classified.
 4. ``--ray`` has the actors of a Ray cluster classify the blocks (`prediction.ray_job`). All else is the same.
 """
 
 import argparse
 import importlib.util
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -51,14 +50,13 @@ def main(argv: list[str]) -> int:
         arguments.id_column = "id"  # the name of a text's file
     arguments.costs, costs_description = read_costs(arguments.costs)
     output = RestartableOutput(arguments.output, output_kind(arguments.output, arguments.output_format))
-    sources = output.without_own(sources)  # --input may match the files of a killed run
     with output.lock():
-        output.check(sources, arguments.overwrite)
+        sources = output.check(sources, arguments.overwrite)
         records = read_records(sources, arguments.text_column, arguments.id_column)
         first = next(records, None)  # refuses an unusable input before the model is loaded
         if first is None:
             raise InputError(f"--input {' '.join(arguments.input)} has no rows")
-        if snapshot := find_snapshot(arguments.model, arguments.revision, "--model"):
+        if snapshot := find_snapshot(arguments.model, arguments.revision):
             arguments.revision = snapshot.name  # so that all processes load the same commit
         if is_checkpoint(folder := snapshot or Path(arguments.model)):
             require_encoder(folder)
@@ -72,11 +70,10 @@ def main(argv: list[str]) -> int:
                 again = read_records(sources, arguments.text_column, arguments.id_column)
                 prior = output.stored_option("prior") or model.estimate_prior(sample_texts(again))
                 options |= {"prior": prior}
-            predict = partial(model.predict_blocks, prior=prior)
-            output.write_blocks(chain([first], records), options, predict)
+            output.write_blocks(chain([first], records), options, partial(model.predict_blocks, prior=prior))
         files = [{"name": source.name, "bytes": source.size} for source in sources]
         manifest = {"model": arguments.model, "commit": arguments.revision, "options": options, "input": files}
-        num_problems = output.join_blocks(model.row_format.open, manifest, model.row_format.summary)
+        num_problems = output.join_blocks(model.row_format, manifest)
     problems = f"; {num_problems:,} rows could not be read: {output.errors}" if num_problems else ""
     print(f"done: {output.name}{problems}", file=sys.stderr)
     return 1 if num_problems else 0
@@ -145,9 +142,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if arguments.adapt_prior and "-" in arguments.input:
         raise InputError("--adapt_prior reads --input twice, and standard input can be read once: give a file")
     cpus, gpus = arguments.ray_cpus_per_actor, arguments.ray_gpus_per_actor
-    for flag, number in (("--ray_cpus_per_actor", cpus), ("--ray_gpus_per_actor", gpus)):
-        if arguments.ray is None and number is not None:
-            raise InputError(f"{flag} needs --ray")
+    if arguments.ray is None and (cpus, gpus) != (None, None):
+        raise InputError("--ray_cpus_per_actor and --ray_gpus_per_actor need --ray")
     if cpus is not None and cpus < 1:
         raise InputError(f"--ray_cpus_per_actor must be at least 1, not {cpus}")
     if gpus is not None and not (0 <= gpus < 1 or (gpus.is_integer() and gpus > 0)):
@@ -163,7 +159,7 @@ def open_model(arguments: argparse.Namespace) -> "AbstractContextManager[Model |
         raise InputError('--ray needs Ray: pip install "ray[default]"')
     from hierarchical_clinicalbert.prediction.ray_job import RayJob
 
-    return RayJob(arguments)
+    return closing(RayJob(arguments))
 
 
 if __name__ == "__main__":

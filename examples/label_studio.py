@@ -66,7 +66,7 @@ def main() -> str:
     parser.add_argument("export", nargs="?", help="the export, for rows")
     arguments = parser.parse_args()
     with as_input_error(f"cannot read the checkpoint {arguments.checkpoint}"):
-        folder = find_snapshot(arguments.checkpoint, None, "checkpoint") or arguments.checkpoint
+        folder = find_snapshot(arguments.checkpoint, None) or arguments.checkpoint
         if not is_checkpoint(folder):
             raise ValueError("it is not a checkpoint of this project")
         config = read_config(folder)

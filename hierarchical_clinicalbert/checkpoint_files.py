@@ -72,17 +72,17 @@ def is_local(name: str) -> bool:
     return False
 
 
-def find_snapshot(name: str, revision: str | None, flag: str) -> Path | None:
+def find_snapshot(name: str, revision: str | None) -> Path | None:
     """Download a model's config.json from the Hub. Return its cache folder, named by the commit; None for a local folder.
 
-    If the Hub cannot be reached, a model in the cache is used. ``flag`` is the one that names the model, for messages.
+    If the Hub cannot be reached, a model in the cache is used.
 
     Raises InputError if ``name`` is neither a local folder, nor a model on the Hub or in the cache.
     """
     if is_local(name):
         return None
     with as_input_error(f"cannot load the model {name}"):
-        require_hub_or_cache("model", name, revision, f"--local-dir FOLDER` and give {flag} FOLDER")
+        require_hub_or_cache("model", name, revision)
         return Path(cached_file(name, "config.json", revision=revision)).parent
 
 
@@ -93,16 +93,12 @@ def require_encoder(folder: str | Path) -> None:
     name, revision = (str(config.get(field)) for field in ("encoder_name_or_path", "encoder_revision"))
     is_pinned = re.fullmatch("[0-9a-f]{40}", revision)  # `load_encoder` refuses other revisions, with its reason
     if config.get("adapter_subfolder") is not None and is_pinned and not Path(name).is_dir():
-        remedy = f"--cache-dir FOLDER` and copy the content of FOLDER to {constants.HF_HUB_CACHE}"
         with as_input_error(f"cannot load the encoder {name}"):
-            require_hub_or_cache("encoder", name, revision, remedy)
+            require_hub_or_cache("encoder", name, revision)
 
 
-def require_hub_or_cache(what: str, name: str, revision: str | None, remedy: str) -> None:
-    """Raise InputError if the Hub cannot be reached, and the cache holds no configuration and weights of a model.
-
-    ``remedy`` ends the command that downloads the model, and says how to use it.
-    """
+def require_hub_or_cache(what: str, name: str, revision: str | None) -> None:
+    """Raise InputError if the Hub cannot be reached, and the cache holds no configuration and weights of a model."""
     was_offline = is_offline_mode()
     problem = find_hub_problem()
     if problem is None:
@@ -110,9 +106,10 @@ def require_hub_or_cache(what: str, name: str, revision: str | None, remedy: str
     file = try_to_load_from_cache(name, "config.json", revision=revision)
     files = Path(file).parent.iterdir() if isinstance(file, str) else ()
     if not any(path.suffix in (".safetensors", ".bin") for path in files):
-        download = f"hf download {name}" + (f" --revision {revision}" if revision else "")
+        download = f"hf download {name}{f' --revision {revision}' if revision else ''} --cache-dir FOLDER"
+        remedy = f"on a connected machine run `{download}` and copy the content of FOLDER to {constants.HF_HUB_CACHE}"
         reasons = f"there is no such folder, {problem}, and the cache does not hold it"
-        raise InputError(f"cannot load the {what} {name}: {reasons}: on a connected machine run `{download} {remedy}")
+        raise InputError(f"cannot load the {what} {name}: {reasons}: {remedy}")
     if not was_offline:  # once, and not at all if the user has chosen it
         logger.warning("%s: models are loaded from the cache", problem)
 
@@ -126,15 +123,11 @@ def read_json_object(path: Path, problem: str = "cannot be used") -> dict[str, A
     return content
 
 
-def read_model_type(folder: str | Path) -> Any:
-    """Return ``model_type`` of a folder's config.json, or None if there is none. InputError: the file is not a JSON object."""
-    path = Path(folder) / "config.json"
-    return read_json_object(path, "is not a configuration").get("model_type") if path.is_file() else None
-
-
 def is_checkpoint(name_or_path: str | Path) -> bool:
-    """Return whether a local folder holds a checkpoint of this project; False for an id."""
-    return read_model_type(name_or_path) == HierarchicalConfig.model_type
+    """Return whether a local folder holds a checkpoint of this project; False for an id. InputError: its config.json is damaged."""
+    path = Path(name_or_path) / "config.json"
+    stored = read_json_object(path, "is not a configuration") if path.is_file() else {}
+    return stored.get("model_type") == HierarchicalConfig.model_type
 
 
 def read_config(folder: str | Path) -> HierarchicalConfig:
@@ -182,9 +175,10 @@ def find_damage(folder: Path) -> str | None:
 
 def read_checkpoint(folder: Path) -> HierarchicalConfig:
     """Check that a folder holds a complete checkpoint of this project, or raise InputError; return its configuration."""
-    if (model_type := read_model_type(folder)) != HierarchicalConfig.model_type:
-        reason = f"it holds a {model_type!r} model" if (folder / "config.json").is_file() else "it has no config.json"
-        raise InputError(f"{folder} is not a checkpoint of this project: {reason}")
+    if not is_checkpoint(folder):
+        raise InputError(
+            f"{folder} is not a checkpoint of this project: its config.json is missing or of another model"
+        )
     needed = (*SHIPPED_FILES, *TOKENIZER_FILES, CARD)
     missing = next((f"{name} is missing" for name in needed if not (folder / name).is_file()), None)
     if problem := find_damage(folder) or missing:

@@ -106,8 +106,6 @@ def user_error_message(error: Exception, advice: Mapping[str, str]) -> str | Non
 
     if isinstance(error, (InputError, TaxonomyError)):
         return str(error)
-    if isinstance(error, UnicodeEncodeError) and error.encoding != "utf-8":  # a recipe names the file
-        return f"the name of a file is not {error.encoding}, the locale's encoding: set PYTHONUTF8=1"
     if is_full_disk(error):
         return f"the disk is full ({one_line(error)}): {advice['disk']}"
     if should_reduce_batch_size(error):

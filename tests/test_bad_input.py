@@ -506,7 +506,7 @@ PREDICT = [
     (("--text_column", "body"), "no column 'body' (--text_column): there are 'text', 'label'"),
     (("--batch_size", "0"), "batch_size must be a whole number of at least 1, not 0"),
     (("--output_format", "parquet"), "--output_format is for a folder"),
-    (("--ray_gpus_per_actor", "1"), "--ray_gpus_per_actor needs --ray"),
+    (("--ray_gpus_per_actor", "1"), "--ray_gpus_per_actor need --ray"),
     (("--ray", "local", "--ray_gpus_per_actor", "-1"), "or a fraction of one, not -1"),
     (("--costs", "none.csv"), "--costs: cannot read the costs none.csv: No such file"),
     (("--costs", "missing=1,inventing=2"), "costs are of leaves; rows: the label"),

@@ -254,6 +254,8 @@ def test_a_file_is_corrected_by_its_own_frequencies_also_after_a_kill(classify, 
     prior = classify.estimate_prior(texts)
     assert header["options"]["prior"] == pytest.approx(prior, abs=1e-5)
     assert predict_here(*words) == 0
+    summary = json.loads((tmp_path / "out.jsonl.summary.json").read_text())
+    assert summary["options"]["prior"] == header["options"]["prior"]
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     results = classify(texts, prior=header["options"]["prior"])
     assert [row["label"] for row in rows] == [one["label"] for one in results]

@@ -74,14 +74,11 @@ class Model:
         """Classify the readable records of a block, and return one output row for each."""
         numbered = enumerate(block.records, start=block.first)
         readable = [(number, record) for number, record in numbered if record.problem is None]
+        texts = (record.text for _, record in readable)
+        corrected = {} if prior is None else {"prior": prior}
         try:
-            corrected = {} if prior is None else {"prior": prior}
-            texts = (record.text for _, record in readable)
             predictions = self._pipeline(texts, levels=self._needs_levels, **corrected)
-            return [
-                self.row_format.row(number, record, prediction)
-                for (number, record), prediction in zip(readable, predictions, strict=True)
-            ]
+            return [self.row_format.row(*one, result) for one, result in zip(readable, predictions, strict=True)]
         except ValueError as error:
             raise InputError(f"{self._pipeline.model.name_or_path}: {one_line(error)}") from error
         finally:
@@ -153,7 +150,6 @@ def load(arguments: Namespace, dtype: str, gpu: bool) -> Pipeline:
         elif dtype == "int8":
             quantize(classifier.model.encoder)
         check_version(classifier)
-        classifier("a")  # checks the arguments before an existing output is overwritten
         # checks the arguments before an existing output is overwritten; in place of an estimated prior, the stored one, or [], which
         # is refused
         stored = getattr(getattr(classifier.model.config, "calibration", None), "prior", None) or []

@@ -17,12 +17,10 @@ import json
 import os
 import re
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -30,16 +28,16 @@ from tqdm import tqdm
 from hierarchical_clinicalbert.errors import InputError
 from hierarchical_clinicalbert.files import write_json
 from hierarchical_clinicalbert.prediction.input import InputRow
-from hierarchical_clinicalbert.prediction.rows import file_name
+from hierarchical_clinicalbert.prediction.rows import RowFormat, file_name
 from hierarchical_clinicalbert.prediction.storage import Bucket, Disk
-from hierarchical_clinicalbert.prediction.summary import Summary
 from hierarchical_clinicalbert.reading.sources import Source
 from hierarchical_clinicalbert.reading.stores import connect, is_url
 
-SECONDS_A_LINE = 60  # of progress in a log file
 ROWS = 1024  # per block: read, classified and written together
 BLOCKS_PER_FILE = 97  # in a folder: 99,328 rows
-OWN_PARTS = r"\d{9}\.jsonl|part\.new|output\..+|errors\.jsonl|summary\.json.*"  # names of files in the folder of blocks
+PROGRESS_SECONDS = {True: 0.1, False: 60}  # between two updates of the progress on a terminal, and in a log
+BLOCK_NAME = r"\d{9}\.jsonl"
+OWN_PARTS = rf"{BLOCK_NAME}|part\.new|output\..+|(errors|summary)\.json.*"  # names of files in the folder of blocks
 OutputRows = list[dict[str, Any]]
 
 
@@ -61,46 +59,6 @@ class Block:
         return hashlib.sha256(content.encode()).hexdigest()
 
 
-class Progress:
-    """Show on stderr how many rows are done and how long the others will take: on one line of a terminal, else a line a minute.
-
-    Attributes:
-        total: the estimated number of all rows, or None.
-    """
-
-    def __init__(self) -> None:
-        self.total: int | None = None
-        self.kept = self.done = 0  # rows of an earlier run, which say nothing about this run's speed, and of this one
-        self.started = self.shown = 0.0  # seconds; 0 before the first row that this run classifies
-        self.is_terminal = sys.stderr.isatty()
-
-    def start(self) -> None:
-        """Note the time, at the first row that this run classifies."""
-        if not self.started:
-            self.started = self.shown = time.monotonic()
-            if self.kept:
-                print(f"continuing at row {self.kept:,}", file=sys.stderr)
-
-    def add(self, rows: int) -> None:
-        self.done += rows
-        if time.monotonic() - self.shown >= (0.1 if self.is_terminal else SECONDS_A_LINE):
-            self.show()
-
-    def show(self) -> None:
-        self.shown = time.monotonic()
-        counted = (self.kept + self.done, self.total, self.shown - self.started)
-        line = tqdm.format_meter(*counted, unit=" rows", initial=self.kept)
-        print(
-            f"\r{line}" if self.is_terminal else line, end="" if self.is_terminal else "\n", file=sys.stderr, flush=True
-        )
-
-    def close(self) -> None:
-        self.start()  # if an earlier run has classified all rows
-        if self.is_terminal:
-            self.show()
-            print(file=sys.stderr)
-
-
 class RestartableOutput:
     """Write an output, a file that lists its unreadable rows, and a folder of finished blocks.
 
@@ -112,11 +70,8 @@ class RestartableOutput:
     def __init__(self, name: str, kind: str):
         self.is_folder, self.kind = file_name(name).endswith("/"), kind
         name = name.removeprefix("file://")
-        if is_url(name):
-            filesystem, name = connect(name)
-            self.store: Bucket | Disk = Bucket(filesystem)
-        else:
-            self.store = Disk()
+        filesystem, name = connect(name) if is_url(name) else (None, name)
+        self.store = Disk() if filesystem is None else Bucket(filesystem)
         self.name = name.rstrip("/")
         self._stem = f"{self.name}/" if self.is_folder else self.name
         self.parts = f"{self._stem}.parts"
@@ -124,56 +79,45 @@ class RestartableOutput:
         self.errors = f"{self.name}/errors.jsonl" if self.is_folder else f"{self.name}.errors.jsonl"
         self.summary = self.marker if self.is_folder else f"{self.name}.summary.json"  # a folder's is in its manifest
         self.headers: list[dict[str, Any]] = []  # of the blocks: options, and digest of the input rows
-        self.num_rows = 0  # in the blocks, without those that could not be read
+        self.num_read = self.num_rows = 0  # records in the blocks, and those of them that could be read
 
     def lock(self) -> AbstractContextManager[None]:
         """Lock the output for this process. Raise InputError if it cannot be written."""
         return self.store.lock(self._stem)
 
-    def without_own(self, sources: Sequence[Source]) -> list[Source]:
-        """Return the sources except the files of this output that a killed run left: its blocks and all that it made of them."""
-        if not self.store.names(self.parts):
-            return list(sources)
-        files = (self.name, self.errors, self.summary, self.marker, *self._files())
+    def check(self, sources: Sequence[Source], overwrite: bool) -> list[Source]:
+        """Return the sources without the files that a killed run of this output left: ``--input`` may match them.
 
-        def is_own(source: Source) -> bool:
-            is_local = source.filesystem is None
-            path, parts = map(os.path.realpath, (source.path, self.parts)) if is_local else (source.path, self.parts)
-            return path.startswith(f"{parts}/") or any(self.store.is_input(file, [source]) for file in files)
-
-        return [source for source in sources if not is_own(source)]
-
-    def check(self, sources: Sequence[Source], overwrite: bool) -> None:
-        """Raise InputError if the output is finished, or if one of its files is also an input, under any name."""
-        for file in (self.name, self.errors, self.summary, *self._files()):
-            if self.store.is_input(file, sources):
-                others = "" if file == self.name else f": {file}"
-                raise InputError(f"--output {self.name}{others} is also an input: give another name")
-        if foreign := self._files(ours=False):
-            raise InputError(
-                f"--output {self.name}/ holds {foreign[0]}, which another program wrote: give another folder"
-            )
-        parts = self.store.names(self.parts)
-        if foreign_parts := sorted(name for name in parts if not re.fullmatch(OWN_PARTS, name)):
-            raise InputError(f"{self.parts}/{foreign_parts[0]} was written by another program: give another --output")
+        Raises:
+            InputError: the output exists, one of its files is an input, or another program wrote into its folders.
+        """
+        parts, ours = self.store.names(self.parts), self._files()
+        own_paths, blocks = [real_path(file) for file in ours], real_path(self.parts) + "/"
+        own = [s for s in sources if real_path(s.path) in own_paths or real_path(s.path).startswith(blocks)]
+        if own and not parts:
+            raise InputError(f"--output {self.name}: {own[0].name} is also an input: give another name")
+        # files of other programs: readers would mix them with ours, and the folder of blocks is deleted
+        theirs = [f"{self.parts}/{name}" for name in parts if not re.fullmatch(OWN_PARTS, name)]
+        names = self.store.names(self.name) if self.is_folder else set()
+        theirs += {f"{self.name}/{name}" for name in names if name.startswith("part-")} - {*ours}
+        if theirs:
+            raise InputError(f"--output {self.name}: another program wrote {min(theirs)}: give another name")
         # files and blocks together: the run was killed while it wrote a folder's files or deleted the blocks
-        if not parts and not overwrite:
-            if self.store.exists(self.marker) or self._files():
-                raise self._exists_error()
-            for file in (self.errors, self.summary):
-                if self.store.exists(file):
-                    raise InputError(f"{file} already exists: give another --output, or --overwrite")
+        existing = next((file for file in ours if self.store.exists(file)), None)
+        if existing and not parts and not overwrite:
+            raise exists_error(existing)
+        return [source for source in sources if source not in own]
 
     def delete(self) -> None:
         """Delete the output, its error file, its summary and its blocks."""
-        for file in (self.marker, self.errors, self.summary, *self._files()):
+        for file in self._files():
             self.store.delete(file)
         self.store.delete_folder(self.parts)
 
     def stored_option(self, name: str) -> Any:
         """Return an option with which the blocks of a killed run were written; None without a block."""
-        blocks = sorted(block for block in self.store.names(self.parts) if re.fullmatch(r"\d{9}\.jsonl", block))
-        return self._read_lines(int(blocks[0][:9]))[0]["options"].get(name) if blocks else None
+        blocks = self._blocks()
+        return self._read_lines(int(min(blocks)[:9]))[0]["options"].get(name) if blocks else None
 
     def write_blocks(
         self,
@@ -190,93 +134,82 @@ class RestartableOutput:
         Raises:
             InputError: a finished block is damaged, or was written with other options or for another input.
         """
-        existing, is_finished = self.store.names(self.parts), self.store.exists(self.marker)
-        num_read, progress = 0, Progress()
+        existing, is_finished = self._blocks(), self.store.exists(self.marker)
+        interval = PROGRESS_SECONDS[sys.stderr.isatty()]
+        if existing:
+            print(f"continuing: {len(existing):,} blocks of {ROWS:,} rows are written", file=sys.stderr)
 
         def missing() -> Iterator[Block]:
-            nonlocal num_read
             blocks = iter(lambda: list(islice(records, ROWS)), [])
             for block in (Block(index, chunk) for index, chunk in enumerate(blocks)):
-                num_read, done = num_read + len(block.records), block.records[-1].done
-                progress.total = round(num_read / done) if done else None
+                self.num_read, done = self.num_read + len(block.records), block.records[-1].done
+                progress.total = round(self.num_read / done) if done else None
                 self.headers.append({"options": options, "digest": block.digest()})
                 if block_name(block.index) in existing:
                     self.num_rows += len(self._read_block(block.index)[0])
-                    progress.kept += len(block.records)
+                    progress.initial += len(block.records)  # which say nothing about this run's speed
+                    progress.n += len(block.records)
                 elif is_finished:  # killed while it deleted its blocks
                     self.store.delete_folder(self.parts)
-                    raise self._exists_error()
+                    raise exists_error(self.marker)
                 else:
-                    progress.start()
+                    if progress.n == progress.initial:
+                        progress.unpause()  # the time begins with the first block that is classified
                     yield block
 
-        for block, rows in predict_blocks(missing()):
-            self._write_block(block, rows)
-            self.num_rows += len(rows)
-            progress.add(len(block.records))
-        progress.close()
+        with tqdm(unit=" rows", delay=0.1, mininterval=interval, miniters=1, smoothing=0) as progress:
+            for block, rows in predict_blocks(missing()):
+                self._write_block(block, rows)
+                self.num_rows += len(rows)
+                progress.update(len(block.records))
 
-    def join_blocks(
-        self,
-        open_rows: Callable[[Path], AbstractContextManager[Callable[[list[str]], None]]],
-        manifest: dict[str, Any],
-        summary: Summary,
-    ) -> int:
+    def join_blocks(self, row_format: RowFormat, manifest: dict[str, Any]) -> int:
         """Join the blocks into the output, delete them once it is stored, and return the number of unreadable rows.
 
         Args:
-            open_rows: `prediction.rows.RowFormat.open`.
-            manifest: the entries of a folder's manifest about input and model.
-            summary: an empty one.
-
-        Raises:
-            InputError: no row could be read. The error file is kept, and there is no output.
+            manifest: what is written with the summary: entries about input and model.
         """
         folder, size = self.store.new_folder(self.parts), BLOCKS_PER_FILE if self.is_folder else len(self.headers)
         new, new_errors, new_summary = (
             folder / name for name in (f"output{self.kind}", "errors.jsonl", "summary.json")
         )
-        num_problems, first_problem, files = 0, "", list[dict[str, Any]]()
+        summary, num_problems, files = row_format.summary, self.num_read - self.num_rows, list[dict[str, Any]]()
         with new_errors.open("w", encoding="utf-8", newline="") as errors:
+
+            def rows_of(indices: Iterable[int]) -> Iterator[list[str]]:
+                for index in indices:
+                    rows, problems = self._read_block(index)
+                    summary.add(rows)
+                    errors.writelines(problems)
+                    yield rows
+
             for number, first in enumerate(range(0, len(self.headers), size)):
-                num_rows = 0
-                with open_rows(new) as write:
-                    for index in range(first, min(first + size, len(self.headers))):
-                        rows, problems = self._read_block(index)
-                        write(rows)
-                        summary.add(rows)
-                        errors.writelines(problems)
-                        first_problem = first_problem or "".join(problems[:1])
-                        num_rows, num_problems = num_rows + len(rows), num_problems + len(problems)
-                if self.is_folder and self.num_rows:
-                    files.append({"name": f"part-{number:05}{self.kind}", "rows": num_rows})
+                before = summary.num_rows
+                row_format.write(new, rows_of(range(first, min(first + size, len(self.headers)))))
+                if self.is_folder:
+                    files.append({"name": f"part-{number:05}{self.kind}", "rows": summary.num_rows - before})
                     self.store.put(new, f"{self.name}/{files[-1]['name']}")
-        if self.is_folder:
-            counts = {"rows": sum(file["rows"] for file in files), "problems": num_problems, "parts": files}
-            write_json(new, manifest | counts | {"summary": summary.content()})
         if num_problems:
             self.store.put(new_errors, self.errors)
-        if not self.num_rows:
-            self.store.delete_folder(self.parts)
-            problem = json.loads(first_problem)["problem"]
-            remedy = "correct the encoding" if "UTF-8" in problem else "correct it, or give another --text_column"
-            counted = f"none of the {num_problems:,} rows of --input can be read"
-            raise InputError(f"{counted} (the first: {problem}; all: {self.errors}): {remedy}; then --overwrite")
-        if not self.is_folder:
-            write_json(new_summary, summary.content())
+        if self.is_folder:
+            counts = {"rows": self.num_rows, "problems": num_problems, "parts": files}
+            write_json(new, manifest | counts | {"summary": summary.content()})
+        else:
+            write_json(new_summary, manifest | summary.content())
             self.store.put(new_summary, self.summary)
         self.store.put(new, self.marker)  # the output itself, or the manifest of a folder
         self.store.delete_folder(self.parts)
         return num_problems
 
-    def _files(self, ours: bool = True) -> list[str]:
-        """Return the part files of an output folder: ours, or those of other programs, which readers would mix with ours."""
-        names = sorted(self.store.names(self.name)) if self.is_folder else []
-        rows = [name for name in names if name.startswith("part-")]
-        return [f"{self.name}/{name}" for name in rows if ours == bool(re.fullmatch(r"part-\d{5,}\.[a-z.]+", name))]
+    def _files(self) -> list[str]:
+        """Return the names that this output's files have or will have, without its blocks."""
+        names = self.store.names(self.name) if self.is_folder else set()
+        rows = sorted(f"{self.name}/{name}" for name in names if re.fullmatch(r"part-\d{5,}\.[a-z.]+", name))
+        return [self.marker, self.errors, self.summary, *rows]
 
-    def _exists_error(self) -> InputError:
-        return InputError(f"--output {self.name} already exists: give another name, or --overwrite")
+    def _blocks(self) -> set[str]:
+        """Return the names of the blocks that are written."""
+        return {name for name in self.store.names(self.parts) if re.fullmatch(BLOCK_NAME, name)}
 
     def _block_file(self, index: int) -> str:
         return f"{self.parts}/{block_name(index)}"
@@ -298,9 +231,8 @@ class RestartableOutput:
         (header, lines), expected = self._read_lines(index), self.headers[index]
         changed = [name for name, value in expected["options"].items() if header["options"].get(name) != value]
         if changed:
-            raise InputError(
-                f"{self.parts} was started with another {', '.join(changed)}: give the same, or --overwrite"
-            )
+            problem = f"{self.parts} was started with another {', '.join(changed)}"
+            raise InputError(f"{problem}: give the same, or --overwrite")
         if header["digest"] != expected["digest"]:
             raise InputError(f"the input changed since {self.parts} was started: give --overwrite to start again")
         return lines[: header["rows"]], lines[header["rows"] :]
@@ -316,3 +248,12 @@ class RestartableOutput:
 
 def block_name(index: int) -> str:
     return f"{index:09}.jsonl"
+
+
+def real_path(name: str) -> str:
+    """Return the path of a file without links, or a URL as it is."""
+    return name if is_url(name) else os.path.realpath(name)
+
+
+def exists_error(file: str) -> InputError:
+    return InputError(f"{file} already exists: give another --output, or --overwrite")

@@ -11,6 +11,7 @@ Worth knowing:
 4. All actors must report the same model description. Otherwise the output could mix, for example, bfloat16 and float32.
 """
 
+import math
 import os
 import socket
 import sys
@@ -36,12 +37,16 @@ from hierarchical_clinicalbert.prediction.rows import RowFormat
 
 BLOCKS_PER_ACTOR = 2
 POLL_SECONDS = 3  # between two checks of the cluster
+WARN_SECONDS = 60  # without an actor
 MAX_DEATHS = 5  # of workers on one block, or of workers that load the model, in a row; then the run ends
 SHIPPED = ("*_hierarchical.py", "hierarchical_clinicalbert")
 
 
-class Classifier:
+class Classifier(Model):
     """An actor. It loads the model in a method, because Ray hides the cause of an error in a constructor."""
+
+    def __init__(self) -> None:
+        pass
 
     def load(self, arguments: Namespace, cpus: int, gpus: float) -> tuple[str, dict[str, Any], RowFormat]:
         """Load the model, and return the node's address, the model's description and the format of its rows."""
@@ -51,26 +56,20 @@ class Classifier:
         if arguments.model_folder and not os.path.isdir(arguments.model):
             remedy = "give an id on the Hub, or a folder that all nodes share"
             raise InputError(f"node {node} has no folder {arguments.model}: {remedy}")
-        if gpus and not torch.cuda.is_available():
-            raise InputError(f"node {node}: its torch {torch.__version__} cannot use a GPU")
         # the first load on a node writes the checkpoint's code into this folder; without a lock, others read partial files
         os.makedirs(HF_MODULES_CACHE, exist_ok=True)
-        try:
-            with FileLock(Path(HF_MODULES_CACHE) / "predict.lock"):
-                self.model = Model(arguments, gpu=gpus > 0)
-        except InputError as error:
-            raise InputError(f"node {node}: {error}") from error
-        return node, self.model.description, self.model.row_format
-
-    def estimate_prior(self, texts: list[str]) -> list[float]:
-        return self.model.estimate_prior(texts)
-
-    def predict(self, block: Block, prior: list[float] | None) -> OutputRows:
-        return self.model.predict(block, prior)
+        with FileLock(Path(HF_MODULES_CACHE) / "predict.lock"):
+            try:
+                super().__init__(arguments, gpu=gpus > 0)
+            except InputError as error:
+                raise InputError(f"node {node}: {error}") from error
+        return node, self.description, self.row_format
 
 
 class RayJob:
-    """Classify on the actors of a cluster: a context manager with the attributes and methods of `prediction.model.Model`.
+    """Classify on the actors of a cluster, with the attributes and methods of `prediction.model.Model`.
+
+    The constructor connects to the cluster, and waits until one actor has loaded the model.
 
     Args:
         arguments: the flags of predict.py; ``revision`` is a commit, or None for a folder.
@@ -80,45 +79,35 @@ class RayJob:
         is_folder = Path(arguments.model).is_dir()
         model = os.path.abspath(arguments.model) if is_folder else arguments.model
         self._arguments = Namespace(**{**vars(arguments), "model": model, "model_folder": is_folder})
-        self._actors: dict[Any, deque[tuple[Any, Block]]] = {}  # the references and blocks of their tasks
-        self._starting: dict[Any, tuple[Any, int]] = {}  # by the reference of `load`: the actor, and earlier failures
-        self._tasks: dict[Any, Any] = {}  # actors by the reference of a task
+        self._actors: list[Any] = []  # that have loaded the model
+        self._starting: dict[Any, Any] = {}  # actors by the reference of `load`
+        self._tasks: dict[Any, tuple[Any, Block]] = {}  # actors and blocks by the reference of `predict`, in order
         self._waiting: deque[Block] = deque()
-        self._deaths: Counter[int] = Counter()  # by the index of a block
-        self._failed_starts, self._next_check = 0, 0.0
+        self._deaths: Counter[int | None] = Counter()  # by the index of a block; None for actors that were starting
+        self._next_check = 0.0
         self.description: dict[str, Any] = {}
-
-    def __enter__(self) -> "RayJob":
-        """Connect to the cluster, and wait until one actor has loaded the model."""
-        address = self._arguments.ray
-        with as_input_error(f"--ray {address}"):
-            dashboard = connect(address)
-        if dashboard:
-            print(f"Ray's dashboard: http://{dashboard}", file=sys.stderr)
-        resources, gpus = ray.cluster_resources(), self._arguments.ray_gpus_per_actor
-        gpus = float(resources.get("GPU", 0) > 0) if gpus is None else gpus
+        with as_input_error(f"--ray {self._arguments.ray}"):
+            connect(self._arguments.ray)
+        gpus = self._arguments.ray_gpus_per_actor
+        gpus = float(ray.cluster_resources().get("GPU", 0) > 0) if gpus is None else gpus
         self._needs = {"CPU": self._arguments.ray_cpus_per_actor or 1, "GPU": gpus}
-        for kind, number in self._needs.items():
-            if address == "local" and number > (room := resources.get(kind, 0)):
-                raise InputError(f"--ray local: an actor needs {number:g} {kind}, and this machine has {room:g}")
-        since = time.monotonic()
+        warn_at = time.monotonic() + WARN_SECONDS
         while not self._actors:
             if not self._starting:
                 self._start()
-            list(self._receive())
-            if since and time.monotonic() - since > 60:
+            self._receive()
+            if time.monotonic() > warn_at:
                 needed = " and ".join(f"{number:g} {kind}" for kind, number in self._needs.items() if number)
                 print(f"no actor is ready yet: each needs a node with {needed} free", file=sys.stderr)
-                since = 0.0
-        return self
+                warn_at = math.inf
 
-    def __exit__(self, *error: Any) -> None:
+    def close(self) -> None:
         ray.shutdown()
 
     def estimate_prior(self, texts: list[str]) -> list[float]:
         """Estimate the class frequencies of texts on one actor. InputError: it died, or there are no texts."""
         try:
-            return ray.get(next(iter(self._actors)).estimate_prior.remote(texts))
+            return ray.get(self._actors[0].estimate_prior.remote(texts))
         except RayTaskError as error:
             raise error.cause from error
         except RayError as error:
@@ -128,19 +117,21 @@ class RayJob:
         self, blocks: Iterator[Block], prior: list[float] | None = None
     ) -> Iterator[tuple[Block, OutputRows]]:
         """Yield each block with its output rows as soon as it is finished. The blocks of lost actors go to other actors."""
-        self._prior = prior  # the same for all actors
         while True:
+            counts = Counter(actor for actor, _ in self._tasks.values())
             for depth in range(BLOCKS_PER_ACTOR):  # first one block for every actor, then a second one
-                for actor, tasks in self._actors.items():
-                    if len(tasks) == depth and self._has_waiting_block(blocks):
-                        self._submit(actor, self._waiting.popleft())
+                for actor in self._actors:
+                    if counts[actor] == depth and self._has_waiting_block(blocks):
+                        block = self._waiting.popleft()
+                        self._tasks[actor.predict.remote(block, prior)] = actor, block
+                        counts[actor] += 1
             if self._has_waiting_block(blocks):
                 self._grow()
-            else:
-                self._shrink()
-                if not self._tasks:
-                    return
-            yield from self._receive()
+            elif not self._tasks:
+                return
+            if finished := self._receive():
+                yield finished
+                give_back_memory()
 
     def _has_waiting_block(self, blocks: Iterator[Block]) -> bool:
         """Return whether a block waits for an actor, after reading one if none did."""
@@ -148,16 +139,9 @@ class RayJob:
             self._waiting.extend(islice(blocks, 1))
         return bool(self._waiting)
 
-    def _submit(self, actor: Any, block: Block) -> None:
-        name = f"Classifier: rows {block.first} to {block.first + len(block.records) - 1}"
-        task = actor.predict.options(name=name).remote(block, self._prior)
-        self._actors[actor].append((task, block))
-        self._tasks[task] = actor
-
-    def _receive(self) -> Iterator[tuple[Block, OutputRows]]:
-        """Wait for tasks. Yield the blocks and rows of finished tasks, and record the actors that started or died."""
-        finished, _ = ray.wait([*self._tasks, *self._starting], timeout=POLL_SECONDS)
-        for task in finished:
+    def _receive(self) -> tuple[Block, OutputRows] | None:
+        """Wait for one task, and return its block and rows. If an actor has started or died instead, note it and return None."""
+        for task in ray.wait([*self._tasks, *self._starting], timeout=POLL_SECONDS)[0]:  # at most one
             try:
                 result = ray.get(task)
             except RayTaskError as error:  # raised by the code of the task, or a package is missing
@@ -167,43 +151,34 @@ class RayJob:
             except RayError as error:
                 self._lose(task, error)
                 continue
-            if task in self._starting:
-                self._check(*result)
-                self._actors[self._starting.pop(task)[0]] = deque()
-                self._failed_starts = 0
-            elif task in self._tasks:  # else its actor was lost in this loop, and the block waits again
-                tasks = self._actors[self._tasks.pop(task)]
-                block = next(block for other, block in tasks if other == task)
-                tasks.remove((task, block))
-                yield block, result
-                give_back_memory()
+            if task in self._tasks:
+                return self._tasks.pop(task)[1], result
+            self._check(*result)
+            self._actors.append(self._starting.pop(task))
+            del self._deaths[None]
+        return None
 
     def _lose(self, task: Any, error: RayError) -> None:
         """Remove the lost actor of a task, and queue its blocks again. Raise InputError after `MAX_DEATHS` deaths."""
         self._next_check = 0.0
         if task in self._starting:
-            actor, failures = self._starting.pop(task)
-            ray.kill(actor)
-            # actors that started together may have died with their node: they count as one failure
-            self._failed_starts += failures == self._failed_starts
-            if self._failed_starts == MAX_DEATHS:
+            ray.kill(self._starting.pop(task))
+            self._deaths[None] += 1
+            if self._deaths[None] >= MAX_DEATHS and not self._actors:
                 raise InputError(f"workers die while they load the model, {MAX_DEATHS} in a row: {one_line(error)}")
-        elif task in self._tasks:
-            actor = self._tasks[task]
-            ray.kill(actor)  # it may be alive, but unreachable
-            tasks = self._actors.pop(actor)
-            for other, block in reversed(tasks):
-                del self._tasks[other]
-                self._waiting.appendleft(block)
-            block = tasks[0][1]  # computed when the worker died
-            self._deaths[block.index] += 1
-            if self._deaths[block.index] == MAX_DEATHS:
-                first, last = (
-                    f"{record.source}, line {record.line}" for record in (block.records[0], block.records[-1])
-                )
-                raise InputError(
-                    f"{MAX_DEATHS} workers died while they classified the rows from {first}, to {last}: {one_line(error)}"
-                )
+            return
+        lost, _ = self._tasks[task]
+        ray.kill(lost)  # it may be alive, but unreachable
+        self._actors.remove(lost)
+        tasks = [other for other, (actor, _) in self._tasks.items() if actor is lost]
+        blocks = [self._tasks.pop(other)[1] for other in tasks]
+        self._waiting.extendleft(reversed(blocks))
+        self._deaths[blocks[0].index] += 1  # the block that was computed when the worker died
+        if self._deaths[blocks[0].index] == MAX_DEATHS:
+            ends = (blocks[0].records[0], blocks[0].records[-1])
+            first, last = (f"{record.source}, line {record.line}" for record in ends)
+            problem = f"{MAX_DEATHS} workers died while they classified the rows from {first}, to {last}"
+            raise InputError(f"{problem}: {one_line(error)}")
 
     def _check(self, node: str, description: dict[str, Any], rows: RowFormat) -> None:
         """Store the first actor's description. Raise InputError if the description of another actor differs."""
@@ -226,30 +201,18 @@ class RayJob:
     def _start(self) -> None:
         cpus, gpus = self._needs.values()
         actor = ray.remote(Classifier).options(num_cpus=cpus, num_gpus=gpus).remote()
-        self._starting[actor.load.remote(self._arguments, cpus, gpus)] = actor, self._failed_starts
-
-    def _shrink(self) -> None:
-        """Stop the actors that are starting or idle, once no block waits."""
-        for task in [*self._starting]:
-            ray.kill(self._starting.pop(task)[0])
-        for actor in [actor for actor, tasks in self._actors.items() if not tasks]:
-            del self._actors[actor]
-            ray.kill(actor)
+        self._starting[actor.load.remote(self._arguments, cpus, gpus)] = actor
 
 
-def refuse_closed_port(address: str) -> None:
-    """Raise OSError if an address has a port and nothing listens there. Ray itself would retry for minutes."""
-    host, _, port = address.rpartition("/")[2].rpartition(":")
-    if port.isdigit():
-        socket.create_connection((host, int(port)), timeout=10).close()
-
-
-def connect(address: str) -> str | None:
-    """Connect to a cluster, or start one on this machine if the address is ``local``, and return its dashboard's address."""
+def connect(address: str) -> None:
+    """Connect to a cluster, or start one on this machine if the address is ``local``."""
     quiet = {"log_to_driver": False, "logging_level": "error"}
     if address == "local":
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # otherwise Ray reports usage to its developers
-        return ray.init("local", num_cpus=torch.get_num_threads(), **quiet).dashboard_url
-    refuse_closed_port(address)
+        ray.init("local", num_cpus=torch.get_num_threads(), **quiet)
+        return
+    host, _, port = address.rpartition("/")[2].rpartition(":")
+    if port.isdigit():
+        socket.create_connection((host, int(port)), timeout=10).close()  # Ray itself would retry for minutes
     modules = [str(path) for pattern in SHIPPED for path in sorted(ROOT.glob(pattern))]
-    return ray.init(address, runtime_env={"py_modules": modules, "excludes": ["__pycache__"]}, **quiet).dashboard_url
+    ray.init(address, runtime_env={"py_modules": modules, "excludes": ["__pycache__"]}, **quiet)

@@ -7,9 +7,8 @@ https://labelstud.io/guide/predictions. The other formats do not contain texts.
 import csv
 import json
 from argparse import Namespace
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from itertools import chain, repeat
+from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -83,55 +82,45 @@ class RowFormat:
             annotation["score"] = min(row["scores"])
         return {"data": {"text": text, **row}, "predictions": [annotation]}
 
-    @contextmanager
-    def open(self, file: Path) -> Iterator[Callable[[list[str]], None]]:
-        """Open a new file, and yield a function that writes rows, given as lines of JSON."""
+    def write(self, file: Path, blocks: Iterable[list[str]]) -> None:
+        """Write a new file with the rows of blocks, given as lines of JSON."""
         if file.suffix == ".parquet":
-            with pyarrow.parquet.ParquetWriter(file, pyarrow.schema(self.types)) as writer:
-                waiting: list[pyarrow.Table] = []
-
-                def write(lines: list[str]) -> None:
-                    waiting.append(self.table(lines))
-                    if sum(table.nbytes for table in waiting) >= ROW_GROUP_BYTES:
-                        write_waiting()
-
-                def write_waiting() -> None:
-                    if waiting:
-                        writer.write_table(pyarrow.concat_tables(waiting))
-                        waiting.clear()
-
-                yield write
-                write_waiting()
+            self.write_parquet(file, blocks)
             return
+        lines = chain.from_iterable(blocks)
         with file.open("w", encoding="utf-8", newline="") as stream:
             if file.suffix == ".jsonl":
-                yield stream.writelines
-                return
-            if file.suffix == ".json":
+                stream.writelines(lines)
+            elif file.suffix == ".json":
                 stream.write("[")
-                separators = chain([""], repeat(","))  # before each row
-                yield lambda lines: stream.writelines(f"{next(separators)}{line}" for line in lines)
+                stream.writelines(f"{',' if number else ''}{line}" for number, line in enumerate(lines))
                 stream.write("]\n")
-                return
-            # Python 3.11 quotes a lone carriage return only if the writer's line end has one
-            lines = SimpleNamespace(write=lambda line: stream.write(line.removesuffix("\r\n") + "\n"))
-            writer = csv.writer(lines, lineterminator="\r\n")
-            names = [name for name in self.types if name != "probabilities"]
-            writer.writerow([*names, *(f"probability of {label}" for label in self.classes)])
-            yield lambda lines: writer.writerows(self.cells(json.loads(line)) for line in lines)
+            else:
+                # Python 3.11 quotes a lone carriage return only if the writer's line end has one
+                target = SimpleNamespace(write=lambda line: stream.write(line.removesuffix("\r\n") + "\n"))
+                writer = csv.writer(target, lineterminator="\r\n")
+                names = [name for name in self.types if name != "probabilities"]
+                writer.writerow([*names, *(f"probability of {label}" for label in self.classes)])
+                for row in map(json.loads, lines):
+                    probabilities = row.pop("probabilities", {})
+                    writer.writerow([*join_lists(row).values(), *probabilities.values()])
 
-    def cells(self, row: dict[str, Any]) -> list[Any]:
-        """Return the CSV cells: lists as text, each probability in its own column."""
-        probabilities = row.pop("probabilities", {})
-        return [*join_lists(row).values(), *probabilities.values()]
-
-    def table(self, lines: list[str]) -> pyarrow.Table:
-        """Build a table from rows, given as lines of JSON. Ids become texts, because a column has one type."""
-        rows = [json.loads(line) for line in lines]
-        for row in rows:
-            if row.get("id") is not None:
-                row["id"] = str(row["id"])
-        return pyarrow.Table.from_pylist(rows, schema=pyarrow.schema(self.types))
+    def write_parquet(self, file: Path, blocks: Iterable[list[str]]) -> None:
+        """Write a Parquet file with row groups of at least `ROW_GROUP_BYTES`."""
+        schema = pyarrow.schema(self.types)
+        with pyarrow.parquet.ParquetWriter(file, schema) as writer:
+            group: list[pyarrow.Table] = []
+            for lines in blocks:
+                rows = [json.loads(line) for line in lines]
+                for row in rows:
+                    if row.get("id") is not None:
+                        row["id"] = str(row["id"])
+                group.append(pyarrow.Table.from_pylist(rows, schema=schema))
+                if sum(table.nbytes for table in group) >= ROW_GROUP_BYTES:
+                    writer.write_table(pyarrow.concat_tables(group))
+                    group.clear()
+            if group:
+                writer.write_table(pyarrow.concat_tables(group))
 
 
 def file_name(output: str) -> str:

@@ -3,14 +3,15 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+from pyarrow.fs import FileSelector, LocalFileSystem, copy_files
+
 from hierarchical_clinicalbert.errors import as_input_error
 from hierarchical_clinicalbert.files import lock
-from hierarchical_clinicalbert.reading.sources import Source
 from hierarchical_clinicalbert.reading.stores import path_of
 
 
@@ -22,12 +23,6 @@ class Disk:
         # hidden, because a killed run leaves it, and --input 'folder/*' would match it; in an output folder the last part is empty
         folder, last = os.path.split(name)
         return lock("--output", name, Path(folder, f".{last}.predict.lock" if last else ".predict.lock"))
-
-    def is_input(self, name: str, sources: Sequence[Source]) -> bool:
-        """Return whether a file is also an input, under any name."""
-        # 0 is standard input, which may be redirected from the output
-        files = [0 if source.path == "-" else source.path for source in sources if source.filesystem is None]
-        return os.path.exists(name) and any(os.path.samefile(name, file) for file in files)
 
     def exists(self, name: str) -> bool:
         return os.path.exists(name)
@@ -85,16 +80,11 @@ class Bucket:
         self.delete(f"{name}.probe")
         yield
 
-    def is_input(self, name: str, sources: Sequence[Source]) -> bool:
-        return any(source.path == name for source in sources)
-
     def exists(self, name: str) -> bool:
         with as_input_error(f"--output {name}"):
             return self._filesystem.get_file_info(path_of(name)).is_file
 
     def names(self, folder: str) -> set[str]:
-        from pyarrow.fs import FileSelector
-
         with as_input_error(f"--output {folder}"):
             infos = self._filesystem.get_file_info(FileSelector(path_of(folder), allow_not_found=True))
         return {info.base_name for info in infos if info.is_file}
@@ -107,8 +97,6 @@ class Bucket:
             return stream.read()
 
     def put(self, new: Path, name: str) -> None:
-        from pyarrow.fs import LocalFileSystem, copy_files
-
         # one call, which Ctrl+C does not interrupt: closing a stream early would store a partial object
         with as_input_error(f"--output {name}"):
             copy_files(str(new), path_of(name), LocalFileSystem(), self._filesystem, chunk_size=2**23)

@@ -36,7 +36,6 @@ from taxonomy_hierarchical import Taxonomy, list_names
 
 logger = logging.getLogger(__name__)
 
-MODEL_FLAG = "--model_name_or_path"
 HEAD_DROPOUT = 0.1  # of the pooled vector, in training
 
 
@@ -172,7 +171,7 @@ def pin_model(arguments: ModelArguments) -> tuple[ModelArguments, str]:
     Nothing but config.json is downloaded. For the default encoder, which is no checkpoint, the second value is its id.
     """
     name = arguments.model_name_or_path
-    snapshot = None if name == DEFAULT_ENCODER else find_snapshot(name, arguments.model_revision, MODEL_FLAG)
+    snapshot = None if name == DEFAULT_ENCODER else find_snapshot(name, arguments.model_revision)
     if snapshot is None:
         return arguments, name
     return replace(arguments, model_revision=snapshot.name), str(snapshot)
@@ -181,7 +180,7 @@ def pin_model(arguments: ModelArguments) -> tuple[ModelArguments, str]:
 def fetch_model(arguments: ModelArguments) -> ModelArguments:
     """Pin ``--model_revision`` to a commit of the Hub. Download a checkpoint of this project and continue from its folder."""
     name = arguments.model_name_or_path
-    snapshot = find_snapshot(name, arguments.model_revision, MODEL_FLAG)
+    snapshot = find_snapshot(name, arguments.model_revision)
     if snapshot is not None:
         arguments = replace(arguments, model_revision=snapshot.name)
         if is_checkpoint(snapshot):

@@ -1,7 +1,6 @@
 """Compare predict.py --backend openvino with the same model in torch, and its encoders with transformers'."""
 
 import json
-import shutil
 import sys
 
 import pytest
@@ -22,16 +21,7 @@ def openvino(monkeypatch) -> None:
     monkeypatch.syspath_prepend(OPTIONAL)
 
 
-@pytest.fixture
-def without_mask(clear_checkpoint, tmp_path) -> str:
-    """Return a checkpoint whose tokenizer does not list the attention mask."""
-    shutil.copytree(clear_checkpoint, tmp_path / "checkpoint")
-    file = tmp_path / "checkpoint" / "tokenizer_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_input_names": ["input_ids"]}))
-    return str(tmp_path / "checkpoint")
-
-
-@pytest.mark.parametrize("form", ["without_mask", "labels_checkpoint", "long_checkpoint"])
+@pytest.mark.parametrize("form", ["clear_checkpoint", "labels_checkpoint", "long_checkpoint"])
 def test_predictions_equal_those_of_torch_and_nearly_in_8_bits(openvino, form, request, texts, long_texts, tmp_path):
     file = write_csv(tmp_path / "in.csv", [{"text": text} for text in [*texts, *long_texts.values()]])
     scores = {}

@@ -369,8 +369,8 @@ def test_what_cannot_be_published_is_reported_in_one_line_before_anything_is_sen
         (changed("torn", "heads.safetensors", heads[:100]), "heads.safetensors is damaged"),
         (changed("lacking", "adapter/adapter_model.safetensors", None), "adapter_model.safetensors is missing"),
         (changed("wordless", "tokenizer.json", None), "tokenizer.json is missing"),
-        ({"--model": tiny_encoder}, "is not a checkpoint of this project: it holds a 'bert' model"),
-        ({"--model": str(tmp_path)}, "is not a checkpoint of this project: it has no config.json"),
+        ({"--model": tiny_encoder}, "is not a checkpoint of this project: its config.json is missing or of another"),
+        ({"--model": str(tmp_path)}, "is not a checkpoint of this project: its config.json is missing or of another"),
         ({"--model": str(whole), "--merge": None}, "is already self-contained"),
         # the examples
         ({"--examples": str(CORPUS / "test.csv")}, "test.csv has 150 texts; give 1 to 10"),
