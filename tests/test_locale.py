@@ -102,7 +102,6 @@ def test_the_page_takes_a_file_whose_name_is_not_ascii(checkpoint, predictions, 
         ("train.py", ["--train_file", "a.csv", "--label_column", "Étiquette"], "--label_column '"),
         ("train.py", ["--train_file", "a.csv", "--output_dir", "résultats"], "--output_dir 'r"),
         ("predict.py", ["--model", "modèle", "--input", "a.csv", "--output", "a.jsonl"], "--model 'mod"),
-        ("push_to_hub.py", ["--model", "a", "--repo_id", "me/a", "--revision", "été"], "--revision '"),
     ],
 )
 def test_a_flag_that_the_locale_cannot_decode_is_one_line(command, words, message):
