@@ -88,7 +88,8 @@ class Repo:
         return commits[-1]
 
     def commit(self, branch: str, files: dict[str, bytes], title: str) -> Commit:
-        identity = repr((self.id, branch, title, sorted(files.items()), len(self.branches[branch])))
+        names = sorted((name, git_oid(data)) for name, data in files.items())
+        identity = repr((self.id, branch, title, names, len(self.branches[branch])))
         commit = Commit(hashlib.sha1(identity.encode()).hexdigest(), title, files)
         self.branches[branch].append(commit)
         return commit
@@ -105,11 +106,12 @@ def card_errors(content: str) -> list[str]:
         data = (yaml.safe_load(found[1]) if found else None) or {}
     except yaml.YAMLError as error:
         return [f"YAML Metadata Error: {' '.join(str(error).split())}"]
-    lists = [
-        f'"{name}" must be an array' for name in ("tags", "model-index") if not isinstance(data.get(name, []), list)
+    forms = {"tags": (list, "an array"), "license": (str, "a string"), "base_model": (str, "a string")}
+    return [
+        f'"{name}" must be {form}'
+        for name, (kind, form) in forms.items()
+        if not isinstance(data.get(name, kind()), kind)
     ]
-    strings = ("license", "library_name", "pipeline_tag", "base_model", "base_model_relation", "sdk")
-    return lists + [f'"{name}" must be a string' for name in strings if not isinstance(data.get(name, ""), str)]
 
 
 class HubServer:

@@ -43,11 +43,9 @@ def hash_model(folder: Path) -> str:
 def check_description(folder: Path) -> str | None:
     """Raise InputError if a checkpoint's metrics.json has the scores of another model. Return a warning if it has no hash."""
     file = folder / METRICS
-    if not file.is_file():
-        return f"{file} is missing: check that the card describes this model"
-    recorded = read_json_object(file).get(SCORED_MODEL)
+    recorded = read_json_object(file).get(SCORED_MODEL) if file.is_file() else None
     if not isinstance(recorded, str):
-        return f"{file} has no hash of the scored model: check that the card describes this model"
+        return f"{file} with a hash of the scored model is missing: check that the card describes this model"
     if recorded != hash_model(folder):
         problem = f"{file} has the scores of another model"
         raise InputError(f"{problem}: finish its run by train.py --resume_from_checkpoint auto, or undo the change")
