@@ -52,7 +52,7 @@ MODEL_PLACEHOLDER = "your-name/your-model"
 PLACEHOLDER_NOTE = f"`{MODEL_PLACEHOLDER}` stands for the model's id on the Hub; the checkpoint's folder works too."
 ADAPTER_SENTENCE = (
     "The checkpoint holds the heads and a PEFT adapter (`adapter/`), which is added to the encoder as it is loaded. The\n"
-    "encoder is read from the place named below, at that revision."
+    "encoder is read from the place named below."
 )
 WHOLE_MODEL_SENTENCE = "The repository holds the whole model, with the encoder's weights."
 

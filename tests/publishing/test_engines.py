@@ -24,9 +24,7 @@ from hierarchical_clinicalbert.publishing.export import export_onnx
 from taxonomy_hierarchical import Taxonomy
 
 TEXTS = [f"We treated {name} and compared it with {names[0]}." for names in CLEAR.values() for name in names]
-LONG = " ".join(
-    f"{text} Two years later the findings were the same." for text in TEXTS
-)  # beyond the model's 128 tokens
+LONG = " ".join(TEXTS)  # beyond the model's 128 tokens
 FORMS = ("one_path", "several_labels", "long")
 
 
@@ -218,14 +216,10 @@ print(json.dumps(model(inputs)["logits"].tolist()))
 # Inference Endpoints
 
 TOOLKIT = """
-import importlib.util, json, sys
-folder = {folder!r}
-spec = importlib.util.spec_from_file_location("handler.EndpointHandler", folder + "/handler.py")
-sys.path.insert(0, folder)
-handler = importlib.util.module_from_spec(spec)
-sys.modules["handler.EndpointHandler"] = handler
-spec.loader.exec_module(handler)
-serve = handler.EndpointHandler(folder)
+import json, sys
+sys.path.insert(0, {folder!r})
+from handler import EndpointHandler
+serve = EndpointHandler({folder!r})
 answers = []
 for request in json.loads({requests!r}):
     try:

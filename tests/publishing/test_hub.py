@@ -548,19 +548,6 @@ def test_an_encoder_without_safetensors_is_loaded_without_asking_for_a_conversio
     assert not [request.path for request in hub.requests[num_requests:] if "discussions" in request.path]
 
 
-def test_loading_draws_no_random_weights_and_imports_no_peft(published, hub, tmp_path):
-    code = f"""
-import json, sys, torch
-from transformers import AutoModel
-before = torch.get_rng_state()
-for repo in {list(published.values())!r}:
-    AutoModel.from_pretrained(repo, trust_remote_code=True)
-known = [name in sys.modules for name in ("peft", "bitsandbytes")]
-print(json.dumps([torch.equal(before, torch.get_rng_state()), *known]))
-"""
-    assert run_outside(code, tmp_path, hub.environment(tmp_path / "home"), fresh=True) == [True, False, False]
-
-
 # the card
 
 
