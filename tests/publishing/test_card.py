@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import yaml
 from conftest import ROOT, snippets
 from huggingface_hub import ModelCard
@@ -111,7 +112,7 @@ def make_metrics(config: HierarchicalConfig) -> dict:
         "trainable_share": 665_862 / 23_231_238,
         "encoder_bytes": 53_310_240,
         "encoder_bytes_float32": 90_261_504,
-        "environment": describe_environment("cpu"),
+        "environment": describe_environment(torch.device("cpu")),
         "lexical_weight": 0.3,
         "per_class": [{"label": label, **row} for label in classes],
         "intervals": {f"test_{form.micro_f1}": [0.71, 0.75], "test_macro_f1": [0.6, 0.7]},
