@@ -19,14 +19,7 @@ from huggingface_hub.utils import disable_progress_bars
 
 from configuration_hierarchical import HierarchicalConfig
 from hierarchical_clinicalbert.checkpoint_files import CARD, published_files, read_checkpoint, read_json_object
-from hierarchical_clinicalbert.errors import (
-    ROOT,
-    ArgumentParser,
-    InputError,
-    as_input_error,
-    refuse_undecodable,
-    run_command,
-)
+from hierarchical_clinicalbert.errors import ROOT, ArgumentParser, InputError, as_input_error, run_command
 from hierarchical_clinicalbert.publishing import card
 from hierarchical_clinicalbert.publishing.description import check_description
 from hierarchical_clinicalbert.publishing.export import export_merged, export_onnx
@@ -54,8 +47,6 @@ def main(argv: list[str]) -> None:
     config = read_checkpoint(folder)
     if warning := check_description(folder):
         print(f"push_to_hub.py: warning: {warning}", file=sys.stderr)
-    if arguments.merge and config.adapter_subfolder is None:
-        raise InputError(f"--merge: {folder} is already self-contained; leave the flag out")
     if config.adapter_subfolder is not None and not arguments.merge:
         refuse_local_encoder(config, "give --merge to publish a model that needs no encoder beside it")
     examples = read_examples(arguments.examples) if arguments.examples else []
@@ -109,9 +100,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--space_id", help="user/name of a Space that serves the model")
     parser.add_argument("--revision", help="the branch to commit to, created if missing; default: main")
     parser.add_argument("--dry_run", action="store_true", help="check everything, list the files, publish nothing")
-    arguments = parser.parse_args(argv)
-    refuse_undecodable({"revision": arguments.revision})
-    return arguments
+    return parser.parse_args(argv)
 
 
 def read_examples(path: str) -> list[str]:
@@ -139,9 +128,7 @@ def config_with_examples(file: Path, examples: list[str]) -> bytes:
 
 
 def space_files(model_id: str, config: HierarchicalConfig) -> Files:
-    files: Files = {
-        name: next(folder / name for folder in (SPACE_FOLDER, ROOT) if (folder / name).exists()) for name in SPACE_FILES
-    }
+    files: Files = {name: (SPACE_FOLDER if (SPACE_FOLDER / name).exists() else ROOT) / name for name in SPACE_FILES}
     readme = RepoCard((SPACE_FOLDER / "README.md").read_text(encoding="utf-8"))
     readme.data.models = [model_id]
     readme.data.title = config.page.get("title", readme.data.title)

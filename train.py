@@ -43,12 +43,7 @@ from hierarchical_clinicalbert.evaluation.report import (
 )
 from hierarchical_clinicalbert.files import write_json
 from hierarchical_clinicalbert.machine import keep_memory
-from hierarchical_clinicalbert.publishing.description import (
-    SCORED_MODEL,
-    delete_earlier_description,
-    delete_scores,
-    hash_model,
-)
+from hierarchical_clinicalbert.publishing.description import SCORED_MODEL, delete_description, delete_scores, hash_model
 from hierarchical_clinicalbert.training import resume
 from hierarchical_clinicalbert.training.arguments import Arguments, fit_to_data, parse
 from hierarchical_clinicalbert.training.cpu import KEPT_MEMORY
@@ -183,8 +178,9 @@ def train(arguments: Arguments, data: LabelledSplits, resume_from: str | None, p
     if args.device.type == "cpu":
         keep_memory(*KEPT_MEMORY)
     result = trainer.train(resume_from_checkpoint=resume_from)
-    if args.should_save and result.global_step != result.metrics.get("resumed_from_step"):
-        delete_earlier_description(output)  # of a finished run that was resumed, and took steps
+    took_steps = result.global_step != result.metrics.get("resumed_from_step")
+    if args.should_save and took_steps and (output / METRICS).exists():
+        delete_description(output)  # of a finished run that was resumed
     trainer.save_model(_internal_call=True)  # else it is pushed here, before it is measured
     trainer.accelerator.wait_for_everyone()  # all processes load it
 

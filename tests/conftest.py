@@ -157,17 +157,6 @@ def complete(
         return subprocess.CompletedProcess(words, process.returncode, streams[1].read(), streams[2].read())
 
 
-# runs a command without waiting between the retries of huggingface_hub
-IMPATIENT = """
-import os, runpy, sys, time
-time.sleep = lambda seconds: None
-_, command, *words = sys.argv
-sys.argv = [command, *words]
-sys.path.insert(0, os.path.dirname(command))
-runpy.run_path(command, run_name="__main__")
-"""
-
-
 def run(
     *words: object,
     command: str = "train.py",

@@ -617,6 +617,25 @@ def test_a_bug_of_this_project_is_shown_as_a_traceback(place, command):
     assert not (place / "out.jsonl").exists()
 
 
+def test_a_failed_download_is_reported_in_one_line_without_the_token(place):
+    token = "hf_" + "secret" * 5
+    with HubServer() as hub:
+        hub.add_user("alice", token)
+        hub.add_repo("alice/model", copy_checkpoint("self_contained", place / "published"), private=True)
+        hub.fail_at(1, "GET /alice/model/resolve/.*safetensors", "403")
+        words = ("--model", "alice/model", "--input", "good.csv", "--output", "out.jsonl", "--dtype", "fp32")
+        settings = hub.environment(place / "home", token)
+        done = run(*words, command="predict.py", check=False, cwd=place, settings=settings)
+        assert any(request.headers.get("authorization", "").endswith(token) for request in hub.requests)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("predict.py: error: cannot use the model alice/model: ")
+    assert "Traceback" not in done.stderr
+    assert token not in done.stdout + done.stderr
+    assert not list(place.glob("out*"))
+    holding = [path for path in place.rglob("*") if path.is_file() and token.encode() in path.read_bytes()]
+    assert holding == []
+
+
 def test_a_run_with_hostile_names_writes_only_its_folder_and_leaks_no_token(place):
     """Class names may appear in plots, the card and tables, but not in paths. A token may appear nowhere."""
     tokens = ("hf_" + "inheritance" * 3, "hf_" + "argument" * 4)

@@ -13,10 +13,8 @@ Worth knowing:
 import hashlib
 import logging
 import re
-from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import jinja2
@@ -38,7 +36,6 @@ TRAINING_SETTINGS = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "optim", "weight_decay", "label_smoothing_factor"),
     *("load_best_model_at_end", "seed"),
 )
-NOT_SHOWN = ("model_name_or_path", "model_revision")  # a sentence names the encoder
 PLOTS = {
     "reliability_diagram": "Reliability diagram of the {split} rows",
     "reliability_diagram_uncalibrated": "The same before calibration",
@@ -46,7 +43,6 @@ PLOTS = {
 MIN_SUPPORT = 10  # texts of a class that the first lines name as weak: the F1 of fewer is mostly chance
 SHOWN_ROOTS = 4  # in a title
 NOT_SHARES = ("log_loss", "ece")  # types of metrics
-HUB_METRICS = ("accuracy", "f1", "precision", "recall")  # the types that hf.co/metrics lists
 
 MEDICAL_EXAMPLE = "Colonoscopy was performed in 120 patients with suspected inflammatory bowel disease."
 SIGNATURE = "\n<!-- sha256 of the text above as it was generated: {} -->\n"
@@ -54,12 +50,8 @@ LICENCE = "apache-2.0"  # of the weights, as an identifier of the Hub
 MODEL_PLACEHOLDER = "your-name/your-model"
 PLACEHOLDER_NOTE = f"`{MODEL_PLACEHOLDER}` stands for the model's id on the Hub; the checkpoint's folder works too."
 ADAPTER_SENTENCE = (
-    "The repository holds the heads and a PEFT adapter (`adapter/`), which is added to the encoder as it is loaded. The\n"
-    "encoder is downloaded from its own repository, at the revision named below."
-)
-LOCAL_ADAPTER_SENTENCE = (
     "The checkpoint holds the heads and a PEFT adapter (`adapter/`), which is added to the encoder as it is loaded. The\n"
-    "encoder came from a folder, not from the Hub: the checkpoint loads only where that folder is."
+    "encoder is read from the place named below."
 )
 WHOLE_MODEL_SENTENCE = "The repository holds the whole model, with the encoder's weights."
 
@@ -83,10 +75,7 @@ def write(
     """
     facts = collect_facts(folder, config, settings, data_report, metrics)
     facts |= {"model_id": model_id or MODEL_PLACEHOLDER, "placeholder_note": "" if model_id else PLACEHOLDER_NOTE}
-    facts |= {"licence": LICENCE, "example": example(config), "example_result": example_result, "printed": printed}
-    facts |= {"escape": escape, "count": "{:,}".format, "score": "{:.4f}".format, "median": median}
-    facts["source_name"] = source_name
-    card = ModelCard.from_template(metadata(facts), template_path=str(TEMPLATE), **facts)
+    card = ModelCard.from_template(metadata(facts), template_path=str(TEMPLATE), example_result=example_result, **facts)
     keep_edited(folder)
     (folder / "README.md").write_text(sign(f"{str(card).rstrip()}\n"), encoding="utf-8")
 
@@ -101,34 +90,27 @@ def unsigned(text: str) -> str:
     return re.sub(SIGNATURE.format("[0-9a-f]{64}"), "", text)
 
 
-def is_edited(text: str) -> bool:
-    """Return whether a person has written or edited a card."""
-    return sign(unsigned(text)) != text
-
-
 def keep_edited(folder: Path) -> None:
     """Rename README.md to ``README.edited-N.md`` if a person has written or edited it, so that it can be replaced."""
     readme = folder / "README.md"
-    if not readme.is_file():
-        return
-    if is_edited(readme.read_text(encoding="utf-8", errors="replace")):
+    text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else sign("")
+    if text != sign(unsigned(text)):
         kept = next(file for i in count(1) if not (file := folder / f"README.edited-{i}.md").exists())
         readme.rename(kept)
         logger.warning("%s was written or edited by hand: kept as %s", readme, kept.name)
 
 
-def update_for_publishing(text: str, model_id: str, merged: bool = False, examples: Sequence[str] = ()) -> str:
-    """Replace the model's id in a card's metadata and snippets, and keep edits made by hand.
+def update_for_publishing(text: str, model_id: str, merged: bool, examples: list[str]) -> str:
+    """Replace the model's id in a card's metadata and snippets, and keep edits made by hand. The result has no hash.
 
     Args:
         merged: whether to describe the merged model in place of the adapter.
-        examples: texts for the widget; by default it keeps its own.
+        examples: texts for the widget. Without any, it keeps its own.
 
     Raises:
         ValueError, yaml.YAMLError: the metadata cannot be read.
     """
-    edited = is_edited(text)
-    card = ModelCard(text if edited else unsigned(text))
+    card = ModelCard(unsigned(text))
     old_id = card.data.model_name or MODEL_PLACEHOLDER
     if card.data.model_name:
         card.data.model_name = model_id
@@ -136,13 +118,10 @@ def update_for_publishing(text: str, model_id: str, merged: bool = False, exampl
         card.data.base_model_relation = "finetune"  # "merge" on the Hub means several models in one
     if examples:
         card.data.widget = [{"text": example} for example in examples]
-    replacements = {f'"{old_id}"': f'"{model_id}"', f"{PLACEHOLDER_NOTE}\n\n": ""}
+    card.text = card.text.replace(f'"{old_id}"', f'"{model_id}"').replace(f"{PLACEHOLDER_NOTE}\n\n", "")
     if merged:
-        replacements |= dict.fromkeys((ADAPTER_SENTENCE, LOCAL_ADAPTER_SENTENCE), WHOLE_MODEL_SENTENCE)
-    for before, after in replacements.items():
-        card.text = card.text.replace(before, after)
-    renamed = str(card) if card.data.to_dict() else card.text
-    return renamed if edited else sign(renamed)
+        card.text = card.text.replace(ADAPTER_SENTENCE, WHOLE_MODEL_SENTENCE)
+    return str(card) if card.data.to_dict() else card.text  # not with empty metadata
 
 
 # ── Facts ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -156,18 +135,24 @@ def collect_facts(
 
     # ── Model, data and training ─────────────────────────────────────────────────────────────────────────────────────
     parts_template = TEMPLATE.with_name(f"card.{config.problem_type}.md.jinja")
-    drawn, is_local = tree.draw(), encoder_on_hub(config) is None
-    adapter = LOCAL_ADAPTER_SENTENCE if is_local else ADAPTER_SENTENCE
-    start, origin = settings.get("model_name_or_path"), report["taxonomy"]
-    shown = {name: value for name, value in settings.items() if value is not None and name not in NOT_SHOWN}
+    drawn, origin, start = tree.draw(), report["taxonomy"], settings.get("model_name_or_path")
     facts = {
+        # functions
+        "escape": escape,
+        "count": "{:,}".format,
+        "score": "{:.4f}".format,
+        "source_name": source_name,
+        "printed": printed,
+        # values
+        "licence": LICENCE,
+        "example": example(config),
         "config": config,
         "settings": settings,
         "report": report,
         "metrics": metrics,
         "tree": tree,
-        "encoder": None if is_local else config.encoder_name_or_path,
-        "form": adapter if config.adapter_subfolder else WHOLE_MODEL_SENTENCE,
+        "encoder": config.encoder_name_or_path if encoder_on_hub(config) else None,
+        "form": ADAPTER_SENTENCE if config.adapter_subfolder else WHOLE_MODEL_SENTENCE,
         "drawn": drawn.split("\n"),
         "fence": "`" * max(3, 1 + max(map(len, re.findall("`+", drawn)), default=0)),
         "parts_template": jinja2.Template(parts_template.read_text(encoding="utf-8")),
@@ -176,7 +161,12 @@ def collect_facts(
         "title": config.page.get("title") or default_title(tree),
         "medical": config.page.get("medical", False),
         "continued": start and config.encoder_name_or_path not in (start, str(Path(start).resolve()), Path(start).name),
-        "settings_shown": {name: format_setting(value) for name, value in shown.items()},
+        "settings_shown": {
+            name: format_setting(value)
+            for name, value in settings.items()
+            if value is not None
+            and name not in ("model_name_or_path", "model_revision")  # a sentence names the encoder
+        },
         "taxonomy_source": f"from {Path(origin[5:]).name}" if origin.startswith("from ") else origin,
         "moved": list_rows(report["trained_before"]["moved"]),
         "united": list_rows(report.get("united_rows", {})),
@@ -255,7 +245,6 @@ def metadata(facts: dict[str, Any]) -> ModelCardData:
     datasets = [source["dataset"] for source in facts["report"]["sources"]]
     lora = ["lora"] if facts["settings"].get("tuning") == "lora" else []
     relation = "adapter" if facts["config"].adapter_subfolder else "finetune"
-    types = {result.metric_type for result in results}
     medical = ["medical", "clinical"] if facts["medical"] else []
     return ModelCardData(
         license=facts["licence"],
@@ -265,7 +254,6 @@ def metadata(facts: dict[str, Any]) -> ModelCardData:
         base_model=encoder,
         base_model_relation=relation if encoder else None,
         datasets=list(dict.fromkeys(filter(None, datasets))) or None,
-        metrics=[name for name in HUB_METRICS if name in types] or None,
         eval_results=results or None,
         model_name=facts["model_id"],
         widget=[{"text": text} for text in facts["config"].page.get("examples", [facts["example"]])],

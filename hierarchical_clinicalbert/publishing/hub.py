@@ -7,14 +7,13 @@ Worth knowing:
    lost can safely be repeated.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, RepoCard
-from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 
 from configuration_hierarchical import HierarchicalConfig
@@ -90,19 +89,14 @@ def find_target(
     Raises:
         InputError: the Hub would refuse the commit, or the repository holds something else or is public despite ``private``.
     """
-    # ── Check the names ──────────────────────────────────────────────────────────────────────────────────────────────
     if "/" not in repo_id:
         repo_id = f"{namespaces[0]}/{repo_id}"
-    namespace, branch = repo_id.split("/")[0], "main" if revision is None else revision
+    namespace, branch = repo_id.split("/")[0], revision or "main"
     if namespace not in namespaces:
         writable = ", ".join(namespaces)
         raise InputError(f"{flag} {repo_id}: the token may not write to {namespace!r}, only to {writable}")
     if re.fullmatch("[0-9a-f]{40}", branch):
         raise InputError(f"{branch} is a commit; name a branch")
-    if not branch or re.search(r"[\s~^:?*\[\\\x00-\x1f\x7f]|\.\.|^[-/.]|[/.]$|\.lock$|//|@\{", branch):
-        raise InputError(f"{branch!r} is not a valid name for a branch")
-
-    # ── Look up the repository and the branch, and check what they hold ──────────────────────────────────────────────
     with as_input_error(f"cannot read the repository {repo_id}"):
         try:
             info = api.repo_info(repo_id, repo_type=repo_type, revision=branch)
@@ -113,29 +107,24 @@ def find_target(
         if private and not info.private:
             problem = "is public already, which --private does not change: use its settings page"
             raise InputError(f"{flag} {repo_id} {problem}")
-        files = sorted(sibling.rfilename for sibling in info.siblings or [])
         target = Target(repo_id, repo_type, branch, bool(info.private), info.sha)
-        specific = [name for name in files if name not in NEUTRAL_FILES]
-        if specific and not is_ours(api, target, files):
-            problem = f"already holds something else, such as {specific[0]}: choose another name"
+        names = {sibling.rfilename for sibling in info.siblings or []} - NEUTRAL_FILES
+        if names and not is_ours(api, target):
+            problem = f"already holds something else, such as {min(names)}: choose another name"
             raise InputError(f"{flag} {repo_id} {problem}")
     return target
 
 
-def is_ours(api: HfApi, target: Target, files: list[str]) -> bool:
-    """Return whether a repository that has these files holds a model or a Space of this project."""
-    is_model = target.repo_type == "model"
-    name = "config.json" if is_model else "README.md"
-    if name not in files:
-        return False
-    path = api.hf_hub_download(target.repo_id, name, repo_type=target.repo_type, revision=target.sha)
+def is_ours(api: HfApi, target: Target) -> bool:
+    """Return whether a repository holds a model or a Space of this project."""
+    name, mark = (
+        ("config.json", HierarchicalConfig.model_type) if target.repo_type == "model" else ("README.md", SPACE_TAG)
+    )
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        if is_model:
-            return json.loads(text).get("model_type") == HierarchicalConfig.model_type
-        return SPACE_TAG in (RepoCard(text, ignore_metadata_errors=True).data.get("tags") or [])
-    except (ValueError, AttributeError, TypeError):  # not JSON, not a mapping, or not a card
+        file = api.hf_hub_download(target.repo_id, name, repo_type=target.repo_type, revision=target.sha)
+    except EntryNotFoundError:
         return False
+    return mark in Path(file).read_text(encoding="utf-8", errors="replace")
 
 
 def publish(

@@ -1,32 +1,25 @@
 """Publish checkpoints during and after training, with a subclass of the Trainer.
 
 The Trainer of transformers copies only the files that it knows, and rewrites README.md. It uploads every file of the folder,
-possibly in several commits. `PublishingTrainer` makes one commit, with the files of a checkpoint and this project's card. A
-checkpoint to resume from is published without its pickles.
+possibly in several commits. `PublishingTrainer` makes one commit, with the files of a checkpoint and this project's card. States
+to resume from are pickles, and are not published: the strategies ``checkpoint`` and ``all_checkpoints`` are ``every_save``.
 """
 
-import json
 import logging
-import shutil
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi
-from huggingface_hub.utils import filter_repo_objects
 from transformers import Trainer
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
-from hierarchical_clinicalbert.checkpoint_files import list_files, published_files
-from hierarchical_clinicalbert.publishing.description import delete_earlier_description
+from hierarchical_clinicalbert.checkpoint_files import published_files
 from hierarchical_clinicalbert.publishing.hub import Target, publish
 
 logger = logging.getLogger(__name__)
-
-PICKLES = ["*.pt", "*.pth", "*.bin", "*.pkl"]
 
 
 class PublishingTrainer(Trainer):
@@ -50,18 +43,15 @@ class PublishingTrainer(Trainer):
         self._finish_current_push()
         branch = f" --revision {self.args.hub_revision}" if self.args.hub_revision else ""
         command = f"push_to_hub.py --model {self.args.output_dir} --repo_id {self.hub_model_id}{branch}"
-        commit = self.publish(commit_message, {}, f"the run is complete, and only this push is missing: run {command}")
+        files = published_files(Path(self.args.output_dir))
+        commit = self.publish(
+            commit_message, files, f"the run is complete, and only this push is missing: run {command}"
+        )
         logger.info("published as %s", self.hub_model_id)
         return commit
 
-    def publish(self, message: str, folders: dict[str, Path], remedy: str) -> CommitInfo:
-        """Commit the output folder's checkpoint, and ``folders`` by path in the repository, to the branch ``--hub_revision``."""
-        files = published_files(Path(self.args.output_dir))
-        for place, folder in folders.items():
-            names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-            files |= {f"{place}/{name}": folder / name for name in filter_repo_objects(names, ignore_patterns=PICKLES)}
-            if (state := f"{place}/{TRAINER_STATE_NAME}") in files:
-                files[state] = published_state(folder, place)
+    def publish(self, message: str, files: dict[str, Path | bytes], remedy: str) -> CommitInfo:
+        """Commit the files of a checkpoint to the branch ``--hub_revision``."""
         target = Target(self.hub_model_id, "model", self.args.hub_revision or "main", self.args.hub_private_repo)
         return publish(self.hub, target, files, message, remedy)
 
@@ -72,16 +62,13 @@ class PublishingTrainer(Trainer):
         if running and not self.args.hub_always_push:
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        folder, output = Path(checkpoint_folder), Path(self.args.output_dir)
-        delete_earlier_description(output)
-        for name in list_files(folder):  # a copy, because the checkpoint may be deleted during the upload
-            (output / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(folder / name, output / name)
-        self.write_card(output)
-        places = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: folder.name}
-        folders = {place: folder for strategy, place in places.items() if strategy == self.args.hub_strategy}
+        folder = Path(checkpoint_folder)
+        self.write_card(folder)
+        files: dict[str, Path | bytes] = {}  # read now, because the checkpoint may be deleted during the upload
+        for name, file in published_files(folder).items():
+            files[name] = file if isinstance(file, bytes) else file.read_bytes()
         message = f"Training in progress, step {self.state.global_step}"
-        job = self.hub.run_as_future(self.publish, message, folders, "the next push has all files")
+        job = self.hub.run_as_future(self.publish, message, files, "the next push has all files")
         job.add_done_callback(warn_of_failed_push)
         self.push_in_progress = PushInProgress([*(self.push_in_progress.jobs if running else []), job])
 
@@ -90,15 +77,3 @@ def warn_of_failed_push(job: Future) -> None:
     """Warn of a failed push during training, which continues."""
     if error := job.exception():
         logger.warning("a push during training failed: %s", error)
-
-
-def published_state(checkpoint: Path, place: str) -> bytes:
-    """Return trainer_state.json of a checkpoint that is published in the folder ``place``.
-
-    The path of the run's best checkpoint becomes its name in the repository. It was a path of this machine.
-    """
-    state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    if state["best_model_checkpoint"] is not None:
-        best = Path(state["best_model_checkpoint"]).name
-        state["best_model_checkpoint"] = place if best == checkpoint.name else best
-    return f"{json.dumps(state, indent=2, sort_keys=True)}\n".encode()
