@@ -237,7 +237,7 @@ def row(taxonomy: Any, results: NodeResults | None, node: int) -> str:
 
 def fold_title(results: NodeResults | None, nodes: list[int], beside_others: bool) -> str:
     """Return the title of folded siblings: their number, and what their probabilities sum up to, or at most are."""
-    count = f"{len(nodes):,} {'others' if beside_others else 'nodes'}"
+    count = f"{len(nodes):,} {'other' if beside_others else 'node'}{'s' * (len(nodes) > 1)}"
     if results is None:
         return count
     scores = [results.scores[node] for node in nodes]

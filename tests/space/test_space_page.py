@@ -108,7 +108,7 @@ def test_of_thousands_of_nodes_the_predicted_and_most_probable_are_rendered():
     scores = {label: 1.0 if label.startswith("root") else 1 / (10 + node) for node, label in enumerate(tree.labels)}
     shown = views.tree(tree, nodes(scores, ["leaf 21.99"], ["leaf 20.99"], tree=tree))
     assert shown.count("<button") == views.ROWS
-    assert {"✓ leaf 21.99", "◆ leaf 20.99"} <= {row.rpartition(" 0")[0] for row in rows_of(shown)}
+    assert {"✓ leaf 21.99", "◆ leaf 20.99"} <= {*rows_of(shown)}
     assert "more</li>" in shown
     plain = views.tree(tree)
     assert all(f"<bdi>root {i}</bdi>" in plain for i in range(22))
