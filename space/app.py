@@ -212,12 +212,12 @@ def file_tab(service: Service) -> None:
         inputs = [kept, column, file_target]
         files = {"concurrency_id": "files", "preprocess": False, **HIDDEN}
         run = start.click(service.run_file, inputs, shown, **files)
-        at_any_time = {"trigger_mode": "multiple", **HIDDEN}  # also while the previous file is read
+        at_any_time = {"trigger_mode": "multiple", **HIDDEN}  # also while the previous event is handled
         changed = [file.upload, file.clear]
         closed = gr.on(changed, lambda: service.open_file(None), None, opened, queue=False, cancels=run, **at_any_time)
         closed.then(service.open_file, file, opened, concurrency_id="opening", **at_any_time)
         stop.click(service.cancel_file, rows, shown, queue=False, cancels=run, **HIDDEN)
-        page.input(service.turn_page, [rows, page], [table, page], queue=False, **HIDDEN)
+        page.input(service.turn_page, [rows, page], [table, page], queue=False, **at_any_time)
 
 
 def model_tab(model: str, revision: str | None) -> None:

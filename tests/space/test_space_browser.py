@@ -170,6 +170,7 @@ def test_a_text_is_submitted_by_keys_and_its_words_and_those_of_a_pressed_node_a
     assert marked == ["specific disease", "nervous system diseases"]
     assert bool(page.all("#tree button .bar i")) == several  # thresholds
 
+    page.weights()  # else they would be shown after those of the next text
     page.classify(NEURO)
     weights = page.weights()
     assert "nervous system diseases" in page.text("#words h3")
