@@ -19,7 +19,8 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "space")]
 from space_server import SpaceServer
 from test_space_browser import Page, start_chromium
 
-WIDTH, HEIGHT = 1000, 860  # of the moving picture
+WIDTH, HEIGHT = 1000, 1080  # of the moving picture
+PALETTE = Image.Quantize.MAXCOVERAGE  # the method that keeps colours of small areas
 CLASS = "#result .certainty"
 TEXT = (
     "We followed 212 patients after a stroke. In half of them an embolus from the heart was found, and in the others a lesion "
@@ -40,7 +41,7 @@ def capture(page: Page, height: int | None = None) -> Image.Image:
 
 
 def shoot(page: Page, name: str) -> None:
-    image = capture(page).quantize(128)
+    image = capture(page).quantize(256, method=PALETTE)
     image.save(ROOT / "docs" / f"{name}.png", optimize=True)
 
 
@@ -88,7 +89,7 @@ def film(page: Page, name: str) -> None:
     sheet = Image.new("RGB", (WIDTH, HEIGHT * 3))
     for i, frame in enumerate((frames[0], frames[-4], frames[-1])):  # they have all colours
         sheet.paste(frame, (0, HEIGHT * i))
-    palette = sheet.quantize(64, method=Image.Quantize.MAXCOVERAGE)
+    palette = sheet.quantize(128, method=PALETTE)
     first, *others = (frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames)
     file = ROOT / "docs" / f"{name}.gif"
     first.save(file, save_all=True, append_images=others, duration=milliseconds, loop=0, optimize=True)
