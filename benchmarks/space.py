@@ -24,7 +24,7 @@ sys.path[:0] = [str(ROOT / "space"), str(ROOT / "tests")]
 
 import torch
 from attribution import Explainer, IntegrationPath
-from classification import classify_all, load
+from classification import load
 from conftest import CORPUS, read_csv
 from gradio_client import Client
 from space_server import SpaceServer
@@ -92,10 +92,10 @@ def measure_speed(model: str) -> list[dict[str, float]]:
     measured = []
     classifier = load(model, None)
     explainer = Explainer(classifier)
-    classify_all(classifier, ["A text."], None)
+    classifier("A text.")
     for text in texts(300):
         since, cpu = time.perf_counter(), time.process_time()
-        result = classify_all(classifier, [text], None)[0]
+        result = classifier(text)
         between, cpu_between = time.perf_counter(), time.process_time()
         explained = explainer.explain(text, result["label"])
         after, cpu_after = time.perf_counter(), time.process_time()
@@ -134,16 +134,14 @@ def measure_blank(model: str) -> dict[str, dict[str, float]]:
         IntegrationPath.__init__ = patched
         lost, errors = [], []
         for text in texts()[:20]:
-            result = classify_all(classifier, [text], None)[0]
+            result = classifier(text)
             explained = explainer.explain(text, result["label"])
             heaviest = sorted(explained["words"], key=lambda word: -word["weight"])[:6]
             masked = text
             for word in sorted(heaviest, key=lambda word: -word["start"]):
                 masked = masked[: word["start"]] + tokenizer.mask_token + masked[word["end"] :]
             after = {
-                label: score
-                for level in classify_all(classifier, [masked], None, True)[0]["levels"]
-                for label, score in level.items()
+                label: score for level in classifier(masked, levels=True)["levels"] for label, score in level.items()
             }
             lost.append(result["score"] - after[result["label"]])
             errors.append(abs(explained["error"]))

@@ -1,4 +1,4 @@
-"""Make the pictures of the Space in docs/space.md: ``python docs/screenshots.py --model results/quickstart``.
+"""Make the pictures of the Space in README.md and docs/space.md: ``python docs/screenshots.py --model results/quickstart``.
 
 Needs Debian's chromium and chromium-driver, and selenium.
 """
@@ -19,18 +19,29 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "space")]
 from space_server import SpaceServer
 from test_space_browser import Page, start_chromium
 
+WIDTH, HEIGHT = 1000, 1080  # of the moving picture
+PALETTE = Image.Quantize.MAXCOVERAGE  # the method that keeps colours of small areas
+CLASS = "#result .certainty"
+TEXT = (
+    "We followed 212 patients after a stroke. In half of them an embolus from the heart was found, and in the others a lesion "
+    "of the brain alone. Weakness, speech and memory were tested every six months, and so were rhythm and blood pressure."
+)
 
-def shoot(page: Page, name: str) -> None:
-    """Save a picture of the whole page, as far as its content reaches."""
+
+def capture(page: Page, height: int | None = None) -> Image.Image:
+    """Return a picture of the page: its upper part of some height, or the whole, as far as its content reaches."""
     time.sleep(1)  # until the layout is still
     width, bottom = page.driver.execute_script(
         "return [innerWidth, Math.ceil(document.querySelector('#foot').getBoundingClientRect().bottom + scrollY)]"
     )
-    clip = {"x": 0, "y": 0, "width": width, "height": bottom + 12, "scale": 1}
-    options = {"format": "png", "captureBeyondViewport": True, "clip": clip}
+    clip = {"x": 0, "y": 0, "width": width, "height": height or bottom + 12, "scale": 1}
+    options = {"format": "png", "captureBeyondViewport": height is None, "clip": clip}
     shot = page.driver.execute_cdp_cmd("Page.captureScreenshot", options)
-    image = Image.open(io.BytesIO(base64.b64decode(shot["data"])))
-    image = image.convert("P", palette=Image.Palette.ADAPTIVE, colors=128)
+    return Image.open(io.BytesIO(base64.b64decode(shot["data"]))).convert("RGB")
+
+
+def shoot(page: Page, name: str) -> None:
+    image = capture(page).quantize(256, method=PALETTE)
     image.save(ROOT / "docs" / f"{name}.png", optimize=True)
 
 
@@ -39,12 +50,49 @@ def take_pictures(page: Page) -> None:
     shoot(page, "start-390-dark")
     page.open()
     page.press("#examples button:nth-child(2)")
-    page.until(lambda: page.all("#result .certainty"))
+    page.until(lambda: page.all(CLASS))
     page.weights()
     shoot(page, "text-1280-light")
     page.open_file(ROOT / "examples" / "unseen.csv", "deleted from the disk")
     page.start("Done")
     shoot(page, "file-1280-light")
+
+
+def film(page: Page, name: str) -> None:
+    """Save a moving picture: a text is typed and classified, a node is pressed, and a file is classified."""
+    frames: list[Image.Image] = []
+    milliseconds: list[int] = []
+
+    def keep(seconds: float) -> None:
+        page.driver.execute_script("document.activeElement.blur(); scrollTo(0, 0)")
+        frames.append(capture(page, HEIGHT))
+        milliseconds.append(int(1000 * seconds))
+
+    page.open(WIDTH, HEIGHT)
+    keep(1)
+    words = TEXT.split(" ")
+    for count in range(8, len(words) + 8, 8):
+        page.type(" ".join(words[:count]))
+        keep(0.25)
+    page.press("#classify")
+    page.until(lambda: page.all(CLASS))
+    page.weights()
+    keep(3.5)
+    page.explain("cardiovascular diseases")
+    keep(3.5)
+    page.open_file(ROOT / "examples" / "unseen.csv", "deleted from the disk")
+    keep(1)
+    page.start("Done")
+    keep(3.5)
+
+    # one palette for all frames, so that only what changes is stored
+    sheet = Image.new("RGB", (WIDTH, HEIGHT * 3))
+    for i, frame in enumerate((frames[0], frames[-4], frames[-1])):  # they have all colours
+        sheet.paste(frame, (0, HEIGHT * i))
+    palette = sheet.quantize(128, method=PALETTE)
+    first, *others = (frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames)
+    file = ROOT / "docs" / f"{name}.gif"
+    first.save(file, save_all=True, append_images=others, duration=milliseconds, loop=0, optimize=True)
 
 
 def main() -> None:
@@ -55,6 +103,7 @@ def main() -> None:
         driver = start_chromium("--hide-scrollbars")
         try:
             take_pictures(Page(driver, server.address))
+            film(Page(driver, server.address), "page")
         finally:
             driver.quit()
 

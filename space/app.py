@@ -45,7 +45,7 @@ import gradio as gr
 import views
 from classification import MAX_TARGET, MIN_TARGET, highest_target, is_calibrated, load
 from guard import Guard, harden_gradio
-from retention import KEPT_SECONDS, delete_session, sweeping
+from retention import KEPT_SECONDS, sweeping
 from starlette.middleware import Middleware
 from tables import KINDS, MAX_BYTES, MAX_CHARACTERS, MAX_ROWS, Refused
 from transformers import Pipeline
@@ -55,7 +55,6 @@ atexit.register(shutil.rmtree, os.environ["GRADIO_TEMP_DIR"], ignore_errors=True
 
 MAX_WAITING = 100  # requests; to more, gradio replies "Queue is full! Please try again."
 START_TARGET = 0.9  # of the guarantee
-UNCALIBRATED = "no: trained without validation rows"
 SHOWN_WORDS = 4  # of an example on its button
 MEDICAL_EXAMPLES = [  # where the publisher gives none; a model is less sure of the second one
     "Whether mesalamine keeps ulcerative colitis quiet after a first attack was asked in 148 outpatients. All "
@@ -125,7 +124,7 @@ def text_tab(service: Service) -> None:
         with gr.Column(scale=5, min_width=300):
             text = gr.Textbox(
                 label="Text",
-                info=f"At most {service.max_characters:,} characters. Ctrl+Enter classifies.",
+                info=f"At most {service.max_characters:,} characters. Shift+Enter classifies.",
                 placeholder="Paste a medical abstract" if service.page["medical"] else "Paste a text",
                 lines=9,
                 max_lines=9,
@@ -176,7 +175,7 @@ def file_tab(service: Service) -> None:
         with gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=300):
                 file = gr.File(
-                    label=f"CSV, TSV, Excel, JSON, Parquet or text; at most {MAX_BYTES // 2**20} MB, {MAX_ROWS:,} rows",
+                    label="A file of texts",
                     file_types=[f".{kind}" for kind in KINDS],
                     height=140,
                     elem_id="file",
@@ -190,12 +189,12 @@ def file_tab(service: Service) -> None:
                     stop = gr.Button("Cancel", variant="stop", elem_id="cancel")
             with gr.Column(scale=6, min_width=300):
                 progress = gr.HTML(views.progress(0, 0, 0, "No file yet."), elem_id="state")
-                note = gr.HTML(views.note(""), elem_id="ended")
                 with gr.Row():
                     as_csv = gr.DownloadButton("Download CSV", interactive=False, elem_id="csv")
                     as_lines = gr.DownloadButton("Download JSON Lines", interactive=False, elem_id="jsonl")
                 gr.HTML(
-                    "<p class='small'>The file is deleted as soon as it is read. Downloads are deleted "
+                    "<p class='small'>CSV, TSV, Excel, JSON, Parquet or text, with at most "
+                    f"{MAX_BYTES // 2**20} MB and {MAX_ROWS:,} rows. The file is deleted as soon as it is read, and downloads "
                     f"after {KEPT_SECONDS // 60} minutes. In CSV, a backslash stands wherever a spreadsheet might begin a formula.</p>"
                 )
         kept, rows = (gr.State(None, time_to_live=KEPT_SECONDS) for _ in range(2))
@@ -208,59 +207,35 @@ def file_tab(service: Service) -> None:
         problems = gr.HTML(views.problems([]), elem_id="problems")
 
         # ── Events ───────────────────────────────────────────────────────────────────────────────────────────────────
-        running, opening = gr.State(None), gr.State(None)
         shown = [progress, summary, table, problems, as_csv, as_lines, rows]
-        opened = [kept, column, *shown, note]
-        at_any_time = {"trigger_mode": "multiple", **HIDDEN}  # also while the previous file is read or classified
-        closed = gr.on(
-            [file.upload, file.clear],
-            service.close_file,
-            [running, opening],
-            [opening, *opened],
-            queue=False,
-            **at_any_time,
-        )
-        closed.then(service.open_file, [file, opening], opened, concurrency_id="opening", **at_any_time)
-        start.click(service.begin_file, running, [running, note], queue=False, **HIDDEN).then(
-            service.run_file,
-            [kept, column, file_target, running],
-            shown,
-            concurrency_id="files",
-            preprocess=False,
-            **at_any_time,
-        )
-        page.input(service.turn_page, [rows, page], [table, page], queue=False, **HIDDEN)
-        # a separate output, because late progress messages would replace this note
-        stop.click(service.cancel_file, running, note, queue=False, **HIDDEN)
+        opened = [kept, column, *shown]
+        inputs = [kept, column, file_target]
+        files = {"concurrency_id": "files", "preprocess": False, **HIDDEN}
+        run = start.click(service.run_file, inputs, shown, **files)
+        at_any_time = {"trigger_mode": "multiple", **HIDDEN}  # also while the previous event is handled
+        changed = [file.upload, file.clear]
+        closed = gr.on(changed, lambda: service.open_file(None), None, opened, queue=False, cancels=run, **at_any_time)
+        closed.then(service.open_file, file, opened, concurrency_id="opening", **at_any_time)
+        stop.click(service.cancel_file, rows, shown, queue=False, cancels=run, **HIDDEN)
+        page.input(service.turn_page, [rows, page], [table, page], queue=False, **at_any_time)
 
 
-def model_tab(service: Service, model: str, revision: str | None) -> None:
-    """Lay out the tab for the model: its facts, how often it is correct, its plots, and a link to its card."""
-    classifier, tree = service.classifier, service.tree
-    # bytes that the locale cannot decode are surrogates, which are in no page
-    model_name = os.fsencode(Path(model).resolve().name).decode(errors="replace") if Path(model).is_dir() else model
+def model_tab(model: str, revision: str | None) -> None:
+    """Lay out the tab for the model: how often it is correct, its plots, and where its card is."""
 
     def read(name: str) -> bytes | None:
         path = cached_file(model, name, revision=revision, _raise_exceptions_for_missing_entries=False)
         return Path(path).read_bytes() if path else None
 
     card = (read("README.md") or b"").decode()
-    encoder = classifier.model.config.encoder_name_or_path
-    highest = f"up to {highest_target(classifier):.0%}"
-    facts = {
-        "Model": model_name if revision is None else f"{model_name} at {revision[:12]}",
-        "Encoder": Path(encoder).name if os.path.isabs(encoder) else encoder,
-        "Taxonomy": f"{tree.num_leaves:,} classes, {tree.num_nodes:,} nodes, {tree.depth} levels",
-        "Text length": f"at most {classifier.tokenizer.model_max_length:,} tokens",
-        "Licence": views.licence(card),
-        f"{service.guarantee.capitalize()} guarantee": highest if is_calibrated(classifier) else UNCALIBRATED,
-    }
-    address = f"https://huggingface.co/{model}/blob/{revision or 'main'}/README.md"
-    where = "`README.md` of its folder" if Path(model).is_dir() else f"[its model card]({address})"
+    if Path(model).is_dir():  # bytes that the locale cannot decode are surrogates, which are in no page
+        where = f"`README.md` in the folder {os.fsencode(Path(model).resolve().name).decode(errors='replace')}"
+    else:
+        name = f"{model} at {revision[:12]}" if revision else model
+        where = f"[the model card of {name}](https://huggingface.co/{model}/blob/{revision or 'main'}/README.md)"
     opening = f"{views.card_opening(card)}\n\nScores, limits, data and training: see {where}."
     with gr.Tab("About the model", id="model") as tab:
         gr.Markdown(opening if card else "The checkpoint has no model card.", elem_id="card")
-        gr.HTML(views.facts(facts), elem_id="facts")
         plots = gr.HTML("", elem_id="plots")
     tab.select(lambda: views.card_plots(card, read), None, plots, queue=False, **HIDDEN)  # not before: they are large
 
@@ -269,15 +244,15 @@ def build(classifier: Pipeline, model: str, revision: str | None = None) -> gr.B
     """Build the page, with the API endpoints ``classify``, ``explain`` and ``classify_file``."""
     service = SERVICES[classifier.decisions.guarantee](classifier)
 
-    def forget(request: gr.Request) -> None:
-        delete_session(page.state_holder, request.session_hash)
+    def forget(request: gr.Request) -> None:  # gradio would keep the state of a closed page for an hour
+        page.state_holder.session_data.pop(request.session_hash, None)
 
     with gr.Blocks(title=service.page["title"]) as page:
         gr.HTML(views.masthead(service.page["title"], service.page["medical"]), elem_id="masthead")
         with gr.Tabs():
             text_tab(service)
             file_tab(service)
-            model_tab(service, model, revision)
+            model_tab(model, revision)
         gr.HTML(views.footer(service.page["medical"]), elem_id="foot")
 
         queues = {service.classify: "texts", service.explain: "words", service.classify_file: "files"}

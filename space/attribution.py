@@ -11,7 +11,7 @@ Worth knowing:
 4. Along the path, the value often jumps within a few hundredths. A scan without gradients finds the jumps, and the
    path is split there. The interval with the largest error is halved until all errors are small, or the steps or the time are
    used up (adaptive quadrature).
-   The error of an interval is known, because its integral is a difference of two values.
+   The error of an interval is known, because its integral is a difference of two values (captum's convergence delta).
 5. The gradients run on a copy of the model that shares its weights. So hooks on the copy do not affect the model, which
    classifies at the same time.
 6. The TF-IDF values come from the lexical head itself, as gradients by its weights. So the formula is implemented in the
@@ -169,19 +169,18 @@ class Explainer:
         scan = torch.linspace(0, 1, SCAN + 1, device=device).unsqueeze(1)
         with torch.no_grad():
             values = torch.cat([path(chunk)[:, node] for chunk in scan.split(POINTS_PER_PASS)]).tolist()
-        known = {i / SCAN: value for i, value in enumerate(values)}
         tolerance = TOLERANCE * (LOG_ODDS_SLOPE if path.log_odds else 1)
 
         # ── Integrate each piece, and halve the worst until the error, the steps or the time is reached ──
         first = split_at_jumps(values, tolerance)
-        pieces = [integrate(path, node, *piece, known) for piece in first]
+        pieces = [integrate(path, node, *piece) for piece in first]
         steps, max_steps = sum(count for *_, count in first), max(WORK // ids.shape[1], 2 * SCAN)
         worst = max(pieces, key=lambda piece: abs(piece.error))
         while abs(worst.error) > tolerance and steps + 2 * STEPS_STEEP <= max_steps and time.monotonic() < deadline:
             pieces.remove(worst)
             middle = (worst.start + worst.end) / 2
             for ends in ((worst.start, middle), (middle, worst.end)):
-                pieces.append(integrate(path, node, *ends, STEPS_STEEP, known))
+                pieces.append(integrate(path, node, *ends, STEPS_STEEP))
             steps += 2 * STEPS_STEEP
             worst = max(pieces, key=lambda piece: abs(piece.error))
 
@@ -226,27 +225,15 @@ def probability(value: float, log_odds: bool) -> float:
     return torch.tensor(value, dtype=torch.float64).sigmoid().item() if log_odds else value
 
 
-def integrate(
-    path: IntegrationPath, node: int, start: float, end: float, steps: int, known: dict[float, float]
-) -> Piece:
-    """Integrate the gradients of a node's value over a piece of a path.
-
-    Args:
-        known: values by position; those of both ends are added.
-    """
+def integrate(path: IntegrationPath, node: int, start: float, end: float, steps: int) -> Piece:
+    """Integrate the gradients of a node's value over a piece of a path."""
     layers = [path.vectors] if path.lexical_head is None else [path.vectors, path.contributions]
     ends = path.first.new_tensor([[start], [end]])
-    attributions = LayerIntegratedGradients(path, layers).attribute(
-        ends[1:], ends[:1], target=node, n_steps=steps, internal_batch_size=POINTS_PER_PASS
-    )
+    options = {"n_steps": steps, "internal_batch_size": POINTS_PER_PASS, "return_convergence_delta": True}
+    attributions, error = LayerIntegratedGradients(path, layers).attribute(ends[1:], ends[:1], target=node, **options)
     vectors = attributions[0][0].sum(-1)
     lexical = attributions[1][0].sum(0) if len(layers) > 1 else vectors.new_zeros(len(path.tokens))
-    for position in (start, end):
-        if position not in known:
-            with torch.no_grad():
-                known[position] = path(ends.new_tensor([[position]]))[0, node].item()
-    error = (vectors.sum() + lexical.sum()).item() - (known[end] - known[start])
-    return Piece(start, end, vectors.detach(), lexical.detach(), error)
+    return Piece(start, end, vectors.detach(), lexical.detach(), error.item())
 
 
 def split_at_jumps(values: list[float], tolerance: float) -> list[tuple[float, float, int]]:

@@ -2,7 +2,7 @@
 
 Worth knowing:
 
-1. The model and its pipeline load in one call of transformers. On the Hub, code and weights are pinned to the same commit.
+1. On the Hub, code and weights are pinned to the same commit.
 2. An invalid request raises `Refused`. Its message is shown to the user, and contains no text, at most names of columns.
 3. A single-path model predicts one path per text, and guarantees a coverage. A multi-label model predicts any number of nodes,
    and guarantees a recall. In this file, `target` is either.
@@ -11,15 +11,13 @@ Worth knowing:
 from typing import Any, TypedDict
 
 import torch
-from tables import MAX_CHARACTERS, Refused, problem_of
+from tables import Refused, problem_of
 from transformers import Pipeline, pipeline
 
 from hierarchical_clinicalbert.reading.foreign_code import refuse_foreign_code
 from hierarchical_clinicalbert.reading.results import check_version
-from taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy
 
 MIN_TARGET, MAX_TARGET = 0.5, 0.99
-CHARACTERS_PER_TOKEN = 8  # most texts have fewer
 
 
 class Node(TypedDict):
@@ -82,18 +80,6 @@ def load(model: str, revision: str | None) -> Pipeline:
     return classifier
 
 
-def describe_page(classifier: Pipeline) -> dict[str, Any]:
-    """Return what the page shows, see `HierarchicalConfig`: ``title``, ``medical``, and ``examples`` if the publisher gave some."""
-    nested = classifier.tree.to_nested()  # the checkpoint's own code has another class Taxonomy
-    default = {"title": "Text, sorted into a taxonomy", "medical": nested == Taxonomy(DEFAULT_TAXONOMY).to_nested()}
-    return default | classifier.model.config.page
-
-
-def max_characters(classifier: Pipeline) -> int:
-    """Return the greatest length of a text in characters. It follows the model's limit in tokens."""
-    return max(MAX_CHARACTERS, CHARACTERS_PER_TOKEN * classifier.tokenizer.model_max_length)
-
-
 def check_text(text: Any, length: int) -> str:
     """Return the text, if it can be classified.
 
@@ -128,16 +114,3 @@ def check_target(classifier: Pipeline, target: Any) -> None:
         classifier.decisions.set_threshold(classifier.model.config.calibration, **{name: target})
     except ValueError as error:  # no validation texts, or too few
         raise Refused(f"{str(error).capitalize()}.") from None
-
-
-def classify_all(
-    classifier: Pipeline, texts: list[str], target: float | None, levels: bool = False
-) -> list[dict[str, Any]]:
-    """Return the results of texts, in order, see `Classification`.
-
-    Args:
-        texts: as returned by `check_text`.
-        target: as checked by `check_target`. With None, results have no prediction sets.
-    """
-    options = {} if target is None else {classifier.decisions.guarantee: target}
-    return classifier(texts, levels=levels, **options)

@@ -3,7 +3,7 @@
 Worth knowing:
 
 1. Uploads and downloads are files in gradio's folder. They are deleted before they are `KEPT_SECONDS` old, and uploads are
-   refused while all files together have `MAX_STORED` bytes.
+   refused while all files together have `MAX_STORED` bytes. What a page keeps of a file is a `gr.State` with a time to live.
 2. gradio holds messages, results among them, in memory until their client reads them, if need be forever. `Mailbox` deletes
    them after the same time, and limits their size.
 3. gradio copies inputs and outputs into the state of each session, to make links to sessions. The Space has no such links,
@@ -19,18 +19,16 @@ import traceback
 import weakref
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from gradio.utils import error_payload
 
-KEPT_SECONDS = 600  # until a file, an unread result or an unused session is deleted
+KEPT_SECONDS = 600  # until a file or an unread result is deleted
 SWEEP_SECONDS = 60  # between two searches for what to delete
 MAX_UNREAD = 256 * 2**20  # bytes of memory of all unread results; that of one file has at most about 220 MB
 MAX_STORED = 2**30  # bytes of all uploads and downloads on the disk
-FOLDER_BYTES = 64 * 2**10  # that each folder adds to them: every upload has one, however small
 UNREAD_LIMIT = (
     f"The result is not kept: the unread results of all users have reached {MAX_UNREAD // 2**20:,} MB. Try again in "
     f"{KEPT_SECONDS} seconds, and read each result."
@@ -54,36 +52,14 @@ def delete_old_files() -> None:
                 path.rmdir() if path.is_dir() else path.unlink()
 
 
-def measure_room() -> int:
-    """Return the number of bytes that uploads may take on the disk: at most half of what is free, so it never fills up."""
+def has_room(size: int) -> bool:
+    """Whether uploads of some bytes fit on the disk, in half of what is free there, so it never fills up."""
     used = 0
     for folder, _, names in os.walk(os.environ["GRADIO_TEMP_DIR"]):
-        used += FOLDER_BYTES
         for name in names:
             with suppress(OSError):  # deleted by now
                 used += os.stat(os.path.join(folder, name)).st_size
-    return min(MAX_STORED - used, shutil.disk_usage(os.environ["GRADIO_TEMP_DIR"]).free // 2)
-
-
-class Storage:
-    """The room for uploads on the disk. It is measured again each time that it seems to be used up.
-
-    Attributes:
-        room: the bytes that uploads may still take. Files that were deleted since the last measurement are not subtracted.
-    """
-
-    def __init__(self) -> None:
-        self.room = 0
-
-    async def take(self, size: int) -> bool:
-        """Take bytes of the room. Return whether there were as many."""
-        if size > self.room:
-            self.room = await asyncio.to_thread(measure_room)
-        self.room -= size
-        return self.room >= 0
-
-
-STORAGE = Storage()
+    return size <= min(MAX_STORED - used, shutil.disk_usage(os.environ["GRADIO_TEMP_DIR"]).free // 2)
 
 
 # ── Results ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -96,10 +72,7 @@ def memory_of(value: Any) -> int:
 
 
 class Mailbox(asyncio.Queue):
-    """The messages for one session of gradio that its client has not read, oldest first.
-
-    The bytes of a result count until it has been sent, so those of a client that reads slowly count, too.
-    """
+    """The messages for one session of gradio that its client has not read, oldest first. A result counts until it is sent."""
 
     unread = 0  # bytes of the results of all sessions
 
@@ -135,15 +108,9 @@ def has_result(app: gr.routes.App, event_id: str) -> bool:
     return event_id in queue.event_ids_to_events or any(event_id in ids for ids in waiting)
 
 
-def delete_session(states: gr.state_holder.StateHolder, session: str) -> None:
-    """Delete what gradio knows of a session. gradio would keep the state of a closed page for an hour."""
-    states.session_data.pop(session, None)
-    states.time_last_used.pop(session, None)
-
-
 def delete_old_results(app: gr.routes.App) -> None:
-    """Delete old messages, and sessions that were not used for as long."""
-    queue, states = app.get_blocks()._queue, app.state_holder
+    """Delete old messages, and what gradio knows of their sessions."""
+    queue = app.get_blocks()._queue
     mailboxes, ids = queue.pending_messages_per_session, queue.pending_event_ids_session
     for session, mailbox in mailboxes.items():
         mailbox.delete_old()
@@ -151,10 +118,6 @@ def delete_old_results(app: gr.routes.App) -> None:
             ids[session].intersection_update(queue.event_ids_to_events)
     for session in ids.keys() - mailboxes.keys():  # gradio has as many mailboxes as it limits, but any number of these
         del ids[session]
-    busy = {event.session_hash for event in queue.event_ids_to_events.values()}
-    for session, used in list(states.time_last_used.items()):
-        if session not in busy and is_old((datetime.now() - used).total_seconds()):
-            delete_session(states, session)
 
 
 @asynccontextmanager

@@ -3,13 +3,13 @@
 Worth knowing:
 
 1. The functions of the API are typed, and `gr.api` shows the types. The functions of the page return the outputs of one event.
+   gradio ends the run of a file where the user cancels it, between two of its outputs.
 2. A refusal is a message beside its cause. The pop-ups of gradio render HTML, so they never show input of a user.
 3. `Service` serves a single-path model, and `MultiLabelService` a multi-label model. In this file, the target of the guarantee
    is a coverage for the first, and a recall for the second.
 """
 
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,33 +23,18 @@ except ImportError:
 import gradio as gr
 import views
 from attribution import Explainer, Explanation
-from classification import (
-    Classification,
-    check_target,
-    check_text,
-    classify_all,
-    describe_page,
-    is_calibrated,
-    max_characters,
-)
+from classification import Classification, check_target, check_text, is_calibrated
 from gradio.utils import get_upload_folder
 from retention import KEPT_SECONDS
-from tables import Refused, TextRow, read_table, to_csv, to_json_lines
+from tables import MAX_CHARACTERS, Refused, TextRow, read_table, to_csv, to_json_lines
 from transformers import Pipeline
 
 from hierarchical_clinicalbert.reading.results import to_row
+from taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy
 
-ROWS_BETWEEN_CHECKS = 32  # of a file, for cancellation
+CHARACTERS_PER_TOKEN = 8  # most texts have fewer
+ROWS_AT_ONCE = 32  # of a file
 PROGRESS_SECONDS = 0.5  # between two progress messages: with more, a slow browser becomes unresponsive
-SHOWN_CHARACTERS = 200  # of a row's text on the page
-SHOWN_FIELDS = (
-    "line",
-    "labels",
-    "scores",
-    "p_value",
-    "known_labels",
-    "prediction_set",
-)  # of a row on the page, besides its text
 
 
 class Problem(TypedDict):
@@ -111,21 +96,6 @@ def take_upload(path: str) -> bytes:
         file.unlink(missing_ok=True)
 
 
-class Run:
-    """The reading or the classification of a file, until it is done or cancelled."""
-
-    def __init__(self) -> None:
-        self._ended = threading.Lock()
-
-    @property
-    def active(self) -> bool:
-        return not self._ended.locked()
-
-    def end(self) -> bool:
-        """End the run. Return True for the first caller only, so that a run is either done or cancelled."""
-        return self._ended.acquire(blocking=False)
-
-
 class Service:
     """The functions of the page and the API for one model.
 
@@ -139,11 +109,14 @@ class Service:
 
     def __init__(self, classifier: Pipeline):
         self.classifier, self.tree = classifier, classifier.tree
-        self.guarantee, self.max_characters = classifier.decisions.guarantee, max_characters(classifier)
+        self.guarantee = classifier.decisions.guarantee
+        self.max_characters = max(MAX_CHARACTERS, CHARACTERS_PER_TOKEN * classifier.tokenizer.model_max_length)
         self.thresholds = classifier.decisions.node_thresholds(classifier.model.config.calibration.thresholds)
-        self.page = describe_page(classifier)
+        # what the page shows, see `HierarchicalConfig`; the checkpoint's own code has another class Taxonomy
+        medical = self.tree.to_nested() == Taxonomy(DEFAULT_TAXONOMY).to_nested()
+        self.page = {"title": "Text, sorted into a taxonomy", "medical": medical} | classifier.model.config.page
         # on ZeroGPU, these run in another process, which hides error messages
-        self._classify_all = gpu(lambda *arguments: classify_all(classifier, *arguments))
+        self._run_pipeline = gpu(lambda texts, options: classifier(texts, **options))
         self._explain = gpu(Explainer(classifier).explain)
 
     # ── The API ──
@@ -201,9 +174,9 @@ class Service:
     def _classify_rows(
         self, rows: list[TextRow], target: float | None
     ) -> Iterator[tuple[list[dict[str, Any]], list[Problem]]]:
-        """Classify rows, `ROWS_BETWEEN_CHECKS` at a time. Yield those that were classified and those that were not."""
-        for start in range(0, len(rows), ROWS_BETWEEN_CHECKS):
-            some = rows[start : start + ROWS_BETWEEN_CHECKS]
+        """Classify rows, `ROWS_AT_ONCE` at a time. Yield those that were classified and those that were not."""
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            some = rows[start : start + ROWS_AT_ONCE]
             problems: list[Problem] = [{"line": row.line, "problem": row.problem} for row in some if row.problem]
             texts = [(row.line, row.text) for row in some if not row.problem]
             results = self._classify_all([text for _, text in texts], target)
@@ -218,6 +191,10 @@ class Service:
         if target is not None:
             check_target(self.classifier, target)
         return self._classify_all([check_text(text, self.max_characters)], target, levels)[0]
+
+    def _classify_all(self, texts: list[str], target: float | None, levels: bool = False) -> list[Any]:
+        options = {"levels": levels} | ({} if target is None else {self.guarantee: target})
+        return self._run_pipeline(texts, options)
 
     def check_node(self, node: Any) -> str:
         if node not in self.tree.labels:
@@ -242,10 +219,11 @@ class Service:
         return [text, views.result(self.tree, result, held), tree, self.main_node(result)]
 
     def node_results(self, result: dict[str, Any]) -> views.NodeResults:
-        """Return what a result with levels says about the nodes."""
+        """Return what a result with levels says about the nodes. Of a strange text, nothing counts as predicted."""
         by_label = {label: score for level in result["levels"] for label, score in level.items()}
+        marked = {} if views.is_strange(result) else result
         predicted, in_set = (
-            [self.tree.id(node["label"]) for node in result.get(name, [])] for name in ("labels", "prediction_set")
+            [self.tree.id(node["label"]) for node in marked.get(name, [])] for name in ("labels", "prediction_set")
         )
         scores = [by_label[label] for label in self.tree.labels]
         return views.NodeResults(scores, self.tree.with_ancestors(predicted), {*in_set}, self.thresholds)
@@ -274,17 +252,8 @@ class Service:
             return views.refusal(str(error), "Not explained")
         return views.words(text, self._explain(text, node), self.unit)
 
-    def close_file(self, run: Run | None, opening: Run | None) -> list[Any]:
-        """End the run and the reading of the previous file. Return the next reading, and the outputs of `open_file`."""
-        for previous in filter(None, (run, opening)):
-            previous.end()
-        return [Run(), *self.open_file(None, None)]
-
-    def open_file(self, path: str | None, opening: Run | None) -> list[Any]:
-        """Read an upload into memory. Return its name and content, its columns, a status line, and cleared outputs of a run.
-
-        If the file is closed while it is read, nothing on the page changes.
-        """
+    def open_file(self, path: str | None) -> list[Any]:
+        """Read an upload into memory. Return its name and content, its columns, and cleared outputs of `run_file`."""
         kept, columns, state = None, gr.Dropdown(choices=[], value=None), views.progress(0, 0, 0, "No file yet.")
         if path is not None:
             try:
@@ -295,8 +264,11 @@ class Service:
                 state = views.progress(0, len(table.rows), problems, "Read, and deleted from the disk. Classified:")
             except Refused as error:
                 state = views.refusal(str(error), "Not read")
-        outputs = [kept, columns, state, *self.show_rows([], []), *no_downloads(), None, views.note("")]
-        return [gr.skip()] * len(outputs) if opening and not opening.active else outputs
+        return [kept, columns, *self.show_no_rows(state)]
+
+    def show_no_rows(self, state: str) -> list[Any]:
+        """Return the outputs of `run_file` without rows: a status line, and all else cleared."""
+        return [state, *self.show_rows([], []), *[gr.DownloadButton(interactive=False)] * 2, None]
 
     def show_rows(self, records: list[dict[str, Any]], problems: list[Problem]) -> list[str]:
         """Return the summary of the rows that were classified, the first page of them, and the rows that were not."""
@@ -310,26 +282,17 @@ class Service:
         """Return a page of the rows that were classified, which are kept as long as a file is. Empty the box of the page."""
         return [views.table(self.tree, rows, int(page)) if rows and str(page).isdecimal() else gr.skip(), ""]
 
-    def begin_file(self, run: Run | None) -> list[Any]:
-        """End the previous run and create a new one. Return the new run, and an empty note."""
-        if run:
-            run.end()
-        return [Run(), views.note("")]
+    def cancel_file(self, rows: list[dict[str, Any]] | None) -> list[Any]:
+        """Return the outputs of a run that gradio has ended. A run with all rows is done, and stays as it is."""
+        cancelled = views.progress(0, 0, 0, "Cancelled. No results are kept.")
+        return self.show_no_rows(cancelled) if rows is None else [gr.skip()] * 7
 
-    def cancel_file(self, run: Run | None) -> str:
-        return views.note("Cancelled. No results are kept." if run and run.end() else "Nothing is running.")
-
-    def run_file(
-        self, kept: tuple[str, bytes] | None, column: str, target: float | None, run: Run | None
-    ) -> Iterator[list[Any]]:
-        """Classify a file, until the run is done or cancelled.
+    def run_file(self, kept: tuple[str, bytes] | None, column: str, target: float | None) -> Iterator[list[Any]]:
+        """Classify a file.
 
         Yield progress, summary, the first page of rows, problems, two downloads, and in the end all rows for `turn_page`.
         """
-        # ── Read: the run may be over, and the file refused ──
-        yield [gr.skip()] * 7  # gradio needs an output of each run
-        if run is None or not run.active:  # cancelled in the queue
-            return
+        # ── Read: the file may be refused ──
         try:
             if kept is None:
                 raise Refused(f"There is no file: choose one. It is kept for {KEPT_SECONDS // 60} minutes.")
@@ -340,20 +303,15 @@ class Service:
                 target = None
             table = read_table(content, name, column or "", self.max_characters)
         except Refused as error:
-            if run.end():
-                yield [views.refusal(str(error)), *[gr.skip()] * 3, *no_downloads(), gr.skip()]
-            return
-        if not run.active:  # cancelled while the file was read: the page may show another file by now
+            yield self.show_no_rows(views.refusal(str(error)))
             return
 
         # ── Classify: some rows at a time; gradio sends only what has changed ──
         done: list[dict[str, Any]] = []
         bad: list[Problem] = []
         total, sent = len(table.rows), float("-inf")
-        yield [views.progress(0, total, 0, "Classified"), *self.show_rows([], []), *no_downloads(), None]
+        yield self.show_no_rows(views.progress(0, total, 0, "Classified"))
         for records, problems in self._classify_rows(table.rows, target):
-            if not run.active:
-                return
             done += records
             bad += problems
             if time.monotonic() - sent >= PROGRESS_SECONDS or len(done) + len(bad) == total:
@@ -362,17 +320,14 @@ class Service:
                 sent = time.monotonic()
 
         # ── Write: two files to download ──
-        if not run.end():
-            return
         with tempfile.TemporaryDirectory() as folder:  # gradio serves copies
             files = Path(folder, "predictions.csv"), Path(folder, "predictions.jsonl")
             # without a byte order mark, spreadsheets may read a CSV file in a local encoding
             files[0].write_text(to_csv(done), encoding="utf-8-sig", newline="")
             files[1].write_text(to_json_lines(done), encoding="utf-8", newline="")
             downloads = [gr.DownloadButton(value=str(file), interactive=True) for file in files]
-            rows = [shown_fields(record) for record in done]
-            state, first = views.progress(total, total, len(bad), "Done:"), views.table(self.tree, rows)
-            yield [state, gr.skip(), first, gr.skip(), *downloads, rows]
+            state, first = views.progress(total, total, len(bad), "Done:"), views.table(self.tree, done)
+            yield [state, gr.skip(), first, gr.skip(), *downloads, done]
 
 
 class MultiLabelService(Service):
@@ -390,14 +345,3 @@ class MultiLabelService(Service):
 
 
 SERVICES = {"coverage": Service, "recall": MultiLabelService}  # by the guarantee of the model's decisions
-
-
-def shown_fields(record: dict[str, Any]) -> dict[str, Any]:
-    """Return what the page shows of a row that was classified."""
-    text = record["text"]
-    shortened = text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}…"
-    return {name: record[name] for name in SHOWN_FIELDS if name in record} | {"text": shortened}
-
-
-def no_downloads() -> list[gr.DownloadButton]:
-    return [gr.DownloadButton(interactive=False), gr.DownloadButton(interactive=False)]

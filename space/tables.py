@@ -31,8 +31,8 @@ from hierarchical_clinicalbert.reading.results import join_lists
 from hierarchical_clinicalbert.reading.rows import KINDS, InputError, Limits, RowReader
 from taxonomy_hierarchical import looks_like_name
 
-MAX_CHARACTERS = 20_000  # of a text, unless the model reads more: see `classification.max_characters`
-MAX_BYTES = 10 * 2**20
+MAX_CHARACTERS = 20_000  # of a text, unless the model reads more
+MAX_BYTES = 10 * 2**20  # which gradio checks
 MAX_ROWS = 10_000
 MAX_COLUMNS = 1_000
 MAX_UNPACKED = 4 * MAX_BYTES  # of the column of texts
@@ -93,15 +93,13 @@ def read_table(content: bytes, name: str, column: str | None = None, length: int
         length: the greatest length of a text in characters.
 
     Raises:
-        Refused: the file is too large, empty, not of its kind or of another one, lacks the column, or has two columns of one name.
+        Refused: the file is empty, not of its kind or of another one, lacks the column, or has two columns of one name.
     """
     kind = name.lower().rpartition(".")[2]
     if kind not in KINDS:
         raise Refused(
             "The file must be CSV, TSV, Excel (.xlsx), JSON, JSON Lines, Parquet or text (.txt), with that ending in its name."
         )
-    if len(content) > MAX_BYTES:
-        raise Refused(f"The file has {len(content) / 2**20:.1f} MB; at most {MAX_BYTES // 2**20} MB are accepted.")
     request = json.dumps({"kind": kind, "column": column, "length": length}).encode() + b"\n" + content
     # the allocators of Arrow and the arenas of glibc reserve far more than they use, which counts against the limit
     environment = os.environ | {"ARROW_DEFAULT_MEMORY_POOL": "system", "MALLOC_ARENA_MAX": "1"}

@@ -24,9 +24,11 @@ from classification import Classification, Node, Prediction
 ROWS = 300  # most nodes of a tree that are rendered, the folded ones included
 SMALL = 60  # nodes of a taxonomy that is shown as a whole before a text
 UNLIKELY, SIBLINGS = 0.02, 10  # siblings below this probability, and those after so many, are folded
-MAX_SET = 20  # most nodes shown of a prediction set
+MAX_SHOWN = 20  # most nodes shown of a prediction, or of a set
+RANKED = 10  # words in the table of the largest weights
 MAX_CLASSES = 12  # most bars in the summary of a file
 PAGE = 20  # rows of a file that are shown at once
+SHOWN_CHARACTERS = 200  # of a row's text
 NOVELTY = 0.05  # the p-value up to which a text is shown as strange
 UNCERTAIN = 0.5  # the prediction of a row is uncertain below this probability
 PROBLEMS = 200  # most that are shown
@@ -80,17 +82,17 @@ def result(tree: Any, classified: Classification, held: str) -> str:
     """
     if is_strange(classified):
         reason = "" if "prediction_set" in classified else f"<p class='held'>{held}</p>"
-        chips = join_chips([chip(tree, node["label"], node["score"]) for node in classified["labels"]])
+        chips = join_first([chip(tree, node["label"], node["score"]) for node in classified["labels"]])
         known = dict.fromkeys(name_html(node["known"]) for node in classified["labels"] if node.get("known"))
         return panel(
             f"{KICKER}<p class='class none'>Unlike the texts this model was trained on</p>"
             f"<p class='note'>{percent(classified['p_value'])} of the validation texts look as strange to the model. "
-            f"Its prediction would be {chips or 'no label'}; it looks like a text of "
-            f"{', '.join(known) or 'none of these classes'}.</p>{reason}{truncation(classified)}"
+            f"It looks like a text of {', '.join(known) or 'none of these classes'}. "
+            f"Its prediction would be: {chips or 'no label'}</p>{reason}{truncation(classified)}"
         )
-    nodes = "".join(predicted(tree, node) for node in classified["labels"])
+    nodes = join_first([predicted(tree, node) for node in classified["labels"]])
     none = "<p class='class none'>No label</p><p class='note'>No node of the taxonomy is probable enough.</p>"
-    return panel(f"{KICKER}{nodes or none}<p class='held'>{held}</p>{truncation(classified)}")
+    return panel(f"{KICKER}<div class='nodes'>{nodes or none}</div><p class='held'>{held}</p>{truncation(classified)}")
 
 
 def is_strange(result: Mapping[str, Any]) -> bool:
@@ -107,8 +109,8 @@ def predicted(tree: Any, node: Prediction) -> str:
         like = f", but like those of {name_html(known)}" if known else ""
         unknown = f"<p class='note warning'>Unlike the known texts of {name_html(node['label'])}{like}.</p>"
     return (
-        f"{path}<p class='class'>{name_html(name)}</p>{described}"
-        f"<p class='certainty'>{bar(node['score'])}{percent(node['score'])} probability</p>{unknown}"
+        f"<div>{path}<p class='class'>{name_html(name)}</p>{described}"
+        f"<p class='certainty'>{bar(node['score'])}{percent(node['score'])} probability</p>{unknown}</div>"
     )
 
 
@@ -117,7 +119,7 @@ def bar(share: float, more: str = "") -> str:
 
 
 def prediction_set(tree: Any, guarantee: str, target: float, nodes: list[Node]) -> str:
-    chips = join_chips([chip(tree, node["label"], node["score"]) for node in nodes])
+    chips = join_first([chip(tree, node["label"], node["score"]) for node in nodes])
     return f"For {target:.0%} {guarantee}: {chips or 'no node'}"
 
 
@@ -127,10 +129,10 @@ def chip(tree: Any, label: str, score: float | None = None) -> str:
     return f"<span class='chip' style='--c:{COLOURS[tree.id(label) % len(COLOURS)]}'>{name_html(label)}{number}</span>"
 
 
-def join_chips(chips: list[str]) -> str:
-    """Join chips. Of more than `MAX_SET`, the others are counted."""
-    more = f" and {len(chips) - MAX_SET:,} more" if len(chips) > MAX_SET else ""
-    return " ".join(chips[:MAX_SET]) + more
+def join_first(nodes: list[str]) -> str:
+    """Join the HTML of nodes. Of more than `MAX_SHOWN`, the others are counted."""
+    more = f" and {len(nodes) - MAX_SHOWN:,} more" if len(nodes) > MAX_SHOWN else ""
+    return " ".join(nodes[:MAX_SHOWN]) + more
 
 
 def truncation(classified: Classification) -> str:
@@ -235,7 +237,7 @@ def row(taxonomy: Any, results: NodeResults | None, node: int) -> str:
 
 def fold_title(results: NodeResults | None, nodes: list[int], beside_others: bool) -> str:
     """Return the title of folded siblings: their number, and what their probabilities sum up to, or at most are."""
-    count = f"{len(nodes):,} {'others' if beside_others else 'nodes'}"
+    count = f"{len(nodes):,} {'other' if beside_others else 'node'}{'s' * (len(nodes) > 1)}"
     if results is None:
         return count
     scores = [results.scores[node] for node in nodes]
@@ -245,8 +247,13 @@ def fold_title(results: NodeResults | None, nodes: list[int], beside_others: boo
 def legend(results: NodeResults | None) -> str:
     if results is None:
         return ""
-    tick = " · <span class='bar'><i></i></span> least probability of a predicted node" if results.thresholds else ""
-    return f"<p class='note'>✓ predicted · ◆ in the prediction set{tick}. Press a node for the words that counted.</p>"
+    signs = {
+        "✓ predicted": results.predicted,
+        "◆ in the prediction set": results.in_set,
+        "<span class='bar'><i></i></span> least probability of a predicted node": results.thresholds,
+    }
+    occurring = " · ".join(sign for sign, nodes in signs.items() if nodes)
+    return f"<p class='note'>{occurring}{'. ' * bool(occurring)}Press a node for the words that counted.</p>"
 
 
 # ── Words ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -289,9 +296,9 @@ def words(text: str, explanation: Explanation, unit: Unit) -> str:
     score, blank_score, error = explanation["score"], explanation["blank_score"], explanation["error"]
     difference = sum(word["weight"] for word in explanation["words"]) + explanation["rest"] - error
     share = f", {abs(error / difference):.1%} of the difference" if abs(difference) >= 0.005 * unit.slope else ""
-    ranked = sorted(explanation["words"], key=lambda word: -word["weight"])
-    best = [word for word in ranked if word["weight"] > 0][:8]
-    worst = [word for word in ranked[::-1] if word["weight"] < 0][:8]
+    ranked = sorted(explanation["words"], key=lambda word: -abs(word["weight"]))[:RANKED]
+    pairs = [(name_html(word["word"]), unit.format(word["weight"])) for word in ranked]
+    rows = "".join(f"<tr><th scope='row'>{word}</th><td>{weight}</td></tr>" for word, weight in pairs)
     return panel(
         f"<h3>Words for and against {name_html(explanation['label'])}</h3>"
         f"<p class='note'>The probability is {percent(blank_score)} for a blank text of this length, and <b>{percent(score)}</b> "
@@ -300,18 +307,10 @@ def words(text: str, explanation: Explanation, unit: Unit) -> str:
         f"<p class='legend'><span class='w for' style='--s:.8'>raises</span> <span class='w against' style='--s:.8'>lowers</span> "
         f"the probability{' · <span class=unread>grey: not read</span>' if unread else ''}</p>"
         f"<div class='text' dir='auto' tabindex='0' aria-label='The text with the weights of its words'>{''.join(parts)}</div>"
-        f"<div class='ranked'>{ranking(f'Raise the probability most, in {unit.name}', best, unit)}"
-        f"{ranking(f'Lower the probability most, in {unit.name}', worst, unit)}</div>"
+        f"<table class='ranked'><caption>Largest weights, in {unit.name}</caption><tbody>{rows}</tbody></table>"
         "<p class='note'>Integrated gradients over the encoder’s word embeddings and, where the model has one, its lexical head. "
         "A weight shows the effect of a word on the model. It is not medical evidence.</p>"
     )
-
-
-def ranking(title: str, ranked: list[dict], unit: Unit) -> str:
-    """Render a table of words and their weights."""
-    pairs = [(name_html(word["word"]), unit.format(word["weight"])) for word in ranked]
-    rows = "".join(f"<tr><th scope='row'>{word}</th><td>{weight}</td></tr>" for word, weight in pairs)
-    return f"<table><caption>{title}</caption><tbody>{rows or '<tr><td colspan=2>none</td></tr>'}</tbody></table>"
 
 
 # ── A file ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -326,11 +325,6 @@ def progress(done: int, total: int, problems: int, state: str) -> str:
         f"<section class='panel run' role='status' aria-live='polite'><p>{escape_html(text)}</p>"
         f"<progress max='{max(total, 1)}' value='{done}' aria-label='rows done'></progress></section>"
     )
-
-
-def note(text: str) -> str:
-    """Render a note beside the progress. An empty note keeps its space."""
-    return f"<p class='note ended' role='status' aria-live='polite'>{escape_html(text)}</p>"
 
 
 def summary(tree: Any, records: list[dict[str, Any]]) -> str:
@@ -367,12 +361,13 @@ def table_row(tree: Any, record: dict[str, Any]) -> dict[str, Any]:
     """Return cells of HTML: where the text begins, its beginning, its predicted nodes, and its prediction set, folded."""
     pairs = zip(record["labels"], record["scores"], strict=True)
     held = record.get("prediction_set", [])
-    chips = join_chips([chip(tree, label) for label in held])
+    chips = join_first([chip(tree, label) for label in held])
     strange = "unlike the training texts: " if is_strange(record) else ""
+    text = record["text"] if len(record["text"]) <= SHOWN_CHARACTERS else f"{record['text'][:SHOWN_CHARACTERS]}…"
     return {
         "line": record["line"],
-        "text": f"<span class='start'>{name_html(record['text'])}</span>",
-        "prediction": strange + (" ".join(chip(tree, *pair) for pair in pairs) or "no label"),
+        "text": f"<span class='start'>{name_html(text)}</span>",
+        "prediction": strange + (join_first([chip(tree, *pair) for pair in pairs]) or "no label"),
         "set": f"<details><summary>{len(held):,} node{'s' * (len(held) > 1)}</summary>{chips}</details>"
         if held
         else "–",
@@ -431,18 +426,6 @@ def card_plots(card: str, read: Callable[[str], bytes | None]) -> str:
     return shown
 
 
-def licence(card: str) -> str:
-    """Return the licence in the front matter of a model card."""
-    match = re.search(r"(?m)\A---\r?\n(?:.*\r?\n)*?license:[ \t]*(\S+)", card)
-    return match[1] if match else "not given"
-
-
-def facts(known: dict[str, str]) -> str:
-    """Render the facts of a model as a line."""
-    named = " · ".join(f"{escape_html(name)}: {name_html(value)}" for name, value in known.items())
-    return f"<p class='note'>{named}</p>"
-
-
 # ── Head and foot ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -463,12 +446,6 @@ MARK_OLD = """(text, classified) => {
 }"""
 HEAD = """
 <script>
-document.addEventListener("keydown", (event) => {
-  if ((event.ctrlKey || event.metaKey) && event.key === "Enter" && event.target.closest("#abstract")) {
-    event.preventDefault();
-    document.querySelector("#classify").click();
-  }
-});
 document.addEventListener("click", (event) => {
   const button = event.target.closest("button[data-sets]");
   const box = button && document.querySelector(`#${button.dataset.sets} :is(textarea, input)`);

@@ -116,16 +116,15 @@ class SpaceServer:
         return self.http.get("/gradio_api/queue/data", params={"session_hash": session}).text
 
     def open_file(self, content: bytes, session: str, name: str = "texts.txt") -> None:
-        self.press("open_file", [stored(self.upload(content, name)), None], session)
-        self.press("begin_file", [None], session)
+        self.press("open_file", [stored(self.upload(content, name))], session)
 
     def run_file(self, session: str, target: float = 0.9) -> str:
-        return self.press("run_file", [None, "text", target, None], session)
+        return self.press("run_file", [None, "text", target], session)
 
     # ── The end ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def stop(self, number: int = signal.SIGTERM) -> None:
-        self._process.send_signal(number)
+    def stop(self) -> None:
+        self._process.send_signal(signal.SIGTERM)
         assert self._process.wait(timeout=120) is not None, self.log()
 
     def __enter__(self) -> "SpaceServer":

@@ -42,15 +42,6 @@ def chromium(tmp_path_factory):
     driver.quit()
 
 
-@pytest.fixture
-def downloads(chromium, tmp_path) -> Path:
-    """Return the folder for the downloads of a test."""
-    folder = tmp_path / "downloads"
-    folder.mkdir()
-    chromium.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(folder)})
-    return folder
-
-
 class Page:
     """Operate the Space in the browser."""
 
@@ -133,25 +124,8 @@ class Page:
 
     def cells(self, selector: str) -> list[list[str]]:
         """Return the texts of a table by row and cell."""
-        rows = (
-            "[...document.querySelectorAll(arguments[0] + ' tbody tr')].map(r => [...r.cells].map(c => c.textContent))"
-        )
-        return self.driver.execute_script(f"return {rows}", selector)
-
-    def marked(self) -> list[str]:
-        """Return the names of the nodes that the tree marks as predicted."""
-        names = "[...document.querySelectorAll('#tree .predicted bdi')].map(name => name.innerText)"
-        return self.driver.execute_script(f"return {names}")
-
-    def top_of(self, selector: str) -> float:
-        place = "document.querySelector(arguments[0]).getBoundingClientRect().top + scrollY"
-        return self.driver.execute_script(f"return {place}", selector)
-
-    def target(self, kind: str = "number"):
-        """Return the number box or the slider (kind "range") of the guarantee of a text."""
-        box = self.one(f"#coverage input[type={kind}], #recall input[type={kind}]")
-        self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", box)
-        return box
+        rows = "return [...document.querySelectorAll(arguments[0] + ' tbody tr')]"
+        return self.driver.execute_script(f"{rows}.map(r => [...r.cells].map(c => c.textContent))", selector)
 
     def settle(self, selector: str) -> str:
         """Return the text of an element once it is unchanged for a second, which is twice the time between progress messages."""
@@ -163,36 +137,10 @@ class Page:
 
         return self.until(same)
 
-    def download(self, folder: Path, kind: str, count: int) -> list[dict]:
-        """Download a file, wait until it has ``count`` rows, and return them."""
-        file = folder / f"predictions.{kind}"
-
-        def rows() -> list[dict] | None:
-            lines = file.read_text("utf-8-sig", "replace").splitlines(keepends=True) if file.exists() else []
-            if not lines or not lines[-1].endswith("\n"):
-                return None
-            found = list(csv.DictReader(lines)) if kind == "csv" else list(map(json.loads, lines))
-            return found if len(found) == count else None
-
-        self.until(lambda: self.driver.execute_script(f"return !document.querySelector('#{kind}').disabled"))
-        self.press(f"#{kind}")
-        return self.until(rows)
-
-    def is_too_wide(self) -> bool:
-        """Return whether the page is wider than the window."""
-        return self.driver.execute_script("return document.documentElement.scrollWidth > innerWidth + 1")
-
 
 @pytest.fixture(scope="module")
 def page(chromium, space) -> Page:
     return Page(chromium, space.address)
-
-
-@pytest.fixture(scope="module", params=["one path", "several labels"])
-def any_page(request, chromium) -> tuple[Page, bool]:
-    """Return the page of a model of each form, and whether it predicts several labels."""
-    several = request.param == "several labels"
-    return Page(chromium, request.getfixturevalue("labels_space" if several else "space").address), several
 
 
 def write_table(path: Path, rows: list[list[str]]) -> Path:
@@ -204,31 +152,29 @@ def write_table(path: Path, rows: list[list[str]]) -> Path:
 # ── One text ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_an_abstract_is_typed_submitted_by_ctrl_enter_and_its_result_read(any_page):
-    page, several = any_page
-    page.open()
+@pytest.mark.parametrize("server", ["space", "labels_space"])
+def test_a_text_is_submitted_by_keys_and_its_words_and_those_of_a_pressed_node_are_shown(server, request, chromium):
+    several = server == "labels_space"
+    page = Page(chromium, request.getfixturevalue(server).address).open()
     assert several or "Not a medical device" in page.text("#masthead")
-    height = page.top_of("#words")
-    page.one("#abstract textarea").send_keys("Outcomes of epilepsy and seizures.", Keys.CONTROL, Keys.ENTER)
+    top = "return document.querySelector('#words').getBoundingClientRect().top"
+    before = page.driver.execute_script(top)
+    page.one("#abstract textarea").send_keys("Outcomes of epilepsy and seizures.", Keys.SHIFT, Keys.ENTER)
     page.until(lambda: page.all("#result .path"))
+    assert page.driver.execute_script(top) == before  # nothing moved
     assert page.text("#result .class") == "nervous system diseases"
-    assert "%" in page.text("#result .certainty")
     assert page.text("#result .path").split()[:2] == ["specific", "disease"]
     assert f"For 90% {'recall' if several else 'coverage'}: " in page.text("#result .held")
     assert "The whole text was read" in page.text("#result")
-    assert page.marked() == ["specific disease", "nervous system diseases"]
+    marked = [name.text for name in page.all("#tree .predicted bdi")]
+    assert marked == ["specific disease", "nervous system diseases"]
     assert bool(page.all("#tree button .bar i")) == several  # thresholds
-    assert page.top_of("#words") == height  # nothing moved
 
-
-def test_the_words_appear_by_themselves_and_a_press_on_a_node_explains_it(any_page):
-    page, several = any_page
-    page.open()
+    page.weights()  # else they would be shown after those of the next text
     page.classify(NEURO)
     weights = page.weights()
     assert "nervous system diseases" in page.text("#words h3")
     assert max(weights, key=weights.get) in CLEAR["nervous system diseases"]
-    assert "convergence error" in page.text("#words")
     assert ("log-odds" if several else "percentage points") in page.text("#words")
     other = page.explain("digestive system diseases")
     assert "digestive system diseases" in page.text("#words h3")
@@ -240,60 +186,46 @@ def test_after_an_edit_the_old_result_is_marked_and_its_nodes_are_those_of_the_o
     page.classify(NEURO)
     page.weights()
     assert not page.all(".old")
-    box = page.one("#abstract textarea")
-    box.send_keys(" Angina")
+    page.one("#abstract textarea").send_keys(" Angina, thrombosis and stenosis.")
     page.until(lambda: page.all(".old #result .panel"))
-    other = page.explain("cardiovascular diseases")
+    assert "epilepsy" in page.explain("cardiovascular diseases")
     assert "angina" not in page.text("#words .text").lower()
-    assert "epilepsy" in other
-    box.send_keys(Keys.BACKSPACE * len(" Angina"))
-    page.until(lambda: not page.all(".old"))
-    box.send_keys(" Angina, thrombosis and stenosis.")
-    page.until(lambda: page.all(".old"))
     page.press("#classify")
-    page.until(lambda: not page.all(".old"))
-    page.until(lambda: "thrombosis" in page.text("#words .text"))
+    page.until(lambda: not page.all(".old") and "thrombosis" in page.text("#words .text"))
 
 
-def test_a_coverage_is_typed_key_by_key_and_a_higher_one_backs_off(page):
+def test_a_coverage_is_typed_key_by_key_and_a_higher_one_needs_more_nodes(page):
     page.open()
     page.classify("Outcomes of epilepsy after angina, colitis and carcinoma.")
-    page.target().send_keys(Keys.CONTROL, "a", Keys.DELETE)
+    number, slider = (page.one(f"#coverage input[type={kind}]") for kind in ("number", "range"))
+    number.send_keys(Keys.CONTROL, "a", Keys.DELETE)
     page.press("#classify")
     page.until(lambda: "must be a number between" in page.text("#result .held"))
-    page.target().send_keys("0")
-    answers = []
-    for shown, kind, keys in (("50%", "number", [".5", Keys.TAB]), ("95%", "range", [Keys.ARROW_RIGHT] * 45)):
-        page.target(kind).send_keys(*keys)
+    sets = []
+    for shown, box, keys in (("50%", number, ["0.5", Keys.TAB]), ("95%", slider, [Keys.ARROW_RIGHT] * 45)):
+        box.send_keys(*keys)
         page.until(lambda shown=shown: shown in page.text("#result .held"))
-        chips = page.all("#result .held .chip bdi")
-        answers.append([chip.text for chip in chips])
+        sets.append([chip.text for chip in page.all("#result .held .chip bdi")])
     assert not page.all(".toast-body")
-    (leaf,), higher = answers
+    (leaf,), higher = sets
     assert leaf in CLEAR
     assert len(higher) > 1 or higher[0] not in CLEAR
 
 
 def test_the_last_press_counts_and_a_cleared_text_gets_no_late_explanation(page):
     page.open()
-    for button in range(1, 4):  # the examples
-        page.driver.execute_script("document.querySelector('#result .panel').dataset.old = '1'")
-        page.press(f"#examples button:nth-child({button})")
-        page.until(lambda: page.all("#result .certainty") and not page.all("#result .panel[data-old]"))
+    page.press("#examples button:nth-child(2)")
+    page.until(lambda: page.all("#result .certainty"))
     page.type(NEURO * 200)
     page.press("#classify")
-    time.sleep(1)
-    page.type("Carcinoma, lymphoma and sarcoma.")
-    page.press("#classify")
-    page.until(lambda: page.text("#result .class") == "neoplasms")
-    page.classify(NEURO * 40)
+    time.sleep(1)  # requests that are sent at once may arrive in another order
     page.classify("Carcinoma, lymphoma and sarcoma.")
-    page.until(lambda: "Carcinoma" in page.text("#words .text"))
+    page.until(lambda: page.text("#result .class") == "neoplasms" and "Carcinoma" in page.text("#words .text"))
     assert "Carcinoma" in page.settle("#words .text")
     page.type(NEURO * 40)
     for button in ("#classify", "#clear"):
         page.press(button)
-        time.sleep(1)  # requests that are sent at once may arrive in another order
+        time.sleep(1)
     page.until(lambda: "After a prediction" in page.text("#words"))
     assert "After a prediction" in page.settle("#words")
     assert "Paste a text" in page.settle("#result")
@@ -301,77 +233,55 @@ def test_the_last_press_counts_and_a_cleared_text_gets_no_late_explanation(page)
     assert page.one("#abstract textarea").get_attribute("value") == ""
 
 
-def test_a_text_is_refused_or_truncated_in_words_and_the_page_goes_on(page):
+def test_a_text_is_refused_or_truncated_in_words_and_a_hostile_one_is_shown(page):
     page.open()
+    title = page.driver.title
     for text, message in (("", "The text is empty"), ("epilepsy " * 11_200, "100,800 characters; at most 20,000")):
         page.classify(text)
         assert message in page.text("#result [role=alert]")
     page.classify(NEURO + " The rest of it goes on and on." * 100)
-    assert page.text("#result .class") == "nervous system diseases"
     assert "were not read" in page.text("#result .warning")
     page.weights()
     assert "goes on and on." in page.text("#words .text .unread")
-
-
-def test_the_last_words_of_a_text_of_many_windows_decide_and_are_explained(chromium, long_space, long_texts):
-    page = Page(chromium, long_space.address).open()
-    for label in ("neoplasms", "cardiovascular diseases"):
-        page.classify(long_texts[label])
-        assert page.text("#result .class") == label
-        assert "The whole text was read" in page.text("#result")
-    page.until(lambda: label in page.text("#words h3"), 120)
-    weights = page.weights()
-    assert max(weights, key=weights.get) in CLEAR[label]
-
-
-def test_a_hostile_text_is_shown_and_nothing_of_it_runs(page):
-    page.open()
-    title = page.driver.title
     page.classify(HOSTILE)
     assert page.text("#result .class") == "nervous system diseases"
-    page.weights()
-    assert page.driver.execute_script("return document.querySelector('#words .text').textContent") == HOSTILE
+    page.until(
+        lambda: page.driver.execute_script("return document.querySelector('#words .text').textContent") == HOSTILE
+    )
     assert not page.all("#words img, #words script, #result img, #tree img")
     assert page.driver.title == title
-    page.classify("NUL \0 angina \x07 thrombosis")  # another answer: one that looks the same is not drawn again
-    assert page.text("#result .class") == "cardiovascular diseases"
 
 
 # ── A file ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_file_is_classified_and_its_downloads_parse(any_page, downloads, tmp_path):
-    page, _ = any_page
-    texts = [NEURO, "=cmd epilepsy and seizures", "Angina <img src=x onerror=alert(1)>"]
-    rows = [["n", "abstract"], ["1", texts[0]], ["2"], ["3", texts[1]], ["4", " "], ["5", texts[2]]]
+def test_a_file_is_classified_its_pages_are_turned_and_its_downloads_parse(page, tmp_path):
+    folder = tmp_path / "downloads"
+    page.driver.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(folder)})
+    texts = [NEURO, "=cmd epilepsy and seizures", "Angina <img src=x onerror=alert(1)>", *["Colitis"] * 42]
+    rows = [["n", "abstract"], *([i, text] for i, text in enumerate(texts)), ["3"], ["4", " "]]
     page.open()
     page.open_file(write_table(tmp_path / "texts.csv", rows), "deleted from the disk")
     assert page.one("#column input").get_attribute("value") == "abstract"
-    page.start("Done: 5 of 5 rows; 2 could not be classified")
+    page.start("Done: 47 of 47 rows; 2 could not be classified")
     shown = page.cells("#rows")
-    assert [row[0] for row in shown] == ["2", "4", "6"]
+    assert [row[0] for row in shown] == [*map(str, range(2, 22))]
     assert "nervous system diseases" in shown[0][2]
     assert shown[2][1] == texts[2]
     assert not page.all("#rows img")
-    assert page.cells("#problems") == [["3", "1 fields, where the header has 2"], ["5", "the text is empty"]]
-    assert "nervous system diseases" in page.text("#summary .counts")
-    for kind, start in (("csv", "\\"), ("jsonl", "")):
-        found = page.download(downloads, kind, 3)
-        assert [row["text"] for row in found] == [texts[0], start + texts[1], texts[2]]
-        assert [int(row["line"]) for row in found] == [2, 4, 6]
-        expected = ["nervous system diseases", "cardiovascular diseases"]
-        assert [row["label"] for row in found][1:] == expected
-        assert [row["labels"] for row in found][1:] == ([[one] for one in expected] if kind == "jsonl" else expected)
-
-
-def test_the_rows_of_a_file_are_turned_by_pages(page, tmp_path):
-    page.open()
-    page.open_file(write_table(tmp_path / "rows.csv", [["text"], *[[NEURO]] * 45]), "of 45 rows")
-    page.start("Done: 45 of 45 rows")
-    for button, lines in (("Next", range(22, 42)), ("Next", range(42, 47)), ("Previous", range(22, 42))):
-        page.press(f"#rows .pager button:{'last' if button == 'Next' else 'first'}-of-type")
+    assert page.cells("#problems") == [["47", "1 fields, where the header has 2"], ["48", "the text is empty"]]
+    assert "digestive system diseases" in page.text("#summary .counts")
+    for button, lines in (("last", range(22, 42)), ("last", range(42, 47)), ("first", range(22, 42))):
+        page.press(f"#rows .pager button:{button}-of-type")
         page.until(lambda lines=lines: [row[0] for row in page.cells("#rows")] == [*map(str, lines)])
-    assert "Page 2 of 3" in page.text("#rows .pager")
+    for kind, start in (("csv", "\\"), ("jsonl", "")):
+        page.press(f"#{kind}")
+        file = folder / f"predictions.{kind}"
+        page.until(lambda file=file: file.exists() and file.read_bytes().count(b"Colitis") == 42)
+        lines = file.read_text("utf-8-sig").splitlines(keepends=True)
+        found = list(csv.DictReader(lines)) if kind == "csv" else list(map(json.loads, lines))
+        assert [row["text"] for row in found] == [texts[0], start + texts[1], *texts[2:]]
+        assert [row["label"] for row in found][1:3] == ["nervous system diseases", "cardiovascular diseases"]
 
 
 def test_a_file_is_cancelled_or_removed_and_the_next_one_runs(page, tmp_path):
@@ -379,69 +289,47 @@ def test_a_file_is_cancelled_or_removed_and_the_next_one_runs(page, tmp_path):
     page.open_file(write_table(tmp_path / "many.csv", [["text"], *[[NEURO + " word" * 90]] * 9000]), "9,000")
     page.start("Classified [1-9]")  # not "Classified: 0 of 9,000 rows"
     page.press("#cancel")
-    page.until(lambda: "Cancelled" in page.text("#ended"))
-    assert "Done" not in page.settle("#state")
-    assert "Cancelled" in page.text("#ended")  # and it stays so
+    page.until(lambda: "Cancelled" in page.text("#state"))
+    assert "Cancelled" in page.settle("#state")  # and it stays so
+    assert not page.cells("#rows")
     page.start("Classified [1-9]")
     page.remove_file()  # ends the run, too
-    assert not page.cells("#rows")
     assert "No file yet" in page.settle("#state")
+    assert not page.cells("#rows")
+    page.start("There is no file: choose one.")
+    (tmp_path / "wrong.parquet").write_bytes(b"text\nnot Parquet\n")
+    page.open_file(tmp_path / "wrong.parquet", "not a Parquet file")
+    page.remove_file()
     page.open_file(write_table(tmp_path / "few.csv", [["text"], [NEURO]]), "of 1 rows")
     page.start("Done: 1 of 1 rows")
-    assert page.text("#ended") == ""
     page.press("#cancel")
-    page.until(lambda: "Nothing is running" in page.text("#ended"))
-    assert "Done" in page.text("#state")
+    assert "Done" in page.settle("#state")
     assert page.cells("#rows")
     page.remove_file()
     assert not page.cells("#rows")
     page.until(lambda: page.driver.execute_script("return document.querySelector('#csv').disabled"))
 
 
-def test_a_file_that_is_replaced_while_it_is_read_is_not_classified(page, tmp_path):
-    page.open()
-    header = [*(f"c{i}" for i in range(900)), "text"]
-    slow = write_table(tmp_path / "slow.csv", [header, *[[""] * 900 + ["Sepsis and fever."]] * 9000])
-    page.open_file(slow, "No file yet")
-    page.until(lambda: "slow" in page.text("#file"))
-    time.sleep(1)  # so that it is being read
-    page.remove_file()
-    page.open_file(write_table(tmp_path / "quick.csv", [["text"], [NEURO]]), " rows")
-    page.start("Done: 1 of 1 rows")
-    assert "nervous system diseases" in page.text("#rows")
-
-
-def test_a_file_that_cannot_be_read_is_refused_in_words(page, tmp_path):
-    (tmp_path / "wrong.parquet").write_bytes(b"text\nnot Parquet\n")
-    (tmp_path / "big.csv").write_bytes(b"text\n" + b"x" * (11 * 2**20))
-    page.open()
-    page.open_file(tmp_path / "wrong.parquet", "not a Parquet file")
-    assert page.all("#state [role=alert]")
-    page.start("There is no file: choose one.")
-    page.remove_file()
-    page.open_file(tmp_path / "big.csv", "")
-    page.until(lambda: "exceed the maximum allowed size of 10" in page.text("body"))
-
-
 # ── The page ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
-def test_nothing_is_wider_than_the_page_and_the_model_is_described(any_page, width, scheme, tmp_path):
-    page, several = any_page
+def test_nothing_is_wider_than_the_page_and_the_model_is_described(page, width, scheme, tmp_path):
+    def fits() -> bool:
+        return page.driver.execute_script("return document.documentElement.scrollWidth <= innerWidth + 1")
+
     page.open(width, 844, scheme)
-    assert not page.is_too_wide()
+    assert fits()
     page.classify(NEURO + " " + "W" * 300)
     page.weights()
-    assert not page.is_too_wide()
+    assert fits()
     page.open_file(write_table(tmp_path / "texts.csv", [["text"], [NEURO], ["W" * 300]]), "of 2 rows")
     page.start("Done")
-    assert not page.is_too_wide()
+    assert fits()
     page.tab("About the model")
-    page.until(lambda: "up to 9" in page.text("#facts"))
-    assert several or page.until(lambda: page.all("#plots img"))
-    assert several or "README.md" in page.text("#card")
-    assert not page.is_too_wide()
+    page.until(lambda: page.all("#plots img"))
+    assert "README.md in the folder" in page.text("#card")
+    assert fits()
 
 
 def test_every_control_has_a_name_and_is_reached_by_the_keyboard(page):
@@ -458,14 +346,15 @@ def test_every_control_has_a_name_and_is_reached_by_the_keyboard(page):
     page.classify(NEURO)
     page.weights()
     page.driver.execute_script("document.querySelector('#abstract textarea').focus()")
-    focused = "return document.activeElement.closest('#classify, #clear, #coverage, #tree')?.id"
     reached = set()
-    for _ in range(18):
+    while "specific disease" not in reached:
+        assert len(reached) < 20
         page.driver.switch_to.active_element.send_keys(Keys.TAB)
-        reached.add(page.driver.execute_script(focused))
-    assert {"classify", "clear", "coverage", "tree"} <= reached
-    page.driver.execute_script("document.querySelector(\"#tree button[data-value='specific disease']\").focus()")
-    page.driver.switch_to.active_element.send_keys(Keys.ENTER)
+        focused = page.driver.switch_to.active_element
+        place = "return arguments[0].dataset.value ?? arguments[0].closest('#classify, #clear, #coverage')?.id"
+        reached.add(page.driver.execute_script(place, focused) or focused.id)
+    assert {"classify", "clear", "coverage"} <= reached
+    focused.send_keys(Keys.ENTER)
     page.until(lambda: "specific disease" in page.text("#words h3"))
 
 
@@ -473,13 +362,11 @@ def test_the_page_sends_requests_only_to_its_own_server_and_the_console_has_no_e
     page.driver.get_log("browser")
     page.open()
     page.driver.get_log("performance")
-    page.classify("Zebrafish-4711 " + NEURO)
+    page.classify(NEURO)
     page.weights()
     sent = [json.loads(entry["message"])["message"] for entry in page.driver.get_log("performance")]
     urls = [m["params"]["request"]["url"] for m in sent if m["method"] == "Network.requestWillBeSent"]
     assert urls
     assert all(url.startswith((space.address, "data:", "blob:")) for url in urls)
-    assert "Zebrafish" not in space.log()
-    assert not any(b"Zebrafish" in content for content in space.files().values())
     severe = [entry["message"] for entry in page.driver.get_log("browser") if entry["level"] == "SEVERE"]
     assert not [message for message in severe if page.address in message.split(" ")[0]]
