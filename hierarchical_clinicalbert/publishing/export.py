@@ -133,7 +133,7 @@ def export_onnx(folder: Path, output: Path) -> dict[str, Path]:
                 raise
             problem = f"{type(model.encoder).__name__} cannot be exported ({type(error).__name__})"
             raise InputError(f"--onnx: {problem}: publish without --onnx") from error
-        # With a scale for each column, decisions change a third as often as with one scale (benchmarks/quantized.py).
+        # With a scale for each column, decisions change a third as often as with one scale (benchmarks/LOG.md).
         # Without VNNI, sums of products with 8-bit weights overflow, and sums of products with 7-bit weights do not.
         quantize_dynamic(file, quantized, weight_type=QuantType.QInt8, per_channel=True, reduce_range=True)
 
