@@ -25,7 +25,7 @@ from checkpoint_hierarchical import load_encoder
 from configuration_hierarchical import HierarchicalConfig
 from modeling_hierarchical import HierarchicalForSequenceClassification
 
-ROUNDS = 9
+ROUNDS = 5
 TEXT = "Resection of colon cancer in 41 patients with ulcerative colitis."
 LOAD = """
 import json, sys, time
