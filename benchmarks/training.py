@@ -195,7 +195,7 @@ def ours(
     arguments = HierarchicalTrainingArguments(
         output_dir=tempfile.gettempdir(), num_train_epochs=1, per_device_train_batch_size=batch, save_strategy="no",
         eval_strategy="no", load_best_model_at_end=False, disable_tqdm=True, logging_steps=1000,
-        gradient_checkpointing=gradient_checkpointing, remove_unused_columns=True,
+        activation_checkpointing=gradient_checkpointing, remove_unused_columns=True,
     )  # fmt: skip
     rows = {"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids], "labels": labels}
     trainer = HierarchicalTrainer(
