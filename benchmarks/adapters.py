@@ -12,15 +12,16 @@ import json
 import re
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-from harness import RESULTS, ROOT, flag_parser, write_results
+import torch
+from harness import RESULTS, ROOT, flag_parser, run_alone, write_results
+from transformers import AutoModel
 
 from checkpoint_hierarchical import SHIPPED_FILES
+from pipeline_hierarchical import use_cpu_kernels
 
 TOKENS = 256
 
@@ -30,22 +31,12 @@ def proportional_set_size() -> float:
     return int(re.search(r"(?m)^Pss: +(\d+)", Path("/proc/self/smaps_rollup").read_text())[1]) / 1024
 
 
-def serve(mode: str, folders: list[str], rounds: int) -> dict[str, float]:
+def serve(mode: str, folders: list[Path], rounds: int) -> dict[str, float]:
     """Load checkpoints, classify one text by each, and return times in milliseconds and memory in MiB."""
-    import torch
-    import transformers
-    from transformers import AutoModel
-
-    from pipeline_hierarchical import use_cpu_kernels
-
-    transformers.utils.logging.disable_progress_bar()
     # loaded before the measurement, to import PEFT and the code of the checkpoints
     AutoModel.from_pretrained(folders[0], trust_remote_code=True, merge_adapter=False)
-    before, models, seconds = proportional_set_size(), [], []
-    inputs = {
-        "input_ids": torch.arange(TOKENS)[None] % 99 + 5,
-        "attention_mask": torch.ones(1, TOKENS, dtype=torch.long),
-    }
+    before, models, milliseconds = proportional_set_size(), [], []
+    inputs = {"input_ids": torch.arange(TOKENS)[None] % 99 + 5, "attention_mask": torch.ones(1, TOKENS).long()}
 
     def classify(model: torch.nn.Module) -> float:
         started = time.perf_counter()
@@ -59,13 +50,13 @@ def serve(mode: str, folders: list[str], rounds: int) -> dict[str, float]:
         if mode == "shared" and models:
             model.share_encoder(models[0])
         use_cpu_kernels(model.encoder)
-        seconds.append(time.perf_counter() - started)
+        milliseconds.append(1000 * (time.perf_counter() - started))
         models.append(model)
     for model in models:  # the first forward reads weights that are mapped files
         classify(model)
     return {
         "memory": proportional_set_size() - before,
-        "load": 1000 * statistics.median(seconds[1:]),
+        "load": statistics.median(milliseconds[1:]),
         "repeated": statistics.median(classify(models[0]) for _ in range(rounds * len(models))),
         "alternating": statistics.median(classify(model) for _ in range(rounds) for model in models),
     }
@@ -79,10 +70,9 @@ def main() -> None:
     parser.add_argument("--serve", choices=("merged", "shared"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve:
-        folders = sorted(map(str, arguments.checkpoint.iterdir()))
-        print(json.dumps(serve(arguments.serve, folders, arguments.rounds)))
+        print(json.dumps(serve(arguments.serve, sorted(arguments.checkpoint.iterdir()), arguments.rounds)))
         return
-    result = {}
+    result = {"count": arguments.count}
     with tempfile.TemporaryDirectory() as scratch:
         for i in range(arguments.count):
             left_out = shutil.ignore_patterns("checkpoint-*", "plots")
@@ -90,12 +80,10 @@ def main() -> None:
             for name in SHIPPED_FILES:  # the current code
                 shutil.copy(ROOT / name, copied)
         for mode in ("merged", "shared"):
-            command = [sys.executable, __file__, "--checkpoint", scratch, "--serve", mode]
-            command += ["--rounds", str(arguments.rounds)]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            result[mode] = measured = json.loads(done.stdout.splitlines()[-1])
+            words = ("--checkpoint", scratch, "--serve", mode, "--rounds", arguments.rounds)
+            result[mode] = measured = run_alone(__file__, *words)
             print(f"{mode:8}", "  ".join(f"{name} {value:.1f}" for name, value in measured.items()), flush=True)
-    write_results(RESULTS / "adapters.json", {"count": arguments.count, **result})
+    write_results(RESULTS / "adapters.json", result)
 
 
 if __name__ == "__main__":

@@ -14,56 +14,47 @@ intervals over the texts. Finished runs stay in the output file.
 """
 
 import argparse
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import harness
 import numpy as np
 import yaml
-from harness import ROOT, flag_parser, print_table, processor, read_results, write_results
-from multi_label_peers import Rows, predict, score, score_peer, unpack
+from multi_label_peers import score_checkpoint, score_peer, unpack
 from scipy.special import expit
 from sklearn.model_selection import KFold
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoTokenizer
 
-from decisions_hierarchical import ManyNodes, threshold_index
-from hierarchical_clinicalbert.data.arguments import DataArguments
-from hierarchical_clinicalbert.data.labels import resolve_labels
-from hierarchical_clinicalbert.data.sources import read_rows
-from hierarchical_clinicalbert.data.splits import split_rows
+from decisions_hierarchical import threshold_index
 from hierarchical_clinicalbert.data.taxonomy_files import read_taxonomy
-from hierarchical_clinicalbert.evaluation.metrics import confusion_counts, micro_f1, node_f1
+from hierarchical_clinicalbert.evaluation.metrics import confusion_counts, macro_f1, micro_f1
 from hierarchical_clinicalbert.evaluation.report import MEASURED_TARGET
 from taxonomy_hierarchical import Taxonomy
 
 FOLDS, VALIDATION, WINDOW = 5, 90, 512
-RECIPES: dict[str, tuple[str, ...]] = {"recipe": (), "recipe-512": ("--max_length", str(WINDOW))}
+RECIPES: dict[str, dict[str, int]] = {"recipe": {}, "recipe-512": {"max_length": WINDOW}}
 MODELS = ("tfidf-logistic", "flat-lora", *RECIPES)
 
 
 def main() -> None:
-    parser = flag_parser(__doc__, "codiesp.json")
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--encoder", required=True)
+    parser = harness.flag_parser(__doc__, "codiesp.json", "data", "encoder", "runs")
     parser.add_argument("--model", choices=MODELS, nargs="+", default=MODELS)
     parser.add_argument("--fold", type=int, nargs="+", default=[*range(1, FOLDS + 1)])
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "codiesp")
     arguments = parser.parse_args()
     tree = read_taxonomy(arguments.data / "codiesp" / "icd10cm.csv", "/")
-    results = read_results(arguments.output, {"processor": processor(), "results": []})
+    results = harness.read_results(arguments.output, {"processor": harness.processor(), "results": []})
     runs, folds = results["results"], {}
     for fold in arguments.fold:
         files = write_fold(fold, arguments.data / "codiesp", arguments.runs)
-        folds[fold] = load(files, tree)
+        folds[fold] = harness.rows_of(harness.load_splits(files, tree, seed=1))
         for model in arguments.model:
             if not any((run["model"], run["fold"]) == (model, fold) for run in runs):
                 scores = run_model(model, fold, files, folds[fold], tree, arguments)
                 # another process may have finished a run meanwhile
-                results = read_results(arguments.output, results)
+                results = harness.read_results(arguments.output, results)
                 runs = results["results"]
                 runs.append({"model": model, "fold": fold, **scores})
-                write_results(arguments.output, results)
+                harness.write_results(arguments.output, results)
                 print(f"fold {fold}, {model}: micro-F1 {scores['micro_f1']:.4f}", flush=True)
     print_tables(runs, folds, tree, arguments.encoder)
 
@@ -81,120 +72,83 @@ def write_fold(fold: int, data: Path, runs: Path) -> dict[str, Path]:
     return files
 
 
-def load(files: dict[str, Path], tree: Taxonomy) -> dict[str, Rows]:
-    """Return texts and labels of each split, as train.py reads them."""
-    arguments = DataArguments(**{f"{split}_file": str(file) for split, file in files.items()})
-    splits = split_rows(resolve_labels(read_rows(arguments), arguments, tree), seed=1).splits
-    targets = ManyNodes(tree).targets
-    return {split: ([*rows["text"]], targets(rows["nodes"][:]).numpy()) for split, rows in splits.items()}
-
-
 def run_model(
-    model: str, fold: int, files: dict[str, Path], rows: dict[str, Rows], tree: Taxonomy, arguments: argparse.Namespace
+    model: str,
+    fold: int,
+    files: dict[str, Path],
+    rows: dict[str, harness.Rows],
+    tree: Taxonomy,
+    arguments: argparse.Namespace,
 ) -> dict[str, Any]:
     """Train a model on a fold, and return its scores on the fold's test rows."""
-    recipe, folder = ROOT / "recipes" / "codiesp.yaml", arguments.runs / f"{model}-{fold}"
+    recipe, folder = harness.ROOT / "recipes" / "codiesp.yaml", arguments.runs / f"{model}-{fold}"
     if model not in RECIPES:
         epochs = yaml.safe_load(recipe.read_text())["num_train_epochs"]
-        fitted = {"seed": fold, "encoder": arguments.encoder, "epochs": epochs, "folder": folder, "fresh": False}
+        fitted = {"seed": fold, "encoder": arguments.encoder, "epochs": epochs, "folder": folder}
         return score_peer(model, tree, rows, **fitted)
-    words = [str(recipe), "--model_name_or_path", arguments.encoder, "--output_dir", str(folder), *RECIPES[model]]
-    words += ["--taxonomy", str(arguments.data / "codiesp" / "icd10cm.csv"), "--seed", str(fold)]
-    words += [word for split, file in files.items() for word in (f"--{split}_file", str(file))]
-    words += ["--resume_from_checkpoint", "auto"]
-    subprocess.run([sys.executable, str(ROOT / "train.py"), *words], check=True)
-    return score_checkpoint(folder, tree, rows)
-
-
-def score_checkpoint(folder: Path, tree: Taxonomy, rows: dict[str, Rows]) -> dict[str, Any]:
-    """Load a checkpoint as a user does, and return its scores, with the recall and the size of each text's prediction set."""
-    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    (texts, labels), calibration = rows["test"], model.config.calibration
-    u = predict(model, tokenizer, texts, "logits")
-    sets = expit(u) >= calibration.set_thresholds[threshold_index(MEASURED_TARGET)]
-    true = labels == 1
+    flags = {"model_name_or_path": arguments.encoder, "taxonomy": arguments.data / "codiesp" / "icd10cm.csv"}
+    flags |= {"seed": fold, **RECIPES[model]}
+    harness.train(folder, recipe, **flags, **{f"{split}_file": file for split, file in files.items()})
+    scores, u, calibration = score_checkpoint(folder, tree, rows)
+    sets, true = expit(u) >= calibration.set_thresholds[threshold_index(MEASURED_TARGET)], rows["test"][1] == 1
     recalls = (true & sets).sum(1) / true.sum(1)
-    return score(tree, u, labels, np.array(calibration.thresholds)) | {
-        "set_recalls": recalls.tolist(),
-        "set_nodes": sets.sum(1).tolist(),
-    }
+    return scores | {"set_recalls": recalls.tolist(), "set_nodes": sets.sum(1).tolist()}
 
 
 # ── Tables ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def print_tables(runs: list[dict], folds: dict[int, dict[str, Rows]], tree: Taxonomy, encoder: str) -> None:
+def print_tables(runs: list[dict], folds: dict[int, dict[str, harness.Rows]], tree: Taxonomy, encoder: str) -> None:
     """Print the scores of all texts and of those beyond one window, and the differences to the recipe."""
+    # ── All folds' texts, one after the other ────────────────────────────────────────────────────────────────────────
     tokenizer = AutoTokenizer.from_pretrained(encoder, model_max_length=10**6)
-    test = {fold: rows["test"] for fold, rows in folds.items()}
-    is_long = {fold: np.array([*map(len, tokenizer(texts)["input_ids"])]) > WINDOW for fold, (texts, _) in test.items()}
-    is_trained = {fold: (rows["train"][1] == 1).any(0) for fold, rows in folds.items()}
-    chosen = {
-        model: {
-            run["fold"]: unpack(run["choices"], test[run["fold"]][1].shape) for run in runs if run["model"] == model
-        }
+    texts = [text for rows in folds.values() for text in rows["test"][0]]
+    is_long = np.array([*map(len, tokenizer(texts)["input_ids"])]) > WINDOW
+    labels = np.concatenate([rows["test"][1] for rows in folds.values()])
+    trained = np.concatenate(
+        [np.tile((rows["train"][1] == 1).any(0), (len(rows["test"][1]), 1)) for rows in folds.values()]
+    )
+    of_model = {
+        model: [run for fold in folds for run in runs if (run["model"], run["fold"]) == (model, fold)]
         for model in MODELS
     }
-    complete = [model for model in MODELS if chosen[model].keys() >= folds.keys()]
-
-    def counts_of(model: str, weights: dict[int, np.ndarray]) -> np.ndarray:
-        """Return counts of the folds' texts, each as often as its weight: of all nodes, and of those with training texts."""
-        parts = []
-        for fold, (_, labels) in test.items():
-            counted = np.repeat(np.arange(len(labels)), weights[fold])
-            counts = confusion_counts(labels[counted], chosen[model][fold][counted])
-            parts.append([counts, counts * is_trained[fold]])
-        return np.sum(parts, axis=0)
-
-    def f1(model: str, weights: dict[int, np.ndarray]) -> list[float]:
-        counts, trained = counts_of(model, weights)
-        of_levels = (counts[:, np.array(tree.levels) == level] for level in range(1, tree.depth + 1))
-        return [micro_f1(counts), np.nanmean(node_f1(trained)), *map(micro_f1, of_levels)]
+    of_model = {model: of_folds for model, of_folds in of_model.items() if len(of_folds) == len(folds)}
+    chosen = {
+        model: np.concatenate(
+            [unpack(run["choices"], rows["test"][1].shape) for run, rows in zip(of_folds, folds.values(), strict=True)]
+        )
+        for model, of_folds in of_model.items()
+    }
 
     # ── Scores ───────────────────────────────────────────────────────────────────────────────────────────────────────
-    once = {fold: np.ones(len(labels), int) for fold, (_, labels) in test.items()}
-    long = {fold: of_fold.astype(int) for fold, of_fold in is_long.items()}
-    for title, weights in (("all texts", once), (f"beyond {WINDOW} tokens", long)):
-        rows = []
-        for model in complete:
-            of_model = [run for run in runs if run["model"] == model and run["fold"] in folds]
-            cells = [f"{100 * value:.1f}" for value in f1(model, weights)]
-            average = np.mean([run["mean_average_precision"] for run in of_model]) if weights is once else np.nan
-            recalls = [np.repeat(run["set_recalls"], weights[run["fold"]]) for run in of_model if model in RECIPES]
-            nodes = [np.repeat(run["set_nodes"], weights[run["fold"]]) for run in of_model if model in RECIPES]
-            sets = (
-                [f"{100 * np.concatenate(recalls).mean():.1f}", f"{np.concatenate(nodes).mean():.0f}"]
-                if recalls
-                else ["", ""]
-            )
-            rows.append([model, *cells, f"{100 * average:.1f}" if weights is once else "", *sets])
-        levels = (f"level {level}" for level in range(1, tree.depth + 1))
-        columns = [title, "micro-F1", "macro-F1", *levels, "mean average precision", "recall of sets", "nodes of sets"]
-        print_table(columns, rows)
+    levels = [np.array(tree.levels) == level for level in range(1, tree.depth + 1)]
+    columns = ["micro-F1", "macro-F1", *(f"level {level}" for level in range(1, tree.depth + 1))]
+    columns += ["mean average precision", "recall of sets", "nodes of sets"]
+    for title, counted in (("all texts", np.full(len(texts), True)), (f"beyond {WINDOW} tokens", is_long)):
+        table = []
+        for model, of_folds in of_model.items():
+            counts = confusion_counts(labels[counted], chosen[model][counted])
+            of_trained = confusion_counts((labels * trained)[counted], (chosen[model] & trained)[counted])
+            f1 = [micro_f1(counts), macro_f1(of_trained)]
+            f1 += [micro_f1(counts[:, is_level]) for is_level in levels]
+            average = np.mean([run["mean_average_precision"] for run in of_folds])
+            cells = [*(f"{100 * value:.1f}" for value in f1), f"{100 * average:.1f}" if counted.all() else "", "", ""]
+            if model in RECIPES:
+                recalls, nodes = (
+                    np.concatenate([run[name] for run in of_folds])[counted] for name in ("set_recalls", "set_nodes")
+                )
+                cells[-2:] = f"{100 * recalls.mean():.1f}", f"{nodes.mean():.0f}"
+            table.append([model, *cells])
+        harness.print_table([title, *columns], table)
 
-    # ── Differences: folds' texts are drawn anew 1,000 times ─────────────────────────────────────────────────────────
-    generator, draws = np.random.default_rng(0), []
-    for _ in range(1000):
-        draws.append(
-            {fold: np.bincount(generator.integers(len(n), size=len(n)), minlength=len(n)) for fold, n in once.items()}
-        )
-    rows = []
-    for model in complete if "recipe" in complete else ():
-        if model != "recipe":
-            drawn = np.array([np.subtract(f1("recipe", draw)[:2], f1(model, draw)[:2]) for draw in draws])
-            all_texts = np.subtract(f1("recipe", once)[:2], f1(model, once)[:2])
-            low, high = np.percentile(drawn + all_texts - drawn.mean(0), (2.5, 97.5), axis=0)
-            rows.append(
-                [
-                    model,
-                    *(
-                        f"{100 * d:.1f} ({100 * a:.1f} – {100 * b:.1f})"
-                        for d, a, b in zip(all_texts, low, high, strict=True)
-                    ),
-                ]
-            )
-    print_table(["the recipe leads", "micro-F1", "macro-F1"], rows)
+    # ── Differences ──────────────────────────────────────────────────────────────────────────────────────────────────
+    table = []
+    for model in [model for model in chosen if model != "recipe"] if "recipe" in chosen else ():
+        micro = harness.paired_intervals([chosen["recipe"]], [chosen[model]], labels)["micro_f1"]
+        own, other = chosen["recipe"] & trained, chosen[model] & trained
+        macro = harness.paired_intervals([own], [other], labels * trained)["macro_f1"]
+        table.append([model, *("{:.1f} ({:.1f} – {:.1f})".format(*(100 * x for x in ends)) for ends in (micro, macro))])
+    harness.print_table(["the recipe leads", "micro-F1", "macro-F1"], table)
 
 
 if __name__ == "__main__":

@@ -18,23 +18,18 @@ so an interrupted benchmark continues.
 """
 
 import argparse
-import json
-import subprocess
-import sys
 import time
 from itertools import product
 from pathlib import Path
 
-import numpy as np
+import harness
 import pandas as pd
-from harness import ROOT, flag_parser, print_table, read_results, write_results
-from quality import Task, setfit, spread
+from quality import Task, setfit
 from sklearn.metrics import accuracy_score, f1_score
 
 ROWS, TEST, SETFIT_STEPS = (1, 4, 16, 64), 1000, 100
-DESCRIPTIONS = ROOT / "benchmarks" / "descriptions.csv"
-FLAT = ("--lora_r", "16", "--lora_alpha", "32", "--heads_init", "random", "--contrastive_steps", "0")
-FLAT += ("--learning_rate", "6e-4")
+DESCRIPTIONS = harness.ROOT / "benchmarks" / "descriptions.csv"
+FLAT = {"lora_r": 16, "lora_alpha": 32, "heads_init": "random", "contrastive_steps": 0, "learning_rate": "6e-4"}
 MODELS = ("setfit", "flat-lora", "names", "descriptions")
 SHOWN = ("accuracy", "macro_f1", "log_loss")
 
@@ -51,34 +46,35 @@ class FewRows(Task):
         train.to_csv(self.files["train"], index=False)
         test.sample(TEST, random_state=seed).to_csv(self.files["test"], index=False)
 
-    def rows(self, split: str) -> tuple[list[str], np.ndarray]:
-        """Return texts and leaf ids of a split."""
-        rows = pd.read_csv(self.files[split], dtype=str).merge(pd.read_csv(self.labels, dtype=str), on="label")
-        return list(rows["text"]), np.array([self.tree.id(name) for name in rows["name"]])
+    def rows(self) -> dict[str, harness.Rows]:
+        """Return texts and leaf ids of each split, without validation rows."""
+        return harness.rows_of(
+            harness.load_splits(self.files, self.tree, self.seed, class_names=str(self.labels), validation_size=0)
+        )
 
 
 def main() -> None:
-    parser = flag_parser(__doc__, "few_rows.json")
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--encoder", required=True)
+    parser = harness.flag_parser(__doc__, "few_rows.json", "data", "encoder", "runs")
     parser.add_argument("--rows", type=int, choices=ROWS, nargs="+", default=ROWS)
     parser.add_argument("--model", choices=MODELS, nargs="+", default=MODELS)
     parser.add_argument("--seed", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "few-rows")
     arguments = parser.parse_args()
     arguments.runs.mkdir(parents=True, exist_ok=True)
     for seed, rows, model in product(arguments.seed, arguments.rows, arguments.model):
         key = {"rows": rows, "model": model, "seed": seed}
-        if any(key.items() <= run.items() for run in read_results(arguments.output, [])):
+        if any(key.items() <= run.items() for run in harness.read_results(arguments.output, [])):
             continue
         task, started = FewRows(rows, arguments.data, seed, arguments.runs), time.time()
-        scores = (setfit_scores if model == "setfit" else train)(task, model, arguments)
-        results = [*read_results(arguments.output, []), {**key, **scores, "minutes": (time.time() - started) / 60}]
+        scores = (setfit_scores if model == "setfit" else checkpoint_scores)(task, model, arguments)
+        results = [
+            *harness.read_results(arguments.output, []),
+            {**key, **scores, "minutes": (time.time() - started) / 60},
+        ]
         results.sort(key=lambda run: (run["rows"], MODELS.index(run["model"]), run["seed"]))
-        write_results(arguments.output, results)
-    runs = pd.DataFrame(read_results(arguments.output, [])).groupby(["rows", "model"], sort=False)
-    table = ([*key, len(some), *(spread(some[name], name) for name in SHOWN)] for key, some in runs)
-    print_table(("rows per class", "model", "seeds", "accuracy", "macro-F1", "log loss"), table, left=2)
+        harness.write_results(arguments.output, results)
+    runs = pd.DataFrame(harness.read_results(arguments.output, [])).groupby(["rows", "model"], sort=False)
+    table = ([*key, len(some), *(harness.spread(some[name], name) for name in SHOWN)] for key, some in runs)
+    harness.print_table(("rows per class", "model", "seeds", "accuracy", "macro-F1", "log loss"), table, left=2)
 
 
 def setfit_scores(task: FewRows, model: str, arguments: argparse.Namespace) -> dict[str, float]:
@@ -89,22 +85,20 @@ def setfit_scores(task: FewRows, model: str, arguments: argparse.Namespace) -> d
     }
 
 
-def train(task: FewRows, model: str, arguments: argparse.Namespace) -> dict[str, float]:
+def checkpoint_scores(task: FewRows, model: str, arguments: argparse.Namespace) -> dict[str, float]:
     """Train with ``train.py``, and return its scores on the test rows."""
     few, flat = task.rows_per_class < 16, model == "flat-lora"
-    words = [ROOT / "recipes" / "few_rows.yaml", "--model_name_or_path", arguments.encoder, "--quantization", "none"]
-    words += [*task.flags(arguments.runs, flat), *(() if few else ("--learning_rate", "6e-4"))]
-    words += () if task.rows_per_class == 4 else ("--num_train_epochs", 5)
+    flags = {"model_name_or_path": arguments.encoder, "quantization": "none", "seed": task.seed}
+    flags |= task.flags(arguments.runs, flat) | ({} if few else {"learning_rate": "6e-4"})
+    flags |= {} if task.rows_per_class == 4 else {"num_train_epochs": 5}
     if flat:
-        words += [*FLAT, *(("--max_steps", 120) if few else ())]
+        flags |= FLAT | ({"max_steps": 120} if few else {})
     if model == "descriptions":
-        labels = arguments.runs / "descriptions.csv"
-        pd.read_csv(task.labels, dtype=str).merge(pd.read_csv(DESCRIPTIONS, dtype=str)).to_csv(labels, index=False)
-        words += ["--taxonomy", labels]
+        flags["taxonomy"] = arguments.runs / "descriptions.csv"
+        described = pd.read_csv(task.labels, dtype=str).merge(pd.read_csv(DESCRIPTIONS, dtype=str))
+        described.to_csv(flags["taxonomy"], index=False)
     folder = arguments.runs / f"{model}-{task.rows_per_class}-{task.seed}"
-    words += ["--seed", task.seed, "--output_dir", folder, "--resume_from_checkpoint", "auto"]
-    subprocess.run([sys.executable, ROOT / "train.py", *map(str, words)], check=True)
-    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    metrics = harness.train(folder, harness.ROOT / "recipes" / "few_rows.yaml", **flags)
     return {name: metrics[f"test_{name}"] for name in SHOWN}
 
 

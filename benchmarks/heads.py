@@ -15,25 +15,9 @@ from configuration_hierarchical import HierarchicalConfig
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy
 
-MINILM = {
-    "model_type": "bert",
-    "hidden_size": 384,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 12,
-    "intermediate_size": 1536,
-}
+SIZE = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
 LARGE = [*({f"group {i}": [f"class {i}.{j}" for j in range(12)]} for i in range(91)), "one", "two", "three"]
-CODES = [  # of the size of ICD-10-CM's tables, with four levels
-    {
-        f"chapter {i}": [
-            {f"{i}.{j}": [{f"{i}.{j}.{k}": [f"{i}.{j}.{k}.{m}" for m in range(10)]} for k in range(8)]}
-            for j in range(14)
-        ]
-    }
-    for i in range(21)
-]
 ROUNDS = 15
-
 SETTINGS: dict[str, dict[str, str]] = {
     "one label": {},
     "several labels": {"problem_type": "multi_label_classification"},
@@ -41,28 +25,35 @@ SETTINGS: dict[str, dict[str, str]] = {
 }
 
 
-def model(tree: Taxonomy, settings: dict[str, str]) -> HierarchicalForSequenceClassification:
-    config = HierarchicalConfig(text_config=MINILM, taxonomy=tree, **settings)
-    return HierarchicalForSequenceClassification(config).eval()
+def codes() -> list[dict]:
+    """Return a taxonomy of the size of ICD-10-CM's tables, with four levels."""
+
+    def block(name: str) -> dict:
+        return {name: [{f"{name}.{k}": [f"{name}.{k}.{m}" for m in range(10)]} for k in range(8)]}
+
+    return [{f"chapter {i}": [block(f"{i}.{j}") for j in range(14)]} for i in range(21)]
 
 
 def main() -> None:
     torch.manual_seed(0)
-    trees = [Taxonomy(DEFAULT_TAXONOMY), Taxonomy(LARGE), Taxonomy(CODES)]
-    models = [model(tree, settings) for settings in SETTINGS.values() for tree in trees]
+    trees = [Taxonomy(tree) for tree in (DEFAULT_TAXONOMY, LARGE, codes())]
+    models = {}
+    for name, settings in SETTINGS.items():
+        for tree in trees:
+            config = HierarchicalConfig(text_config={"model_type": "bert", **SIZE}, taxonomy=tree, **settings)
+            models[name, tree.num_nodes] = HierarchicalForSequenceClassification(config).eval()
     inputs = {"input_ids": torch.randint(5, 30000, (16, 256)), "attention_mask": torch.ones(16, 256, dtype=torch.long)}
-    seconds: list[list[float]] = [[] for _ in models]
+    seconds: dict[tuple[str, int], list[float]] = {key: [] for key in models}
     with torch.inference_mode():
         for round_number in range(ROUNDS + 2):
-            for times, timed_model in zip(seconds, models, strict=True):
+            for key, model in models.items():
                 started = time.perf_counter()
-                timed_model(**inputs)
+                model(**inputs)
                 if round_number >= 2:  # the first two warm up
-                    times.append(time.perf_counter() - started)
-    medians = [statistics.median(times) for times in seconds]
+                    seconds[key].append(time.perf_counter() - started)
     result: dict = {"nodes": [tree.num_nodes for tree in trees]}
-    for i, name in enumerate(SETTINGS):
-        times = medians[i * len(trees) :][: len(trees)]
+    for name in SETTINGS:
+        times = [statistics.median(seconds[name, tree.num_nodes]) for tree in trees]
         print(f"{name}: {', '.join(f'{1000 * time:.1f} ms ({time / times[0]:.2f})' for time in times)}")
         result[name] = {"milliseconds": [1000 * time for time in times], "ratios": [time / times[0] for time in times]}
     write_results(RESULTS / "heads.json", result)

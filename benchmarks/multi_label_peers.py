@@ -4,7 +4,6 @@ Each peer returns marginal logits u of the validation and test texts, (num_texts
 """
 
 import base64
-import shutil
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from harness import PROBABILITIES, Rows, run_batches
 from scipy.special import logit
 from sklearn.base import ClassifierMixin
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -34,23 +34,15 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from configuration_hierarchical import MULTI_LABEL, Calibration
-from decisions_hierarchical import ManyNodes, guaranteed_threshold
-from hierarchical_clinicalbert.evaluation.calibration import calibrate_out_of_fold, calibrated_logits, fit_calibration
-from hierarchical_clinicalbert.evaluation.forms import form_of
-from hierarchical_clinicalbert.evaluation.many_nodes import (
-    ManyNodesForm,
-    common_threshold,
-    predict_nodes,
-)
-from hierarchical_clinicalbert.evaluation.metrics import bootstrap_intervals, node_f1
-from hierarchical_clinicalbert.evaluation.report import MEASURED_TARGET
+from configuration_hierarchical import Calibration
+from decisions_hierarchical import ManyNodes
+from hierarchical_clinicalbert.evaluation.many_nodes import ManyNodesForm, common_threshold, predict_nodes
+from hierarchical_clinicalbert.evaluation.metrics import bootstrap_intervals
 from hierarchical_clinicalbert.training.arguments import HierarchicalTrainingArguments
 from hierarchical_clinicalbert.training.model import turn_off_dropout
 from taxonomy_hierarchical import Taxonomy
 
 Logits = dict[str, np.ndarray]  # of each split in SCORED
-Rows = tuple[list[str], np.ndarray]  # texts, and labels (num_texts, num_nodes)
 
 SCORED = ("validation", "test")
 TFIDF: dict[str, Any] = {"ngram_range": (1, 2), "sublinear_tf": True, "min_df": 2}
@@ -59,8 +51,16 @@ SVM_STRENGTHS, LOGISTIC_STRENGTHS = (0.1, 0.3, 1.0, 3.0, 10.0), (1.0, 3.0, 10.0,
 TREE_STRENGTHS = (10.0, 100.0, 1e3, 1e4)
 MAX_LEAVES = (2, 100)  # below one node of napkinXC's tree: a binary tree, or one node above all labels
 ADAPTER_RATE, HEAD_RATE = 1e-3, 3e-2
-SPLITS = 100
-PROBABILITIES = ("log_loss", "ece", "ece_by_chance")
+
+
+def maximum_below(tree: Taxonomy, scores: np.ndarray) -> np.ndarray:
+    """Return the maximum of scores (num_texts, num_nodes) over each node and all nodes below it."""
+    closed = scores.copy()
+    for node in reversed(tree.reading_order):  # each node after those below it
+        parent = tree.parents[node]
+        if parent >= 0:
+            closed[:, parent] = np.maximum(closed[:, parent], closed[:, node])
+    return closed
 
 
 # ── Linear peers ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -140,35 +140,16 @@ def napkinxc(tree: Taxonomy, rows: dict[str, Rows], seed: int, **_: Any) -> tupl
 # ── Flat fine-tuning ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def is_below(tree: Taxonomy) -> Tensor:
-    """Return a mask (num_nodes, num_nodes) that is true at [i, j] if node j is node i or a descendant of node i."""
-    below = torch.zeros(tree.num_nodes, tree.num_nodes, dtype=torch.bool)
-    for node in range(tree.num_nodes):
-        below[tree.path(node), node] = True
-    return below
-
-
-def highest(below: Tensor, scores: Tensor) -> Tensor:
-    """Return the maximum of scores (B, num_nodes) over each node and its descendants."""
-    return scores.unsqueeze(1).masked_fill(~below, -torch.inf).amax(-1)
-
-
-def maximum_below(tree: Taxonomy, scores: np.ndarray) -> np.ndarray:
-    return highest(is_below(tree), torch.from_numpy(scores)).numpy()
-
-
 class FlatModel(nn.Module):
     """An encoder with a LoRA adapter, and one linear layer over the mean token vector, with binary cross-entropy.
 
     Args:
         labels: labels of the training rows, (num_rows, num_nodes). The biases start at the nodes' log-odds in these rows.
-        below: the mask of `is_below`, for the max constraint loss (C-HMCNN, Giunchiglia and Lukasiewicz, 2020). For a true node,
-            this loss takes the maximum only over true nodes at or below it. None for no constraint.
     """
 
     accepts_loss_kwargs = False  # else the Trainer passes further arguments to forward
 
-    def __init__(self, encoder: str, labels: np.ndarray, below: Tensor | None):
+    def __init__(self, encoder: str, labels: np.ndarray):
         from peft import LoraConfig, get_peft_model
 
         super().__init__()
@@ -179,95 +160,74 @@ class FlatModel(nn.Module):
         self.head = nn.Linear(self.encoder.config.hidden_size, labels.shape[1])
         rates = (labels.sum(0) + 0.5) / (len(labels) + 1)
         self.head.bias.data = torch.tensor(logit(rates), dtype=torch.float32)
-        self.register_buffer("below", below, persistent=False)
 
     def forward(self, labels: Tensor | None = None, **inputs: Tensor) -> dict[str, Tensor]:
         mask = inputs["attention_mask"].unsqueeze(-1)
         states = self.encoder(**inputs).last_hidden_state.float() * mask
-        scores = self.head(states.sum(1) / mask.sum(1)).float()
-        logits = loss_logits = scores if self.below is None else highest(self.below, scores)
+        logits = self.head(states.sum(1) / mask.sum(1)).float()
         if labels is None:
             return {"logits": logits}
-        if self.below is not None:
-            highest_true = highest(self.below, scores.masked_fill(labels == 0, -torch.inf))
-            loss_logits = torch.where(labels == 1, highest_true, logits)
-        loss = nn.functional.binary_cross_entropy_with_logits(loss_logits, labels.float())
-        return {"loss": loss, "logits": logits}
+        return {"loss": nn.functional.binary_cross_entropy_with_logits(logits, labels.float()), "logits": logits}
 
 
-def flat_lora(maximum: bool = False) -> Callable:
-    """Return a peer, see `PEERS`: `FlatModel`, with the max constraint loss if ``maximum``."""
+def flat_lora(
+    tree: Taxonomy, rows: dict[str, Rows], seed: int, encoder: str, epochs: float, folder: Path
+) -> tuple[Logits, dict]:
+    """Train a `FlatModel`, see `PEERS`."""
+    # ── Model and data ───────────────────────────────────────────────────────────────────────────────────────────
+    set_seed(seed)
+    model = FlatModel(encoder, rows["train"][1])
+    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    tokenizer.model_max_length = 512
+    tokenized = {
+        split: Dataset.from_dict({**tokenizer(texts, truncation=True), "labels": labels})
+        for split, (texts, labels) in rows.items()
+    }
 
-    def peer(
-        tree: Taxonomy, rows: dict[str, Rows], seed: int, encoder: str, epochs: float, folder: Path, fresh: bool
-    ) -> tuple[Logits, dict]:
-        # ── Model and data ───────────────────────────────────────────────────────────────────────────────────────────
-        set_seed(seed)
-        model = FlatModel(encoder, rows["train"][1], is_below(tree) if maximum else None)
-        tokenizer = AutoTokenizer.from_pretrained(encoder)
-        tokenizer.model_max_length = 512
-        tokenized = {
-            split: Dataset.from_dict({**tokenizer(texts, truncation=True), "labels": labels})
-            for split, (texts, labels) in rows.items()
-        }
-
-        # ── Fit ──────────────────────────────────────────────────────────────────────────────────────────────────────
-        if fresh:
-            shutil.rmtree(folder, ignore_errors=True)
-        training = HierarchicalTrainingArguments(
-            output_dir=str(folder),
-            num_train_epochs=epochs,
-            per_device_train_batch_size=8,
-            learning_rate=ADAPTER_RATE,
-            metric_for_best_model="micro_f1",
-            remove_unused_columns=False,
-            seed=seed,
-        )
-        rates = [
-            {"params": [weight for weight in model.encoder.parameters() if weight.requires_grad], "lr": ADAPTER_RATE},
-            {"params": model.head.parameters(), "lr": HEAD_RATE},
-        ]
-        trainer = Trainer(
-            model=model,
-            args=training,
-            train_dataset=tokenized["train"],
-            eval_dataset=tokenized["validation"],
-            data_collator=DataCollatorWithPadding(tokenizer),
-            compute_metrics=ManyNodesForm(tree).compute_metrics,
-            callbacks=[EarlyStoppingCallback(training.early_stopping_patience)],
-            optimizers=(torch.optim.AdamW(rates, weight_decay=0.0), None),
-        )
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.exists() else None)
-        logits = {split: predict(model, tokenizer, rows[split][0], "logits") for split in SCORED}
-        steps = trainer.state.best_global_step or trainer.state.global_step
-        return logits, {"epoch": steps * epochs / trainer.state.max_steps}
-
-    return peer
+    # ── Fit ──────────────────────────────────────────────────────────────────────────────────────────────────────
+    training = HierarchicalTrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=epochs,
+        per_device_train_batch_size=8,
+        learning_rate=ADAPTER_RATE,
+        metric_for_best_model="micro_f1",
+        remove_unused_columns=False,
+        seed=seed,
+    )
+    rates = [
+        {"params": [weight for weight in model.encoder.parameters() if weight.requires_grad], "lr": ADAPTER_RATE},
+        {"params": model.head.parameters(), "lr": HEAD_RATE},
+    ]
+    trainer = Trainer(
+        model=model,
+        args=training,
+        train_dataset=tokenized["train"],
+        eval_dataset=tokenized["validation"],
+        data_collator=DataCollatorWithPadding(tokenizer),
+        compute_metrics=ManyNodesForm(tree).compute_metrics,
+        callbacks=[EarlyStoppingCallback(training.early_stopping_patience)],
+        optimizers=(torch.optim.AdamW(rates, weight_decay=0.0), None),
+    )
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.exists() else None)
+    logits = {split: predict(model, tokenizer, rows[split][0]) for split in SCORED}
+    steps = trainer.state.best_global_step or trainer.state.global_step
+    return logits, {"epoch": steps * epochs / trainer.state.max_steps}
 
 
-@torch.no_grad()
-def predict(model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: list[str], output: str) -> np.ndarray:
-    """Return an output of a model for each text, (num_texts, num_nodes) float64, without autocast."""
+def predict(model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> np.ndarray:
+    """Return a model's logits for each text, (num_texts, num_nodes) float64, without autocast."""
     model.eval()
     device = next(model.parameters()).device
-    encoded = tokenizer(texts, truncation=True)
-    order = np.argsort([len(ids) for ids in encoded["input_ids"]])
-    outputs = []
-    for rows in np.array_split(order, -(-len(order) // 32)):
-        batch = tokenizer.pad(
-            {name: [values[row] for row in rows] for name, values in encoded.items()}, return_tensors="pt"
-        )
-        outputs.append(model(**batch.to(device))[output].double().cpu().numpy())
-    return np.concatenate(outputs)[np.argsort(order)]
+    [logits] = run_batches(tokenizer, texts, 32, lambda _, batch: [model(**batch.to(device))["logits"].double().cpu()])
+    return logits.numpy()
 
 
-# each takes (tree, rows, seed, encoder, epochs, folder, fresh), and returns logits and the chosen settings
+# each takes (tree, rows, seed, encoder, epochs, folder), and returns logits and the chosen settings
 PEERS: dict[str, Callable[..., tuple[Logits, dict]]] = {
     "tfidf-logistic": one_vs_rest(LogisticRegression, LOGISTIC_STRENGTHS, solver="liblinear"),
     "tfidf-svm": one_vs_rest(LinearSVC, SVM_STRENGTHS),
     "napkinxc": napkinxc,
-    "flat-lora": flat_lora(),
-    "flat-lora-max": flat_lora(maximum=True),
+    "flat-lora": flat_lora,
 }
 
 
@@ -285,20 +245,15 @@ def score_peer(name: str, tree: Taxonomy, rows: dict[str, Rows], **arguments: An
     return {**scores, "threshold": threshold, "settings": settings}
 
 
-def score_checkpoint(folder: Path, tree: Taxonomy, rows: dict[str, Rows]) -> dict[str, Any]:
-    """Load a checkpoint as a user does, and return its scores on the test rows."""
+def score_checkpoint(
+    folder: Path, tree: Taxonomy, rows: dict[str, Rows]
+) -> tuple[dict[str, Any], np.ndarray, Calibration]:
+    """Load a checkpoint as a user does. Return its scores on the test rows, their logits, and its calibration."""
     model = AutoModel.from_pretrained(folder, trust_remote_code=True)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    decisions = {split: predict(model, tokenizer, rows[split][0], "decision_logits") for split in SCORED}
-    np.savez_compressed(folder / "decision_logits.npz", **decisions)
-    calibration, u = model.config.calibration, ManyNodes(tree)(torch.from_numpy(decisions["test"]))[1].numpy()
-    scores = score(tree, u, rows["test"][1], np.array(calibration.thresholds))
-    labels = np.concatenate([rows[split][1] for split in SCORED])
-    uncalibrated = np.concatenate([*decisions.values()]) - np.array(calibration.biases)
-    return scores | measure_sets(
-        tree, uncalibrated / np.array(calibration.scales), labels, len(decisions["validation"])
-    )
+    u, calibration = predict(model, tokenizer, rows["test"][0]), model.config.calibration
+    return score(tree, u, rows["test"][1], np.array(calibration.thresholds)), u, calibration
 
 
 def score(tree: Taxonomy, u: np.ndarray, labels: np.ndarray, thresholds: np.ndarray | float) -> dict[str, Any]:
@@ -315,67 +270,3 @@ def unpack(choices: str, shape: tuple[int, int]) -> np.ndarray:
     """Return the predicted nodes that `score` packed, as bool of this shape."""
     bits = np.frombuffer(zlib.decompress(base64.b64decode(choices)), np.uint8)
     return np.unpackbits(bits, count=shape[0] * shape[1]).reshape(shape).astype(bool)
-
-
-def measure_sets(tree: Taxonomy, scores: np.ndarray, labels: np.ndarray, num_fitted: int) -> dict[str, float]:
-    """Measure the prediction sets of a guaranteed recall on random splits of validation and test texts.
-
-    In each split, some texts calibrate the scores and fit the threshold as ``train.py`` does. The other texts are scored.
-
-    Args:
-        scores: (num_texts, num_nodes), conditional and uncalibrated, of the encoder and the lexical head.
-        num_fitted: the number of texts that calibrate.
-
-    Returns:
-        Over the splits: the mean recall and its standard deviation, the mean number of nodes, and the mean number of labelled
-        texts to which the thresholds were fitted.
-    """
-    generator, by_split, form = np.random.default_rng(0), [], form_of(tree, MULTI_LABEL)
-    for _ in range(SPLITS):
-        fitted, scored = np.split(generator.permutation(len(scores)), [num_fitted])
-        inputs = (scores[fitted], None, labels[fitted])
-        calibrated = calibrate_out_of_fold(form, *inputs, fitted)
-        sets = form.fit_sets(calibrated, labels[fitted], fitted)
-        u = calibrated_logits(form.decisions, fit_calibration(form, *inputs), scores[scored], None)
-        threshold = guaranteed_threshold("recall", MEASURED_TARGET, Calibration(**sets))
-        measured = form.predict_sets(u, labels[scored], scored, threshold).scores()
-        by_split.append((measured["recall"], measured["nodes"], sets["num_texts"]))
-    recall, nodes, num_texts = np.mean(by_split, axis=0)
-    return {
-        "splits_set_recall": recall,
-        "splits_set_recall_std": np.std(by_split, axis=0)[0],
-        "splits_set_nodes": nodes,
-        "splits_set_texts": num_texts,
-    }
-
-
-def paired_intervals(
-    own: list[np.ndarray], other: list[np.ndarray], labels: np.ndarray
-) -> dict[str, tuple[float, float, float]]:
-    """Return the differences of micro- and macro-F1 of two models, with 95 % bootstrap intervals over the same test texts.
-
-    The resamples are shifted to have the difference as mean, as in `evaluation.metrics.bootstrap_intervals`.
-
-    Args:
-        own, other: the predicted nodes of each seed, (num_texts, num_nodes) bool. Scores are means over the seeds.
-
-    Returns:
-        The difference, and the lower and upper end.
-    """
-    generator, texts = np.random.default_rng(0), len(labels)
-    draws = (generator.integers(texts, size=texts) for _ in range(1000))
-    weights = np.stack(
-        [np.ones(texts), *(np.bincount(rows, minlength=texts) for rows in draws)]
-    )  # first, all texts once
-
-    def f1(chosen: np.ndarray) -> np.ndarray:
-        true = labels == 1
-        counts = np.stack([weights @ pairs.astype(float) for pairs in (true & chosen, chosen, true)])
-        return np.stack([2 * counts[0].sum(1) / counts[1:].sum((0, 2)), np.nanmean(node_f1(counts), axis=1)])
-
-    differences = np.mean([f1(chosen) for chosen in own], axis=0) - np.mean([f1(chosen) for chosen in other], axis=0)
-    intervals = {}
-    for name, (difference, *resampled) in zip(("micro_f1", "macro_f1"), differences, strict=True):
-        shifted = np.array(resampled) + difference - np.mean(resampled)
-        intervals[name] = (difference, *np.percentile(shifted, (2.5, 97.5)))
-    return intervals

@@ -26,9 +26,6 @@ shares of unknown and of known test texts whose ``p_value`` is at most 0.05.
 """
 
 import argparse
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +41,17 @@ from open_world_hierarchical import NOVELTY, NoveltyTests
 
 TEXTS = harness.ROOT / "benchmarks" / "strange_texts.txt"
 NEAREST, BATCH = 10, 64
+SCORES = ("largest probability", "entropy", "energy", "nearest texts")
+SCORES += ("relative Mahalanobis", "Mahalanobis", "Mahalanobis and energy")
+PARTS = ("clinc150", "ohsumed", "texts")
+SHORT: dict[str, Any] = {"num_train_epochs": 2, "quantization": "none", "lexical_head": "false"}
 FLAGS = {
-    "clinc150": (
-        *("--max_length", "64", "--num_train_epochs", "2", "--per_device_train_batch_size", "32"),
-        *("--label_smoothing_factor", "0.05", "--lora_r", "64", "--lora_alpha", "128", "--quantization", "none"),
-        *("--heads_init", "prototypes", "--lexical_head", "false"),
-    ),
-    "ohsumed": (
-        *(str(harness.ROOT / "recipes" / "ohsumed.yaml"), "--max_length", "128", "--num_train_epochs", "2"),
-        *("--consistency", "0", "--contrastive_steps", "0", "--quantization", "none", "--lexical_head", "false"),
-    ),
+    "clinc150": {
+        **SHORT,
+        **{"max_length": 64, "per_device_train_batch_size": 32, "label_smoothing_factor": 0.05},
+        **{"lora_r": 64, "lora_alpha": 128, "heads_init": "prototypes"},
+    },
+    "ohsumed": {**SHORT, "max_length": 128, "consistency": 0, "contrastive_steps": 0},
 }
 LEFT_OUT = {
     "a": (("C06", "C20"), ("C04",)),
@@ -62,13 +60,8 @@ LEFT_OUT = {
 
 
 def main() -> None:
-    parser = harness.flag_parser(__doc__, "open_world.json")
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--encoder", required=True)
-    parser.add_argument(
-        "--part", choices=("clinc150", "ohsumed", "texts"), nargs="+", default=("clinc150", "ohsumed", "texts")
-    )
-    parser.add_argument("--runs", type=Path, default=harness.ROOT / "runs" / "open_world")
+    parser = harness.flag_parser(__doc__, "open_world.json", "data", "encoder", "runs")
+    parser.add_argument("--part", choices=PARTS, nargs="+", default=PARTS)
     arguments = parser.parse_args()
     arguments.runs.mkdir(parents=True, exist_ok=True)
     results = harness.read_results(arguments.output, {})
@@ -81,51 +74,28 @@ def main() -> None:
 # ── Models and their outputs ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-class Outputs:
-    """What a model computes for some texts.
+def run_model(classify: Any, texts: list[str]) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    """Return vectors (num_texts, H), strangeness (num_texts, num_nodes + 1), and the scores that need no training text."""
+    model, leaves = classify.model, classify.tree.num_leaves
 
-    Attributes:
-        vectors: (num_texts, H).
-        log_probs: calibrated log-probabilities of the leaves, (num_texts, num_leaves).
-        energies, distances: (num_texts,).
-        strangeness: (num_texts, num_nodes + 1).
-    """
+    def outputs(_: list[int], batch: Any) -> tuple[torch.Tensor, ...]:
+        output, open_world = model(**batch, output_vectors=True), model.heads.open_world
+        distances = open_world.distances(output.vectors[:, :-1]).amin(1)
+        return output.vectors, output.node_log_probs[:, :leaves], distances, open_world(output.vectors)
 
-    @torch.inference_mode()
-    def __init__(self, classify: Any, texts: list[str]):
-        model, tree = classify.model, classify.tree
-        order, parts = sorted(range(len(texts)), key=lambda i: -len(texts[i])), []
-        for start in range(0, len(texts), BATCH):
-            some = [texts[i] for i in order[start : start + BATCH]]
-            output = model(
-                **classify.tokenizer(some, truncation=True, padding=True, return_tensors="pt"), output_vectors=True
-            )
-            distances = model.heads.open_world.distances(output.vectors[:, :-1]).amin(1)
-            strangeness = model.heads.open_world(output.vectors)
-            parts.append((output.vectors, output.node_log_probs[:, : tree.num_leaves], distances, strangeness))
-        joined = (torch.cat(values)[np.argsort(order)].numpy() for values in zip(*parts, strict=True))
-        vectors, self.log_probs, self.distances, self.strangeness = joined
-        self.vectors, self.energies = vectors[:, :-1], vectors[:, -1]
-
-    def baselines(self) -> dict[str, np.ndarray]:
-        """Return the scores that need the probabilities alone, (num_texts,) each."""
-        probabilities = np.exp(self.log_probs)
-        return {
-            "largest probability": -probabilities.max(1),
-            "entropy": -(probabilities * self.log_probs).sum(1),
-            "energy": self.energies,
-        }
+    arrays = harness.run_batches(classify.tokenizer, texts, BATCH, outputs)
+    vectors, log_probs, distances, strangeness = (values.numpy() for values in arrays)
+    probabilities = np.exp(log_probs)
+    scores = {"largest probability": -probabilities.max(1), "entropy": -(probabilities * log_probs).sum(1)}
+    scores |= {"energy": vectors[:, -1], "Mahalanobis": distances, "Mahalanobis and energy": strangeness[:, -1]}
+    return vectors[:, :-1], strangeness, scores
 
 
-def train(arguments: argparse.Namespace, task: str, name: str, files: dict[str, Path]) -> Any:
-    """Train a model unless its run is finished, and return its pipeline."""
+def train(arguments: argparse.Namespace, name: str, *words: Any, **flags: Any) -> tuple[Any, dict[str, float]]:
+    """Train a model, and return its pipeline and its metrics."""
     folder = arguments.runs / name
-    if not (folder / "metrics.json").exists():
-        words = [*FLAGS[task], "--model_name_or_path", arguments.encoder, "--output_dir", str(folder)]
-        words += [word for flag, file in files.items() for word in (f"--{flag}", str(file))]
-        command = [sys.executable, str(harness.ROOT / "train.py"), *words, "--resume_from_checkpoint", "auto"]
-        subprocess.run(command, check=True)
-    return harness.load_classifier(str(folder))
+    metrics = harness.train(folder, *words, model_name_or_path=arguments.encoder, **flags)
+    return harness.load_classifier(folder), metrics
 
 
 def read_texts(file: Path) -> pd.DataFrame:
@@ -139,38 +109,21 @@ def separation(known: np.ndarray, unknown: np.ndarray) -> dict[str, float]:
     return {"auroc": roc_auc_score(labels, np.r_[known, unknown]), "found": float((unknown > threshold).mean())}
 
 
-def p_values(tests: NoveltyTests, outputs: Outputs) -> np.ndarray:
-    return np.array([tests.p_value(row) for row in outputs.strangeness.tolist()])
-
-
 def compare(classify: Any, training: list[str], known: list[str], unknown: list[str]) -> list[dict]:
     """Return a row for each score: how well it tells unknown texts from known ones."""
-    outputs = {
-        "training": Outputs(classify, training),
-        "known": Outputs(classify, known),
-        "unknown": Outputs(classify, unknown),
-    }
-    vectors = outputs["training"].vectors
-    covariance, _ = ledoit_wolf(vectors.astype(np.float64))
-    whitening, center = np.linalg.cholesky(np.linalg.inv(covariance)), vectors.mean(0)
-    directions = normalize(vectors)
-    scores: dict[str, dict[str, np.ndarray]] = {}
-    for name in ("known", "unknown"):
-        of_texts = outputs[name]
-        plain = of_texts.distances
-        cosines = normalize(of_texts.vectors) @ directions.T
-        scores[name] = of_texts.baselines() | {
-            "nearest texts": 1 - np.partition(cosines, -NEAREST, axis=1)[:, -NEAREST],
-            "relative Mahalanobis": plain**2 - np.square((of_texts.vectors - center) @ whitening).sum(1),
-            "Mahalanobis": plain,
-            "Mahalanobis and energy": of_texts.strangeness[:, -1],
-        }
-    rows: list[dict] = [
-        {"score": score, **separation(values, scores["unknown"][score])} for score, values in scores["known"].items()
-    ]
-    tests = NoveltyTests(classify.model.heads.open_world)
-    for row, name in (("found_by_p_value", "unknown"), ("false_alarms", "known")):
-        rows[-1][row] = float((p_values(tests, outputs[name]) <= NOVELTY).mean())
+    of_training, _, _ = run_model(classify, training)
+    covariance, _ = ledoit_wolf(of_training.astype(np.float64))
+    whitening, center = np.linalg.cholesky(np.linalg.inv(covariance)), of_training.mean(0)
+    tests, parts, flagged = NoveltyTests(classify.model.heads.open_world), [], []
+    for texts in (known, unknown):
+        vectors, strangeness, scores = run_model(classify, texts)
+        cosines = normalize(vectors) @ normalize(of_training).T
+        scores["nearest texts"] = 1 - np.partition(cosines, -NEAREST, axis=1)[:, -NEAREST]
+        scores["relative Mahalanobis"] = scores["Mahalanobis"] ** 2 - np.square((vectors - center) @ whitening).sum(1)
+        parts.append(scores)
+        flagged.append(np.mean([tests.p_value(row) <= NOVELTY for row in strangeness.tolist()]))
+    rows = [{"score": score, **separation(parts[0][score], parts[1][score])} for score in SCORES]
+    rows[-1] |= {"found_by_p_value": float(flagged[1]), "false_alarms": float(flagged[0])}
     return rows
 
 
@@ -179,15 +132,14 @@ def compare(classify: Any, training: list[str], known: list[str], unknown: list[
 
 def clinc150(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure on the validation queries, which choose the score, and on the test queries."""
-    folder = arguments.data / "clinc150"
-    splits = ("train", "validation", "test")
-    classify = train(arguments, "clinc150", "clinc150", {f"{split}_file": folder / f"{split}.csv" for split in splits})
-    texts = {split: list(read_texts(folder / f"{split}.csv")["text"]) for split in splits}
+    files = {split: arguments.data / "clinc150" / f"{split}.csv" for split in ("train", "validation", "test")}
+    flags = {f"{split}_file": file for split, file in files.items()}
+    classify, metrics = train(arguments, "clinc150", **FLAGS["clinc150"], **flags)
+    texts = {split: [*read_texts(file)["text"]] for split, file in files.items()}
     measured = {}
     for split in ("validation", "test"):
-        unknown = list(read_texts(folder / f"out_of_scope_{split}.csv")["text"])
+        unknown = [*read_texts(arguments.data / "clinc150" / f"out_of_scope_{split}.csv")["text"]]
         measured[split] = compare(classify, texts["train"], texts[split], unknown)
-    metrics = json.loads((arguments.runs / "clinc150" / "metrics.json").read_text())
     return {"clinc150": measured | {"accuracy": metrics["test_accuracy"]}}
 
 
@@ -206,7 +158,8 @@ def ohsumed(arguments: argparse.Namespace) -> dict[str, Any]:
         labels[~labels["label"].isin(unknown)].to_csv(folder / "labels.csv", index=False)
         files = {"train_file": folder / "train.csv", "test_file": folder / "test.csv"}
         files |= {"taxonomy": folder / "labels.csv", "class_names": folder / "labels.csv"}
-        classify = train(arguments, "ohsumed", f"ohsumed-{name}", files)
+        recipe = harness.ROOT / "recipes" / "ohsumed.yaml"
+        classify, metrics = train(arguments, f"ohsumed-{name}", recipe, **FLAGS["ohsumed"], **files)
 
         # ── Unknown leaves, the unknown branch, and known texts ──────────────────────────────────────────────────────
         test = rows["test"]
@@ -222,7 +175,6 @@ def ohsumed(arguments: argparse.Namespace) -> dict[str, Any]:
             "nothing": [one["known"] is None for one in known],
         }
         results[f"{name}, leaves"] |= {"known": {share: float(np.mean(values)) for share, values in shares.items()}}
-        metrics = json.loads((arguments.runs / f"ohsumed-{name}" / "metrics.json").read_text())
         measured = {key: metrics[f"test_{key}"] for key in ("accuracy", "strange", "unknown", "known_above")}
         results[f"{name}, false alarms"] = measured
     return {"ohsumed": results}
@@ -233,7 +185,7 @@ def made_up_texts(arguments: argparse.Namespace) -> dict[str, Any]:
     texts = TEXTS.read_text(encoding="utf-8").splitlines()
     results = {}
     for name in LEFT_OUT:
-        classify = harness.load_classifier(str(arguments.runs / f"ohsumed-{name}"))
+        classify = harness.load_classifier(arguments.runs / f"ohsumed-{name}")
         results[name] = [
             {"text": text, **{field: one[field] for field in ("label", "score", "p_value", "known")}}
             for text, one in zip(texts, classify(texts), strict=True)

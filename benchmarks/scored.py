@@ -6,12 +6,15 @@ Calibrations, thresholds and priors can then be fitted again and again, on any s
 import dataclasses
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from harness import rows_of, run_batches
 from quality import Task
+from transformers import AutoTokenizer
 
 from configuration_hierarchical import Calibration
 from hierarchical_clinicalbert.evaluation.calibration import calibrate_out_of_fold, calibrated_logits, fit_calibration
@@ -38,10 +41,14 @@ class Scores:
     labels: np.ndarray
     log_prior: np.ndarray | float
 
-    def rows(self, chosen: np.ndarray) -> "Scores":
-        """Return some texts."""
-        lexical = None if self.lexical is None else self.lexical[chosen]
-        return dataclasses.replace(self, own=self.own[chosen], lexical=lexical, labels=self.labels[chosen])
+    def split(self, order: np.ndarray, count: int) -> tuple["Scores", "Scores"]:
+        """Return the first ``count`` texts in an order, and the others."""
+
+        def some(chosen: np.ndarray) -> Scores:
+            lexical = None if self.lexical is None else self.lexical[chosen]
+            return dataclasses.replace(self, own=self.own[chosen], lexical=lexical, labels=self.labels[chosen])
+
+        return some(order[:count]), some(order[count:])
 
     def calibrated(self, other: "Scores") -> tuple[np.ndarray, np.ndarray]:
         """Return logits as `evaluation.report` has them: of these rows, calibrated out of fold, and of ``other``, by all of these."""
@@ -51,8 +58,10 @@ class Scores:
         return own, calibrated_logits(decisions, calibration, other.own, other.lexical)
 
 
-def read_scores(folder: Path, name: str, data: Path) -> dict[str, Scores]:
-    """Return the scores of a checkpoint's validation and test rows, from ``scores.npz`` in its folder if that exists.
+def read_scores(folder: Path, name: str, data: Path) -> tuple[Scores, int]:
+    """Return the scores of a checkpoint's validation and then test rows, and the number of the former.
+
+    They are read from ``scores.npz`` in the checkpoint's folder if that exists.
 
     ``name`` and ``data`` are those of a `Task`. The checkpoint must have been trained and calibrated on its rows.
     """
@@ -65,48 +74,36 @@ def read_scores(folder: Path, name: str, data: Path) -> dict[str, Scores]:
     form = form_of(labelled.taxonomy, labelled.problem_type)
 
     # ── Scores ───────────────────────────────────────────────────────────────────────────────────────────────────────
-    file = folder / "scores.npz"
+    file, rows, log_prior = folder / "scores.npz", rows_of(labelled), 0.0
     if not file.exists():
         model = HierarchicalForSequenceClassification.from_pretrained(folder).eval()
         arrays = {}
         for split in SCORED:
-            of_split = score(model, folder, [*labelled.splits[split]["text"]])
+            of_split = score(model, folder, rows[split][0])
             arrays |= {f"{split}_{part}": values for part, values in of_split.items()}
         np.savez_compressed(file, **arrays)
-    stored, log_prior = np.load(file), 0.0
     if not task.is_multi_label:  # the lexical head of one path has learnt the frequencies
-        training = form.decisions.targets(labelled.splits["train"]["nodes"][:])
-        log_prior = np.log(form.decisions.count_outcomes(training).numpy() + 0.5)
-    return {
-        split: Scores(
-            form,
-            stored[f"{split}_own"],
-            stored.get(f"{split}_lexical"),
-            form.decisions.targets(labelled.splits[split]["nodes"][:]).numpy(),
-            log_prior,
-        )
-        for split in SCORED
-    }
+        log_prior = np.log(form.decisions.count_outcomes(torch.from_numpy(rows["train"][1])).numpy() + 0.5)
+    stored, parts = np.load(file), {}
+    for part in ("own", "lexical") if "test_lexical" in stored else ("own",):
+        parts[part] = np.concatenate([stored[f"{split}_{part}"] for split in SCORED])
+    labels = np.concatenate([rows[split][1] for split in SCORED])
+    return Scores(form, parts["own"], parts.get("lexical"), labels, log_prior), len(rows["validation"][1])
 
 
 def score(model: HierarchicalForSequenceClassification, folder: Path, texts: list[str]) -> dict[str, np.ndarray]:
     """Return the ``own`` and, if there is a lexical head, the ``lexical`` scores of texts, see `Scores`."""
-    from transformers import AutoTokenizer
-
     tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     heads, lexical = model.heads, model.heads.lexical
     heads.lexical = None
     model.config.calibration, weight = Calibration(), model.config.calibration.lexical_weight
     heads.fill_buffers()
-    parts: dict[str, list[np.ndarray]] = {"own": [], "lexical": []}
-    order = np.argsort([len(text) for text in texts])
-    for start in range(0, len(texts), ROWS_AT_ONCE):
-        some = [texts[i] for i in order[start : start + ROWS_AT_ONCE]]
-        inputs = tokenizer(some, truncation=True, padding=True, return_tensors="pt")
-        with torch.inference_mode():
-            parts["own"].append(model(**inputs).decision_logits.numpy())
-            if lexical is not None:
-                of_classes = lexical(inputs["input_ids"], inputs["attention_mask"])
-                parts["lexical"].append(heads.decisions.of_classes(of_classes).numpy())
+
+    def outputs(_: list[int], inputs: Any) -> Iterator[torch.Tensor]:
+        yield model(**inputs).decision_logits
+        if lexical is not None:
+            yield heads.decisions.of_classes(lexical(inputs["input_ids"], inputs["attention_mask"]))
+
+    arrays = [values.numpy() for values in run_batches(tokenizer, texts, ROWS_AT_ONCE, outputs)]
     heads.lexical, model.config.calibration = lexical, Calibration(lexical_weight=weight)
-    return {part: np.concatenate(rows)[np.argsort(order)] for part, rows in parts.items() if rows}
+    return dict(zip(("own", "lexical"), arrays, strict=False))

@@ -2,14 +2,11 @@
 
 All evaluations of a run have the same accuracy on new rows, so the excess of the best evaluation is chance. Two evaluations
 agree on whether a row is predicted correctly for 95 % of the rows. Each row has a probability of being correct, drawn from the
-beta distribution with this mean and this agreement. With less agreement, the excess is larger. The last line shows the measured
-agreement between runs of ``ablation.py``, which differ in one setting.
+beta distribution with this mean and this agreement. With less agreement, the excess is larger.
 """
 
-from itertools import combinations
-
 import numpy as np
-from harness import RESULTS, print_table, read_results, write_results
+from harness import RESULTS, print_table, write_results
 
 ACCURACY, AGREEMENT = 0.7, 0.95
 ROWS, EVALUATIONS = (30, 100, 350), (2, 5, 20)
@@ -32,10 +29,6 @@ def main() -> None:
     print_table(["validation rows", *(f"{count} evaluations" for count in EVALUATIONS)], table, left=0)
     settings = {"accuracy": ACCURACY, "agreement": AGREEMENT, "runs": RUNS}
     write_results(RESULTS / "selection.json", {**settings, "results": results})
-    tested = read_results(RESULTS / "ablation.json", [])
-    pairs = [pair for pair in combinations(tested, 2) if len({(run["task"], run["fold"]) for run in pair}) == 1]
-    agreed = [np.mean([x == y for x, y in zip(one["right"], other["right"], strict=True)]) for one, other in pairs]
-    print(f"\nruns of ablation.py agree on {np.mean(agreed):.1%} of the rows, in the mean of {len(pairs)} pairs")
 
 
 if __name__ == "__main__":

@@ -46,8 +46,8 @@ def main() -> None:
     arguments = parser.parse_args()
     results = read_results(arguments.output, {"bands": [], "mixes": []})
     if arguments.task:
-        scores = read_scores(arguments.model, arguments.task, arguments.data)
-        measured = {"bands": measure_bands(scores), "mixes": measure_mixes(scores)}
+        scores, num_fitted = read_scores(arguments.model, arguments.task, arguments.data)
+        measured = {"bands": measure_bands(scores, num_fitted), "mixes": measure_mixes(scores, num_fitted)}
         for part, rows in measured.items():
             kept = [row for row in results[part] if row["task"] != arguments.task]
             results[part] = kept + [{"task": arguments.task, **row} for row in rows]
@@ -58,10 +58,11 @@ def main() -> None:
 # ── Bands ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def measure_bands(scores: dict[str, Scores]) -> list[dict[str, Any]]:
+def measure_bands(scores: Scores, num_fitted: int) -> list[dict[str, Any]]:
     """Return what sets hold and name, with one threshold and by bands: on the test texts, then as the mean over splits."""
-    rows = [{"texts": "test", **row} for row in compare_thresholds(scores["validation"], scores["test"])]
-    by_split = [compare_thresholds(*split) for split in random_splits(scores)]
+    unchanged = scores.split(np.arange(len(scores.labels)), num_fitted)
+    rows = [{"texts": "test", **row} for row in compare_thresholds(*unchanged)]
+    by_split = [compare_thresholds(*split) for split in random_splits(scores, num_fitted)]
     for same in zip(*by_split, strict=True):
         means = {name: float(np.mean([row[name] for row in same])) for name in ("held", "nodes")}
         bands = pd.DataFrame([band for row in same for band in row["by_confidence"]])
@@ -82,13 +83,14 @@ def measure_bands(scores: dict[str, Scores]) -> list[dict[str, Any]]:
 def compare_thresholds(fitted: Scores, measured: Scores) -> list[dict[str, Any]]:
     """Fit calibration and both kinds of thresholds on some texts, and measure their sets on others."""
     logits, others = fitted.calibrated(measured)
-    texts = np.arange(len(fitted.labels))
+    texts, guarantee = np.arange(len(fitted.labels)), fitted.form.decisions.guarantee
     by_band = Calibration(**fitted.form.fit_sets(logits, fitted.labels, texts))
     common = Calibration(set_thresholds=fitted.form.thresholds_of(fitted.form.set_scores(logits, fitted.labels, texts)))
     rows = []
     for name, calibration in (("one", common), ("by band", by_band)):
-        sets = predict(fitted.form, others, measured.labels, threshold_of(fitted.form, calibration))
-        guarantee, overall = fitted.form.decisions.guarantee, sets.scores()
+        threshold = guaranteed_threshold(guarantee, MEASURED_TARGET, calibration)
+        sets = predict(fitted.form, others, measured.labels, threshold)
+        overall = sets.scores()
         row = {"thresholds": name, "bands": calibration.set_bands or []}
         row |= {"held": float(overall[guarantee]), "nodes": float(overall["nodes"])}
         of_bands = [group for group in sets.groups() if group["by"] == "confidence"]
@@ -98,33 +100,23 @@ def compare_thresholds(fitted: Scores, measured: Scores) -> list[dict[str, Any]]
     return rows
 
 
-def threshold_of(form: Form, calibration: Calibration) -> SetThreshold:
-    return guaranteed_threshold(form.decisions.guarantee, MEASURED_TARGET, calibration)
-
-
 def predict(form: Form, logits: np.ndarray, labels: np.ndarray, threshold: SetThreshold) -> PredictedSets:
     return form.predict_sets(logits, labels, np.arange(len(labels)), threshold)
 
 
-def random_splits(scores: dict[str, Scores]) -> Iterator[tuple[Scores, Scores]]:
-    """Split validation and test texts at random into texts for the fit, as many as for validation, and texts to measure."""
-    one, other = scores["validation"], scores["test"]
-    lexical = None if one.lexical is None else np.concatenate([one.lexical, other.lexical])
-    own, labels = (np.concatenate([getattr(one, name), getattr(other, name)]) for name in ("own", "labels"))
-    both = Scores(one.form, own, lexical, labels, one.log_prior)
+def random_splits(scores: Scores, num_fitted: int) -> Iterator[tuple[Scores, Scores]]:
+    """Split all texts at random into texts for the fit and texts to measure."""
     for seed in range(SPLITS):
-        order = np.random.default_rng(seed).permutation(len(labels))
-        yield both.rows(order[: len(one.labels)]), both.rows(order[len(one.labels) :])
+        yield scores.split(np.random.default_rng(seed).permutation(len(scores.labels)), num_fitted)
 
 
 # ── Mixes ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def measure_mixes(scores: dict[str, Scores]) -> list[dict[str, Any]]:
+def measure_mixes(scores: Scores, num_fitted: int) -> list[dict[str, Any]]:
     """Return the means over the splits for each mix and prior, and the range of the changes by the correction."""
-    rows = [
-        row | {"split": number} for number, split in enumerate(random_splits(scores)) for row in measure_split(*split)
-    ]
+    splits = enumerate(random_splits(scores, num_fitted))
+    rows = [row | {"split": number} for number, split in splits for row in measure_split(*split)]
     table = pd.DataFrame(rows).set_index(["mix", "prior", "split"]).sort_index()
     means, results = table.groupby(["mix", "prior"]).mean(), []
     for (mix, prior), values in means.iterrows():

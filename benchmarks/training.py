@@ -6,37 +6,29 @@ on the machine affects all; compare ratios of medians. The peers, all with AdamW
 
 - run_classification: the transformers example script of that name. Every weight is trained, in float32, with the encoder's
   dropout, in random order, padded to the longest text of the batch.
-- hand-written loop: a loop as in tutorials. float32, padded to 256, gradient checkpointing, embeddings and the lower 80 % of the
-  layers frozen (rounded down), dropout.
 - plain LoRA: a loop as a careful user writes it. PEFT over the unquantized encoder, bfloat16 autocast where it is native, no
   dropout, sorted by length, torch's SDPA.
 - compiled LoRA: the same through torch.compile, forward and backward, for batches of any shape. The warm-up compiles.
 - LoRA, QLoRA: this project's trainer with its default settings, over an unquantized or a 4-bit encoder.
-
-FLOPs are useful FLOPs: without padding, for the forward pass and the gradients that training needs, without recomputation. They
-are divided by the machine's peak, the best of a few large matrix products in the same run, in bfloat16 where it is native.
-
-Profile: the five largest costs of a step of plain LoRA, which this project used before `training.cpu`, and of QLoRA.
 
 Memory: peak resident memory of the process over two steps, or on a GPU the peak that torch allocated. The model has the size of
 BERT base and random weights, and its batches have no padding.
 """
 
 import argparse
-import csv
 import json
 import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import harness
 import numpy as np
+import pandas as pd
 import torch
 
 from hierarchical_clinicalbert.machine import has_bf16, keep_memory
@@ -44,10 +36,8 @@ from hierarchical_clinicalbert.machine import has_bf16, keep_memory
 BATCH = 16
 CLASSES = 23
 OURS = {"LoRA": ("lora", "none"), "QLoRA": ("lora", "4bit"), "full fine-tuning": ("full", "none")}
-SPEED = {
-    512: ("run_classification", "plain LoRA", "compiled LoRA", "LoRA", "QLoRA"),
-    256: ("hand-written loop", "plain LoRA", "compiled LoRA", "LoRA", "QLoRA"),
-}
+LENGTH = 512
+SPEED = ("run_classification", "plain LoRA", "compiled LoRA", "LoRA", "QLoRA")
 MEMORY = [
     (batch, length, checkpointing) for batch in (1, 8) for length in (128, 512) for checkpointing in (False, True)
 ]
@@ -83,60 +73,37 @@ def machine() -> str:
 
 def run(**task: object) -> dict:
     """Run one measurement in a fresh process."""
-    line = [sys.executable, __file__, "--encoder", "", "--worker", json.dumps(task)]
-    done = subprocess.run(line, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise SystemExit(f"{task} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return harness.run_alone(__file__, "--encoder", "", "--worker", json.dumps(task))
 
 
 def measure_speed(arguments: argparse.Namespace, _: Path) -> list[dict]:
-    runs: dict[tuple[int, str], list[dict]] = {}
+    runs: dict[str, list[dict]] = {name: [] for name in SPEED}
     for turn in range(arguments.rounds):
-        for length, contenders in SPEED.items():
-            for name in contenders:
-                done = run(
-                    contender=name, encoder=arguments.encoder, length=length,
-                    train_file=str(arguments.train_file),
-                    documents=arguments.documents // (4 if name == contenders[0] else 1),  # the first steps are slow
-                )  # fmt: skip
-                runs.setdefault((length, name), []).append(done)
-                print(f"round {turn + 1}, {length} tokens, {name}: {done['documents_per_second']:.2f}/s", flush=True)
+        for name in SPEED:
+            documents = arguments.documents // (4 if name == SPEED[0] else 1)  # the first steps are slow
+            task = {"contender": name, "encoder": arguments.encoder, "length": LENGTH, "documents": documents}
+            runs[name].append(run(**task, train_file=str(arguments.train_file)))
+            print(f"round {turn + 1}, {name}: {runs[name][-1]['documents_per_second']:.2f}/s", flush=True)
     rows = []
-    for (length, name), done in runs.items():
+    for name, done in runs.items():
         speeds = [one["documents_per_second"] for one in done]
-        peer = [one["documents_per_second"] for one in runs[length, SPEED[length][0]]]
+        first = rows[0]["documents_per_second"] if rows else statistics.median(speeds)
         rows.append(
             {
-                "length": length,
+                "length": LENGTH,
                 "contender": name,
                 "documents_per_second": statistics.median(speeds),
                 "lowest": min(speeds),
                 "highest": max(speeds),
-                "ratio": statistics.median(speeds) / statistics.median(peer),
-                "share_of_peak": statistics.median(one["flops"] / one["peak"] for one in done),
-                "peak_teraflops": statistics.median(one["peak"] for one in done) / 1e12,
+                "ratio": statistics.median(speeds) / first,
                 "peak_gigabytes": statistics.median(one["peak_gigabytes"] for one in done),
             }
         )
     columns = [("tokens", "{length}"), ("training", "{contender}")]
     columns.append(("documents/s", "{documents_per_second:.1f} ({lowest:.1f} – {highest:.1f})"))
-    columns += [("speed-up over the first", "{ratio:.1f}"), ("share of the peak", "{share_of_peak:.0%}")]
+    columns.append(("speed-up over the first", "{ratio:.1f}"))
     harness.print_rows(rows, [*columns, ("memory", "{peak_gigabytes:.2f} GB")], left=2)
     return rows
-
-
-def measure_profile(arguments: argparse.Namespace, _: Path) -> dict[str, dict[str, float]]:
-    costs = {
-        name: run(
-            contender=name, encoder=arguments.encoder, length=512, train_file=str(arguments.train_file),
-            documents=arguments.documents, profiled=True,
-        )["costs"]
-        for name in ("plain LoRA", "QLoRA")
-    }  # fmt: skip
-    for name, shares in costs.items():
-        print(f"{name}: " + ", ".join(f"{cost} {share:.0%}" for cost, share in shares.items()))
-    return costs
 
 
 def measure_memory(arguments: argparse.Namespace, folder: Path) -> list[dict]:
@@ -144,22 +111,17 @@ def measure_memory(arguments: argparse.Namespace, folder: Path) -> list[dict]:
 
     AutoTokenizer.from_pretrained(arguments.encoder).save_pretrained(folder)
     BertModel(BertConfig(), add_pooling_layer=False).save_pretrained(folder)
-    rows = []
+    rows, table = [], []
     for batch, length, checkpointing in MEMORY:
-        row = {"batch": batch, "length": length, "gradient_checkpointing": checkpointing}
+        row: dict[str, Any] = {"batch": batch, "length": length, "gradient_checkpointing": checkpointing}
+        task = {"encoder": str(folder), "length": length, "documents": 2 * batch, "batch": batch}
         for name in OURS:
-            done = run(
-                contender=name, encoder=str(folder), length=length, documents=2 * batch, batch=batch,
-                gradient_checkpointing=checkpointing,
-            )  # fmt: skip
-            row[name] = done["peak_gigabytes"]
+            row[name] = run(contender=name, gradient_checkpointing=checkpointing, **task)["peak_gigabytes"]
         rows.append(row)
         print(row, flush=True)
-    table = []
-    for row in rows:
-        on, share = row["gradient_checkpointing"], row["QLoRA"] / row["full fine-tuning"]
+        share = row["QLoRA"] / row["full fine-tuning"]
         memory = (f"{row[name]:.2f} GB" for name in OURS)
-        table.append([row["batch"], row["length"], "on" if on else "off", *memory, f"{share:.2f}"])
+        table.append([batch, length, "on" if checkpointing else "off", *memory, f"{share:.2f}"])
     harness.print_table(["batch", "tokens", "gradient checkpointing", *OURS, "QLoRA / full"], table, left=3)
     return rows
 
@@ -172,9 +134,8 @@ def work(
     train_file: str | None = None,
     batch: int = BATCH,
     gradient_checkpointing: bool = False,
-    profiled: bool = False,
 ) -> dict:
-    """Train a sample. Return its speed, its useful FLOP/s, the machine's peak, and the peak memory."""
+    """Train a sample. Return its speed and the peak memory."""
     from transformers import AutoTokenizer
 
     torch.manual_seed(0)
@@ -182,8 +143,8 @@ def work(
     if train_file is None:
         ids = [torch.randint(1000, 30000, (length,)).tolist() for _ in range(documents)]
     else:
-        with open(train_file, encoding="utf-8", newline="") as file:
-            texts = [row.get("text") or row["medical_abstract"] for row in csv.DictReader(file)]
+        table = pd.read_csv(train_file, dtype=str)
+        texts = list(table["text"] if "text" in table else table["medical_abstract"])
         ids = sorted(tokenizer(texts, truncation=True, max_length=length)["input_ids"], key=len)
         ids = [ids[i] for i in np.linspace(0, len(ids) - 1, documents).round().astype(int)]
     np.random.default_rng(0).shuffle(ids)
@@ -192,73 +153,17 @@ def work(
         train = ours(contender, encoder, tokenizer, ids, labels, batch, gradient_checkpointing)
     else:
         train = PEERS[contender](encoder, tokenizer, ids, labels)
-    warm = train_file is not None
-    if warm:
+    if train_file is not None:  # warm up
         train()
-    if profiled:
-        return {"costs": largest_costs(train)}
     started = time.perf_counter()
     train()
-    synchronize()
-    seconds = time.perf_counter() - started
-    if torch.cuda.is_available():
-        memory = torch.cuda.max_memory_allocated()
-    else:
-        memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    flops = sum(useful_flops(encoder, len(row), contender) for row in ids)
-    return {
-        "documents_per_second": documents / seconds,
-        "flops": flops / seconds,
-        "peak": matmul_peak() if warm else None,
-        "peak_gigabytes": memory / 1e9,
-    }
-
-
-def largest_costs(train: Callable[[], None]) -> dict[str, float]:
-    """Return the five operators with the largest self time, and the share of each in the total."""
-    from torch.profiler import profile
-
-    with profile() as profiled:
-        train()
-    spent = {event.key: event.self_device_time_total or event.self_cpu_time_total for event in profiled.key_averages()}
-    total = sum(spent.values())
-    return {name: spent[name] / total for name in sorted(spent, key=spent.get, reverse=True)[:5]}
-
-
-def synchronize() -> None:
-    """Wait until the GPU, if there is one, has finished."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def matmul_peak() -> float:
-    """Measure the FLOP/s of large matrix products, in bfloat16 where it is native."""
-    device, size = ("cuda", 8192) if torch.cuda.is_available() else ("cpu", 2048)
-    dtype = torch.bfloat16 if has_bf16(cpu=device == "cpu") else torch.float32
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-
-    def multiply() -> None:
-        a @ b
-        synchronize()
-
-    return harness.best_rate(multiply, size, repeats=10)
-
-
-def useful_flops(encoder: str, tokens: int, contender: str) -> float:
-    """Count the FLOPs (two for each multiply-add) to train on one document with a BERT-like encoder."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(encoder)
-    linear, attention = harness.layer_flops(config, tokens)
-    layers = config.num_hidden_layers
-    # rank 16, inputs and outputs of six layers
-    adapter = 2 * tokens * 16 * (10 * config.hidden_size + 2 * config.intermediate_size)
-    if contender in ("run_classification", "full fine-tuning"):
-        return layers * 3 * (linear + attention)
-    if contender == "hand-written loop":  # gradients only in the upper fifth
-        trained = layers - int(0.8 * layers)
-        return layers * (linear + attention) + trained * 2 * (linear + attention)
-    return layers * (2 * linear + 3 * attention + 3 * adapter)
+    seconds = time.perf_counter() - started
+    memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if torch.cuda.is_available():
+        memory = torch.cuda.max_memory_allocated()
+    return {"documents_per_second": documents / seconds, "peak_gigabytes": memory / 1e9}
 
 
 def ours(
@@ -290,7 +195,7 @@ def ours(
     arguments = HierarchicalTrainingArguments(
         output_dir=tempfile.gettempdir(), num_train_epochs=1, per_device_train_batch_size=batch, save_strategy="no",
         eval_strategy="no", load_best_model_at_end=False, disable_tqdm=True, logging_steps=1000,
-        gradient_checkpointing=gradient_checkpointing, remove_unused_columns=True,
+        activation_checkpointing=gradient_checkpointing, remove_unused_columns=True,
     )  # fmt: skip
     rows = {"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids], "labels": labels}
     trainer = HierarchicalTrainer(
@@ -319,48 +224,10 @@ def run_classification(encoder: str, tokenizer: object, ids: list[list[int]], la
     return Trainer(model=model, args=arguments, train_dataset=data, processing_class=tokenizer).train
 
 
-def loop(model: torch.nn.Module, batches: list[dict], autocast: bool) -> Callable[[], None]:
-    """Return a function that runs a plain training loop over given batches, with autocast if bfloat16 is native."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    autocast = autocast and has_bf16(cpu=device == "cpu")
-    model.to(device).train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-
-    def train() -> None:
-        for batch in batches:
-            with torch.autocast(device, torch.bfloat16, enabled=autocast):
-                loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-    return train
-
-
-def padded(
-    tokenizer: object, ids: list[list[int]], labels: list[int], **padding: object
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield batches of rows in their order."""
-    for start in range(0, len(ids), BATCH):
-        batch = tokenizer.pad({"input_ids": ids[start : start + BATCH]}, return_tensors="pt", **padding)
-        yield {**batch, "labels": torch.tensor(labels[start : start + BATCH])}
-
-
-def hand_written_loop(encoder: str, tokenizer: object, ids: list[list[int]], labels: list[int]) -> Callable[[], None]:
-    from transformers import AutoModelForSequenceClassification
-
-    model = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=CLASSES)
-    if model.supports_gradient_checkpointing:  # MPNet's class does not
-        model.activation_checkpointing_enable()
-    layers = model.base_model.encoder.layer
-    for module in (model.base_model.embeddings, *layers[: int(0.8 * len(layers))]):
-        module.requires_grad_(False)
-    return loop(model, list(padded(tokenizer, ids, labels, padding="max_length", max_length=256)), autocast=False)
-
-
 def plain_lora(
-    encoder: str, tokenizer: object, ids: list[list[int]], labels: list[int], compiled: bool = False
+    encoder: str, tokenizer: Any, ids: list[list[int]], labels: list[int], compiled: bool = False
 ) -> Callable[[], None]:
+    """Return a function that runs a training loop, with autocast if bfloat16 is native."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForSequenceClassification
 
@@ -371,18 +238,33 @@ def plain_lora(
     model = get_peft_model(model, config)
     if compiled:
         model = torch.compile(model, dynamic=True)
-    return loop(model, list(padded(tokenizer, sorted(ids, key=len), labels)), autocast=True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(device).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    ordered, batches = sorted(ids, key=len), []
+    for start in range(0, len(ids), BATCH):
+        batch = tokenizer.pad({"input_ids": ordered[start : start + BATCH]}, return_tensors="pt")
+        batches.append({**batch, "labels": torch.tensor(labels[start : start + BATCH])})
+
+    def train() -> None:
+        for batch in batches:
+            with torch.autocast(device, torch.bfloat16, enabled=has_bf16(cpu=device == "cpu")):
+                loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return train
 
 
 PEERS = {
     "run_classification": run_classification,
-    "hand-written loop": hand_written_loop,
     "plain LoRA": plain_lora,
     "compiled LoRA": partial(plain_lora, compiled=True),
 }
 
 
-PARTS = {"speed": measure_speed, "profile": measure_profile, "memory": measure_memory}
+PARTS = {"speed": measure_speed, "memory": measure_memory}
 
 
 if __name__ == "__main__":

@@ -11,16 +11,14 @@
 FOLDER holds ``ohsumed/{train,test,labels}.csv``. Finished runs stay in the output file.
 """
 
-import json
-import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import harness
 import numpy as np
 import pandas as pd
-from harness import ROOT, flag_parser, load_classifier, print_table, processor, read_results, write_results
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 import train
@@ -47,24 +45,21 @@ FLAGS = (
 def main() -> None:
     if sys.argv[1:2] == ["--train"]:  # in a process of its own
         return train_with_window(int(sys.argv[2]), sys.argv[3:])
-    parser = flag_parser(__doc__, "windows.json")
+    parser = harness.flag_parser(__doc__, "windows.json", "data", "encoder", "runs")
     parser.add_argument("--part", choices=PARTS, nargs="+", default=PARTS)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--encoder", required=True)
     parser.add_argument("--seed", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "windows")
     arguments = parser.parse_args()
     arguments.runs.mkdir(parents=True, exist_ok=True)
-    results = read_results(arguments.output, {"processor": processor(), "windows": [], "positions": []})
+    results = harness.read_results(arguments.output, {"processor": harness.processor(), "windows": [], "positions": []})
     data = arguments.data / "ohsumed"
     for seed in arguments.seed if "windows" in arguments.part else ():
         for name in WINDOWS:
             if not any((run["model"], run["seed"]) == (name, seed) for run in results["windows"]):
                 results["windows"].append(score_windows(name, seed, data, arguments.encoder, arguments.runs))
-                write_results(arguments.output, results)
+                harness.write_results(arguments.output, results)
     if "positions" in arguments.part and not results["positions"]:
         results["positions"] = score_positions(data, arguments.encoder, arguments.runs)
-        write_results(arguments.output, results)
+        harness.write_results(arguments.output, results)
     print_tables(results)
 
 
@@ -81,28 +76,22 @@ def train_with_window(window: int, words: list[str]) -> None:
     train.main(words)
 
 
-def run_training(folder: Path, encoder: str, window: int, words: list[str]) -> pd.DataFrame:
-    """Train in a process of its own, and return the predictions of the test rows."""
-    words = [*words, "--model_name_or_path", encoder, "--output_dir", str(folder), "--resume_from_checkpoint", "auto"]
-    subprocess.run([sys.executable, __file__, "--train", str(window), *words], check=True)
-    return pd.read_csv(folder / "test_predictions.csv", dtype=str, keep_default_na=False)
+def run_training(folder: Path, encoder: str, window: int, *words: str, **flags: Any) -> dict[str, Any]:
+    """Train in a process of its own, and return the metrics."""
+    script = (__file__, "--train", window)
+    return harness.train(folder, *words, script=script, model_name_or_path=encoder, **flags)
 
 
 def score_windows(name: str, seed: int, data: Path, encoder: str, runs: Path) -> dict[str, Any]:
     """Train on OHSUMED with one of `WINDOWS`, and return the scores of the test file."""
     window, length = WINDOWS[name]
-    words = [str(ROOT / "recipes" / "ohsumed.yaml"), "--train_file", str(data / "train.csv")]
-    words += ["--test_file", str(data / "test.csv"), "--class_names", str(data / "labels.csv")]
-    words += ["--taxonomy", str(data / "labels.csv"), "--num_train_epochs", "2", "--consistency", "0"]
-    words += ["--contrastive_steps", "0", "--max_length", str(length), "--seed", str(seed)]
-    folder = runs / f"windows-{window}-{length}-{seed}"
-    run_training(folder, encoder, window, words)
-    metrics = json.loads((folder / "metrics.json").read_text())
-    return {
-        "model": name,
-        "seed": seed,
-        **{score: metrics[f"test_{score}"] for score in ("accuracy", "macro_f1", "log_loss")},
-    }
+    flags = {"train_file": data / "train.csv", "test_file": data / "test.csv", "max_length": length, "seed": seed}
+    flags |= {"taxonomy": data / "labels.csv", "class_names": data / "labels.csv"}
+    flags |= {"num_train_epochs": 2, "consistency": 0, "contrastive_steps": 0}
+    folder, recipe = runs / f"windows-{window}-{length}-{seed}", str(harness.ROOT / "recipes" / "ohsumed.yaml")
+    metrics = run_training(folder, encoder, window, recipe, **flags)
+    scores = {score: metrics[f"test_{score}"] for score in ("accuracy", "macro_f1", "log_loss")}
+    return {"model": name, "seed": seed, **scores}
 
 
 # ── Positions ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -142,35 +131,28 @@ def hide_abstracts(rows: pd.DataFrame, count: int, lengths: pd.Series, seed: int
 def score_positions(data: Path, encoder: str, runs: Path) -> list[dict[str, Any]]:
     """Train on long texts, and return the accuracy by the position of the abstract that decides."""
     tokenizer = AutoTokenizer.from_pretrained(encoder, model_max_length=10**6)
-    splits, words = {}, FLAGS.split()
+    splits, files = {}, {}
     train_rows = pd.read_csv(data / "train.csv", dtype=str).sample(frac=1, random_state=0)
-    sources = {
-        "validation": train_rows[:600],
-        "train": train_rows[600:],
-        "test": pd.read_csv(data / "test.csv", dtype=str),
-    }
+    test_rows = pd.read_csv(data / "test.csv", dtype=str)
+    sources = {"validation": train_rows[:600], "train": train_rows[600:], "test": test_rows}
     for seed, (split, rows) in enumerate(sources.items()):
         rows = rows.reset_index(drop=True)
         lengths = pd.Series([len(ids) - 2 for ids in tokenizer([*rows["text"]])["input_ids"]])
         splits[split] = hide_abstracts(rows, ROWS[split], lengths, seed, scored=split == "test")
-        file = runs / f"positions-{split}.csv"
-        splits[split].to_csv(file, index=False)
-        words += [f"--{split}_file", str(file)]
+        files[f"{split}_file"] = runs / f"positions-{split}.csv"
+        splits[split].to_csv(files[f"{split}_file"], index=False)
 
     # ── Two models, and the average of the second one ────────────────────────────────────────────────────────────────
     test, predictions = splits["test"], {}
     for name, length in READ.items():
         folder = runs / f"positions-{length}"
-        predictions[name] = run_training(folder, encoder, 512, [*words, "--max_length", str(length)])["prediction"]
+        run_training(folder, encoder, 512, *FLAGS.split(), max_length=length, **files)
+        predictions[name] = harness.read_predictions(folder)["prediction"]
     predictions["mean of windows"] = classify_windows(folder, tokenizer, test["text"])
     correct = pd.DataFrame({name: test["label"] == labels for name, labels in predictions.items()})
+    by_position = correct.groupby(test["position"]).mean()
     return [
-        {
-            "model": name,
-            "accuracy": correct[name].mean(),
-            "by_position": [*correct.groupby(test["position"])[name].mean()],
-        }
-        for name in predictions
+        {"model": name, "accuracy": correct[name].mean(), "by_position": [*by_position[name]]} for name in predictions
     ]
 
 
@@ -182,28 +164,23 @@ def classify_windows(folder: Path, tokenizer: PreTrainedTokenizerBase, texts: It
         for start in range(0, len(spans), room):
             windows.append(text[spans[start][0] : spans[min(start + room, len(spans)) - 1][1]])
             of_text.append(number)
-    results = load_classifier(str(folder))(windows, top_k=len(HIDDEN))
+    results = harness.load_classifier(folder)(windows, top_k=len(HIDDEN))
     scores = pd.DataFrame([{one["label"]: one["score"] for one in result["labels"]} for result in results])
     return [*scores.groupby(np.array(of_text)).mean().idxmax(axis=1)]
 
 
 def print_tables(results: dict[str, Any]) -> None:
-    runs = pd.DataFrame(results["windows"])
-    rows = []
-    for name in WINDOWS if len(runs) else ():
-        scores = runs[runs["model"] == name]
-        cells = (
-            f"{100 * scores[metric].mean():.1f} ± {100 * scores[metric].std():.1f}"
-            for metric in ("accuracy", "macro_f1")
-        )
-        rows.append([name, len(scores), *cells, f"{scores['log_loss'].mean():.3f}"])
-    print_table(["OHSUMED", "seeds", "accuracy", "macro-F1", "log loss"], rows)
-    shares = ([f"{100 * share:.0f}" for share in run["by_position"]] for run in results["positions"])
+    runs, metrics = pd.DataFrame(results["windows"]), ("accuracy", "macro_f1", "log_loss")
     rows = [
-        [run["model"], f"{100 * run['accuracy']:.1f}", *cells]
-        for run, cells in zip(results["positions"], shares, strict=True)
+        [name, len(scores), *(harness.spread(scores[metric], metric) for metric in metrics)]
+        for name, scores in (runs.groupby("model", sort=False) if len(runs) else ())
     ]
-    print_table(["hidden abstract", "accuracy", *map(str, range(1, POSITIONS + 1))], rows)
+    harness.print_table(["OHSUMED", "seeds", "accuracy", "macro-F1", "log loss"], rows)
+    rows = [
+        [run["model"], f"{100 * run['accuracy']:.1f}", *(f"{100 * share:.0f}" for share in run["by_position"])]
+        for run in results["positions"]
+    ]
+    harness.print_table(["hidden abstract", "accuracy", *map(str, range(1, POSITIONS + 1))], rows)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ Worth knowing:
 1. The value is the node's probability. For a multi-label model, the value is the log-odds of the probability, because words
    still change the log-odds where the probability is close to 0 or 1.
 2. The baseline is a blank text of the same length, made of padding. The weights of the words and special tokens add up to
-   the difference between the values of the text and of the blank text. `benchmarks/space.py blank` compares baselines.
+   the difference between the values of the text and of the blank text. `benchmarks/LOG.md` compares baselines.
 3. The encoder reads a word as a vector of its embedding layer. A lexical head, if there is one, reads the word as a count.
    The integration path changes both together, and the weight of a word is the sum of both contributions.
 4. Along the path, the value often jumps within a few hundredths. A scan without gradients finds the jumps, and the

@@ -58,8 +58,10 @@ def flags_of(script: str) -> set[str]:
     """Return a script's flags from its --help, or for benchmarks from the source, because their imports need other packages."""
     if script.startswith("benchmarks/"):
         source = (ROOT / script).read_text(encoding="utf-8")
-        output = ["--output"] if re.search(r"flag_parser\(__doc__, ", source) else []  # added by benchmarks/harness.py
-        return {*re.findall(r'add_argument\(\s*"(--\w+)"', source), *output}
+        # "results.json", "data", … are flags of benchmarks/harness.py: --output, --data, …
+        shared = re.findall(r'"([\w.]+)"', re.search(r"flag_parser\(__doc__(.*?)\)", source)[1])
+        names = {"output" if name.endswith(".json") else name for name in shared}
+        return {*re.findall(r'add_argument\(\s*"(--\w+)"', source), *(f"--{name}" for name in names)}
     return set(re.findall(r"--\w+", run("--help", command=script).stdout))
 
 

@@ -131,7 +131,7 @@ def export_onnx(folder: Path, output: Path) -> dict[str, Path]:
             )
             weights_file = Path(ONNX_WEIGHTS_FILE).name if num_bytes > MAX_WEIGHTS else None
             onnx_ir.save(program.model, file, external_data=weights_file)
-            # With a scale for each column, decisions change a third as often as with one scale (benchmarks/quantized.py).
+            # With a scale for each column, decisions change a third as often as with one scale (benchmarks/LOG.md).
             # Without VNNI, sums of products with 8-bit weights overflow, and sums of products with 7-bit weights do not.
             quantize_dynamic(file, quantized, weight_type=QuantType.QInt8, per_channel=True, reduce_range=True)
         except (
