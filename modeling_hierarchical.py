@@ -17,7 +17,6 @@ Worth knowing:
 """
 
 import math
-import os
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -52,7 +51,6 @@ if TYPE_CHECKING:  # never runs, but makes transformers fetch the file, which `s
 
 TOKENS_AT_ONCE = 4096  # of several windows in one call of the encoder, twice as many in training: they bound its memory
 NEW_LENGTH = 1.5  # of the weights of classes that are added without training, see benchmarks/LOG.md
-SCORES_AT_ONCE = 2**26  # of label attention: more are computed in chunks of nodes
 
 
 @dataclass
@@ -218,38 +216,30 @@ class HierarchicalHeads(nn.Module):
         self.scale.copy_(torch.tensor(calibration.scales or [1.0] * self.num_nodes))
         self.shift.copy_(torch.tensor(calibration.biases or [0.0] * self.num_nodes))
 
-    def attend(self, tokens: Tokens, nodes: slice) -> Tensor:
-        """Score the tokens of texts by label attention, for some nodes: (B, nodes)."""
+    def attend(self, tokens: Tokens) -> Tensor:
+        """Score the tokens of texts by label attention: (B, num_nodes)."""
         vectors = tokens.vectors
         query: Any = self.query
-        attention = nn.functional.linear(vectors, query[nodes]) / vectors.shape[-1] ** 0.5  # (K, W, nodes)
+        attention = nn.functional.linear(vectors, query) / vectors.shape[-1] ** 0.5  # (K, W, num_nodes)
         if tokens.mask is not None:
             padding = tokens.mask.to(vectors.device).unsqueeze(-1) == 0
             attention = attention.masked_fill(padding, torch.finfo(attention.dtype).min)
-        values = nn.functional.linear(vectors, self.weight[nodes])
+        values = nn.functional.linear(vectors, self.weight)
         if tokens.text_of is None:
-            return (attention.softmax(1) * values).sum(1).float() + self.bias[nodes]
+            return (attention.softmax(1) * values).sum(1).float() + self.bias
         # a softmax over the tokens of all windows of a text
         index = tokens.text_of[:, None].expand(-1, attention.shape[2])
         peak = attention.new_full((tokens.num_texts, attention.shape[2]), -torch.inf)
         peak = peak.scatter_reduce(0, index, attention.detach().amax(1), "amax")
         weights = (attention - peak[tokens.text_of][:, None]).exp()
         sums, totals = (tokens.sum_over_texts(part.sum(1)) for part in (weights * values, weights))
-        return (sums / totals).float() + self.bias[nodes]
+        return (sums / totals).float() + self.bias
 
     def own_scores(self, vectors: Tensor | Tokens) -> Tensor:
         """Score vectors of texts (B, H), or with label attention their tokens, without the lexical head: (B, num_nodes)."""
         if isinstance(vectors, Tensor):
             return nn.functional.linear(self.dropout(vectors.to(self.weight.dtype)), self.weight, self.bias).float()
-        tokens = vectors._replace(vectors=self.dropout(vectors.vectors.to(self.weight.dtype)))
-        if (
-            torch.compiler.is_exporting()
-            or (size := tokens.vectors.shape[:2].numel()) * self.num_nodes <= SCORES_AT_ONCE
-        ):
-            return self.attend(tokens, slice(None))
-        step = max(1, SCORES_AT_ONCE // size)
-        parts = [slice(start, start + step) for start in range(0, self.num_nodes, step)]
-        return torch.cat([self.attend(tokens, part) for part in parts], 1)
+        return self.attend(vectors._replace(vectors=self.dropout(vectors.vectors.to(self.weight.dtype))))
 
     # ── Nodes without training ───────────────────────────────────────────────────────────────────────────────────────
 
@@ -408,8 +398,9 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         if is_one_window:
             outputs = self.encoder(**{name: given}, attention_mask=attention_mask, **kwargs)
             return Tokens(outputs.last_hidden_state, attention_mask, num_texts), outputs
-        wide = {name: kwargs.pop(name) for name in ("token_type_ids", "position_ids") if name in kwargs}
-        self.check_windows(wide.get("token_type_ids"), kwargs)
+        token_type_ids = kwargs.pop("token_type_ids", None)
+        kwargs.pop("position_ids", None)  # each window counts its positions anew
+        self.check_windows(token_type_ids, kwargs)
         if attention_mask is None:
             attention_mask = torch.ones(num_texts, length, dtype=torch.long, device=given.device)
         before, after = self.config.tokens_before or [], self.config.tokens_after or []
@@ -422,11 +413,8 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
             special = self.get_input_embeddings()(special).to(given.dtype)
             is_special, source = is_special[..., None], source[..., None].expand(-1, -1, given.shape[2])
         inputs = {name: special.where(is_special, given[text_of].gather(1, source))}
-        for name, values in wide.items():
-            places = column.clamp(min=0)
-            if name == "position_ids":  # each window counts its positions anew
-                places = torch.arange(mask.shape[1], device=given.device).expand_as(mask)
-            inputs[name] = values.expand(num_texts, -1)[text_of].gather(1, places)
+        if token_type_ids is not None:
+            inputs["token_type_ids"] = token_type_ids.expand(num_texts, -1)[text_of].gather(1, column.clamp(min=0))
         inputs["attention_mask"] = mask.to(attention_mask.dtype)
         return Tokens(self.encode_windows(inputs, kwargs), mask, num_texts, text_of), None
 
@@ -495,9 +483,8 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
             input_ids, attention_mask, token_type_ids, position_ids: (B, T).
             inputs_embeds: (B, T, H), instead of ``input_ids``, which only a lexical head then reads.
             labels: (B,), ids of leaves or inner nodes; -100 is ignored. The loss is their negative log-likelihood in
-                nats. Or the weights of the leaves (B, num_leaves), whose sum is 1. For multi-label models (B, num_nodes): 1 for
-                the text's nodes and their ancestors, else 0, or -100 for unknown. The loss is the binary cross-entropy of
-                the probabilities, summed over a text's nodes.
+                nats. For multi-label models (B, num_nodes): 1 for the text's nodes and their ancestors, else 0, or -100
+                for unknown. The loss is the binary cross-entropy of the probabilities, summed over a text's nodes.
             num_items_in_batch: divisor of the summed loss, by default the number of labelled texts.
             output_vectors: whether to return ``vectors``, which `OpenWorld` reads.
             kwargs: for the encoder, such as ``output_hidden_states`` and ``output_attentions``.
@@ -510,9 +497,6 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
                 kwargs.setdefault(name, True)
         if self.heads.lexical is not None and input_ids is None:
             raise ValueError("this model has a lexical head, which needs input_ids: give these, too")
-        reads_mask = self.heads.lexical is not None or self.config.pooling != "cls"
-        if reads_mask and attention_mask is not None and attention_mask.dim() != 2:
-            raise ValueError(f"the heads need an attention mask of shape (B, T), not {tuple(attention_mask.shape)}")
         tokens, encoded = self.encode(input_ids, attention_mask, inputs_embeds, **kwargs)
 
         # ── Heads ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -610,26 +594,10 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         new = [label for node, label in enumerate(tree.labels) if node not in known]
         return new, [old.labels[node] for node in sorted(removed)]
 
-    def change_taxonomy(
-        self, taxonomy: Taxonomy | list | dict, renamed: dict[str, str] | None = None
-    ) -> tuple[list[str], list[str]]:
-        """Replace the taxonomy for further training, see `add_nodes`, and remove the calibration and the lexical head."""
-        changes = self.add_nodes(taxonomy, renamed=renamed)
-        self.set_calibration(Calibration())
-        return changes
-
     def save_pretrained(
         self, save_directory: str | Path, is_main_process: bool = True, state_dict: dict | None = None, **kwargs: Any
     ) -> None:
         """Write a checkpoint and the code that loads it: in adapter form if there is an adapter, else self-contained."""
         save_checkpoint(self, super().save_pretrained, Path(save_directory), is_main_process, state_dict, **kwargs)
-
-    def push_to_hub(self, *arguments: Any, **named: Any) -> Any:
-        """Push to the Hub as transformers does. ValueError: the adapter's encoder is a local folder."""
-        if self.has_adapter and os.path.isabs(self.config.encoder_name_or_path):
-            raise ValueError(
-                "the adapter's encoder is a folder of this machine: save the model, then run push_to_hub.py --merge"
-            )
-        return super().push_to_hub(*arguments, **named)
 
     share_encoder = share_encoder

@@ -64,7 +64,6 @@ from hierarchical_clinicalbert.training.publish import (
     write_card,
 )
 from hierarchical_clinicalbert.training.score import (
-    label_arrays,
     learn_known_texts,
     score_splits,
     scoring_trainer,
@@ -208,7 +207,7 @@ def train(arguments: Arguments, data: LabelledSplits, resume_from: str | None, p
         classifier = None
         if takes_steps:
             counts = token_counts(splits["train"], model.config.text_config.vocab_size)
-            labels = label_arrays(form.decisions, splits["train"])
+            labels = form.decisions.targets(splits["train"]["labels"][:]).numpy()
             classifier = form.fit_classifier(counts, labels, arguments.model.lexical_head)
         calibration, scored, calibrated = calibrate_splits(form, scored, classifier)
         calibration = dataclasses.replace(calibration, max_length=tokenizer.model_max_length)
@@ -273,7 +272,8 @@ def build_trainer(
 
 def write_label_issues(form: Form, rows: Dataset, config: HierarchicalConfig, folder: Path) -> int:
     """Write ``label_issues.csv`` for tokenized training rows; return the number of rows in it."""
-    counts, labels = token_counts(rows, config.text_config.vocab_size), label_arrays(form.decisions, rows)
+    counts = token_counts(rows, config.text_config.vocab_size)
+    labels = form.decisions.targets(rows["labels"][:]).numpy()
     columns = (np.array(rows[column]) for column in ("text_id", "row", "moved"))
     issues, file = list_label_issues(form, counts, labels, *columns), folder / resume.LABEL_ISSUES
     issues.to_csv(file, index=False, float_format="%.6f")

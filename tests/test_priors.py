@@ -200,26 +200,14 @@ def test_the_pipeline_corrects_probabilities_and_sets(classify):
         assert scores == sorted(scores, reverse=True)
 
 
-def test_the_pipeline_estimates_the_frequencies_of_its_texts(classify):
-    texts, calibration = unclear_texts(60), classify.model.config.calibration
-    found = classify.estimate_prior(texts)
-    leaves = torch.tensor(leaves_of(classify, classify(texts, levels=True)))
-    expected = estimate_prior(classify.decisions, calibration, leaves)
-    assert found == pytest.approx(expected.tolist(), abs=1e-5)
-    with pytest.raises(ValueError, match="without texts"):
-        classify.estimate_prior([])
-
-
-def test_without_stored_frequencies_or_with_recall_a_prior_is_refused(
-    classify, labels_checkpoint, clear_checkpoint, tmp_path
-):
-    with pytest.raises(ValueError, match="does not store the class frequencies of its validation rows"):
+def test_without_stored_frequencies_or_with_recall_a_prior_is_refused(labels_checkpoint, tmp_path):
+    message = "does not store the class frequencies of its validation rows"
+    with pytest.raises(ValueError, match=message):
         pipeline("hierarchical-text-classification", model=labels_checkpoint, trust_remote_code=True)("a", prior=[0.5])
-    for checkpoint, message in ((labels_checkpoint, "does not store the class frequencies"),):
-        file = tmp_path / "texts.csv"
-        file.write_text("text\nA text.\n")
-        with pytest.raises(InputError, match=message):
-            predict_here("--model", checkpoint, "--input", file, "--output", tmp_path / "out.csv", "--adapt_prior")
+    file = tmp_path / "texts.csv"
+    file.write_text("text\nA text.\n")
+    with pytest.raises(InputError, match=message):
+        predict_here("--model", labels_checkpoint, "--input", file, "--output", tmp_path / "out.csv", "--adapt_prior")
     copied = Path(shutil.copytree(labels_checkpoint, tmp_path / "copy"))
     stored = json.loads((copied / "config.json").read_text())
     stored["calibration"]["prior"] = [0.2] * len(stored["id2label"])
@@ -239,9 +227,7 @@ def test_the_sample_is_the_same_each_time_and_from_the_whole_input():
     assert sample == sample_texts(rows)
     numbers = np.array(sample, dtype=int)
     assert len({*numbers}) == SAMPLED_TEXTS
-    assert not (numbers % 100 == 3).any()
     assert numbers.mean() == pytest.approx(SAMPLED_TEXTS * 1.5, rel=0.02)
-    assert sample_texts(rows[:3]) == ["0", "1", "2"]
 
 
 def test_a_file_is_corrected_by_its_own_frequencies_also_after_a_kill(classify, clear_checkpoint, tmp_path):
@@ -261,3 +247,5 @@ def test_a_file_is_corrected_by_its_own_frequencies_also_after_a_kill(classify, 
     assert [row["score"] for row in rows] != pytest.approx([one["score"] for one in classify(texts)], abs=1e-3)
     with pytest.raises(InputError, match="standard input can be read once"):
         predict_here("--model", clear_checkpoint, "--input", "-", "--output", tmp_path / "b.csv", "--adapt_prior")
+    with pytest.raises(ValueError, match="without texts"):
+        classify.estimate_prior([])

@@ -13,7 +13,7 @@ from scipy.sparse import csr_matrix
 from torch import nn
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
-from decisions_hierarchical import DEFAULT_THRESHOLD, Decisions
+from decisions_hierarchical import DEFAULT_THRESHOLD
 from hierarchical_clinicalbert.errors import as_input_error
 from hierarchical_clinicalbert.evaluation.forms import form_of
 from hierarchical_clinicalbert.evaluation.metrics import PREFIXES
@@ -70,8 +70,9 @@ def score_splits(trainer: HierarchicalTrainer, splits: DatasetDict) -> tuple[dic
             logits, scores, *vectors = output.predictions
             texts, numbers = (np.array(rows[column]) for column in ("text_id", "row"))
             counts = token_counts(rows, config.text_config.vocab_size)
-            labels = label_arrays(form.decisions, rows)
-            scored[name] = ScoredSplit(scores, logits, labels, texts, numbers, counts, rows["labels"][:], *vectors)
+            nodes = rows["labels"][:]
+            labels = form.decisions.targets(nodes).numpy()
+            scored[name] = ScoredSplit(scores, logits, labels, texts, numbers, counts, nodes, *vectors)
             metrics |= output.metrics
     return scored, metrics | measure(form, scored, config.calibration.thresholds or DEFAULT_THRESHOLD)
 
@@ -87,12 +88,6 @@ def learn_known_texts(scorer: HierarchicalTrainer, rows: Dataset, validation: Sc
     first, nodes = merge_texts(validation.texts, validation.nodes)
     tree = scorer.model.config.tree
     return fit_open_world(tree, vectors, some["labels"][:], validation.vectors[first], nodes)
-
-
-def label_arrays(decisions: Decisions, rows: Dataset) -> np.ndarray:
-    """Return the labels of tokenized rows as the arrays of `Decisions.targets`."""
-    weights = rows["weights"][:] if "weights" in rows.column_names else None
-    return decisions.targets(rows["labels"][:], weights).numpy()
 
 
 def token_counts(rows: Dataset, vocab_size: int) -> csr_matrix:

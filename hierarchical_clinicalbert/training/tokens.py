@@ -71,17 +71,16 @@ def tokenize_splits(
 class Collator(DataCollatorWithPadding):
     """Pad the `TOKEN_COLUMNS` of a batch. ``row`` and ``sentences`` become NumPy arrays, so halves do not wait for a GPU.
 
-    ``targets`` turns the lists of node ids in ``labels``, and their ``weights`` if there are any, into an array.
+    ``targets`` turns the lists of node ids in ``labels`` into an array.
     """
 
-    targets: Callable[..., Tensor]
+    targets: Callable[[list], Tensor]
 
     def __call__(self, features: list[dict]) -> BatchEncoding:
-        names = ("row", "sentences", "labels", "weights")
-        own = {name: [row[name] for row in features] for name in names if name in features[0]}
+        own = {name: [row[name] for row in features] for name in ("row", "sentences", "labels") if name in features[0]}
         batch = super().__call__([{name: row[name] for name in TOKEN_COLUMNS if name in row} for row in features])
         if "labels" in own:
-            batch["labels"] = self.targets(own["labels"], own.get("weights"))
+            batch["labels"] = self.targets(own["labels"])
         if "row" in own:
             batch["row"] = np.array(own["row"])
         if "sentences" in own:
@@ -91,7 +90,7 @@ class Collator(DataCollatorWithPadding):
         return batch
 
 
-def build_collator(tokenizer: PreTrainedTokenizerBase, targets: Callable[..., Tensor]) -> Collator:
+def build_collator(tokenizer: PreTrainedTokenizerBase, targets: Callable[[list], Tensor]) -> Collator:
     """Return a collator that pads to a multiple of 8 tokens, never beyond the tokenizer's limit, with `Decisions.targets`."""
     collator = Collator(tokenizer, pad_to_multiple_of=math.gcd(8, tokenizer.model_max_length))
     collator.targets = targets

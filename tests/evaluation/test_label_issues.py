@@ -21,7 +21,7 @@ from hierarchical_clinicalbert.evaluation.lexical import log_odds_variance
 from hierarchical_clinicalbert.evaluation.many_nodes import ManyNodesForm
 from hierarchical_clinicalbert.evaluation.metrics import one_hot
 from hierarchical_clinicalbert.evaluation.one_path import OnePathForm
-from hierarchical_clinicalbert.training.score import label_arrays, token_counts
+from hierarchical_clinicalbert.training.score import token_counts
 from taxonomy_hierarchical import Taxonomy
 
 TREE = Taxonomy(["a", {"b": ["c", "d", {"e": ["f", "g"]}]}])
@@ -44,7 +44,7 @@ def listed_issues(form: Form, ids: list[list[int]], labels, texts=None, moved=()
     """List the issues of rows by number. ``labels`` are a node of each row, or several."""
     numbers, nodes = np.arange(len(ids)), [[label] if np.isscalar(label) else sorted(label) for label in labels]
     rows = datasets.Dataset.from_dict({"input_ids": ids, "labels": nodes})
-    counts, labels = token_counts(rows, VOCABULARY), label_arrays(form.decisions, rows)
+    counts, labels = token_counts(rows, VOCABULARY), form.decisions.targets(nodes).numpy()
     texts = numbers if texts is None else texts
     found = label_issues.list_label_issues(form, counts, labels, texts, 100 + numbers, np.isin(numbers, moved))
     assert found["row"].is_unique

@@ -19,7 +19,6 @@ from transformers import AutoTokenizer
 
 from checkpoint_hierarchical import SHIPPED_FILES
 from configuration_hierarchical import HierarchicalConfig
-from hierarchical_clinicalbert.publishing.export import export_merged
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from pipeline_hierarchical import HierarchicalTextClassificationPipeline
 
@@ -85,14 +84,6 @@ def test_a_folder_does_not_take_the_place_of_a_pinned_encoder(monkeypatch, tmp_p
     Path("model/config.json").write_text(json.dumps(config | pinned))
     with pytest.raises(ValueError, match="the folder base/tiny of the working directory hides the encoder base/tiny"):
         HierarchicalForSequenceClassification.from_pretrained("model")
-
-
-def test_a_checkpoint_that_reads_few_tokens_is_merged(monkeypatch, tmp_path):
-    monkeypatch.chdir(FOLDER)
-    export_merged(Path("adapter_form"), tmp_path)
-    check_probabilities(
-        HierarchicalForSequenceClassification.from_pretrained(tmp_path), read_expected(FOLDER, "adapter_form")
-    )
 
 
 @pytest.mark.parametrize("folder", [FOLDER, FOLDER / "format_1"])

@@ -98,13 +98,6 @@ def test_the_configuration_round_trips_through_json_with_the_order_of_its_classe
     assert loaded.get_text_config() is loaded.text_config
 
 
-def test_labels_that_are_not_the_leaves_are_refused():
-    with pytest.raises(TaxonomyError, match="id2label"):
-        HierarchicalConfig(id2label={0: "x", 1: "y"})
-    with pytest.raises(TaxonomyError, match="num_labels"):
-        HierarchicalConfig(num_labels=3)
-
-
 def test_the_taxonomy_is_drawn_and_written_as_a_tree():
     tree = Taxonomy({"a": ["b", {"c": ["d"]}], "e": None})
     assert tree.draw() == "a\n├── b\n└── c\n    └── d\ne"

@@ -72,11 +72,6 @@ def test_the_loss_is_the_formula_worked_decision_by_decision(decisions, trained,
         decisions, scores, [dict.fromkeys(ids, 1.0) for ids in nodes], trained, gamma, balanced, smoothing
     )
     torch.testing.assert_close(loss(scores, decisions.targets(nodes)), expected, rtol=1e-6, atol=0)
-    # weights of labels are between 0 and 1
-    nodes, weights = [[0, 2, 3], [1, 4]], [[0.5, 0.3, 0.2], [0.1, 0.9]]
-    labels = [dict(zip(*pair, strict=True)) for pair in zip(nodes, weights, strict=True)]
-    expected = by_hand(decisions, scores[:2], labels, trained, gamma, balanced, smoothing)
-    torch.testing.assert_close(loss(scores[:2], decisions.targets(nodes, weights)), expected, rtol=1e-6, atol=0)
 
 
 @FORMS
@@ -118,10 +113,8 @@ def test_gradients_are_finite_where_a_decision_is_certain_or_no_label_known(deci
 
 
 def test_labels_that_are_not_of_one_path_are_refused():
-    with pytest.raises(ValueError, match="several nodes of equal weight, and this model is for one path"):
+    with pytest.raises(ValueError, match="several nodes, and this model is for one path"):
         OnePath(TREE).targets([[0], [1, 2]])
-    with pytest.raises(ValueError, match="weights are for leaves"):
-        OnePath(TREE).targets([[0, 6]], [[0.5, 0.5]])
 
 
 @pytest.mark.parametrize("score", [60.0, -60.0, 15.0])

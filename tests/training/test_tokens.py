@@ -88,6 +88,3 @@ def test_labels_become_arrays_in_a_batch():
     assert batch(ManyNodes, [*tokens, tokens[0] | {"labels": [0, 2]}]) == [
         [1, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1], [1, 0, 1, 1],
     ]  # fmt: skip
-    weighted = [{"input_ids": [2, 3], "labels": [0, 2], "weights": [0.75, 0.25]}]
-    assert batch(OnePath, weighted) == [[0.75, 0, 0.25]]
-    assert batch(ManyNodes, weighted) == [[0.75, 0, 0.25, 0.25]]

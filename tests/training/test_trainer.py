@@ -3,13 +3,11 @@ import re
 import signal
 from collections.abc import Iterator
 
-import numpy as np
 import pytest
 import torch
 from accelerate.utils import send_to_device
 from datasets import Dataset
 from safetensors.torch import load_file
-from test_losses import by_hand
 from transformers import (
     AutoTokenizer,
     DataCollatorWithPadding,
@@ -241,37 +239,6 @@ def test_the_loss_of_halves_is_that_of_each_and_their_disagreement(tmp_path, tok
     model.eval()  # where texts are whole
     evaluated = ours.compute_loss(model, inputs)
     torch.testing.assert_close(evaluated, function(model(**whole).decision_logits, labels))
-
-
-@FORMS
-@pytest.mark.parametrize("gamma", [0.0, 2.0])
-def test_weights_of_labels_are_learnt_and_scored(tmp_path, tokenizer, several, gamma):
-    """Train on two leaves a text with weights, such as shares of annotators, and one text with one leaf."""
-    generator = np.random.default_rng(3)
-    nodes = [generator.choice(TREE.num_leaves, 2, replace=False).tolist() for _ in range(15)] + [[2]]
-    weights = [[share, 1 - share] for share in generator.random(15).round(2).tolist()] + [[1.0]]
-    columns = rows().to_dict() | {"labels": nodes, "weights": weights}
-    data, model = Dataset.from_dict(columns), tiny_model(several)
-    decisions = model.heads.decisions
-    function = FocalLoss(decisions, decisions.targets(nodes, weights), gamma) if gamma else None
-    settings = {"per_device_train_batch_size": 16, "per_device_eval_batch_size": 5, "learning_rate": 5e-3}
-    args = arguments(tmp_path, max_steps=40, logging_steps=1, **settings)
-    ours = trainer(model, tokenizer, data, args, loss_function=function)
-
-    def expected() -> float:
-        with torch.no_grad():
-            scores = model(
-                **{name: batch_of(model, tokenizer, data, range(16))[name] for name in INPUTS}
-            ).decision_logits
-        labels = [dict(zip(*pair, strict=True)) for pair in zip(nodes, weights, strict=True)]
-        return by_hand(decisions, scores, labels, nodes, gamma).item()
-
-    before = expected()
-    ours.train()
-    assert ours.state.log_history[0]["loss"] == pytest.approx(before, abs=1e-3)
-    found = ours.evaluate()["eval_loss"]
-    assert found == pytest.approx(expected(), abs=1e-4)
-    assert found < 0.8 * before
 
 
 def test_it_trains_in_a_script_with_the_arguments_of_transformers(tmp_path, tokenizer):
