@@ -1,4 +1,4 @@
-"""Compare the fast paths on a CPU with PEFT, with SDPA, with plain layers, and with numerical derivatives."""
+"""Compare the fast paths on a CPU with PEFT, with SDPA and with plain layers."""
 
 import copy
 import pickle
@@ -7,10 +7,9 @@ import sys
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-from cpu_hierarchical import ATTENTION, PackedLinear, PerDocumentAttention, pack_linear_layers, text_spans
+from cpu_hierarchical import ATTENTION, PackedLinear, pack_linear_layers
 from hierarchical_clinicalbert.training.arguments import ModelArguments
 from hierarchical_clinicalbert.training.cpu import use_training_kernels
 from hierarchical_clinicalbert.training.model import build_model
@@ -154,20 +153,6 @@ def test_the_attention_is_not_written_into_a_checkpoint(minilm, tmp_path):
     assert model.encoder.config._attn_implementation == ATTENTION
     model.save_pretrained(tmp_path)
     assert ATTENTION not in (tmp_path / "config.json").read_text()
-
-
-def test_attention_is_that_of_sdpa_and_its_gradients_are_the_numerical_ones():
-    query, key, value = (torch.randn(3, 2, 5, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 0, 1, 1, 1]])
-    spans = text_spans(3, 5, mask)
-    assert spans == [slice(0, 5), slice(0, 2), slice(2, 5)]
-    output = PerDocumentAttention.apply(query, key, value, spans, 0.3)
-    expected = scaled_dot_product_attention(query, key, value, mask[:, None, None, :].bool(), scale=0.3)
-    kept = mask.bool()[:, :, None, None]
-    torch.testing.assert_close(output * kept, expected.transpose(1, 2) * kept)
-    assert torch.autograd.gradcheck(
-        lambda *tensors: PerDocumentAttention.apply(*tensors, spans, 0.3), (query, key, value)
-    )
 
 
 packs = pytest.mark.skipif(
