@@ -139,7 +139,7 @@ def test_gradients_are_those_of_one_call_of_the_encoder(pooling, monkeypatch):
         torch.testing.assert_close(one, several, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("pooling", ["mean", "label_attention"])
 @torch.no_grad()
 def test_an_exported_graph_reads_texts_of_any_length(pooling, tmp_path):
     model, names = small_model(pooling=pooling), ["input_ids", "attention_mask"]
