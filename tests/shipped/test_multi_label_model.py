@@ -124,6 +124,7 @@ def test_the_set_for_a_recall_holds_the_nodes_from_its_threshold_on(classify):
     result = classify(TEXTS[1], recall=0.605, levels=True)  # rounded up to 0.61
     p = {label: score for level in result["levels"] for label, score in level.items()}
     assert {node["label"] for node in result["prediction_set"]} == {label for label in p if p[label] >= RECALL[60]}
+    assert classify.decisions.set_threshold(classify.model.config.calibration, recall=0.605) == RECALL[60]
 
 
 @pytest.mark.parametrize(
