@@ -280,7 +280,7 @@ def refuse_missing(name: str | Path, model: PreTrainedModel, info: dict[str, Any
 
 
 def check_encoder(encoder: PreTrainedModel) -> None:
-    """Raise ValueError for a model with a decoder, one whose outputs change with padding, or XMOD without a language."""
+    """Raise ValueError for a model with a decoder, or one whose outputs change with padding."""
     config = encoder.config
     if config.is_encoder_decoder:
         problem = "has a decoder: use an encoder-only model"
@@ -288,8 +288,6 @@ def check_encoder(encoder: PreTrainedModel) -> None:
         config.model_type in PADDING_SENSITIVE or "attention_mask" not in inspect.signature(encoder.forward).parameters
     ):
         problem = "gives other outputs when its inputs are padded: use another encoder"
-    elif getattr(config, "default_language", "") is None:  # XMOD, which has layers for each language
-        problem = "needs the language of the texts: set default_language in its config.json"
     else:
         return
     raise ValueError(f"{type(encoder).__name__} {problem}")
@@ -307,6 +305,15 @@ def check_tokenizer(tokenizer: Any, model: Any) -> None:
     if largest >= embeddings:
         problem = f"its largest token id is {largest:,}, and the encoder has {embeddings:,} embeddings"
         raise ValueError(f"the tokenizer of {name} does not belong to this encoder: {problem}")
+
+
+def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Return the ids of the special tokens that a tokenizer puts before and after a text."""
+    encoded = tokenizer("a", return_special_tokens_mask=True)
+    ids, is_special = encoded["input_ids"], encoded["special_tokens_mask"]
+    first = is_special.index(0)
+    last = len(ids) - is_special[::-1].index(0)
+    return ids[:first], ids[last:]
 
 
 def position_limit(encoder: PreTrainedModel) -> int | None:
@@ -349,13 +356,8 @@ def read_adapter_config(path: Path) -> dict[str, Any]:
 
 def adapted_layers(encoder: nn.Module, targets: list[str] | str) -> dict[str, nn.Module]:
     """Return the modules that PEFT adapts: their names end with a target, or fully match the pattern of targets."""
-
-    def is_target(name: str) -> bool:
-        if isinstance(targets, str):
-            return re.fullmatch(targets, name) is not None
-        return any(name == target or name.endswith(f".{target}") for target in targets)
-
-    return {name: module for name, module in encoder.named_modules() if is_target(name)}
+    pattern = targets if isinstance(targets, str) else rf"(.*\.)?({'|'.join(map(re.escape, targets))})"
+    return {name: module for name, module in encoder.named_modules() if re.fullmatch(pattern, name)}
 
 
 def is_mergeable(encoder: nn.Module, adapter_config: dict[str, Any]) -> bool:
@@ -427,8 +429,6 @@ def set_auto_map(config: Any) -> None:
 def prepare_self_contained(model: Any) -> None:
     """Set up the model's configuration for the self-contained form. ValueError: the weights cannot be saved."""
     for name, weight in model.named_parameters():
-        if ".base_layer." in name:
-            raise ValueError("the model holds an adapter of PEFT: save what merge_and_unload() returns")
         if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
             raise ValueError(f"{name} was repacked by bitsandbytes for this CPU: load the model again to save it")
     set_auto_map(model.config)

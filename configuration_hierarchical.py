@@ -30,6 +30,7 @@ ENCODER_FIELDS = ("hidden_size", "num_hidden_layers", "max_position_embeddings",
 # ENCODER_FIELDS repeat text_config, and a stored attn_implementation can name a repository of unpinned code
 NOT_READ = (*ENCODER_FIELDS, "attn_implementation", "_attn_implementation", "format_version")
 IF_GIVEN = ("window", "tokens_before", "tokens_after", "page", "open_world")  # fields that are stored if they are given
+LISTS = (list, tuple)
 PAGE = {"title": str, "medical": bool, "examples": list}  # what ``page`` may hold
 DEFAULT_ENCODER = "emilyalsentzer/Bio_ClinicalBERT"
 DEFAULT_ENCODER_REVISION = "d5892b39a4adaed74b92212a44081509db72f87b"
@@ -80,18 +81,21 @@ class Calibration:
     def check(self, num_nodes: int, num_classes: int) -> None:
         """Raise ValueError unless each list has its length and holds numbers."""
         for name in ("scales", "biases", "thresholds"):
-            check_numbers(f"calibration: {name}", getattr(self, name), num_nodes)
-        check_numbers("calibration: prior", self.prior, num_classes)
-        num_bands, num_scores = (
-            len(values) if isinstance(values, (list, tuple)) else 0 for values in (self.set_bands, self.set_labels)
-        )
-        check_numbers("calibration: set_bands", self.set_bands, num_bands)
-        check_numbers("calibration: set_thresholds", self.set_thresholds, 99, or_none=True, or_lists_of=num_bands + 1)
-        check_numbers("calibration: set_scores", self.set_scores, num_scores)
+            check_numbers(name, getattr(self, name), num_nodes)
+        check_numbers("prior", self.prior, num_classes)
+        check_numbers("set_bands", self.set_bands)
+        thresholds = self.set_thresholds
+        if isinstance(thresholds, LISTS):
+            for entry in thresholds:
+                if isinstance(entry, LISTS):
+                    check_numbers("an entry of set_thresholds", entry, len(self.set_bands or ()) + 1)
+            thresholds = [0.0 if entry is None or isinstance(entry, LISTS) else entry for entry in thresholds]
+        check_numbers("set_thresholds", thresholds, 99)
         for labels in self.set_labels or ():
-            is_list = isinstance(labels, (list, tuple)) and len(labels) > 0
+            is_list = isinstance(labels, LISTS) and len(labels) > 0
             if not is_list or not all(type(node) is int and 0 <= node < num_nodes for node in labels):
                 raise ValueError(f"calibration: set_labels must hold lists of node ids, not {labels!r:.50}")
+        check_numbers("set_scores", self.set_scores, len(self.set_labels or ()))
 
     def of_nodes(self, tree: Taxonomy, old: Taxonomy, known: dict[int, int]) -> "Calibration":
         """Return the calibration for another taxonomy, where ``known`` are the ids in the ``old`` one of the nodes that it had.
@@ -240,7 +244,7 @@ class HierarchicalConfig(PretrainedConfig):
         given = {name: kwargs.pop(name) for name in [*kwargs] if name in own}
         if given.get("taxonomy") is not None and read_tree(**{**config_dict, **given}) != read_tree(**config_dict):
             problem = "the stored heads belong to the stored taxonomy, which cannot be replaced at loading"
-            raise ValueError(f"{problem}: load the model, then call its change_taxonomy")
+            raise ValueError(f"{problem}: load the model, then call its add_nodes")
         config_dict = {name: value for name, value in config_dict.items() if name not in NOT_READ}
         return super().from_dict({**config_dict, **given}, **kwargs)
 
@@ -311,18 +315,11 @@ def upgrade_calibration(stored: dict[str, Any]) -> dict[str, Any]:
     return {**kept, "calibration": calibration} if calibration else kept
 
 
-def check_numbers(name: str, values: Any, count: int, or_none: bool = False, or_lists_of: int | None = None) -> None:
-    """Raise ValueError unless a field is None, or a list of ``count`` numbers.
-
-    With ``or_none``, an entry may be None. With ``or_lists_of``, it may be a list of as many numbers.
-    """
+def check_numbers(name: str, values: Any, count: int | None = None) -> None:
+    """Raise ValueError unless a field of a calibration is None, or a list of ``count`` numbers, by default of any number."""
     if values is None:
         return
-    if or_lists_of is not None and isinstance(values, (list, tuple)):
-        for entry in values:
-            if isinstance(entry, (list, tuple)):
-                check_numbers(f"an entry of {name}", entry, or_lists_of)
-        values = [0.0 if isinstance(entry, (list, tuple)) else entry for entry in values]
-    allowed = {int, float, type(None)} if or_none else {int, float}
-    if not isinstance(values, (list, tuple)) or len(values) != count or not {*map(type, values)} <= allowed:
-        raise ValueError(f"{name} must be a list of {count} numbers")
+    is_list = isinstance(values, LISTS) and count in (None, len(values))
+    if not is_list or not {*map(type, values)} <= {int, float}:
+        numbers = "numbers" if count is None else f"{count} numbers"
+        raise ValueError(f"calibration: {name} must be a list of {numbers}")

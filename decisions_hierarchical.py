@@ -5,16 +5,16 @@ Worth knowing:
 1. Both classes have the same methods, and `build_decisions` chooses between them. No other code asks which form it has.
 2. Decision scores (B, num_nodes) are the output of the heads. `OnePath` normalises them among siblings by a softmax. For
    `ManyNodes`, each is the logit of a binary decision: the node is present, given that its parent is.
-3. A label is a list of node ids with weights. `targets` makes the arrays that losses and metrics read.
+3. A label is a list of node ids. `targets` makes the arrays that losses and metrics read.
 4. This file has no parameters and fits nothing. Fits, metrics and the focal loss are not published with a checkpoint.
 """
 
 import csv
 import math
 import os
-from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from numbers import Real
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -244,22 +244,11 @@ class OnePath(Decisions):
 
     # ── Labels ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def targets(self, nodes: Sequence[Sequence[int]], weights: Sequence[Sequence[float]] | None = None) -> Tensor:
-        """Return the ids of the texts' nodes (B,), -100 for no node; with weights, those of the leaves (B, num_leaves).
-
-        ValueError: a text has several nodes without weights, or a weight of an inner node.
-        """
-        if weights is None:
-            if any(len(ids) > 1 for ids in nodes):
-                raise ValueError("a text has several nodes of equal weight, and this model is for one path a text")
-            return torch.tensor([ids[0] if len(ids) else IGNORED_LABEL for ids in nodes])
-        array = torch.empty(len(nodes), self.num_leaves)
-        for row, ids, of_text in zip(array, nodes, weights, strict=True):
-            if any(node >= self.num_leaves for node in ids):
-                raise ValueError("weights are for leaves, and a text has a weighted inner node")
-            row[:] = 0 if len(ids) else IGNORED_LABEL
-            row[list(ids)] = torch.tensor(of_text, dtype=array.dtype)
-        return array
+    def targets(self, nodes: Sequence[Sequence[int]]) -> Tensor:
+        """Return the ids of the texts' nodes (B,), -100 for no node. ValueError: a text has several nodes."""
+        if any(len(ids) > 1 for ids in nodes):
+            raise ValueError("a text has several nodes, and this model is for one path a text")
+        return torch.tensor([ids[0] if len(ids) else IGNORED_LABEL for ids in nodes])
 
     @property
     def outcome_decision(self) -> Tensor:
@@ -270,11 +259,9 @@ class OnePath(Decisions):
         return scores - segment_logsumexp(scores, self.decision_of, self.num_decisions)[:, self.decision_of]
 
     def outcome_targets(self, labels: Tensor) -> Tensor:
-        """Return the weight of each node in the labels: 1 on the path to the label, and 0 elsewhere, (B, N)."""
-        of_leaves = labels.dim() == 2
-        weights = labels if of_leaves else one_hot(labels.where(labels != IGNORED_LABEL, 0), self.num_nodes)
-        weights = pad(weights.to(self.parents.device, torch.float32), (0, self.num_nodes - weights.shape[1]))
-        return self.sum_at_or_below(weights)
+        """Return 1 for each node on the path to the label, and 0 elsewhere, (B, N)."""
+        labels = labels.to(self.parents.device)
+        return self.sum_at_or_below(one_hot(labels.where(labels != IGNORED_LABEL, 0), self.num_nodes).float())
 
     def log_likelihood(self, scores: Tensor, labels: Tensor) -> Tensor:
         """Return log P(label), (B,)."""
@@ -378,13 +365,11 @@ class OnePath(Decisions):
                 'for single-path models, costs are "distance", a CSV file, or {correct leaf: {predicted leaf: cost}}'
             )
         table = costs if isinstance(costs, Mapping) else read_cost_table(costs)
-        rows = []
-        for correct, row in by_leaf(self.tree, table, "rows").items():
-            where = f"the row of {correct!r}"  # the checkpoint's own label, of any length
-            rows.append(
-                [read_cost(cost, f"{where}, {leaf!r}") for leaf, cost in by_leaf(self.tree, row, where).items()]
-            )
-        return torch.tensor(rows, dtype=torch.float64)
+        values = []
+        for label, row in zip(self.tree.labels, by_leaf(self.tree, table, "rows"), strict=False):  # leaves come first
+            where = f"the row of {label!r}"  # the checkpoint's own label, of any length
+            values.append([read_cost(cost, where) for cost in by_leaf(self.tree, row, where)])
+        return torch.tensor(values, dtype=torch.float64)
 
     def prediction_set(self, probabilities: list[float], threshold: SetThreshold) -> list[int]:
         """Return the ids of nodes that cover the likely leaves, the most probable node first.
@@ -470,16 +455,11 @@ class ManyNodes(Decisions):
 
     # ── Labels ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def targets(self, nodes: Sequence[Sequence[int]], weights: Sequence[Sequence[float]] | None = None) -> Tensor:
-        """Return the weights of the texts' nodes and their ancestors (B, N): 1, or an ancestor's the greatest one below it.
-
-        Without weights the array is of int8, else of float32.
-        """
-        array = np.zeros((len(nodes), self.num_nodes), dtype=np.int8 if weights is None else np.float32)
-        for i, ids in enumerate(nodes):
-            for j, node in enumerate(ids):
-                path = self.tree.path(node)
-                array[i, path] = 1 if weights is None else np.maximum(array[i, path], weights[i][j])
+    def targets(self, nodes: Sequence[Sequence[int]]) -> Tensor:
+        """Return 1 for the texts' nodes and their ancestors, and 0 for others, (B, N) of int8."""
+        array = np.zeros((len(nodes), self.num_nodes), dtype=np.int8)
+        for row, ids in zip(array, nodes, strict=True):
+            row[[*self.tree.with_ancestors(ids)]] = 1
         return torch.from_numpy(array)
 
     @property
@@ -492,7 +472,7 @@ class ManyNodes(Decisions):
         return torch.cat([logsigmoid(logits), logsigmoid(-logits)], 1)
 
     def outcome_targets(self, labels: Tensor) -> Tensor:
-        """Return the weights of presence and absence, (B, 2 · N): both are 0 where the label is unknown, -100."""
+        """Return 1 for presence, and 1 for absence, (B, 2 · N): both are 0 where the label is unknown, -100."""
         labels = labels.to(self.parents.device)
         known, present = labels != IGNORED_LABEL, labels.float()
         return torch.cat([present * known, (1 - present) * known], 1)
@@ -701,8 +681,6 @@ def cost_threshold(missing: float, inventing: float) -> float:
     up over nodes, so each is decided alone: predicted if inventing · (1 - P) <= missing · P. No node is more probable than
     its parent, so the ancestors of a predicted node are predicted too.
     """
-    if missing + inventing == 0:
-        raise ValueError("the costs of missing and of inventing a node are both 0: one must be positive")
     return inventing / (missing + inventing)
 
 
@@ -726,25 +704,21 @@ def read_cost_table(path: str | os.PathLike) -> dict[str, dict[str, str]]:
     return table
 
 
-def by_leaf(tree: Taxonomy, given: Any, where: str) -> dict[str, Any]:
-    """Replace the keys of a mapping by the labels of the leaves that they name, in leaf order.
+def by_leaf(tree: Taxonomy, given: Any, where: str) -> list[Any]:
+    """Return the values of a mapping whose keys name the leaves, in the order of the leaves.
 
     Raises ValueError unless the keys name every leaf once. ``where`` is for the message.
     """
     if not isinstance(given, Mapping):
         raise ValueError(f"costs: {where} must map leaves to costs, not {type(given).__name__}")
     try:
-        nodes = Counter(tree.id(str(name)) for name in given)
+        nodes = [tree.id(str(name)) for name in given]
     except ValueError as error:
         raise ValueError(f"costs are of leaves; {where}: {error}") from error
-    for node, label in enumerate(tree.labels):
-        if nodes[node] != (node < tree.num_leaves):
-            problem = (
-                "is missing" if node not in nodes else "occurs twice" if node < tree.num_leaves else "is an inner node"
-            )
-            raise ValueError(f"costs: {where}: {label!r} {problem}; each leaf needs costs once")
-    values = dict(zip(nodes, given.values(), strict=True))  # each was counted once, in the given order
-    return {tree.labels[leaf]: values[leaf] for leaf in range(tree.num_leaves)}
+    if sorted(nodes) != [*range(tree.num_leaves)]:
+        wrong = next(node for node in range(tree.num_nodes) if nodes.count(node) != (node < tree.num_leaves))
+        raise ValueError(f"costs: {where} must name each leaf once, and nothing else: see {tree.labels[wrong]!r}")
+    return [value for _, value in sorted(zip(nodes, given.values(), strict=True), key=itemgetter(0))]
 
 
 def read_cost(value: Any, what: str) -> float:

@@ -51,8 +51,8 @@ if TYPE_CHECKING:  # never runs, but makes transformers fetch the file, which `s
 
 
 TOKENS_AT_ONCE = 4096  # of several windows in one call of the encoder, twice as many in training: they bound its memory
-NEW_LENGTH = 2.5  # of the weights of classes that are added without training, see benchmarks/LOG.md
 SCORES_AT_ONCE = 2**26  # of label attention: more are computed in chunks of nodes
+NEW_LENGTH = 2.5  # of the weights of classes that are added without training, see benchmarks/LOG.md
 
 
 @dataclass
@@ -423,8 +423,9 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         if is_one_window:
             outputs = self.encoder(**{name: given}, attention_mask=attention_mask, **kwargs)
             return Tokens(outputs.last_hidden_state, attention_mask, num_texts), outputs
-        wide = {name: kwargs.pop(name) for name in ("token_type_ids", "position_ids") if name in kwargs}
-        self.check_windows(wide.get("token_type_ids"), kwargs)
+        token_type_ids = kwargs.pop("token_type_ids", None)
+        kwargs.pop("position_ids", None)  # each window counts its positions anew
+        self.check_windows(token_type_ids, kwargs)
         if attention_mask is None:
             attention_mask = torch.ones(num_texts, length, dtype=torch.long, device=given.device)
         before, after = self.config.tokens_before or [], self.config.tokens_after or []
@@ -437,11 +438,8 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
             special = self.get_input_embeddings()(special).to(given.dtype)
             is_special, source = is_special[..., None], source[..., None].expand(-1, -1, given.shape[2])
         inputs = {name: special.where(is_special, given[text_of].gather(1, source))}
-        for name, values in wide.items():
-            places = column.clamp(min=0)
-            if name == "position_ids":  # each window counts its positions anew
-                places = torch.arange(mask.shape[1], device=given.device).expand_as(mask)
-            inputs[name] = values.expand(num_texts, -1)[text_of].gather(1, places)
+        if token_type_ids is not None:
+            inputs["token_type_ids"] = token_type_ids.expand(num_texts, -1)[text_of].gather(1, column.clamp(min=0))
         inputs["attention_mask"] = mask.to(attention_mask.dtype)
         return Tokens(self.encode_windows(inputs, kwargs), mask, num_texts, text_of), None
 
@@ -510,9 +508,8 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
             input_ids, attention_mask, token_type_ids, position_ids: (B, T).
             inputs_embeds: (B, T, H), instead of ``input_ids``, which only a lexical head then reads.
             labels: (B,), ids of leaves or inner nodes; -100 is ignored. The loss is their negative log-likelihood in
-                nats. Or the weights of the leaves (B, num_leaves), whose sum is 1. For multi-label models (B, num_nodes): 1 for
-                the text's nodes and their ancestors, else 0, or -100 for unknown. The loss is the binary cross-entropy of
-                the probabilities, summed over a text's nodes.
+                nats. For multi-label models (B, num_nodes): 1 for the text's nodes and their ancestors, else 0, or -100
+                for unknown. The loss is the binary cross-entropy of the probabilities, summed over a text's nodes.
             num_items_in_batch: divisor of the summed loss, by default the number of labelled texts.
             output_vectors: whether to return ``vectors``, which `OpenWorld` reads.
             kwargs: for the encoder, such as ``output_hidden_states`` and ``output_attentions``.
@@ -525,9 +522,6 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
                 kwargs.setdefault(name, True)
         if self.heads.lexical is not None and input_ids is None:
             raise ValueError("this model has a lexical head, which needs input_ids: give these, too")
-        reads_mask = self.heads.lexical is not None or self.config.pooling != "cls"
-        if reads_mask and attention_mask is not None and attention_mask.dim() != 2:
-            raise ValueError(f"the heads need an attention mask of shape (B, T), not {tuple(attention_mask.shape)}")
         tokens, encoded = self.encode(input_ids, attention_mask, inputs_embeds, **kwargs)
 
         # ── Heads ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -627,14 +621,6 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         removed = {*range(old.num_nodes)} - {*known.values()}
         new = [label for node, label in enumerate(tree.labels) if node not in known]
         return new, [old.labels[node] for node in sorted(removed)]
-
-    def change_taxonomy(
-        self, taxonomy: Taxonomy | list | dict, renamed: dict[str, str] | None = None
-    ) -> tuple[list[str], list[str]]:
-        """Replace the taxonomy for further training, see `add_nodes`, and remove the calibration and the lexical head."""
-        changes = self.add_nodes(taxonomy, renamed=renamed)
-        self.set_calibration(Calibration())
-        return changes
 
     def save_pretrained(
         self, save_directory: str | Path, is_main_process: bool = True, state_dict: dict | None = None, **kwargs: Any

@@ -26,7 +26,6 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
 from numbers import Integral, Real
-from operator import or_
 from typing import Any
 
 import torch
@@ -36,12 +35,12 @@ from transformers import Pipeline, PreTrainedModel
 from transformers.utils import logging
 
 try:
-    from .checkpoint_hierarchical import check_tokenizer, position_limit
+    from .checkpoint_hierarchical import check_tokenizer, position_limit, special_tokens
     from .decisions_hierarchical import build_decisions
     from .open_world_hierarchical import NOVELTY, NoveltyTests, estimate_prior, fitted_prior, read_prior
     from .taxonomy_hierarchical import quote_name
 except ImportError:  # as a top-level module of the repository, not as remote code of a checkpoint
-    from checkpoint_hierarchical import check_tokenizer, position_limit
+    from checkpoint_hierarchical import check_tokenizer, position_limit, special_tokens
     from decisions_hierarchical import build_decisions
     from open_world_hierarchical import NOVELTY, NoveltyTests, estimate_prior, fitted_prior, read_prior
     from taxonomy_hierarchical import quote_name
@@ -54,7 +53,6 @@ TEXTS_AHEAD = 512
 CHARACTERS_PER_TOKEN = 8  # most texts have fewer
 PIECE = 2**16  # characters, in which the unread rest of a text is tokenized
 BATCHES_AHEAD = 32
-MAX_TOKENIZERS = 8
 # Core counts of the calls that are starting threads, shared by all copies of this module. Not a lock: Ctrl+C could leave it held.
 STARTING: list[int] = vars(threading).setdefault("_hierarchical_starting", [])
 
@@ -132,15 +130,13 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         self.novelty_tests = NoveltyTests(open_world) if open_world is not None and open_world.has_tests else None
         super().__init__(model, *args, **kwargs)
         check_tokenizer(self.tokenizer, self.model)
-        limit = (
-            position_limit(self.model.encoder) if model.config.tokens_before is None else None
-        )  # else it reads windows
+        reads_windows = model.config.tokens_before is not None
+        limit = None if reads_windows else position_limit(self.model.encoder)
         if limit is not None and self.tokenizer.model_max_length > limit:
             problem = f"{self.tokenizer.model_max_length:,} is beyond the encoder's {limit:,} positions"
             raise ValueError(f"the tokenizer's model_max_length {problem}: set it in tokenizer_config.json")
         # each core of a CPU computes its own batches, unless weights are offloaded
         self._uses_cpu_threads = self.device.type == "cpu" and not hasattr(self.model, "hf_device_map")
-        self._tokenizers: dict[int, Any] = {}
         if self.device.type == "cpu":
             weights = [*self.model.parameters()]
             if any(getattr(weight, name, None) is not None for weight in weights for name in ("quant_state", "CB")):
@@ -148,7 +144,9 @@ class HierarchicalTextClassificationPipeline(Pipeline):
                 with torch.inference_mode():
                     self.model(**self.tokenizer("a", return_tensors="pt"))
             use_cpu_kernels(self.model.encoder)
-        self.preprocess(["a"])  # sets the tokenizer's truncation once, before threads share it
+        # a tokenizer keeps its truncation as state, which threads share: this copy never truncates
+        self._tokenizer = copy.deepcopy(self.tokenizer)
+        self._tokens_before, self._tokens_after = map(len, special_tokens(self._tokenizer))
 
     def _sanitize_parameters(
         self,
@@ -175,11 +173,10 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         self.decisions.set_threshold(calibration, **guarantee)
         prepared = None if costs is None else self.decisions.prepare_costs(costs)
         frequencies = None if prior is None else read_prior(self.decisions, calibration, prior)
-        truncation = {"max_length": max_length}
         output = {"guarantee": guarantee or None, "costs": prepared, "prior": frequencies}
         output |= {"top_k": top_k, "levels": levels, "novelty": novelty}
         # arguments that are not given leave those of the pipeline as they are
-        return without_none(truncation), {}, without_none(output)
+        return without_none({"max_length": max_length}), {}, without_none(output)
 
     def __call__(self, inputs: str | Iterable, batch_size: int | None = None, **parameters: Any) -> Any:
         """Classify a text, a list or a stream of texts. The class describes arguments and results."""
@@ -360,50 +357,30 @@ class HierarchicalTextClassificationPipeline(Pipeline):
     def preprocess(
         self, texts: list[str], max_length: int | None = None
     ) -> tuple[list[dict[str, list[int]]], list[int]]:
-        """Return the tokens of each text, truncated, and how many tokens the whole text has."""
-        length, special = self._length(max_length), self.tokenizer.num_special_tokens_to_add()
-        # only the start of a long text is tokenized at once: the tokens of a whole book take 60 times its memory
-        characters = CHARACTERS_PER_TOKEN * length if self.tokenizer.truncation_side == "right" else math.inf
-        while True:
-            starts = [piece_of(text, 0, characters) for text in texts]
-            encoded = self._tokenize(starts, length)
-            truncated = [bool(text.overflowing) for text in encoded.encodings]
-            if all(map(or_, truncated, (len(start) == len(text) for start, text in zip(starts, texts, strict=True)))):
-                break
-            characters *= 4  # a text of long words has fewer tokens per character
-
-        def count(encoding: Any) -> int:  # each part of a truncated text has its own special tokens
-            return sum(len(part) - special for part in (encoding, *encoding.overflowing))
-
-        tokens = [special + count(encoding) for encoding in encoded.encodings]
-        if min(tokens) <= special:
-            raise ValueError("a text has no tokens: the model's tokenizer drops all its characters")
+        """Return the tokens of each text, truncated at its end, and how many tokens the whole text has."""
+        length, after, special = self._length(max_length), self._tokens_after, self._tokens_before + self._tokens_after
+        # of long texts only the starts are tokenized at once: the tokens of a whole book take 60 times its memory
+        starts = [piece_of(text, 0, CHARACTERS_PER_TOKEN * length) for text in texts]
+        rows = self._tokenize(starts)
+        tokens = [len(row["input_ids"]) for row in rows]
         for i, (start, text) in enumerate(zip(starts, texts, strict=True)):
             done = len(start)
             while done < len(text):
                 piece = piece_of(text, done, PIECE)
-                tokens[i] += count(self._tokenize([piece], length).encodings[0])
+                (more,) = self._tokenize([piece])
+                tokens[i] += len(more["input_ids"]) - special
+                for name, values in rows[i].items():
+                    joined = values[: len(values) - after] + more[name][self._tokens_before :]
+                    rows[i][name] = truncate(joined, length, after)
                 done += len(piece)
-        names = [name for name in self.tokenizer.model_input_names if name in encoded]  # padding adds a missing mask
-        return [{name: encoded[name][i] for name in names} for i in range(len(texts))], tokens
+        if min(tokens) <= special:
+            raise ValueError("a text has no tokens: the model's tokenizer drops all its characters")
+        return [{name: truncate(row[name], length, after) for name in row} for row in rows], tokens
 
-    def _tokenize(self, texts: list[str], length: int) -> Any:
-        settings = {
-            "truncation": True,
-            "max_length": length,
-            "stride": 0,
-            "return_attention_mask": True,
-            "verbose": False,
-        }
-        # a tokenizer keeps its truncation as state, which threads share: each length but the default has its own copy
-        tokenizer = self.tokenizer if length == self.tokenizer.model_max_length else self._tokenizers.get(length)
-        if tokenizer is None:
-            tokenizer = copy.deepcopy(self.tokenizer)
-            tokenizer(["a"], **settings)  # its state is final from here on
-            while len(self._tokenizers) >= MAX_TOKENIZERS:
-                self._tokenizers.pop(next(iter(self._tokenizers)), None)
-            self._tokenizers[length] = tokenizer
-        return tokenizer(texts, **settings)
+    def _tokenize(self, texts: list[str]) -> list[dict[str, list[int]]]:
+        encoded = self._tokenizer(texts, truncation=False, return_attention_mask=True, verbose=False)
+        names = [name for name in self._tokenizer.model_input_names if name in encoded]  # padding adds a missing mask
+        return [{name: encoded[name][i] for name in names} for i in range(len(texts))]
 
     def _forward(self, model_inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         outputs = self.model(**model_inputs, output_vectors=self.novelty_tests is not None)
@@ -411,9 +388,6 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         if self.novelty_tests:
             kept["strangeness"] = self.model.heads.open_world(outputs["vectors"])
         return kept
-
-    def get_inference_context(self) -> type:
-        return torch.inference_mode
 
     def postprocess(
         self,
@@ -502,6 +476,11 @@ def piece_of(text: str, start: int, characters: float) -> str:
     is_long = len(text) - start > characters
     end = re.compile(r"(?<=\S)[ \n]").search(text, start + int(characters)) if is_long else None
     return text[start : end.start() if end else None]
+
+
+def truncate(tokens: list[int], length: int, num_after: int) -> list[int]:
+    """Return a text's tokens without those beyond ``length``, except the ``num_after`` special ones at its end."""
+    return tokens if len(tokens) <= length else tokens[: length - num_after] + tokens[len(tokens) - num_after :]
 
 
 def padded_length(longest: int, rows: int, limit: int) -> int:

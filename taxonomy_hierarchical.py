@@ -97,6 +97,9 @@ class Taxonomy:
         self.levels = [len(path) for path in self._paths]
         self.depth = max(self.levels)
         self.parents = [self.node_of_path.get(path[:-1], -1) for path in self._paths]
+        self._children: dict[int, list[int]] = {}
+        for node in self.reading_order:
+            self._children.setdefault(self.parents[node], []).append(node)
 
         uses, self.labels = Counter(self.names), []
         self._ids: dict[str, int] = {}
@@ -116,13 +119,6 @@ class Taxonomy:
             self.names[child] if child < self.num_leaves else {self.names[child]: self.to_nested(child)}
             for child in self.children(node)
         ]
-
-    @cached_property
-    def _children(self) -> dict[int, list[int]]:
-        children: dict[int, list[int]] = {}
-        for node in self.reading_order:
-            children.setdefault(self.parents[node], []).append(node)
-        return children
 
     def children(self, node: int) -> list[int]:
         """Return the ids of the children of a node, or of the roots for -1."""

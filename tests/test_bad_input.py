@@ -59,7 +59,7 @@ TRAIN = [
     (("--data_path", "folder.csv"), "folder.csv: it contains no file of a known format"),
     ((), "no data"),
     (("--data_path", "good.csv", *DATA), "--data_path and --train_file contradict"),
-    ((*DATA, "--dataset_config_name", "v1"), "--dataset_config_name needs"),
+    ((*DATA, "--dataset_revision", "v1"), "--dataset_revision needs"),
     (("--data_path", "good.csv", "--test_size", "-0.1"), "must be shares of the rows with a sum below 1"),
     (("--data_path", "good.csv", "--validation_size", "0.5", "--test_size", "0.5"), "with a sum below 1"),
     (("--dataset_name", "../../etc"), "cannot load --dataset_name ../../etc"),

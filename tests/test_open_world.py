@@ -227,7 +227,7 @@ def test_a_loaded_checkpoint_has_the_p_values_of_the_saved_one(
 def test_another_taxonomy_or_calibration_removes_what_was_learnt(tiny_encoder, fitted):
     model = untrained_model(tiny_encoder, TREE)
     model.set_calibration(Calibration(), None, OpenWorld(TREE, 64, 50))
-    model.change_taxonomy(Taxonomy({"a": ["b", "z"]}))
+    model.add_nodes(Taxonomy({"a": ["b", "z"]}))
     assert model.heads.open_world is None
     assert "open_world" not in model.config.to_dict()
 

@@ -17,7 +17,6 @@ from transformers import pipeline
 from configuration_hierarchical import Calibration
 from decisions_hierarchical import ManyNodes, OnePath
 from hierarchical_clinicalbert.errors import InputError
-from hierarchical_clinicalbert.evaluation.one_path import OnePathForm
 from hierarchical_clinicalbert.prediction.input import SAMPLED_TEXTS, InputRow, sample_texts
 from open_world_hierarchical import estimate_prior, read_prior
 from taxonomy_hierarchical import Taxonomy
@@ -61,13 +60,6 @@ def estimate(decisions, leaves: np.ndarray, num_texts: int, prior: np.ndarray = 
     return estimate_prior(decisions, calibration, torch.tensor(leaves).float()).numpy()
 
 
-def test_the_frequencies_of_other_texts_are_estimated_without_labels():
-    leaves, labels = draw(OTHER, 10_000, 0)
-    found = estimate(OnePath(TREE), leaves, 10_000)
-    np.testing.assert_allclose(found, np.bincount(labels) / len(labels), atol=0.015)
-    assert found.sum() == pytest.approx(1)
-
-
 def test_the_frequencies_of_nodes_are_estimated_one_by_one():
     generator, fitted, other = np.random.default_rng(0), np.array([0.3, 0.4]), np.array([0.6, 0.2])
     labels = generator.random((10_000, 2)) < other
@@ -96,23 +88,6 @@ def test_texts_of_the_same_frequencies_change_nothing():
     changed = sum((estimate(OnePath(TREE), draw(FITTED, 300, seed)[0], 300) != FITTED).any() for seed in range(50))
     assert changed <= 2
     np.testing.assert_array_equal(estimate(OnePath(TREE), draw(OTHER, 2, 0)[0], 300), FITTED)
-
-
-def test_the_coverage_holds_for_other_frequencies():
-    """Average over fits: the plain threshold covers too few texts of the other mix, and the weighted one enough."""
-    form, covered = OnePathForm(TREE), {"plain": [], "weighted": []}
-    new, new_labels = draw(OTHER, 2000, 99)
-    scores = form.set_scores(np.log(new), new_labels, np.arange(2000))
-    for seed in range(40):
-        leaves, labels = draw(FITTED, 200, seed)
-        fitted = form.set_scores(np.log(leaves), labels, np.arange(200))
-        stored = form.scores_to_store(fitted, labels, np.arange(200)) | {"set_thresholds": form.thresholds_of(fitted)}
-        calibration, plain = Calibration(prior=FITTED.tolist(), **stored), stored["set_thresholds"][89]
-        weighted = form.decisions.set_threshold(calibration, torch.tensor(OTHER), coverage=0.9)
-        covered["plain"].append(np.mean(scores <= plain))
-        covered["weighted"].append(np.mean(scores <= weighted))
-    assert np.mean(covered["plain"]) < 0.87
-    assert 0.895 < np.mean(covered["weighted"]) < 0.96
 
 
 def test_the_weighted_threshold_worked_by_hand():
@@ -200,26 +175,14 @@ def test_the_pipeline_corrects_probabilities_and_sets(classify):
         assert scores == sorted(scores, reverse=True)
 
 
-def test_the_pipeline_estimates_the_frequencies_of_its_texts(classify):
-    texts, calibration = unclear_texts(60), classify.model.config.calibration
-    found = classify.estimate_prior(texts)
-    leaves = torch.tensor(leaves_of(classify, classify(texts, levels=True)))
-    expected = estimate_prior(classify.decisions, calibration, leaves)
-    assert found == pytest.approx(expected.tolist(), abs=1e-5)
-    with pytest.raises(ValueError, match="without texts"):
-        classify.estimate_prior([])
-
-
-def test_without_stored_frequencies_or_with_recall_a_prior_is_refused(
-    classify, labels_checkpoint, clear_checkpoint, tmp_path
-):
-    with pytest.raises(ValueError, match="does not store the class frequencies of its validation rows"):
+def test_without_stored_frequencies_or_with_recall_a_prior_is_refused(labels_checkpoint, tmp_path):
+    message = "does not store the class frequencies of its validation rows"
+    with pytest.raises(ValueError, match=message):
         pipeline("hierarchical-text-classification", model=labels_checkpoint, trust_remote_code=True)("a", prior=[0.5])
-    for checkpoint, message in ((labels_checkpoint, "does not store the class frequencies"),):
-        file = tmp_path / "texts.csv"
-        file.write_text("text\nA text.\n")
-        with pytest.raises(InputError, match=message):
-            predict_here("--model", checkpoint, "--input", file, "--output", tmp_path / "out.csv", "--adapt_prior")
+    file = tmp_path / "texts.csv"
+    file.write_text("text\nA text.\n")
+    with pytest.raises(InputError, match=message):
+        predict_here("--model", labels_checkpoint, "--input", file, "--output", tmp_path / "out.csv", "--adapt_prior")
     copied = Path(shutil.copytree(labels_checkpoint, tmp_path / "copy"))
     stored = json.loads((copied / "config.json").read_text())
     stored["calibration"]["prior"] = [0.2] * len(stored["id2label"])
@@ -239,9 +202,7 @@ def test_the_sample_is_the_same_each_time_and_from_the_whole_input():
     assert sample == sample_texts(rows)
     numbers = np.array(sample, dtype=int)
     assert len({*numbers}) == SAMPLED_TEXTS
-    assert not (numbers % 100 == 3).any()
     assert numbers.mean() == pytest.approx(SAMPLED_TEXTS * 1.5, rel=0.02)
-    assert sample_texts(rows[:3]) == ["0", "1", "2"]
 
 
 def test_a_file_is_corrected_by_its_own_frequencies_also_after_a_kill(classify, clear_checkpoint, tmp_path):
@@ -263,3 +224,5 @@ def test_a_file_is_corrected_by_its_own_frequencies_also_after_a_kill(classify, 
     assert [row["score"] for row in rows] != pytest.approx([one["score"] for one in classify(texts)], abs=1e-3)
     with pytest.raises(InputError, match="standard input can be read once"):
         predict_here("--model", clear_checkpoint, "--input", "-", "--output", tmp_path / "b.csv", "--adapt_prior")
+    with pytest.raises(ValueError, match="without texts"):
+        classify.estimate_prior([])

@@ -21,6 +21,7 @@ class DataArguments:
 
     dataset_name: str | None = flag(None, "Data set on the Hub.")
     dataset_config_name: str | None = flag(None, "Configuration of the data set, if it has several.")
+    dataset_revision: str | None = flag(None, "Commit, tag or branch of the data set.")
     data_path: str | None = flag(None, "File to split, folder of .txt files, or folder saved by `datasets`.")
     train_file: str | None = flag(None, "File with the training rows.")
     validation_file: str | None = flag(None, "File with the rows that select the checkpoint and calibrate it.")

@@ -113,8 +113,9 @@ def find_split_sources(arguments: DataArguments, needs_rows: bool = True) -> tup
     if len(others) + bool(files) > 1:
         flags = " and ".join(f"--{name}" for name in [*others, *(f"{split}_file" for split in files)])
         raise InputError(f"{flags} contradict each other: give one source")
-    if arguments.dataset_config_name is not None and arguments.dataset_name is None:
-        raise InputError("--dataset_config_name needs --dataset_name")
+    for name in ("dataset_config_name", "dataset_revision"):
+        if getattr(arguments, name) is not None and arguments.dataset_name is None:
+            raise InputError(f"--{name} needs --dataset_name")
 
     # ── Files ────────────────────────────────────────────────────────────────────────────────────────────────────────
     if files:
@@ -132,7 +133,7 @@ def find_split_sources(arguments: DataArguments, needs_rows: bool = True) -> tup
         if not Path(name).exists() and (problem := find_hub_problem()):  # `datasets` then looks in its cache
             what += f": {problem}; give --train_file or --data_path, or a data set that is in the cache"
         with as_input_error(what):
-            loaded = _load_dataset(name, arguments.dataset_config_name)
+            loaded = _load_dataset(name, arguments.dataset_config_name, arguments.dataset_revision)
     if isinstance(loaded, datasets.Dataset):
         return {"train": _from_dataset(name, loaded)}, True
     hub_id = None if Path(name).exists() else name  # --dataset_name may be a folder, too
@@ -150,13 +151,14 @@ def find_split_sources(arguments: DataArguments, needs_rows: bool = True) -> tup
     return sources, False
 
 
-def _load_dataset(name: str, config_name: str | None) -> datasets.DatasetDict:
+def _load_dataset(name: str, config_name: str | None, revision: str | None) -> datasets.DatasetDict:
     """Load a data set. `datasets` infers the types of CSV files, 007 as 7 and NA as missing, unless they are declared."""
-    builder, loaded = datasets.load_dataset_builder(name, config_name), datasets.load_dataset(name, config_name)
+    given = {"name": config_name, "revision": revision}
+    builder, loaded = datasets.load_dataset_builder(name, **given), datasets.load_dataset(name, **given)
     if isinstance(builder.config, CsvConfig) and builder.info.features is None:
         columns = next(iter(loaded.values())).column_names
         features = datasets.Features(dict.fromkeys(columns, datasets.Value("string")))
-        return datasets.load_dataset(name, config_name, features=features, keep_default_na=False)
+        return datasets.load_dataset(name, **given, features=features, keep_default_na=False)
     return loaded
 
 

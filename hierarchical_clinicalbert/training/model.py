@@ -18,7 +18,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from checkpoint_hierarchical import check_tokenizer, load_encoder
+from checkpoint_hierarchical import check_tokenizer, load_encoder, special_tokens
 from configuration_hierarchical import DEFAULT_ENCODER, Calibration, HierarchicalConfig
 from hierarchical_clinicalbert.checkpoint_files import (
     MODEL_FILES,
@@ -242,15 +242,6 @@ def load_tokenizer(arguments: ModelArguments, model: HierarchicalForSequenceClas
         # a checkpoint's tokenizer stores its --max_length, which this run may exceed
         tokenizer.model_max_length = model.window if continued else min(tokenizer.model_max_length, model.window)
     return tokenizer
-
-
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Return the ids of the special tokens that a tokenizer puts before and after a text."""
-    encoded = tokenizer("a", return_special_tokens_mask=True)
-    ids, is_special = encoded["input_ids"], encoded["special_tokens_mask"]
-    first = is_special.index(0)
-    last = len(ids) - is_special[::-1].index(0)
-    return ids[:first], ids[last:]
 
 
 def size_report(model: HierarchicalForSequenceClassification) -> dict[str, int | float]:

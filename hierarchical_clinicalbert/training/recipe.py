@@ -16,7 +16,7 @@ from taxonomy_hierarchical import quote_name
 
 # groups of flags; a run uses one group
 SOURCES = (
-    ("dataset_name", "dataset_config_name"),
+    ("dataset_name", "dataset_config_name", "dataset_revision"),
     ("data_path",),
     ("train_file", "validation_file", "test_file"),
 )

@@ -89,9 +89,9 @@ def test_groups_are_counted_by_hand():
         ({"set_bands": 0.4}, "calibration: set_bands must be a list"),
         (
             {"set_bands": [0.4], "set_thresholds": [[0.1]] * 99},
-            "an entry of calibration: set_thresholds must be a list of 2",
+            "calibration: an entry of set_thresholds must be a list of 2",
         ),
-        ({"set_thresholds": [["a"]] * 99}, "an entry of calibration: set_thresholds must be a list of 1 numbers"),
+        ({"set_thresholds": [["a"]] * 99}, "calibration: an entry of set_thresholds must be a list of 1 numbers"),
         ({"prior": [0.5]}, "calibration: prior must be a list of 12 numbers"),
         ({"set_scores": [0.5]}, "calibration: set_scores must be a list of 0 numbers"),
         (

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import untrained_model
-from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from transformers import AutoModel, AutoTokenizer, pipeline
 
@@ -23,14 +22,10 @@ def uncalibrated(minilm: str) -> HierarchicalForSequenceClassification:
     return untrained_model(minilm, TREE, problem_type="multi_label_classification")
 
 
-def build(minilm: str, adapter: bool) -> HierarchicalForSequenceClassification:
+@pytest.fixture(scope="module")
+def checkpoint(minilm, tmp_path_factory) -> str:
     torch.manual_seed(1)
     model = uncalibrated(minilm)
-    if adapter:
-        inject_adapter_in_model(LoraConfig(r=4, target_modules=["query", "value"]), model.encoder)
-        for name, parameter in model.encoder.named_parameters():
-            if "lora_B" in name:
-                nn.init.normal_(parameter, std=0.02)
     nn.init.normal_(model.heads.weight, std=0.5)
     calibration = Calibration(
         lexical_weight=0.7,
@@ -44,17 +39,8 @@ def build(minilm: str, adapter: bool) -> HierarchicalForSequenceClassification:
     size = (TREE.num_nodes, model.config.text_config.vocab_size)
     lexical = {"idf": torch.rand(size[1]), "weight": torch.randn(size), "bias": torch.randn(size[0])}
     model.set_calibration(calibration, lexical)
-    return model.eval()
-
-
-FORMS = pytest.mark.parametrize("checkpoint", ["adapter", "whole"], indirect=True)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(request, minilm, tmp_path_factory) -> str:
-    form = getattr(request, "param", "whole")
-    folder = tmp_path_factory.mktemp(form)
-    build(minilm, form == "adapter").save_pretrained(folder)
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(minilm).save_pretrained(folder)
     return str(folder)
 
@@ -81,7 +67,6 @@ def by_hand(model, texts, tokenizer, **windows) -> np.ndarray:
     return np.array(rows)
 
 
-@FORMS
 def test_probabilities_are_products_on_the_path_with_calibration_and_words(checkpoint, minilm):
     model = AutoModel.from_pretrained(checkpoint, trust_remote_code=True)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
@@ -139,6 +124,7 @@ def test_the_set_for_a_recall_holds_the_nodes_from_its_threshold_on(classify):
     result = classify(TEXTS[1], recall=0.605, levels=True)  # rounded up to 0.61
     p = {label: score for level in result["levels"] for label, score in level.items()}
     assert {node["label"] for node in result["prediction_set"]} == {label for label in p if p[label] >= RECALL[60]}
+    assert classify.decisions.set_threshold(classify.model.config.calibration, recall=0.605) == RECALL[60]
 
 
 @pytest.mark.parametrize(

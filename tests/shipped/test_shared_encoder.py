@@ -41,25 +41,7 @@ def load(checkpoint: str, **arguments) -> HierarchicalForSequenceClassification:
     return HierarchicalForSequenceClassification.from_pretrained(checkpoint, **{"merge_adapter": False, **arguments})
 
 
-def test_shared_weights_are_held_once_and_predictions_stay(checkpoints, tiny_encoder):
-    inputs = AutoTokenizer.from_pretrained(tiny_encoder)("Hepatitis in 41 patients.", return_tensors="pt")
-    models = [load(checkpoint) for checkpoint in checkpoints]
-    with torch.inference_mode():
-        alone = [model(**inputs).logits for model in models]
-        models[1].share_encoder(models[0])
-        together = [model(**inputs).logits for model in (*models, *models)]  # in turn
-    for logits, expected in zip(together, alone * 2, strict=True):
-        assert torch.equal(logits, expected)
-    first, second = (
-        {weight.data_ptr() for name, weight in model.encoder.named_parameters() if "lora_" not in name}
-        for model in models
-    )
-    assert first == second
-    merged = load(checkpoints[1], merge_adapter=True)
-    torch.testing.assert_close(merged(**inputs).logits, alone[1], atol=1e-5, rtol=1e-4)
-
-
-def test_pipelines_over_one_encoder_pack_its_weights_once(checkpoints, tiny_encoder):
+def test_models_over_one_encoder_predict_as_alone_and_hold_its_weights_once(checkpoints, tiny_encoder):
     texts, tokenizer = ["Hepatitis in 41 patients.", "Angina."], AutoTokenizer.from_pretrained(tiny_encoder)
     tokenizer.model_max_length = 128
     build = partial(HierarchicalTextClassificationPipeline, tokenizer=tokenizer, device="cpu")
@@ -68,6 +50,11 @@ def test_pipelines_over_one_encoder_pack_its_weights_once(checkpoints, tiny_enco
     second.share_encoder(first)
     pipelines = [build(model=first), build(model=second)]
     assert [classify(texts) for classify in pipelines * 2] == alone * 2
+    kept, shared = (
+        {weight.data_ptr() for name, weight in model.encoder.named_parameters() if "lora_" not in name}
+        for model in (first, second)
+    )
+    assert kept == shared
     packed = [
         {id(m.packed[0]) for name, m in model.named_modules() if "lora_" not in name and "packed" in vars(m)}
         for model in (first, second)

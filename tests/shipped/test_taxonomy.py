@@ -98,27 +98,8 @@ def test_the_configuration_round_trips_through_json_with_the_order_of_its_classe
     assert loaded.get_text_config() is loaded.text_config
 
 
-def test_labels_that_are_not_the_leaves_are_refused():
-    with pytest.raises(TaxonomyError, match="id2label"):
-        HierarchicalConfig(id2label={0: "x", 1: "y"})
-    with pytest.raises(TaxonomyError, match="num_labels"):
-        HierarchicalConfig(num_labels=3)
-
-
 def test_the_taxonomy_is_drawn_and_written_as_a_tree():
     tree = Taxonomy({"a": ["b", {"c": ["d"]}], "e": None})
     assert tree.draw() == "a\n├── b\n└── c\n    └── d\ne"
     assert tree.to_nested() == [{"a": ["b", {"c": ["d"]}]}, "e"]
     assert Taxonomy(tree.to_nested()) == tree
-
-
-def test_paths_leaves_and_decisions_are_those_worked_by_hand():
-    # leaves: c 0, d 1, e 2, g 3, h 4; inner: a 5, b 6, f 7; the roots are a, f and h
-    tree = Taxonomy({"a": {"b": ["c", "d"], "e": None}, "f": ["g"], "h": None})
-    assert tree.padded_paths == [
-        *([5, 6, 0], [5, 6, 1], [5, 2, 8], [7, 3, 8], [4, 8, 8]),
-        *([5, 8, 8], [5, 6, 8], [7, 8, 8]),
-    ]
-    assert tree.leaves_at_or_below == [[0], [1], [2], [3], [4], [0, 1, 2], [0, 1], [3]]
-    assert tree.decisions == [[4, 5, 7], [2, 6], [0, 1], [3]]
-    assert tree.decision_of == [2, 2, 1, 3, 0, 0, 1, 0]

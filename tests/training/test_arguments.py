@@ -52,9 +52,9 @@ def test_flags_override_the_recipe_and_the_recipe_the_defaults(tmp_path):
 
 
 def test_the_command_line_replaces_where_the_recipe_takes_its_data_from(tmp_path):
-    path = recipe(tmp_path, dataset_name="someone/corpus", dataset_config_name="main", class_names={1: "a"})
+    path = recipe(tmp_path, dataset_name="someone/corpus", dataset_revision="main", class_names={1: "a"})
     data = parse([path, "--train_file", "mine.csv"])[1]
-    assert (data.dataset_name, data.dataset_config_name, data.train_file) == (None, None, "mine.csv")
+    assert (data.dataset_name, data.dataset_revision, data.train_file) == (None, None, "mine.csv")
     assert data.class_names == '{"1": "a"}'
     path = recipe(tmp_path, train_file="a.csv", test_file="b.csv")
     data = parse([path, "--test_file=c.csv"])[1]
