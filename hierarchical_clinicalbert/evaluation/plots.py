@@ -1,10 +1,11 @@
 """Draw a run's training curves, confusion matrices and reliability diagrams as PNG files.
 
 `matplotlib.figure.Figure` without pyplot needs neither global state nor a display. Class names are user input, so ``$`` is
-escaped, which matplotlib reads as mathematics. They may be in any script: `find_fonts` finds fonts.
+escaped, which matplotlib reads as mathematics. They may be in any script: `show_names` finds fonts.
 """
 
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from PIL import Image
 from sklearn.calibration import CalibrationDisplay
 from sklearn.metrics import ConfusionMatrixDisplay, PrecisionRecallDisplay, confusion_matrix
 
@@ -21,14 +23,21 @@ from taxonomy_hierarchical import Taxonomy
 
 MAX_CLASSES = 40
 MAX_NAME = 40  # characters
+NAMED = 5  # classes of each kind that `f1_by_frequency` names
 FONT = "DejaVu Sans"  # comes with matplotlib
 
 
 def write(figure: Figure | None, path: Path) -> None:
-    """Write a figure as PNG, and create its folder; do nothing for None."""
+    """Write a figure as PNG, with its label as the description, and create its folder; do nothing for None."""
     if figure is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
+        figure.savefig(path, dpi=150, metadata={"Description": str(figure.get_label())})
+
+
+def read_description(path: Path) -> str:
+    """Return the description that `write` stored: the names that the figure shows as numbers, or nothing."""
+    with Image.open(path) as image:
+        return image.info.get("Description", "")
 
 
 def training_curves(log_history: list[dict], scores: dict[str, str]) -> Figure | None:
@@ -86,8 +95,8 @@ def _confusion_matrix(taxonomy: Taxonomy, level: int, true: np.ndarray, predicte
     shares = confusion_matrix(true, predicted, labels=nodes) / np.maximum(support[nodes], 1)[:, None]
     side = max(3.6, 0.4 * len(nodes))  # inches
     figure = Figure(figsize=(side + 4.6, side + 3.2), layout="constrained")
-    names = [shorten(taxonomy.labels[node]) for node in nodes]
-    fonts = find_fonts(names)
+    names, fonts, legend = show_names([taxonomy.labels[node] for node in nodes])
+    figure.set_label(legend)
     display = ConfusionMatrixDisplay(shares, display_labels=names)
     small = {"fontsize": 7 if len(nodes) > 10 else 10}
     style = {"cmap": "Blues", "im_kw": {"vmin": 0, "vmax": 1}, "colorbar": False, "text_kw": small}
@@ -105,7 +114,10 @@ def _confusion_matrix(taxonomy: Taxonomy, level: int, true: np.ndarray, predicte
 
 
 def f1_by_frequency(per_class: list[dict]) -> Figure | None:
-    """Draw each class's F1 over its number of documents, from the rows of `per_class_report`; return None without any."""
+    """Draw each class's F1 over its number of documents, from the rows of `per_class_report`; return None without any.
+
+    The classes with the lowest F1 and those with the most documents are named.
+    """
     rows = [row for row in per_class if row["support"]]
     if not rows:
         return None
@@ -114,6 +126,13 @@ def f1_by_frequency(per_class: list[dict]) -> Figure | None:
     figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.subplots()
     axes.errorbar(support, f1, np.abs(ends - f1), fmt=".", ecolor="lightgray", markersize=9)
+    ranks = [sorted(rows, key=key)[:NAMED] for key in (lambda row: row["f1"], lambda row: -row["support"])]
+    named = [row for row in rows if any(row in rank for rank in ranks)]
+    names, fonts, legend = show_names([row["label"] for row in named])
+    figure.set_label(legend)
+    for name, row in zip(names, named, strict=True):
+        beside = {"xytext": (5, 3), "textcoords": "offset points", "fontsize": 7, "fontfamily": fonts}
+        axes.annotate(name, (row["support"], row["f1"]), **beside)
     axes.set(xscale="log", xlabel="Documents of the class", ylabel="F1, with 95 % intervals", ylim=(-0.02, 1.02))
     _grid(axes)
     figure.suptitle(f"F1 by frequency: {len(rows)} classes")
@@ -167,16 +186,33 @@ def shorten(name: str) -> str:
     return name.replace("$", r"\$")
 
 
-def find_fonts(names: Sequence[str]) -> list[str]:
-    """Return the default font, and installed fonts that have the characters of the names which it lacks."""
-    fonts, missing = [FONT], {*map(ord, "".join(names))}
-    missing -= {*font_manager.get_font(font_manager.findfont(FONT)).get_charmap()}
-    for entry in sorted(font_manager.fontManager.ttflist, key=lambda entry: entry.name):
+def show_names(names: Sequence[str]) -> tuple[list[str], list[str], str]:
+    """Return names for a figure, the fonts that they need, in order, and a legend.
+
+    A name for which no installed font has all characters is replaced by its number, and the legend gives the name.
+    """
+    short = list(map(shorten, names))
+    fonts, missing = find_fonts({*"".join(short)})
+    numbered = [i for i, name in enumerate(short) if missing & {*name}]
+    for i in numbered:
+        short[i] = str(i + 1)
+    return short, fonts, "; ".join(f"{i + 1}: {names[i]}" for i in numbered)
+
+
+def find_fonts(characters: Collection[str]) -> tuple[list[str], set[str]]:
+    """Return names of installed fonts that have the characters, `FONT` first, and the characters that none of them has."""
+    fonts, missing = [FONT], {ord(one) for one in characters if unicodedata.category(one)[0] not in "CZ"}
+    missing -= _characters_of(font_manager.findfont(FONT))
+    plain = [entry for entry in font_manager.fontManager.ttflist if (entry.style, entry.weight) == ("normal", 400)]
+    for entry in sorted(plain, key=lambda entry: entry.name):
         # the last resort draws every character as a box
-        is_plain = (entry.style, entry.weight) == ("normal", 400) and not entry.name.startswith("Last Resort")
-        if missing and is_plain and (known := missing.intersection(font_manager.get_font(entry.fname).get_charmap())):
+        if missing and not entry.name.startswith("Last Resort") and (known := missing & _characters_of(entry.fname)):
             fonts, missing = [*fonts, entry.name], missing - known
-    return fonts
+    return fonts, set(map(chr, missing))
+
+
+def _characters_of(file: str) -> set[int]:
+    return {*font_manager.get_font(file).get_charmap()}
 
 
 def _grid(axes: Axes) -> None:

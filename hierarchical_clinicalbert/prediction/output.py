@@ -20,6 +20,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -57,6 +58,14 @@ class Block:
         """Return a hash of the records, by which a resumed run detects that its input has changed."""
         content = repr([(r.source, r.line, r.id, r.text, r.problem) for r in self.records])
         return hashlib.sha256(content.encode()).hexdigest()
+
+
+class Progress(tqdm):
+    """Progress that is a line after another where stderr is no terminal, but a log."""
+
+    @staticmethod
+    def status_printer(file: Any) -> Callable[[str], None]:
+        return tqdm.status_printer(file) if file.isatty() else partial(print, file=file, flush=True)
 
 
 class RestartableOutput:
@@ -136,8 +145,17 @@ class RestartableOutput:
         """
         existing, is_finished = self._blocks(), self.store.exists(self.marker)
         interval = PROGRESS_SECONDS[sys.stderr.isatty()]
-        if existing:
-            print(f"continuing: {len(existing):,} blocks of {ROWS:,} rows are written", file=sys.stderr)
+
+        has_begun = False
+
+        def begin() -> None:
+            """Start the time at the first block that is classified."""
+            nonlocal has_begun
+            if not has_begun and progress.initial:
+                print(f"continuing at row {progress.initial:,}", file=sys.stderr)
+            if not has_begun:
+                progress.unpause()
+            has_begun = True
 
         def missing() -> Iterator[Block]:
             blocks = iter(lambda: list(islice(records, ROWS)), [])
@@ -153,11 +171,11 @@ class RestartableOutput:
                     self.store.delete_folder(self.parts)
                     raise exists_error(self.marker)
                 else:
-                    if progress.n == progress.initial:
-                        progress.unpause()  # the time begins with the first block that is classified
+                    begin()
                     yield block
+            begin()
 
-        with tqdm(unit=" rows", delay=0.1, mininterval=interval, miniters=1, smoothing=0) as progress:
+        with Progress(unit=" rows", delay=0.1, mininterval=interval, miniters=1, smoothing=0) as progress:
             for block, rows in predict_blocks(missing()):
                 self._write_block(block, rows)
                 self.num_rows += len(rows)

@@ -4,6 +4,9 @@ import json
 from collections import defaultdict
 from typing import Any
 
+import numpy as np
+from scipy.special import kolmogorov
+
 from hierarchical_clinicalbert.reading.results import rounded
 from open_world_hierarchical import OpenWorld
 
@@ -18,12 +21,13 @@ class Summary:
     """
 
     def __init__(self, labels: list[str], open_world: OpenWorld | None, novelty: float):
-        self.num_rows = self.num_truncated = self.num_strange = 0
-        self.novelty = novelty
+        self.num_rows, self.num_truncated, self.novelty, self.num_references = 0, 0, novelty, 0
         self.classes: dict[str | None, float] = defaultdict(float)  # in texts; None is for texts without a label
         self.training: dict[str | None, float] = {}  # shares of the classes in the training texts
         if open_world is not None:
             self.training = dict(zip([*labels, None], open_world.shares.tolist(), strict=True))
+            self.num_references = int(open_world.counts[-1])
+        self.ranks = [0] * (self.num_references + 2)  # how many p-values are k / (num_references + 1)
 
     def add(self, lines: list[str]) -> None:
         """Count rows or tasks, given as lines of JSON. A text with several labels counts as an equal part of each."""
@@ -32,18 +36,21 @@ class Summary:
             row = row.get("data", row)
             self.num_rows += 1
             self.num_truncated += row["truncated"]
-            self.num_strange += row.get("p_value", 1.0) <= self.novelty
             for label in row["labels"] or [None]:
                 self.classes[label] += 1 / max(1, len(row["labels"]))
+            if self.num_references:
+                self.ranks[round(row["p_value"] * (self.num_references + 1))] += 1
 
     def content(self) -> dict[str, Any]:
         """Return the summary. Shares of classes are in the order of their difference from training, the largest first."""
         total = max(1, self.num_rows)
         truncated = {"rows": self.num_truncated, "share": self.num_truncated / total}
         content: dict[str, Any] = {"rows": self.num_rows, "truncated": truncated}
-        if self.training:
-            strange = {"rows": self.num_strange, "share": self.num_strange / total}
-            content["strange"] = {"novelty": self.novelty, **strange}
+        if self.num_references:
+            p_values = np.arange(len(self.ranks)) / (self.num_references + 1)
+            num_strange = int(np.array(self.ranks)[p_values <= self.novelty].sum())
+            content["strange"] = {"novelty": self.novelty, "rows": num_strange, "share": num_strange / total}
+            content["kolmogorov_smirnov"] = self.kolmogorov_smirnov()
         classes: list[dict[str, Any]] = []
         for label in self.training or self.classes:
             share, training_share = self.classes.get(label, 0.0) / total, self.training.get(label)
@@ -52,3 +59,15 @@ class Summary:
                 classes.append({"label": label, "share": share, **trained})
         content["classes"] = sorted(classes, key=lambda one: -abs(one["share"] - one.get("training_share", 0.0)))
         return rounded(content)
+
+    def kolmogorov_smirnov(self) -> dict[str, float]:
+        """Compare the texts with the validation texts by the two-sample Kolmogorov–Smirnov test, with its asymptotic p-value.
+
+        The p-values hold the ranks of the texts among the validation texts, which is all that the test reads.
+        """
+        n, m = self.num_references, self.num_rows
+        at_most = np.cumsum(self.ranks) / max(1, m)  # the share of p-values up to k / (n + 1)
+        of_validation = np.arange(n + 1) / n
+        statistic = max(np.abs(at_most[:-1] - of_validation).max(), np.abs(at_most[1:] - of_validation).max())
+        p_value = float(kolmogorov(statistic * np.sqrt(n * m / (n + m))))
+        return {"statistic": float(statistic), "p_value": p_value}

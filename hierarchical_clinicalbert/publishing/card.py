@@ -25,6 +25,7 @@ from hierarchical_clinicalbert.checkpoint_files import encoder_on_hub
 from hierarchical_clinicalbert.data.report import list_rows
 from hierarchical_clinicalbert.evaluation.forms import form_of
 from hierarchical_clinicalbert.evaluation.metrics import PREFIXES, of_all_levels, scores_by_split
+from hierarchical_clinicalbert.evaluation.plots import read_description
 from hierarchical_clinicalbert.evaluation.report import headline, measured_threshold, share_format
 from taxonomy_hierarchical import Taxonomy
 
@@ -193,10 +194,10 @@ def collect_facts(
         "best_split": best_split,
         "intervals": {titles[name]: ends for name, ends in metrics.get("intervals", {}).items()},
         "plots": {
-            name: title.format(split=best_split, level=k)
+            name: (title.format(split=best_split, level=k), read_description(file))
             for pattern, title in (form.plot_titles | PLOTS).items()
             for k in range(1, tree.depth + 1)
-            if (folder / "plots" / f"{(name := pattern.format(level=k))}.png").is_file()
+            if (file := folder / "plots" / f"{(name := pattern.format(level=k))}.png").is_file()
         },
     }
 

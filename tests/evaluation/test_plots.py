@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 import sklearn.metrics
 from drawn import TREE, A, B, C, D, E, F, H, draw_labels, logits_of
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
+from matplotlib import font_manager
 from PIL import Image
 from scipy.special import expit, softmax
 
@@ -16,6 +19,7 @@ from hierarchical_clinicalbert.evaluation.plots import (
     confusion_matrices,
     f1_by_frequency,
     precision_and_recall,
+    read_description,
     training_curves,
     write,
 )
@@ -105,22 +109,16 @@ def test_the_largest_of_many_classes_are_drawn():
     assert np.diag(shares) == pytest.approx(recall[20:])  # predictions of classes not drawn count in the row
 
 
-def test_names_are_shortened_and_drawn_in_any_script_and_dollars_are_not_mathematics(tmp_path):
-    names = ["Female Genital Diseases and Pregnancy Complications", (r"$\nosuchcommand{$ " * 9).strip(), "сердце", "の"]
+def test_class_names_are_shortened_in_the_middle_and_dollars_are_not_mathematics(tmp_path):
+    names = ["Female Genital Diseases and Pregnancy Complications", (r"$\nosuchcommand{$ " * 9).strip()]
     taxonomy = Taxonomy(names)
     (figure,) = confusion_matrices(taxonomy, *drawn(OnePathForm(taxonomy), 50)).values()
-    shown, _ = matrix_of(figure)
-    for name, whole in zip(shown[:2], names, strict=False):
+    for name, whole in zip(matrix_of(figure)[0], names, strict=True):
         start, end = name.replace(r"\$", "$").split("…")
         assert len(start) + len(end) < 40
         assert whole.startswith(start)
         assert whole.endswith(end)
-    assert shown[2:] == names[2:]
-    with warnings.catch_warnings():
-        warnings.simplefilter(
-            "error"
-        )  # matplotlib warns of each character without a glyph, as "の" in its default font
-        write(figure, tmp_path / "new" / "matrix.png")
+    write(figure, tmp_path / "new" / "matrix.png")
     with Image.open(tmp_path / "new" / "matrix.png") as picture:
         assert min(picture.size) > 600
 
@@ -153,12 +151,51 @@ def test_each_level_has_a_curve_of_precision_and_recall():
         assert line.get_label() == f"level {level} (AP = {average:.2f})"
 
 
-def test_f1_by_frequency_shows_the_classes_that_occur_with_their_intervals():
+def test_f1_by_frequency_shows_the_classes_that_occur_with_their_intervals_and_names_the_worst_and_the_largest():
     rows = [{"label": f"kind {i}", "support": 100 + i, "f1": i / 20, "f1_interval": None} for i in range(20)]
     rows[3]["f1_interval"] = [0.1, 0.25]
     rows.append({"label": "absent", "support": 0, "f1": 0.0, "f1_interval": None})
-    points, _, (bars,) = f1_by_frequency(rows).axes[0].containers[0]
+    axes = f1_by_frequency(rows).axes[0]
+    points, _, (bars,) = axes.containers[0]
     np.testing.assert_allclose(points.get_xydata(), [[100 + i, i / 20] for i in range(20)])
     np.testing.assert_allclose(bars.get_segments()[3], [[103, 0.1], [103, 0.25]])
     np.testing.assert_allclose(bars.get_segments()[4], [[104, 0.2], [104, 0.2]])
+    worst_and_largest = [*range(5), *range(15, 20)]
+    named = {text.get_text(): tuple(text.xy) for text in axes.texts}
+    assert named == {f"kind {i}": (100 + i, i / 20) for i in worst_and_largest}
     assert f1_by_frequency(rows[-1:]) is None
+
+
+def test_names_of_any_script_are_drawn_by_a_font_that_has_them_or_numbered(tmp_path):
+    names = ["Größe", "сердце", "神経", "脳卒中 $5"]
+    taxonomy = Taxonomy(names)
+    logits, labels = drawn(OnePathForm(taxonomy), 40)
+    figures = [*confusion_matrices(taxonomy, logits, labels).values()]
+    # a font with the characters is installed
+    file = tmp_path / "Test.ttf"
+    builder = FontBuilder(1000)
+    characters = {ord(one): f"g{ord(one)}" for one in "神経脳卒中"}
+    builder.setupGlyphOrder([".notdef", *characters.values()])
+    builder.setupCharacterMap(characters)
+    builder.setupGlyf({name: TTGlyphPen(None).glyph() for name in (".notdef", *characters.values())})
+    builder.setupHorizontalMetrics(dict.fromkeys((".notdef", *characters.values()), (900, 0)))
+    builder.setupHorizontalHeader(ascent=800, descent=-200)
+    builder.setupNameTable({"familyName": "Zz Test", "styleName": "Regular"})
+    builder.setupOS2(usWeightClass=400)
+    builder.setupPost()
+    builder.save(file)
+    known = list(font_manager.fontManager.ttflist)
+    font_manager.fontManager.addfont(file)
+    try:
+        figures += confusion_matrices(taxonomy, logits, labels).values()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # matplotlib warns of each character without a glyph
+            for i, figure in enumerate(figures):
+                write(figure, tmp_path / f"{i}.png")
+    finally:
+        font_manager.fontManager.ttflist[:] = known
+    assert matrix_of(figures[0])[0] == ["Größe", "сердце", "3", "4"]
+    assert read_description(tmp_path / "0.png") == "3: 神経; 4: 脳卒中 $5"
+    assert matrix_of(figures[1])[0] == ["Größe", "сердце", "神経", r"脳卒中 \$5"]
+    assert figures[1].axes[0].get_xticklabels()[2].get_fontfamily() == ["DejaVu Sans", "Zz Test"]
+    assert read_description(tmp_path / "1.png") == ""

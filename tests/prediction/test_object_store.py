@@ -85,7 +85,7 @@ def test_a_killed_run_in_a_store_writes_the_same_bytes_as_on_a_disk(bucket, clea
         with pytest.raises(InputError, match=rf"s3://{BUCKET}/\S+.parts was started with another probabilities"):
             predict_here(*words, "--probabilities")
         assert predict_here(*words) == 1
-        assert "continuing: 1 blocks of 1,024 rows are written" in capsys.readouterr().err
+        assert "continuing at row 1,024" in capsys.readouterr().err
         with pytest.raises(InputError, match="already exists"):
             predict_here(*words)
         assert predict_here(*words, "--overwrite") == 1

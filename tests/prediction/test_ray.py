@@ -127,7 +127,7 @@ def test_a_driver_is_killed_and_its_cluster_ends_with_it(clear_checkpoint, texts
         predict_here(*words, "--batch_size", 3)
     done = run(*words, "--ray", command="predict.py", check=False, settings=SETTINGS, fresh=True)
     assert done.returncode == 1
-    assert "continuing: " in done.stderr
+    assert "continuing at row " in done.stderr
     assert not [pid for pid in ray_processes if Path(f"/proc/{pid}").exists()]
     assert (output / "part-00000.jsonl").read_bytes() == expected[clear_checkpoint].read_bytes()
     problems = (output / "errors.jsonl").read_text().splitlines()
