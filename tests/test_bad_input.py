@@ -622,7 +622,8 @@ def test_a_failed_download_is_reported_in_one_line_without_the_token(place):
     with HubServer() as hub:
         hub.add_user("alice", token)
         hub.add_repo("alice/model", copy_checkpoint("self_contained", place / "published"), private=True)
-        hub.fail_at(1, "GET /alice/model/resolve/.*safetensors", "403")
+        for attempt in range(1, 20):
+            hub.fail_at(attempt, "GET /alice/model/resolve/.*safetensors", "403")
         words = ("--model", "alice/model", "--input", "good.csv", "--output", "out.jsonl", "--dtype", "fp32")
         settings = hub.environment(place / "home", token)
         done = run(*words, command="predict.py", check=False, cwd=place, settings=settings)
