@@ -13,6 +13,8 @@ import torch
 import yaml
 from conftest import ROOT, snippets
 from huggingface_hub import ModelCard
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from configuration_hierarchical import MULTI_LABEL, SINGLE_LABEL, Calibration, HierarchicalConfig
 from hierarchical_clinicalbert.data.label_forms import ManyNodesRows, OnePathRows
@@ -408,9 +410,12 @@ def test_a_multi_label_model_without_calibration_has_the_threshold_one_half(writ
 def test_only_plots_that_are_there_are_shown(written, tmp_path, problem_type):
     assert "![" not in written(problem_type=problem_type)
     (tmp_path / "plots").mkdir()
+    numbered = PngInfo()
+    numbered.add_text("Description", "1: 神経; 2: *")
     for name in ("f1_by_frequency", "precision_recall", "confusion_matrix_level_2", "confusion_matrix_level_3"):
-        (tmp_path / "plots" / f"{name}.png").touch()
+        Image.new("L", (1, 1)).save(tmp_path / "plots" / f"{name}.png", pnginfo=numbered if name[-1] in "2l" else None)
     shown = written(problem_type=problem_type)
+    assert shown.count("No font for these names was installed: 1: 神経; 2: &#42;.") == 1
     images = re.findall(r"!\[(.*?)\]\(plots/(.*?)\.png\)", shown)
     if problem_type == SINGLE_LABEL:  # the taxonomy has two levels: the third is of another run
         assert images == [("Confusion matrix of the test rows, level 2", "confusion_matrix_level_2")]
