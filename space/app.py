@@ -43,7 +43,7 @@ from service import SERVICES, Service  # first, because it imports `spaces`
 # isort: split
 import gradio as gr
 import views
-from classification import MAX_TARGET, MIN_TARGET, highest_target, is_calibrated, load
+from classification import MAX_TARGET, MIN_TARGET, highest_target, load
 from guard import Guard, harden_gradio
 from retention import KEPT_SECONDS, sweeping
 from starlette.middleware import Middleware
@@ -86,8 +86,7 @@ def endpoint(method: Callable) -> Callable:
 
 def target_slider(service: Service, prefix: str = "") -> gr.Slider:
     highest = highest_target(service.classifier)
-    calibrated = is_calibrated(service.classifier)
-    info = service.target_info if calibrated else "Not available: this model was trained without validation rows."
+    calibrated = highest >= MIN_TARGET
     return gr.Slider(
         minimum=MIN_TARGET,
         maximum=MAX_TARGET,
@@ -95,7 +94,7 @@ def target_slider(service: Service, prefix: str = "") -> gr.Slider:
         value=min(START_TARGET, highest) if calibrated else START_TARGET,
         interactive=calibrated,
         label=service.target_label,
-        info=info,
+        info=service.target_info if calibrated else "Not available: this model was trained without validation rows.",
         elem_id=prefix + service.guarantee,
     )
 

@@ -97,10 +97,6 @@ def highest_target(classifier: Pipeline) -> float:
     return max((share for share, threshold in enumerate(thresholds, 1) if threshold is not None), default=0) / 100
 
 
-def is_calibrated(classifier: Pipeline) -> bool:
-    return highest_target(classifier) >= MIN_TARGET
-
-
 def check_target(classifier: Pipeline, target: Any) -> None:
     """Check a requested coverage or recall.
 

@@ -6,7 +6,9 @@ Worth knowing:
    (``deep_link``), others fetch for the client (``proxy=``, ``file=http…``) or accept recordings.
 2. An upload of more than `MAX_UPLOAD` bytes, and any other request of more than `MAX_BODY`, is answered with 413. The rest of
    its body is not read. Where the disk may have no room for all uploads that arrive, one more is answered with 429.
-3. The content of requests is never inspected. gradio downloads a URL that stands where a file is expected:
+3. A response is sent in parts, and the next part waits until the client has taken the one before. Of a response that the client
+   has not taken after `KEPT_SECONDS`, nothing more is sent.
+4. The content of requests is never inspected. gradio downloads a URL that stands where a file is expected:
    `harden_gradio` refuses it.
 """
 
@@ -14,6 +16,7 @@ import asyncio
 import os
 import re
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from operator import attrgetter
 from typing import Any
@@ -27,6 +30,7 @@ from tables import MAX_BYTES
 
 MAX_BODY = 4 * 2**20
 MAX_UPLOAD = MAX_BYTES + 2**20
+PART = 64 * 2**10  # bytes of a response that are sent at once
 NO_ROOM = f"The files of all users have reached {MAX_STORED // 2**20:,} MB: try again in {SWEEP_SECONDS} seconds."
 NO_RESULT = f"There is no such result. A result is deleted once it is read, or after {KEPT_SECONDS} seconds."
 CLOSED = re.compile(
@@ -58,18 +62,17 @@ class Guard:
         try:
             if await asyncio.to_thread(has_room, self.uploads * MAX_UPLOAD):
                 return await self.forward(scope, receive, send, MAX_UPLOAD)
-            retry = {"retry-after": str(SWEEP_SECONDS)}
-            await JSONResponse({"detail": NO_ROOM}, 429, retry)(scope, receive, send)
+            await JSONResponse({"detail": NO_ROOM}, 429, {"retry-after": str(SWEEP_SECONDS)})(scope, receive, send)
         finally:
             self.uploads -= 1
 
     async def forward(self, scope: Scope, receive: Receive, send: Send, max_bytes: int) -> None:
         """Forward a request of at most some bytes to gradio, and its response to the client."""
-        read, refused, started = 0, False, False
+        read, refused, started, stalled = 0, False, False, False
 
         async def counting_receive() -> Message:
             nonlocal read, refused
-            message = await receive()
+            message = {"type": "http.disconnect"} if stalled else await receive()
             read += len(message.get("body", b""))
             refused = read > max_bytes
             if refused or (max_bytes == MAX_UPLOAD and message["type"] == "http.disconnect"):
@@ -77,20 +80,34 @@ class Guard:
             return message
 
         async def filtering_send(message: Message) -> None:
-            nonlocal started
-            if refused and not started:
+            nonlocal started, stalled
+            if stalled or (refused and not started):
                 return  # discard the rest, or the reply of gradio to the aborted request
             if message["type"] == "http.response.start":
                 started = True
                 message["headers"] = [*message.get("headers", []), *HEADERS]
                 if "/gradio_api/file=" in scope["path"]:  # a download, which is deleted in time
                     message["headers"].append((b"cache-control", b"no-store"))
-            await send(message)
+            try:
+                async with asyncio.timeout(KEPT_SECONDS):
+                    for part in split(message):
+                        await send(part)
+            except TimeoutError:
+                stalled = True
 
         with suppress(MultiPartException):
             await self.app(scope, counting_receive, filtering_send)
         if refused and not started:  # the page shows the detail
             await JSONResponse({"detail": "The request is too large."}, 413)(scope, receive, send)
+
+
+def split(message: Message) -> Iterator[Message]:
+    """Yield a message in parts. uvicorn would take a whole message at once, and keep what the client does not take."""
+    body = message.get("body", b"")
+    last = max(len(body) - 1, 0) // PART * PART
+    for start in range(0, last, PART):
+        yield message | {"body": body[start : start + PART], "more_body": True}
+    yield message | {"body": body[last:]} if last else message
 
 
 class OwnUpload(gr.route_utils.GradioUploadFile):

@@ -23,7 +23,7 @@ except ImportError:
 import gradio as gr
 import views
 from attribution import Explainer, Explanation
-from classification import Classification, check_target, check_text, is_calibrated
+from classification import MIN_TARGET, Classification, check_target, check_text, highest_target
 from gradio.utils import get_upload_folder
 from retention import KEPT_SECONDS
 from tables import MAX_CHARACTERS, Refused, TextRow, read_table, to_csv, to_json_lines
@@ -297,7 +297,7 @@ class Service:
             if kept is None:
                 raise Refused(f"There is no file: choose one. It is kept for {KEPT_SECONDS // 60} minutes.")
             name, content = kept
-            if is_calibrated(self.classifier):
+            if highest_target(self.classifier) >= MIN_TARGET:
                 check_target(self.classifier, target)
             else:  # nobody could move the slider
                 target = None

@@ -130,7 +130,7 @@ class HierarchicalTrainer(PublishingTrainer):
 
     # ── Resume ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput:
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """Train or resume. A run that has reached ``max_steps`` or stopped early takes no further step.
 
         With ``num_train_epochs`` 0, no step is taken.
@@ -138,7 +138,7 @@ class HierarchicalTrainer(PublishingTrainer):
         if not self.args.num_train_epochs:
             self.state.epoch = 0.0
             return TrainOutput(0, 0.0, {"epoch": 0.0})
-        if resume_from_checkpoint is not None:
+        if isinstance(resume_from_checkpoint, str):
             self.resumed = ResumedRun(self, resume_from_checkpoint)
             self.add_callback(self.resumed)
             self.args.eval_on_start = False  # early stopping would count this evaluation
@@ -203,13 +203,14 @@ class HierarchicalTrainer(PublishingTrainer):
         is_new = self.optimizer is None
         with as_input_error("cannot set up the optimizer"):
             optimizer = super().create_optimizer(model)
-        if is_new and self.args.heads_learning_rate is not None:
+        rate = getattr(self.args, "heads_learning_rate", None)  # which TrainingArguments of transformers lack
+        if is_new and rate is not None:
             heads = {id(p) for p in self.accelerator.unwrap_model(self.model).heads.parameters()}
             for group in list(optimizer.param_groups):
                 in_heads = [p for p in group["params"] if id(p) in heads]
                 group["params"] = [p for p in group["params"] if id(p) not in heads]
                 if in_heads:
-                    optimizer.add_param_group({**group, "params": in_heads, "lr": self.args.heads_learning_rate})
+                    optimizer.add_param_group({**group, "params": in_heads, "lr": rate})
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -234,4 +235,5 @@ class HierarchicalTrainer(PublishingTrainer):
         if self.args.should_save:
             model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
             model.save_pretrained(output_dir, state_dict=state_dict)
-            self.processing_class.save_pretrained(output_dir)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(output_dir)
