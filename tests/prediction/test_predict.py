@@ -464,7 +464,7 @@ def test_an_output_folder_may_be_a_disk_of_its_own(checkpoint, texts, tmp_path):
 def test_names_of_files_may_be_urls_or_no_utf_8(checkpoint, texts, tmp_path):
     name, output = tmp_path / os.fsdecode(b"caf\xe9.csv"), tmp_path / "out"
     pd.DataFrame({"text": [texts[0], ""]}).to_csv(name, index=False)
-    assert predict_here("--model", checkpoint, "--input", f"file://{name}", "--output", f"file://{output}/") == 1
+    assert predict_here("--model", checkpoint, "--input", name, "--output", f"file://{output}/") == 1
     assert json.loads((output / "manifest.json").read_text())["input"][0]["name"] == f"{tmp_path}/caf\\xe9.csv"
     assert read_json_lines(output / "errors.jsonl")[0]["source"] == f"{tmp_path}/caf\\xe9.csv"
     assert len(pd.read_parquet(output / "part-00000.parquet")) == 1
