@@ -129,7 +129,7 @@ def find_split_sources(arguments: DataArguments, needs_rows: bool = True) -> tup
         with as_input_error(f"cannot load --data_path {name}"):
             loaded = datasets.load_from_disk(name)
     else:
-        what = f"cannot load --dataset_name {name}"
+        what = f"cannot load --dataset_name {name} (revision {arguments.dataset_revision or 'main'})"
         if not Path(name).exists() and (problem := find_hub_problem()):  # `datasets` then looks in its cache
             what += f": {problem}; give --train_file or --data_path, or a data set that is in the cache"
         with as_input_error(what):

@@ -204,6 +204,13 @@ class RayJob:
         self._starting[actor.load.remote(self._arguments, cpus, gpus)] = actor
 
 
+def refuse_closed_port(address: str) -> None:
+    """Raise OSError if an address has a port and nothing listens there. Ray itself would retry for minutes."""
+    host, _, port = address.rpartition("/")[2].rpartition(":")
+    if port.isdigit():
+        socket.create_connection((host, int(port)), timeout=10).close()
+
+
 def connect(address: str) -> None:
     """Connect to a cluster, or start one on this machine if the address is ``local``."""
     quiet = {"log_to_driver": False, "logging_level": "error"}
@@ -211,8 +218,6 @@ def connect(address: str) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # otherwise Ray reports usage to its developers
         ray.init("local", num_cpus=torch.get_num_threads(), **quiet)
         return
-    host, _, port = address.rpartition("/")[2].rpartition(":")
-    if port.isdigit():
-        socket.create_connection((host, int(port)), timeout=10).close()  # Ray itself would retry for minutes
+    refuse_closed_port(address)
     modules = [str(path) for pattern in SHIPPED for path in sorted(ROOT.glob(pattern))]
     ray.init(address, runtime_env={"py_modules": modules, "excludes": ["__pycache__"]}, **quiet)
