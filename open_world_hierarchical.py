@@ -101,7 +101,7 @@ class OpenWorld(nn.Module):
 
     @property
     def has_tests(self) -> bool:
-        """Whether there are references: not on a meta device, nor after the taxonomy has changed."""
+        """Whether there are references. There are none after a change of the taxonomy, and on a meta device they cannot be read."""
         return not self.counts.is_meta and len(self.references) > 0
 
     # ── Class means, for classes that are added without training ─────────────────────────────────────────────────────
@@ -130,8 +130,9 @@ class OpenWorld(nn.Module):
         """Return one without tests, with the given means of the first classes, (C, H), and a covariance of the identity."""
         num_known, size = means.shape
         one = cls(tree, size, 0)
-        for name, weight in one.named_parameters():
-            weight.zero_() if name != "whitening" else weight.copy_(torch.eye(size))
+        for weight in one.parameters():
+            weight.zero_()
+        one.whitening.fill_diagonal_(1)
         one.means[:num_known], one.shares[:num_known] = means, 1 / num_known
         return one.to(means.device)
 
@@ -172,9 +173,9 @@ class NoveltyTests:
     def known(self, path: Sequence[int], strangeness: Sequence[float], novelty: float) -> int | None:
         """Return the deepest node of a path whose p-value is above ``novelty``.
 
-        If the p-value among all texts is not, a leaf is unknown: the text may at most be of an unseen child of an inner node.
-        Without a known node, return None for such a text, else the root. So for texts like the validation texts, None has a
-        probability of at most ``novelty``.
+        A text is strange if its p-value among all texts is at most ``novelty``. Of a strange text no leaf is known, because it can
+        only belong to an unseen child of an inner node. If no node is known, return None for a strange text, else the root. So
+        for texts like the validation texts, None has a probability of at most ``novelty``.
         """
         is_strange = self.p_value(strangeness) <= novelty
         for node in reversed(path):

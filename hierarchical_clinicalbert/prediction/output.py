@@ -61,7 +61,7 @@ class Block:
 
 
 class Progress(tqdm):
-    """Progress that is a line after another where stderr is no terminal, but a log."""
+    """A progress bar on a terminal; in a log, each update is a line."""
 
     @staticmethod
     def status_printer(file: Any) -> Callable[[str], None]:
@@ -149,12 +149,13 @@ class RestartableOutput:
         has_begun = False
 
         def begin() -> None:
-            """Start the time at the first block that is classified."""
+            """Start the time, at the first block that is classified."""
             nonlocal has_begun
-            if not has_begun and progress.initial:
+            if has_begun:
+                return
+            if progress.initial:
                 print(f"continuing at row {progress.initial:,}", file=sys.stderr)
-            if not has_begun:
-                progress.unpause()
+            progress.unpause()
             has_begun = True
 
         def missing() -> Iterator[Block]:

@@ -134,9 +134,8 @@ def export_onnx(folder: Path, output: Path) -> dict[str, Path]:
             # With a scale for each column, decisions change a third as often as with one scale (benchmarks/LOG.md).
             # Without VNNI, sums of products with 8-bit weights overflow, and sums of products with 7-bit weights do not.
             quantize_dynamic(file, quantized, weight_type=QuantType.QInt8, per_channel=True, reduce_range=True)
-        except (
-            Exception
-        ) as error:  # an encoder that cannot be traced, or too large for one file in int8, may raise anything
+        # an encoder that cannot be traced, or too large for one file in int8, may raise anything
+        except Exception as error:
             if is_full_disk(error):
                 raise
             problem = f"{type(model.encoder).__name__} cannot be exported ({type(error).__name__})"

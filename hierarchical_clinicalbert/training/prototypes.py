@@ -90,8 +90,8 @@ def set_heads(trainer: HierarchicalTrainer, rows: Dataset | None, known: Contain
     """Set the heads of all classes, or of those that are not ``known`` to a checkpoint, without training. Return their labels.
 
     Over an encoder, they are those of `set_prototypes`, or without rows those of `write_name_heads`. In a checkpoint, they are
-    placed among the known ones by `HierarchicalHeads.place`. A phrase counts as `PHRASE_TEXTS` texts there. They lie along u of
-    `set_prototypes`, as far from the mean of all texts as the class means of the checkpoint on average.
+    placed among the known ones by `HierarchicalHeads.place`. There, a phrase counts as `PHRASE_TEXTS` texts with one vector. From
+    the mean of the class means, this vector lies in the direction u of `set_prototypes`, as far as class means do on average.
     """
     tree, heads, classes = trainer.model.config.tree, trainer.model.heads, trainer.model.config.num_labels
     names = list_candidates(tree, classes)[-1]
@@ -120,7 +120,7 @@ def set_heads(trainer: HierarchicalTrainer, rows: Dataset | None, known: Contain
 def new_class_vectors(
     open_world: OpenWorld, new: list[int], phrases: Tensor, texts: Tensor, members: Tensor
 ) -> dict[int, Tensor]:
-    """Return the vectors of texts of new classes, (n, H) each, with phrases (C, H) as texts. See `set_heads`."""
+    """Return the vectors of each new class for `HierarchicalHeads.place`, (n, H): its phrase's, as `set_heads` says, and its texts'."""
     means = open_world.class_means()[open_world.shares > 0]
     center, directions = means.mean(0), normalize(phrases - phrases.mean(0))
     places = center + (means - center).norm(dim=1).mean() * directions
