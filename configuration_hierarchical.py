@@ -18,13 +18,17 @@ from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
+from transformers.utils import logging
 
 try:
     from .taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy, TaxonomyError, to_nfc
 except ImportError:  # as a top-level module of the repository, not as remote code of a checkpoint
     from taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy, TaxonomyError, to_nfc
 
-FORMAT_VERSION = 2  # of config.json. Version 1 has other fields for the calibration, and may lack the version
+logger = logging.get_logger(__name__)
+# of config.json. Version 2 has other prediction sets for one path; version 1 also other fields for the calibration, and may lack
+# the version
+FORMAT_VERSION = 3
 SINGLE_LABEL, MULTI_LABEL = "single_label_classification", "multi_label_classification"
 ENCODER_FIELDS = ("hidden_size", "num_hidden_layers", "max_position_embeddings", "pad_token_id")
 # ENCODER_FIELDS repeat text_config, and a stored attn_implementation can name a repository of unpinned code
@@ -240,6 +244,15 @@ class HierarchicalConfig(PretrainedConfig):
             advice = "use a newer release, or trust_remote_code=True, which runs the code that the checkpoint holds"
             raise ValueError(f"{problem}: {advice}")
         config_dict = upgrade_calibration(config_dict)
+        if version < 3 and config_dict.get("problem_type") != MULTI_LABEL and config_dict.get("calibration"):
+            of_sets = {name for name in config_dict["calibration"] if name.startswith("set_")}
+            if of_sets:
+                problem = (
+                    "this checkpoint's thresholds of prediction sets are those of an earlier release, and are not read"
+                )
+                logger.warning("%s: train again, or load the model with trust_remote_code=True", problem)
+            kept = {name: value for name, value in config_dict["calibration"].items() if name not in of_sets}
+            config_dict = {**config_dict, "calibration": kept}
         own = {*inspect.signature(cls.__init__).parameters, "id2label", "label2id", "num_labels"} - {"text_config"}
         given = {name: kwargs.pop(name) for name in [*kwargs] if name in own}
         if given.get("taxonomy") is not None and read_tree(**{**config_dict, **given}) != read_tree(**config_dict):

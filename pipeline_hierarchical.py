@@ -91,9 +91,8 @@ class HierarchicalTextClassificationPipeline(Pipeline):
             elsewhere. A stream is read up to 64 batches ahead, by default 1,024 texts. 1 reads nothing ahead.
         top_k: ``labels`` are this number of leaves, or for multi-label models of nodes, the most probable ones.
         max_length: in tokens, special ones included; by default, and at most, the tokenizer's limit.
-        coverage: share of texts whose prediction set holds the correct leaf, rounded up to a hundredth. The set has at most
-            three nodes, or consists of roots: see `OnePath.prediction_set`. Excludes any ``max_length`` other than the
-            validation rows had.
+        coverage: share of texts whose prediction set holds the correct leaf, rounded up to a hundredth: see
+            `OnePath.prediction_sets`. Excludes any ``max_length`` other than the validation rows had.
         recall: for multi-label models, the share of a text's correct nodes that the prediction set holds on average. Otherwise
             like ``coverage``.
         costs: predict the leaf of least expected cost (see `expected_costs`; in a tie, the most probable). Excludes
@@ -334,13 +333,14 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         if prior is not None:
             probabilities = self.decisions.adapt(uncorrected, fitted_prior(calibration), prior)
         threshold = self.decisions.set_threshold(calibration, prior, **(guarantee or {}))
+        sets = None if threshold is None else self.decisions.prediction_sets(uncorrected, threshold)
         predicted, expected_costs = self.decisions.predict(probabilities, calibration.thresholds, costs)
         for i, tokens in enumerate(pending.tokens):
             # one text at a time: a list of floats takes four times the memory of a tensor
             expected_cost = None if expected_costs is None else expected_costs[i].item()
             nodes = predicted[i].nonzero().flatten().tolist()
-            if threshold is not None:
-                output["prediction_set"] = self.decisions.prediction_set(uncorrected[i].tolist(), threshold)
+            if sets is not None:
+                output["prediction_set"] = sets[i].nonzero().flatten().tolist()
             strange = None if strangeness is None else strangeness[i].tolist()
             yield self.postprocess(probabilities[i].tolist(), nodes, *tokens, expected_cost, strange, **output)
 

@@ -3,14 +3,12 @@
 Add ``--class_names labels.csv`` if labels are codes, as in OHSUMED. ``--model FOLDER --task TASK --data FOLDER`` measures the third
 table. Without ``--model``, the tables of earlier measurements are printed.
 
-The first table compares methods. The file, on which the model must not have been trained, is split into halves 100 times at
-random. One half calibrates, and the other half is predicted. Methods:
-
-- this project's prediction sets (`OnePath.prediction_set`);
-- flat conformal sets of leaves, LAC, by MAPIE (``pip install mapie``), over the same leaf probabilities.
-
-Coverage is the share of sets that contain the correct leaf. "leaves" is the mean number of leaves below a set, and "nodes" the
-mean number of its nodes.
+The first table walks the trade of leaves for nodes. The file, on which the model must not have been trained, is split into halves
+100 times at random. One half calibrates, and the other half is predicted. Rows are prices of a node, see
+`OnePath.prediction_sets`: at 0, sets are LAC's (Sadinle et al., 2019), of the fewest leaves. "One node" is the deepest ancestor of
+the most probable leaf whose probability reaches a threshold (Mortier et al., 2025, arXiv 2501.19038, with one node a set).
+Coverage is the share of sets that contain the correct leaf. "leaves" is the mean number of leaves below a set, and "nodes" the mean
+number of its nodes. "Worst band" is the coverage among the texts of one band of confidence, with one threshold for all texts.
 
 The second table is for the recipes' runs of ``quality.py``, as a checkpoint is published. Thresholds for 90 % are fitted on the
 run's own validation rows, which are fewer and also selected the checkpoint. Coverage is measured on the whole test file.
@@ -22,9 +20,11 @@ intervals over the texts, of changes for the same texts.
 """
 
 import argparse
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import harness
 import numpy as np
@@ -33,7 +33,6 @@ import torch
 from harness import mean_interval, paired_intervals
 from quality import Task
 from scipy.stats import betabinom
-from sklearn.base import BaseEstimator, ClassifierMixin
 
 from configuration_hierarchical import Calibration, HierarchicalConfig
 from decisions_hierarchical import SetThreshold, guaranteed_threshold
@@ -46,6 +45,7 @@ from taxonomy_hierarchical import Taxonomy
 
 SPLITS = 100
 COVERAGES = (0.8, 0.9, 0.95)
+PRICES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 8.0)  # of a node, in leaves
 # distinct validation and test texts of the recipes' runs
 TEXTS = {"ohsumed": (336, 4043), "medical_abstracts": (346, 693)}
 PRECISIONS = {  # the dtype of operations, and whether products are in 8 bits; processors without bfloat16 have the last one
@@ -54,20 +54,6 @@ PRECISIONS = {  # the dtype of operations, and whether products are in 8 bits; p
     "int8 and bf16": (torch.bfloat16, True),
     "int8 and fp32": (torch.float32, True),
 }
-
-
-class PassThrough(ClassifierMixin, BaseEstimator):
-    """Return the input as the class probabilities, because MAPIE needs a classifier."""
-
-    def fit(self, probabilities: np.ndarray, labels: np.ndarray) -> "PassThrough":
-        self.classes_ = np.arange(probabilities.shape[1])
-        return self
-
-    def predict_proba(self, probabilities: np.ndarray) -> np.ndarray:
-        return probabilities
-
-    def predict(self, probabilities: np.ndarray) -> np.ndarray:
-        return probabilities.argmax(axis=1)
 
 
 def main() -> None:
@@ -97,34 +83,62 @@ def main() -> None:
 
 
 def compare(arguments: argparse.Namespace) -> dict:
-    """Measure both methods, and return their section of the output file."""
+    """Measure all prices of a node, and return their section of the output file."""
     classify = harness.load_classifier(arguments.model)
     nodes, labels = probabilities(classify, arguments.file, arguments.class_names)
     leaves = nodes[:, : classify.tree.num_leaves]
     leaves /= leaves.sum(axis=1, keepdims=True)
     form, logits, texts, rows = OnePathForm(classify.tree), np.log(leaves.clip(1e-30)), np.arange(len(labels)), []
-    for coverage in COVERAGES:
-        ours, flat = [], []
-        generator = np.random.default_rng(0)
+    scores: dict[Any, np.ndarray] = {}
+    for price in PRICES:
+        form.decisions.node_price = price
+        scores[price] = form.set_scores(logits, labels, texts).to_numpy()
+    scores["one node"], on_path, path_sizes = single_nodes(form, logits, labels)
+    for coverage, (price, of_texts) in itertools.product(COVERAGES, scores.items()):
+        generator, measured = np.random.default_rng(0), []
         for _ in range(SPLITS):
             known, unseen = np.split(generator.permutation(texts), [len(texts) // 2])
-            thresholds = form.thresholds_of(form.set_scores(logits[known], labels[known], known))
+            thresholds = form.thresholds_of(pd.Series(of_texts[known]))
             threshold = guaranteed_threshold("coverage", coverage, Calibration(set_thresholds=thresholds))
-            scores = form.predict_sets(logits[unseen], labels[unseen], unseen, threshold).scores()
-            ours.append([scores[name] for name in ("coverage", "leaves", "nodes")])
-            sets = flat_sets(leaves[known], labels[known], leaves[unseen], coverage)
-            size = sets.sum(1).mean()
-            flat.append([sets[np.arange(len(sets)), labels[unseen]].mean(), size, size])
-        for name, by_split in (("this project", ours), ("flat LAC", flat)):
-            (held, num_leaves, num_nodes), (deviation, *_) = np.mean(by_split, axis=0), np.std(by_split, axis=0)
-            row = {"coverage": coverage, "method": name, "held": held, "held_std": deviation}
-            rows.append({**row, "leaves": num_leaves, "nodes": num_nodes})
+            if price == "one node":
+                level = (on_path[unseen] > threshold).sum(1)
+                held, sizes = of_texts[unseen] <= threshold, path_sizes[unseen, level]
+                measured.append((held.mean(), *sizes.mean(axis=0), math.nan))
+            else:
+                form.decisions.node_price = price
+                sets = form.predict_sets(logits[unseen], labels[unseen], unseen, threshold)
+                worst = (sets.worst_band() or {}).get("coverage", math.nan)
+                measured.append((*(sets.scores()[name] for name in ("coverage", "leaves", "nodes")), worst))
+        row = {"coverage": coverage, "price": price, "held_std": np.std(measured, axis=0)[0]}
+        rows.append(row | dict(zip(("held", "leaves", "nodes", "worst"), np.nanmean(measured, axis=0), strict=True)))
     return {"documents": len(labels), "splits": SPLITS, "rows": rows}
 
 
+def single_nodes(
+    form: OnePathForm, logits: np.ndarray, labels: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return what sets of one node need.
+
+    Returns:
+        The scores, (num_texts,): the greatest probability on the path of the most probable leaf, of a node not above the label.
+        The probabilities on this path, (num_texts, depth).
+        The numbers of leaves and nodes of a set of all roots, and of each node on the path, (num_texts, depth + 1, 2).
+    """
+    tree, rows = form.tree, np.arange(len(labels))
+    nodes = np.pad(form.decisions.log_probs(torch.tensor(logits)).exp().numpy(), ((0, 0), (0, 1)))
+    paths = np.array(tree.padded_paths)
+    path, of_label = paths[logits.argmax(1)], paths[labels]
+    shared = ((path[:, :, None] == of_label[:, None]) & (path < tree.num_nodes)[:, :, None]).any(2).sum(1)
+    on_path = nodes[rows[:, None], path]
+    num_leaves = np.array([*map(len, tree.leaves_at_or_below), 0])[path]
+    sizes = np.stack([num_leaves, np.ones_like(num_leaves)], axis=2)
+    of_roots = np.broadcast_to((tree.num_leaves, len(tree.children(-1))), (len(rows), 1, 2))
+    return np.pad(on_path, ((0, 0), (0, 1)))[rows, shared], on_path, np.concatenate([of_roots, sizes], axis=1)
+
+
 def print_comparison(rows: list[dict]) -> None:
-    columns = [("coverage", "{coverage:.0%}"), ("method", "{method}")]
-    columns.append(("measured coverage", "{held:.1%} ± {held_std:.1%}"))
+    columns = [("coverage", "{coverage:.0%}"), ("price of a node", "{price}")]
+    columns += [("measured coverage", "{held:.1%} ± {held_std:.1%}"), ("worst band", "{worst:.1%}")]
     harness.print_rows(rows, [*columns, ("leaves", "{leaves:.2f}"), ("nodes", "{nodes:.2f}")])
 
 
@@ -159,16 +173,6 @@ def read_rows(tree: Taxonomy, file: Path, class_names: Path | None) -> tuple[lis
     if class_names is not None:
         names = pd.read_csv(class_names, dtype=str).set_index("label")["name"].to_dict()
     return list(rows["text"]), np.array([tree.id(names.get(label, label)) for label in rows["label"]])
-
-
-def flat_sets(known: np.ndarray, labels: np.ndarray, unknown: np.ndarray, coverage: float) -> np.ndarray:
-    """Return the sets of MAPIE's split conformal classifier, (num_texts, num_leaves) bool."""
-    from mapie.classification import SplitConformalClassifier
-
-    classifier = SplitConformalClassifier(
-        PassThrough().fit(known, labels), confidence_level=coverage, conformity_score="lac", prefit=True
-    )
-    return classifier.conformalize(known, labels).predict_set(unknown)[1][:, :, 0]
 
 
 # ── Precisions ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -212,9 +216,7 @@ def precision_scores(
     is_label = labels == 1 if labels.ndim == 2 else one_hot(labels, decisions.num_classes)
     sets, predicted, held, losses, scores = {}, {}, {}, {}, {}
     for name, probabilities in nodes.items():
-        sets[name] = np.zeros(probabilities.shape, dtype=bool)
-        for text, row in enumerate(probabilities.tolist()):
-            sets[name][text, decisions.prediction_set(row, set_threshold)] = True
+        sets[name] = decisions.prediction_sets(torch.from_numpy(probabilities), set_threshold).numpy()
         chosen, _ = decisions.predict(torch.from_numpy(probabilities), node_thresholds)
         predicted[name] = chosen[:, : decisions.num_classes].numpy()
         held[name] = held_shares(form, sets[name], labels)

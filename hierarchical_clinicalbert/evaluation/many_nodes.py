@@ -315,8 +315,8 @@ class ManyNodesForm(FormBase):
         has_label = (labels == 1).any(axis=1)
         logits, labels, texts = logits[has_label], labels[has_label], texts[has_label]
         confidence = self.confidence(logits, texts)
-        limits = np.array([threshold_at(threshold, best) for best in confidence[texts]])
-        sets = expit(logits.astype(np.float64)) >= limits.reshape(-1, 1)
+        of_rows = torch.tensor(confidence[texts].to_numpy())
+        sets = expit(logits.astype(np.float64)) >= threshold_at(threshold, of_rows).numpy()
         rows, nodes = np.nonzero(labels == 1)
         of_labels = pd.DataFrame({"text": texts[rows], "node": nodes, "held": sets[rows, nodes].astype(float)})
         of_texts = pd.DataFrame({"nodes": sets.sum(axis=1).astype(float)}).groupby(texts).mean()

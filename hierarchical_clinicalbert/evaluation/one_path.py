@@ -16,7 +16,6 @@ same text, (num_rows,) each.
 """
 
 from collections.abc import Callable, Iterator
-from decimal import ROUND_CEILING, Decimal
 from functools import partial
 from typing import Any
 
@@ -27,12 +26,14 @@ from matplotlib.figure import Figure
 from scipy.special import logsumexp, softmax
 from sklearn.metrics import accuracy_score, f1_score
 
-from decisions_hierarchical import OnePath, SetThreshold, nonconformity
+from decisions_hierarchical import OnePath, SetThreshold
 from hierarchical_clinicalbert.evaluation import plots
 from hierarchical_clinicalbert.evaluation.form import FormBase
 from hierarchical_clinicalbert.evaluation.lexical import LeafClassifier
 from hierarchical_clinicalbert.evaluation.metrics import ECE, ECE_BY_CHANCE, Metric, calibration_bins, micro_f1, one_hot
 from hierarchical_clinicalbert.evaluation.sets import PredictedSets
+
+ROWS_AT_ONCE = 1024  # of prediction sets
 
 # ── Metrics ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -152,19 +153,9 @@ METRICS = {
 }
 
 
-def rounded_up(score: float) -> float:
-    """Round a threshold up to 6 decimals: a larger one covers at least as much."""
-    return float(Decimal(float(score)).quantize(Decimal("1e-6"), rounding=ROUND_CEILING))
-
-
 def node_log_probs(decisions: OnePath, logits: np.ndarray) -> np.ndarray:
     """Compute log-probabilities of all nodes, (num_rows, num_nodes) float64."""
     return decisions.log_probs(torch.tensor(logits, dtype=torch.float64)).numpy()
-
-
-def node_probabilities(decisions: OnePath, logits: np.ndarray) -> Iterator[list[float]]:
-    """Yield the probabilities of all nodes for each document."""
-    return map(np.ndarray.tolist, np.exp(node_log_probs(decisions, logits)))
 
 
 # ── The form ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -197,21 +188,24 @@ class OnePathForm(FormBase):
 
     def set_scores(self, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray) -> pd.Series:
         """Return the nonconformity score of each text, by text: the greatest of its rows."""
-        rows = zip(node_probabilities(self.decisions, logits), labels.tolist(), strict=True)
-        return pd.Series([nonconformity(self.tree, nodes, label) for nodes, label in rows]).groupby(texts).max()
+        rows = zip(
+            torch.from_numpy(logits).split(ROWS_AT_ONCE), torch.from_numpy(labels).split(ROWS_AT_ONCE), strict=True
+        )
+        scores = [self.decisions.nonconformity(self.decisions.log_probs(u.double()).exp(), ids) for u, ids in rows]
+        return pd.Series(torch.cat(scores).numpy()).groupby(texts).max()
 
     def thresholds_of(self, scores: pd.Series) -> list[float | None]:
         """Return one threshold of prediction sets for each coverage 0.01, …, 0.99; None where it needs more texts."""
         ordered, thresholds = np.sort(scores), list[float | None]()
         for percent in range(1, 100):
             rank = -(-(len(ordered) + 1) * percent // 100)  # ⌈(n + 1) · coverage⌉ in integers
-            thresholds.append(rounded_up(ordered[rank - 1]) if rank <= len(ordered) else None)
+            thresholds.append(float(ordered[rank - 1]) if rank <= len(ordered) else None)
         return thresholds
 
     def scores_to_store(self, scores: pd.Series, labels: np.ndarray, texts: np.ndarray) -> dict[str, Any]:
         """Return the fields of `Calibration` that thresholds for other class frequencies are computed from."""
         of_texts = pd.Series(labels).groupby(texts).agg(list)
-        return {"set_scores": [*map(rounded_up, scores)], "set_labels": of_texts[scores.index].tolist()}
+        return {"set_scores": scores.tolist(), "set_labels": of_texts[scores.index].tolist()}
 
     # ── Scores ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -222,14 +216,16 @@ class OnePathForm(FormBase):
 
         Sizes are the numbers of ``leaves`` and of ``nodes`` that a set names, and ``single_leaf``, whether it is one leaf.
         """
-        held, sizes, leaves_at_or_below = [], [], self.tree.leaves_at_or_below
-        for probabilities, label in zip(node_probabilities(self.decisions, logits), labels.tolist(), strict=True):
-            nodes = self.decisions.prediction_set(probabilities, threshold)
-            leaves = {leaf for node in nodes for leaf in leaves_at_or_below[node]}
-            held.append(leaves.issuperset(leaves_at_or_below[label]))
-            sizes.append((len(leaves), len(nodes), len(leaves) == 1))
-        of_labels = pd.DataFrame({"text": texts, "node": labels, "held": np.array(held, dtype=float)})
-        of_texts = pd.DataFrame(sizes, columns=["leaves", "nodes", "single_leaf"], dtype=float).groupby(texts).mean()
+        decisions, held, sizes = self.decisions, list[torch.Tensor](), list[torch.Tensor]()
+        for rows in torch.from_numpy(logits).split(ROWS_AT_ONCE):
+            sets = decisions.prediction_sets(decisions.log_probs(rows.double()).exp(), threshold)
+            held.append(decisions.held(sets))
+            num_leaves = held[-1][:, : self.tree.num_leaves].sum(1)
+            sizes.append(torch.stack([num_leaves, sets.sum(1), num_leaves == 1], dim=1))
+        holds_label = np.take_along_axis(torch.cat(held).numpy(), labels[:, None], axis=1)[:, 0]
+        of_labels = pd.DataFrame({"text": texts, "node": labels, "held": holds_label.astype(float)})
+        by_row = pd.DataFrame(torch.cat(sizes).double().numpy(), columns=["leaves", "nodes", "single_leaf"])
+        of_texts = by_row.groupby(texts).mean()
         return PredictedSets(self.decisions, of_labels, of_texts, self.confidence(logits, texts), "min")
 
     def class_outcomes(

@@ -1,5 +1,10 @@
 """Test calibration in both forms of label against its definition, drawn labels and the model itself; then sets of one path."""
 
+import functools
+import itertools
+import math
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +16,7 @@ from scipy.special import log_expit, log_softmax, logsumexp
 from transformers import pipeline
 
 from configuration_hierarchical import MULTI_LABEL, SINGLE_LABEL, Calibration, HierarchicalConfig
-from decisions_hierarchical import MAX_SET_NODES, OnePath, guaranteed_threshold, nonconformity
+from decisions_hierarchical import OnePath, guaranteed_threshold
 from hierarchical_clinicalbert.evaluation import calibration
 from hierarchical_clinicalbert.evaluation.calibration import calibrated_logits, fit_calibration
 from hierarchical_clinicalbert.evaluation.forms import form_of
@@ -25,7 +30,6 @@ TREE = Taxonomy(["a", {"b": ["c", "d", {"e": ["f", "g"]}]}, {"h": ["i", "j"]}])
 ONLY = Taxonomy(
     ["a", {"b": ["c"]}, {"d": {"e": {"f": ["g", "h"]}}}, {"i": [{"j": ["k", "l"]}, {"m": ["n"]}]}]
 )  # only children
-MANY = Taxonomy({f"parent {i}": {f"{i} {j}": [f"{i} {j} {k}" for k in range(3)] for j in range(3)} for i in range(4)})
 TINY = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
 FORMS = pytest.mark.parametrize("form", [OnePathForm(TREE), ManyNodesForm(TREE)], ids=["one path", "many nodes"])
 
@@ -152,36 +156,51 @@ def test_the_model_itself_gives_the_calibrated_probabilities(problem_type):
 # Prediction sets of one path
 
 
-@pytest.mark.parametrize("tree", [MANY, ONLY])
-def test_nonconformity_is_the_smallest_threshold_whose_set_holds_the_leaf(tree):
-    generator, under = np.random.default_rng(0), tree.leaves_at_or_below
-    for _ in range(20):
+def antichains(tree: Taxonomy, node: int = -1) -> Iterator[list[int]]:
+    """Yield all sets of nodes below a node, none of them below another, with no parent of an only child."""
+    for parts in itertools.product(*([*antichains(tree, child), [child]] for child in tree.children(node))):
+        named = [one for part in parts for one in part]
+        if not any(len(tree.children(one)) == 1 for one in named):
+            yield named
+
+
+def worth_of(under: list[list[int]], leaves: np.ndarray, cost: float, price: float, named: list[int]) -> float:
+    inside = [leaf for node in named for leaf in under[node]]
+    if leaves.argmax() not in inside:
+        return -math.inf
+    return leaves[inside].sum() - cost * (len(inside) + price * len(named)) / (1 + price)
+
+
+@pytest.mark.parametrize("tree", [TREE, ONLY])
+@pytest.mark.parametrize("price", [0.0, 1.5, 8.0])
+def test_sets_are_the_best_of_all_and_grow_and_nonconformity_is_the_smallest_threshold(tree, price):
+    decisions, generator, under = OnePath(tree), np.random.default_rng(0), tree.leaves_at_or_below
+    decisions.node_price, candidates = price, [*antichains(tree)]
+    for _ in range(10):
         leaves = generator.dirichlet(np.full(tree.num_leaves, 0.3))
-        nodes = [float(sum(leaves[leaf] for leaf in held)) for held in under]
-        scores = [nonconformity(tree, nodes, leaf) for leaf in range(tree.num_leaves)]
-        assert min(scores) == scores[int(leaves.argmax())] == 0
+        nodes = torch.tensor([[leaves[held].sum() for held in under]])
+        every = torch.arange(tree.num_nodes)
+        scores = decisions.nonconformity(nodes.expand(tree.num_nodes, -1), every).tolist()
+        assert min(scores) == scores[leaves.argmax()] == 0
         before: set[int] = set()
-        for threshold in sorted({0.0, *scores, *generator.random(20), 1.0}):
-            predicted = OnePath(tree).prediction_set(nodes, threshold)
+        for threshold in sorted({0.0, *scores, *generator.random(20)}):
+            predicted = decisions.prediction_sets(nodes, threshold)[0].nonzero().flatten().tolist()
             held = [leaf for node in predicted for leaf in under[node]]
-            assert len(held) == len(set(held))  # no node beside its ancestor
-            roots = {tree.path(node)[0] for node in predicted}
-            assert len(predicted) <= MAX_SET_NODES or roots == set(tree.children(-1))
-            assert all(len(tree.children(node)) != 1 for node in predicted)
-            for inner in under[tree.num_leaves :]:  # a completely covered subtree is one node
-                assert not set(inner) <= set(held) or sum(set(under[node]) <= set(inner) for node in predicted) <= 1
-            assert set(held) == {leaf for leaf in range(tree.num_leaves) if scores[leaf] <= threshold}
+            assert len(held) == len(set(held))
+
+            worth = functools.partial(worth_of, under, leaves, 1 - threshold, price)
+            assert worth(predicted) == pytest.approx(max(map(worth, candidates)), abs=1e-12)
+            if price == 0:  # least ambiguous sets
+                assert set(held) == {leaves.argmax(), *np.flatnonzero(leaves >= 1 - threshold)}
             assert before <= set(held)
             before = set(held)
-        assert len(before) == tree.num_leaves
-        for node in range(tree.num_leaves, tree.num_nodes):
-            assert nonconformity(tree, nodes, node) == max(scores[leaf] for leaf in under[node])
+            assert [set(under[node]) <= before for node in every] == [score <= threshold for score in scores]
 
 
 def test_thresholds_are_the_ranks_of_split_conformal_prediction():
     logits, labels = drawn(TREE, 9)
-    nodes = np.exp(OnePath(TREE).log_probs(torch.from_numpy(logits)).numpy()).tolist()
-    scores = sorted(nonconformity(TREE, row, label) for row, label in zip(nodes, labels.tolist(), strict=True))
+    nodes = OnePath(TREE).log_probs(torch.from_numpy(logits)).exp()
+    scores = sorted(OnePath(TREE).nonconformity(nodes, torch.from_numpy(labels)).tolist())
     # each text twice: the greater score counts
     twice, other = np.tile(logits, (2, 1)), np.append(labels, logits.argmax(axis=1))
     thresholds = OnePathForm(TREE).fit_sets(twice, other, np.tile(np.arange(9), 2))["set_thresholds"]
@@ -192,7 +211,7 @@ def test_thresholds_are_the_ranks_of_split_conformal_prediction():
 
     # ranks of (9 + 1) · coverage, both rounded up
     for coverage, rank in ((0.9, 9), (0.5, 5), (1e-9, 1), (0.501, 6), (0.895, 9)):
-        assert scores[rank - 1] <= threshold(coverage) < scores[rank - 1] + 1e-6
+        assert threshold(coverage) == scores[rank - 1]
         assert threshold(coverage) == round(threshold(coverage), 6)
     assert thresholds[90:] == [None] * 9
     with pytest.raises(ValueError, match=r"coverage 0\.901 needs 11 labelled validation texts"):

@@ -91,7 +91,7 @@ def test_predictions_equal_the_stock_pipeline_and_bad_rows_are_listed_separately
         assert row["label"] == expected[0]["label"] == row["path"][-1]
         assert row["score"] == pytest.approx(expected[0]["score"], abs=2e-5)
         assert row["probabilities"] == pytest.approx({entry["label"]: entry["score"] for entry in expected}, abs=2e-5)
-        assert 1 <= len(row["prediction_set"]) <= 3
+        assert row["prediction_set"]
     problems = read_json_lines(tmp_path / "out.jsonl.errors.jsonl")
     assert [(entry["row"], entry["line"]) for entry in problems] == [(2, 4), (3, 5), (4, 6), (23, 25), (24, 26)]
     messages = [entry["problem"] for entry in problems]

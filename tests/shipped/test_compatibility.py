@@ -18,11 +18,16 @@ from configuration_hierarchical import HierarchicalConfig
 from modeling_hierarchical import HierarchicalForSequenceClassification
 
 FOLDER = ROOT / "tests" / "checkpoint"
-GUARANTEES = {"adapter_form": "coverage", "self_contained": "coverage", "several_labels": "recall"}
+GUARANTEES = {
+    "adapter_form": {"coverage": 0.841},
+    "self_contained": {"coverage": 0.841},
+    "several_labels": {"recall": 0.841},
+}
+OLD = {**GUARANTEES, "adapter_form": {}, "self_contained": {}}  # their prediction sets had another rule
 
 
-@pytest.mark.parametrize("folder", [FOLDER, FOLDER / "format_1"])
-def test_a_fresh_process_predicts_as_stored_and_saves_what_predicts_so_again(folder, tmp_path):
+@pytest.mark.parametrize(("folder", "guarantees"), [(FOLDER, GUARANTEES), (FOLDER / "format_1", OLD)])
+def test_a_fresh_process_predicts_as_stored_and_saves_what_predicts_so_again(folder, guarantees, tmp_path):
     published, expected = tmp_path / "published", {}
     shutil.copytree(folder / "encoder", published / "encoder")
     for form in GUARANTEES:
@@ -33,20 +38,21 @@ def test_a_fresh_process_predicts_as_stored_and_saves_what_predicts_so_again(fol
 import json
 from transformers import AutoModel, AutoTokenizer, pipeline
 found = []
-for form, guarantee in {GUARANTEES!r}.items():
+for form, guarantee in {guarantees!r}.items():
     saved = {str(tmp_path)!r} + "/" + form
     AutoModel.from_pretrained(form, trust_remote_code=True).save_pretrained(saved)
     AutoTokenizer.from_pretrained(form, trust_remote_code=True).save_pretrained(saved)
     for folder in (form, saved):
         classify = pipeline("hierarchical-text-classification", model=folder, trust_remote_code=True)
-        found.append((form, classify({expected[form]["texts"]!r}, levels=True, **{{guarantee: 0.841}})))
+        found.append((form, classify({expected[form]["texts"]!r}, levels=True, **guarantee)))
 print(json.dumps(found))
 """
     for form, results in run_outside(code, published, {"HF_MODULES_CACHE": str(tmp_path / "modules")}):
         stored = expected[form]
         assert [[node["label"] for node in one["labels"]] for one in results] == stored["predicted"]
-        sets = [[node["label"] for node in one["prediction_set"]] for one in results]
-        assert sets == stored["prediction_sets"]  # for a share of 0.85: 0.841 is rounded up
+        if guarantees[form]:
+            sets = [[node["label"] for node in one["prediction_set"]] for one in results]
+            assert sets == stored["prediction_sets"]  # for a share of 0.85: 0.841 is rounded up
         assert [one["truncated"] for one in results] == [False, False, True]
         for one, probabilities in zip(results, stored["probabilities"], strict=True):
             found = {label: score for level in one["levels"] for label, score in level.items()}
@@ -54,10 +60,20 @@ print(json.dumps(found))
     assert {path.name for path in (tmp_path / "self_contained").iterdir()} >= {*SHIPPED_FILES, "model.safetensors"}
 
 
-def test_the_thresholds_of_a_model_that_was_trained_on_the_validation_rows_are_not_read():
-    stored = json.loads((FOLDER / "format_1" / "self_contained" / "config.json").read_text())
-    assert HierarchicalConfig.from_dict(stored).calibration.set_thresholds == stored["conformal_thresholds"]
-    assert HierarchicalConfig.from_dict(stored | {"refitted": True}).calibration.set_thresholds is None
+def test_thresholds_that_do_not_hold_are_not_read():
+    several, one = (
+        json.loads((FOLDER / form / "config.json").read_text()) for form in ("several_labels", "self_contained")
+    )
+    for stored, version in ((several, 3), (several, 2), (one, 3)):
+        calibration = HierarchicalConfig.from_dict(stored | {"format_version": version}).calibration
+        assert calibration.set_thresholds == stored["calibration"]["set_thresholds"]
+    calibration = HierarchicalConfig.from_dict(one | {"format_version": 2}).calibration
+    assert (calibration.set_thresholds, calibration.scales) == (None, one["calibration"]["scales"])
+    trained_on_validation_rows = json.loads((FOLDER / "format_1" / "several_labels" / "config.json").read_text())
+    assert HierarchicalConfig.from_dict(trained_on_validation_rows).calibration.set_thresholds
+    assert (
+        HierarchicalConfig.from_dict(trained_on_validation_rows | {"refitted": True}).calibration.set_thresholds is None
+    )
 
 
 def test_a_folder_does_not_take_the_place_of_a_pinned_encoder(monkeypatch, tmp_path):
