@@ -1,8 +1,8 @@
 """Compare the most probable leaf with the leaf of least expected cost:
 
-    python benchmarks/costs.py --model CHECKPOINT --train_file TRAIN.csv --file LABELLED.csv --class_names labels.csv
+    python benchmarks/costs.py --model CHECKPOINT --data FOLDER
 
-The model must not have been trained on the labelled file. Three kinds of costs are used:
+CHECKPOINT is a run of OHSUMED, and FOLDER as for ``quality.py``. Test rows are predicted. Three kinds of costs are used:
 
 - distance: the number of edges between the correct and the predicted leaf (`costs="distance"`);
 - root: 5 for a leaf under another root, 1 for another leaf under the same root (a table);
@@ -13,12 +13,14 @@ The model must not have been trained on the labelled file. Three kinds of costs 
 the macro-F1 of the most probable leaf. Both are 95 % bootstrap intervals over the rows.
 """
 
+import json
 from pathlib import Path
 
 import numpy as np
 import torch
-from coverage import probabilities, read_rows
-from harness import flag_parser, load_classifier, mean_interval, paired_intervals, print_rows, write_results
+from harness import flag_parser, mean_interval, paired_intervals, print_rows, write_results
+from quality import Task
+from scored import read_scores
 from sklearn.metrics import f1_score
 
 from decisions_hierarchical import expected_costs
@@ -31,22 +33,19 @@ RARITY = 0.4  # the exponent of best macro-F1 on validation rows, of those that 
 
 def main() -> None:
     parser = flag_parser(__doc__, "costs.json")
-    parser.add_argument("--model", required=True)
-    parser.add_argument(
-        "--train_file", type=Path, required=True, help="CSV with a column label, to count the rows of each leaf"
-    )
-    parser.add_argument("--file", type=Path, required=True, help="CSV with columns text and label, all labels leaves")
-    parser.add_argument("--class_names", type=Path, help="CSV whose label and name columns translate the labels")
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
     arguments = parser.parse_args()
-    classify = load_classifier(arguments.model)
-    tree: Taxonomy = classify.tree
-    node_probabilities, labels = probabilities(classify, arguments.file, arguments.class_names)
-    nodes = torch.tensor(node_probabilities)
+    everything, count = read_scores(arguments.model, "ohsumed", arguments.data)
+    fitted, test = everything.split(np.arange(len(everything.labels)), count)
+    decisions, tree, labels = everything.form.decisions, everything.form.tree, test.labels
+    nodes = decisions.log_probs(torch.from_numpy(fitted.calibrated(test)[1])).exp()
     tables = {"distance": distances(tree), "root": root_costs(tree)}
-    _, trained = read_rows(tree, arguments.train_file, arguments.class_names)
+    report = json.loads((arguments.model / "data_report.json").read_text(encoding="utf-8"))
+    trained = Task("ohsumed", arguments.data, report["split"]["seed"]).rows()["train"][1]
     rarity = rarity_costs(np.bincount(trained, minlength=tree.num_leaves))
     predictions = {
-        "most probable": node_probabilities[:, : tree.num_leaves].argmax(1),
+        "most probable": nodes[:, : tree.num_leaves].argmax(1).numpy(),
         "least distance": expected_costs(tree, nodes, "distance").argmin(1).numpy(),
         "least root cost": expected_costs(tree, nodes, torch.tensor(tables["root"])).argmin(1).numpy(),
         "least rarity cost": expected_costs(tree, nodes, torch.tensor(rarity)).argmin(1).numpy(),

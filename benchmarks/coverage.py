@@ -1,10 +1,8 @@
-"""Compare prediction sets: ``python benchmarks/coverage.py --model FOLDER --file LABELLED.csv``.
+"""Compare prediction sets: ``python benchmarks/coverage.py --model CHECKPOINT --task ohsumed --data FOLDER``.
 
-Add ``--class_names labels.csv`` if labels are codes, as in OHSUMED. ``--model FOLDER --task TASK --data FOLDER`` measures the third
-table. Without ``--model``, the tables of earlier measurements are printed.
+TASK and ``--data`` are those of ``quality.py``. Without ``--model``, the tables of earlier measurements are printed.
 
-The first table walks the trade of leaves for nodes. The file, on which the model must not have been trained, is split into halves
-100 times at random. One half calibrates, and the other half is predicted. Rows are prices of a node, see
+The first table, ``--part prices``, walks the trade of leaves for nodes. The test file is split into halves 100 times at random. One half calibrates, and the other half is predicted. Rows are prices of a node, see
 `OnePath.prediction_sets`: at 0, sets are LAC's (Sadinle et al., 2019), of the fewest leaves. "One node" is the deepest ancestor of
 the most probable leaf whose probability reaches a threshold (Mortier et al., 2025, arXiv 2501.19038, with one node a set).
 Coverage is the share of sets that contain the correct leaf. "leaves" is the mean number of leaves below a set, and "nodes" the mean
@@ -13,8 +11,8 @@ number of its nodes. "Worst band" is the coverage among the texts of one band of
 The second table is for the recipes' runs of ``quality.py``, as a checkpoint is published. Thresholds for 90 % are fitted on the
 run's own validation rows, which are fewer and also selected the checkpoint. Coverage is measured on the whole test file.
 
-The third table compares the precisions of ``predict.py --dtype`` on one processor, on test texts: coverage or for multi-label
-models recall, accuracy (micro-F1), macro-F1 and log loss. TASK and ``--data`` are those of ``quality.py``. Thresholds are those of
+The third table, ``--part precisions``, compares the precisions of ``predict.py --dtype`` on one processor, on test texts: coverage
+or for multi-label models recall, accuracy (micro-F1), macro-F1 and log loss. Thresholds are those of
 the checkpoint, which were fitted in float32. "Changed" counts sets that differ from those in float32. Intervals are 95 % bootstrap
 intervals over the texts, of changes for the same texts.
 """
@@ -22,7 +20,6 @@ intervals over the texts, of changes for the same texts.
 import argparse
 import itertools
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +30,14 @@ import torch
 from harness import mean_interval, paired_intervals
 from quality import Task
 from scipy.stats import betabinom
+from scored import read_scores
 
 from configuration_hierarchical import Calibration, HierarchicalConfig
 from decisions_hierarchical import SetThreshold, guaranteed_threshold
 from hierarchical_clinicalbert.evaluation.forms import Form, form_of
 from hierarchical_clinicalbert.evaluation.metrics import confusion_counts, macro_f1, micro_f1, one_hot
-from hierarchical_clinicalbert.evaluation.one_path import OnePathForm
 from hierarchical_clinicalbert.evaluation.report import MEASURED_TARGET, measured_threshold
 from hierarchical_clinicalbert.prediction.int8 import quantize
-from taxonomy_hierarchical import Taxonomy
 
 SPLITS = 100
 COVERAGES = (0.8, 0.9, 0.95)
@@ -58,19 +54,15 @@ PRECISIONS = {  # the dtype of operations, and whether products are in 8 bits; p
 
 def main() -> None:
     parser = harness.flag_parser(__doc__, "coverage.json")
-    parser.add_argument("--model", help="with --file, or with --task and --data")
-    parser.add_argument("--file", type=Path, help="CSV with columns text and label, without repeated texts")
-    parser.add_argument("--task", choices=("ohsumed", "hallmarks", "ohsumed_multilabel"), help="without repeated texts")
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--task", choices=("ohsumed", "hallmarks", "ohsumed_multilabel"), default="ohsumed")
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--class_names", type=Path, help="CSV whose label and name columns translate the labels")
+    parser.add_argument("--part", nargs="+", choices=("prices", "precisions"), default=("prices", "precisions"))
     arguments = parser.parse_args()
-    given = [bool(one) for one in (arguments.model, arguments.file, arguments.task, arguments.data)]
-    if given not in ([False] * 4, [True, True, False, False], [True, False, True, True]):
-        parser.error("give --model with --file, or with --task and --data, or none of them")
     results = harness.read_results(arguments.output, {})
-    if arguments.file:
+    if arguments.model and "prices" in arguments.part:
         results |= compare(arguments)
-    elif arguments.task:
+    if arguments.model and "precisions" in arguments.part:
         measured = compare_precisions(arguments)
         key = {name: measured[0][name] for name in ("processor", "task")}
         results["precisions"] = [row for row in results.get("precisions", []) if not key.items() <= row.items()]
@@ -84,11 +76,10 @@ def main() -> None:
 
 def compare(arguments: argparse.Namespace) -> dict:
     """Measure all prices of a node, and return their section of the output file."""
-    classify = harness.load_classifier(arguments.model)
-    nodes, labels = probabilities(classify, arguments.file, arguments.class_names)
-    leaves = nodes[:, : classify.tree.num_leaves]
-    leaves /= leaves.sum(axis=1, keepdims=True)
-    form, logits, texts, rows = OnePathForm(classify.tree), np.log(leaves.clip(1e-30)), np.arange(len(labels)), []
+    everything, count = read_scores(arguments.model, arguments.task, arguments.data)
+    fitted, test = everything.split(np.arange(len(everything.labels)), count)
+    form, labels, (_, logits) = everything.form, test.labels, fitted.calibrated(test)
+    texts, rows = np.arange(len(labels)), []
     scores: dict[Any, np.ndarray] = {}
     for price in PRICES:
         form.decisions.node_price = price
@@ -109,14 +100,13 @@ def compare(arguments: argparse.Namespace) -> dict:
                 sets = form.predict_sets(logits[unseen], labels[unseen], unseen, threshold)
                 worst = (sets.worst_band() or {}).get("coverage", math.nan)
                 measured.append((*(sets.scores()[name] for name in ("coverage", "leaves", "nodes")), worst))
-        row = {"coverage": coverage, "price": price, "held_std": np.std(measured, axis=0)[0]}
-        rows.append(row | dict(zip(("held", "leaves", "nodes", "worst"), np.nanmean(measured, axis=0), strict=True)))
+        columns = pd.DataFrame(measured, columns=["held", "leaves", "nodes", "worst"])
+        row = {"coverage": coverage, "price": price, "held_std": columns["held"].std(ddof=0)}
+        rows.append(row | columns.mean().to_dict())  # without NaN
     return {"documents": len(labels), "splits": SPLITS, "rows": rows}
 
 
-def single_nodes(
-    form: OnePathForm, logits: np.ndarray, labels: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def single_nodes(form: Form, logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return what sets of one node need.
 
     Returns:
@@ -159,20 +149,6 @@ def print_runs(runs: list[dict]) -> None:
         cells = [f"{coverages.mean():.1%}", f"{low:.1%} – {high:.1%}", f"{by_task['set_leaves'].mean():.2f}"]
         rows.append([task, f"{MEASURED_TARGET:.0%}", by_seed, *cells])
     harness.print_table(("recipe", "coverage", "measured coverage, by seed", "mean", "95 % interval", "leaves"), rows)
-
-
-def probabilities(classify: Callable, file: Path, class_names: Path | None) -> tuple[np.ndarray, np.ndarray]:
-    """Return the predicted probabilities (documents, nodes) and the labels (documents,), as leaf ids, of a labelled file."""
-    texts, labels = read_rows(classify.tree, file, class_names)
-    return harness.node_probabilities(classify, texts), labels
-
-
-def read_rows(tree: Taxonomy, file: Path, class_names: Path | None) -> tuple[list[str], np.ndarray]:
-    """Read the texts and leaf ids (documents,) of a labelled file."""
-    rows, names = pd.read_csv(file, dtype=str, keep_default_na=False), {}
-    if class_names is not None:
-        names = pd.read_csv(class_names, dtype=str).set_index("label")["name"].to_dict()
-    return list(rows["text"]), np.array([tree.id(names.get(label, label)) for label in rows["label"]])
 
 
 # ── Precisions ───────────────────────────────────────────────────────────────────────────────────────────────────────
