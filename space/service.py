@@ -180,9 +180,8 @@ class Service:
             problems: list[Problem] = [{"line": row.line, "problem": row.problem} for row in some if row.problem]
             texts = [(row.line, row.text) for row in some if not row.problem]
             results = self._classify_all([text for _, text in texts], target)
-            version = self.classifier.result_version
             records = [
-                {"line": line, "text": text, "result_version": version, **to_row(result)}
+                {"line": line, "text": text, "result_version": self.classifier.result_version, **to_row(result)}
                 for (line, text), result in zip(texts, results, strict=True)
             ]
             yield records, problems

@@ -22,7 +22,7 @@ from attribution import LOG_ODDS_SLOPE, Explanation
 from classification import Classification, Node, Prediction
 
 ROWS = 300  # most nodes of a tree that are rendered, the folded ones included
-SMALL = 60  # nodes of a taxonomy that is shown as a whole before a text
+SMALL = 60  # most nodes of a taxonomy that is shown as a whole before a text, and most marked nodes that are not folded
 UNLIKELY, SIBLINGS = 0.02, 10  # siblings below this probability, and those after so many, are folded
 MAX_SHOWN = 20  # most nodes shown of a prediction, or of a set
 RANKED = 10  # words in the table of the largest weights
@@ -33,6 +33,7 @@ NOVELTY = 0.05  # the p-value up to which a text is shown as strange
 UNCERTAIN = 0.5  # the prediction of a row is uncertain below this probability
 PROBLEMS = 200  # most that are shown
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#9AA5B1")
+KICKER = "<p class='kicker'>Prediction</p>"
 NOT_A_DEVICE = "Not a medical device. Not for diagnosis, treatment or any decision about a patient."
 # the HTML component of gradio would fill braces as templates in the browser
 BRACES = str.maketrans({"{": "&#123;", "}": "&#125;", "$": "&#36;", "`": "&#96;"})
@@ -146,9 +147,6 @@ def truncation(classified: Classification) -> str:
     )
 
 
-KICKER = "<p class='kicker'>Prediction</p>"
-
-
 def waiting() -> str:
     """Render the placeholder of a result."""
     return panel(f"{KICKER}<p class='class none'>–</p><p class='note'>Paste a text, and press “Classify”.</p>")
@@ -182,10 +180,12 @@ class NodeResults(NamedTuple):
 def tree(taxonomy: Any, results: NodeResults | None = None) -> str:
     """Render the taxonomy as an indented list: with results siblings by probability, and each node as a button with its bar.
 
-    Predicted nodes and those of the set are marked and never folded. Of `ROWS` nodes and more, the most probable are rendered.
+    Predicted nodes and those of the set are marked; up to `SMALL` of them are not folded. At most `ROWS` nodes are rendered.
     """
     # ── Order: what is marked, then by probability; without results, from the roots down ──
-    marked = set[int]() if results is None else taxonomy.with_ancestors(results.predicted | results.in_set)
+    predicted = set[int]() if results is None else taxonomy.with_ancestors(results.predicted)
+    marked = predicted if results is None else taxonomy.with_ancestors(results.predicted | results.in_set)
+    kept = next((nodes for nodes in (marked, predicted) if len(nodes) <= SMALL), set[int]())  # not folded
     place = {node: i for i, node in enumerate(taxonomy.reading_order)}
 
     def rank(node: int) -> tuple:
@@ -197,7 +197,7 @@ def tree(taxonomy: Any, results: NodeResults | None = None) -> str:
     def is_open(node: int, count: int) -> bool:
         if results is None:
             return taxonomy.num_nodes <= SMALL or taxonomy.levels[node] == 1
-        return node in marked or (results.scores[node] >= UNLIKELY and count < SIBLINGS)
+        return node in kept or (results.scores[node] >= UNLIKELY and count < SIBLINGS)
 
     def branch(parent: int) -> str:
         children = sorted(taxonomy.children(parent), key=rank)

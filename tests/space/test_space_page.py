@@ -101,6 +101,9 @@ def test_unlikely_siblings_are_folded_with_their_sum_or_the_largest_of_them():
     assert rows_of(marked)[:3] == ["✓ a 97.0 %", "◆ d 0.5 %", "2 others, together 2.5 %"]
     results = nodes({"a": 0.9, "b": 0.05, "c": 0.045, "d": 0.005}, ["a"], tree=tree)
     assert "<details" not in views.tree(tree, results)
+    wide = Taxonomy([f"{i}" for i in range(100)])
+    of_set = nodes({f"{i}": 0.03 for i in range(100)}, [], [f"{i}" for i in range(100)], tree=wide)
+    assert rows_of(views.tree(wide, of_set))[10] == "90 others, together 270.0 %"
 
 
 def test_of_thousands_of_nodes_the_predicted_and_most_probable_are_rendered():
