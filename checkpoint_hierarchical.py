@@ -413,7 +413,6 @@ def save_checkpoint(
     elif is_main_process:
         save_adapter_form(model, folder, model.state_dict() if state_dict is None else state_dict)
     if is_main_process:
-        follow_umask(folder)
         remove_other_form(folder, model.has_adapter)
         for file, content in code.items():
             (folder / file).write_bytes(content)
@@ -467,13 +466,6 @@ def save_adapter_form(model: Any, folder: Path, state_dict: dict[str, Tensor]) -
     for part in (config, config.text_config):
         vars(part).pop("quantization_config", None)
     config.save_pretrained(folder)
-
-
-def follow_umask(folder: Path) -> None:
-    """Set the permissions of weights files by the umask. safetensors creates files that only their owner can read."""
-    os.umask(umask := os.umask(0o077))  # the umask can only be read by setting it
-    for file in [*folder.glob("*.safetensors"), *(folder / ADAPTER_SUBFOLDER).glob("*.safetensors")]:
-        file.chmod(0o666 & ~umask)
 
 
 def remove_other_form(folder: Path, adapter_form: bool) -> None:

@@ -55,8 +55,7 @@ class Answer:
 @dataclass
 class User:
     name: str
-    role: str  # "read", "write" or "fineGrained"
-    orgs: tuple[str, ...] = ()
+    role: str  # "read" or "write"
 
 
 @dataclass
@@ -106,12 +105,7 @@ def card_errors(content: str) -> list[str]:
         data = (yaml.safe_load(found[1]) if found else None) or {}
     except yaml.YAMLError as error:
         return [f"YAML Metadata Error: {' '.join(str(error).split())}"]
-    forms = {"tags": (list, "an array"), "license": (str, "a string"), "base_model": (str, "a string")}
-    return [
-        f'"{name}" must be {form}'
-        for name, (kind, form) in forms.items()
-        if not isinstance(data.get(name, kind()), kind)
-    ]
+    return [] if isinstance(data.get("tags", []), list) else ['"tags" must be an array']
 
 
 class HubServer:
@@ -120,14 +114,12 @@ class HubServer:
     Attributes:
         endpoint: the URL of the Hub.
         requests: all requests so far.
-        upload_mode: how clients are told to upload files: "regular", or "lfs", which then fails.
     """
 
     def __init__(self) -> None:
         self.users: dict[str, User] = {}  # by token
         self.repos: dict[tuple[str, str], Repo] = {}
         self.requests: list[Request] = []
-        self.upload_mode = "regular"
         self.lock = threading.RLock()
         self._faults: list[list] = []  # requests to go, regular expression, how to fail
         self._server = Listener(("127.0.0.1", 0), type("HubHandler", (Handler,), {"hub": self}))
@@ -154,8 +146,8 @@ class HubServer:
         variables = {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
         return variables | {"HF_HUB_DISABLE_TELEMETRY": "1"} | ({} if token is None else {"HF_TOKEN": token})
 
-    def add_user(self, name: str, token: str, role: str = "write", orgs: tuple[str, ...] = ()) -> None:
-        self.users[token] = User(name, role, orgs)
+    def add_user(self, name: str, token: str, role: str = "write") -> None:
+        self.users[token] = User(name, role)
 
     def add_repo(
         self, repo_id: str, files: dict[str, bytes] | Path, repo_type: str = "model", private: bool = False
@@ -233,7 +225,7 @@ class HubServer:
 
     def visible_repo(self, kind: str, repo_id: str, user: User | None, writes: bool) -> Repo:
         repo = self.repos.get((kind, repo_id))
-        mine = user is not None and repo_id.split("/")[0] in (user.name, *user.orgs)
+        mine = user is not None and repo_id.split("/")[0] == user.name
         if repo is None or (repo.private and not mine):
             raise HubError(404 if user else 401, "Repository not found", "RepoNotFound")
         if writes and not (mine and user.role != "read"):
@@ -247,11 +239,8 @@ class HubServer:
 def whoami(hub: HubServer, request: Request, user: User | None) -> Answer:
     if user is None:
         raise HubError(401, "Invalid username or password.")
-    token: dict[str, Any] = {"displayName": "test", "role": user.role}
-    if user.role == "fineGrained":
-        token["fineGrained"] = {"global": [], "scoped": [{"permissions": ["repo.content.read", "repo.write"]}]}
-    orgs = [{"type": "org", "name": org, "roleInOrg": "admin"} for org in user.orgs]
-    return Answer({"type": "user", "name": user.name, "orgs": orgs, "auth": {"accessToken": token}})
+    token = {"displayName": "test", "role": user.role}
+    return Answer({"type": "user", "name": user.name, "orgs": [], "auth": {"accessToken": token}})
 
 
 def validate_yaml(hub: HubServer, request: Request, user: User | None) -> Answer:
@@ -286,8 +275,7 @@ def create_branch(hub: HubServer, request: Request, repo: Repo, branch: str) -> 
 
 
 def variables(hub: HubServer, request: Request, repo: Repo) -> Answer:
-    if request.method == "POST":
-        repo.variables[request.payload["key"]] = request.payload
+    repo.variables[request.payload["key"]] = request.payload
     return Answer(repo.variables)
 
 
@@ -295,7 +283,7 @@ def preupload(hub: HubServer, request: Request, repo: Repo, branch: str) -> Answ
     there, files = repo.at(branch).files, []
     for file in request.payload["files"]:
         known = {"oid": git_oid(there[file["path"]])} if file["path"] in there else {}
-        files.append({"path": file["path"], "uploadMode": hub.upload_mode, "shouldIgnore": False, **known})
+        files.append({"path": file["path"], "uploadMode": "regular", "shouldIgnore": False, **known})
     return Answer({"files": files, "commitOid": repo.at(branch).sha})
 
 
@@ -344,7 +332,6 @@ ROUTES = [  # the first that matches handles a request
     ("POST", "/api/validate-yaml", validate_yaml),
     ("POST", "/api/repos/create", create_repo),
     ("POST", f"{API}/branch/(.+)", create_branch),
-    ("GET", f"{API}/variables", variables),
     ("POST", f"{API}/variables", variables),
     ("POST", f"{API}/preupload/(.+)", preupload),
     ("POST", f"{API}/commit/(.+)", make_commit),

@@ -295,7 +295,7 @@ CHECKPOINTS = {
     "thresholds of another": (
         "self_contained", edit("config.json", calibration={"thresholds": [0.5]}), "thresholds must be a list of 7 numbers"),
     "recall not a list": (
-        "format_1/self_contained", edit("config.json", recall_thresholds=0.3), "calibration: set_thresholds must be a list of 99 numbers"),
+        "self_contained", edit("config.json", calibration={"set_thresholds": 0.3}), "calibration: set_thresholds must be a list of 99 numbers"),
     "another width": ("self_contained", edit("config.json", "text_config", hidden_size=32), "have other shapes than its configuration says"),
     "words without weight": ("adapter_form", edit("config.json", calibration={}), "lexical_vocab_size and the calibration's lexical_weight must be given together"),
     "encoder elsewhere": (
@@ -343,8 +343,8 @@ def test_commands_refuse_a_newer_format_and_predict_runs_the_code_that_comes_wit
     folder = copy_checkpoint("self_contained", place / "checkpoint")
     edit("config.json", format_version=3)(folder)
     (folder / "README.md").write_text("---\nlicense: mit\n---\n")
-    expected = "config.json cannot be used: its format_version is 3, and this code reads versions up to 2: "
-    expected += "use a newer release, or trust_remote_code=True, which runs the code that the checkpoint holds"
+    expected = "config.json cannot be used: its format_version is 3, and this code reads version 2: "
+    expected += "use another release, or trust_remote_code=True, which runs the code that the checkpoint holds"
     model = ("--model_name_or_path", "checkpoint", "--output_dir", "results")
     assert expected in refusal(train.main, *model, "--do_train", "false", "--do_predict", "--test_file", "rows.csv")
     assert expected in refusal(train.main, *model, "--train_file", "rows.csv")

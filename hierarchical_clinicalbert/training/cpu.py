@@ -1,4 +1,4 @@
-"""Speed up LoRA training steps on a CPU. Outputs and gradients match PEFT and SDPA.
+"""Speed up LoRA training steps on a CPU. Outputs and gradients match PEFT.
 
 An adapted layer multiplies by the merged weight W + s·B·A, which takes about 4 % of a step to compute; PEFT's separate
 branch took a fifth. Merged weights are not stored: the backward pass recomputes them, so a 4-bit encoder stays small.
@@ -6,7 +6,6 @@ Processors with bfloat16 products keep frozen tables and the activations between
 them at every product. Other processors would emulate bfloat16, which is slow, and stay in float32.
 """
 
-import logging
 import types
 from functools import partial
 
@@ -17,8 +16,6 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 from transformers import PreTrainedModel
-
-logger = logging.getLogger(__name__)
 
 KEPT_MEMORY = (2**30, 2**31 - 1)  # arguments of `keep_memory`: each step allocates and frees the same blocks
 
@@ -33,15 +30,6 @@ def use_training_kernels(encoder: PreTrainedModel, dtype: torch.dtype) -> None:
     for parameter in encoder.parameters():  # packed 4-bit weights are uint8
         if not parameter.requires_grad and parameter.dim() > 1 and parameter.dtype == torch.float32:
             parameter.data = parameter.data.to(dtype)
-    if dtype == torch.float32:
-        return  # where SDPA is as fast
-    try:
-        from cpu_hierarchical import attend_by_document
-
-        attend_by_document(encoder)
-    except Exception as error:  # `cpu_hierarchical` uses private names of torch and transformers, which may change
-        problem = f"which does not fit this torch or transformers ({type(error).__name__}: {error})"
-        logger.warning("training without the faster CPU attention, %s; results are the same", problem)
 
 
 def merged_forward(self: LoraLayer, x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,7 +1,5 @@
 """Check that published checkpoints stay loadable: tests/checkpoint holds each form of one, and the predictions.
 
-Its folder ``format_1`` holds those of the format before `Calibration`, written by the code of that time.
-
 The current code loads them. The code that is published with a checkpoint is not stored: copies that change with every commit
 would prove nothing about the past.
 """
@@ -14,21 +12,19 @@ import pytest
 from conftest import ROOT, copy_checkpoint, run_outside
 
 from checkpoint_hierarchical import SHIPPED_FILES
-from configuration_hierarchical import HierarchicalConfig
 from modeling_hierarchical import HierarchicalForSequenceClassification
 
 FOLDER = ROOT / "tests" / "checkpoint"
 GUARANTEES = {"adapter_form": "coverage", "self_contained": "coverage", "several_labels": "recall"}
 
 
-@pytest.mark.parametrize("folder", [FOLDER, FOLDER / "format_1"])
-def test_a_fresh_process_predicts_as_stored_and_saves_what_predicts_so_again(folder, tmp_path):
+def test_a_fresh_process_predicts_as_stored_and_saves_what_predicts_so_again(tmp_path):
     published, expected = tmp_path / "published", {}
-    shutil.copytree(folder / "encoder", published / "encoder")
+    shutil.copytree(FOLDER / "encoder", published / "encoder")
     for form in GUARANTEES:
-        copy_checkpoint((folder / form).relative_to(FOLDER), published / form)
+        copy_checkpoint(form, published / form)
         name = "expected_several_labels.json" if form == "several_labels" else "expected.json"
-        expected[form] = json.loads((folder / name).read_text())
+        expected[form] = json.loads((FOLDER / name).read_text())
     code = f"""
 import json
 from transformers import AutoModel, AutoTokenizer, pipeline
@@ -52,12 +48,6 @@ print(json.dumps(found))
             found = {label: score for level in one["levels"] for label, score in level.items()}
             assert [found[label] for label in stored["labels"]] == pytest.approx(probabilities, abs=1e-5)
     assert {path.name for path in (tmp_path / "self_contained").iterdir()} >= {*SHIPPED_FILES, "model.safetensors"}
-
-
-def test_the_thresholds_of_a_model_that_was_trained_on_the_validation_rows_are_not_read():
-    stored = json.loads((FOLDER / "format_1" / "self_contained" / "config.json").read_text())
-    assert HierarchicalConfig.from_dict(stored).calibration.set_thresholds == stored["conformal_thresholds"]
-    assert HierarchicalConfig.from_dict(stored | {"refitted": True}).calibration.set_thresholds is None
 
 
 def test_a_folder_does_not_take_the_place_of_a_pinned_encoder(monkeypatch, tmp_path):

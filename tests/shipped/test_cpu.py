@@ -1,15 +1,14 @@
-"""Compare the fast paths on a CPU with PEFT, with SDPA and with plain layers."""
+"""Compare the fast paths on a CPU with PEFT and with plain layers."""
 
 import copy
 import pickle
-import sys
 
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-from cpu_hierarchical import ATTENTION, PackedLinear, pack_linear_layers
+from cpu_hierarchical import PackedLinear, pack_linear_layers
 from hierarchical_clinicalbert.training.arguments import ModelArguments
 from hierarchical_clinicalbert.training.cpu import use_training_kernels
 from hierarchical_clinicalbert.training.model import build_model
@@ -60,7 +59,7 @@ def assert_same(model, fast, batch) -> None:
     assert fast_gradients.norm() / gradients.norm() == pytest.approx(1, abs=0.02)
 
 
-@pytest.mark.parametrize("quantization", ["4bit", "none", "8bit"])
+@pytest.mark.parametrize("quantization", ["4bit", "8bit"])
 def test_outputs_and_gradients_are_those_of_peft(minilm, batch, quantization):
     model, fast = (lora_model(minilm, quantization) for _ in range(2))
     use_training_kernels(fast.encoder, torch.bfloat16)
@@ -89,24 +88,12 @@ ENCODERS = {
 
 @pytest.mark.parametrize("kind", ENCODERS)
 def test_outputs_and_gradients_of_other_encoders(kind, tmp_path):
-    """Compare encoders with windowed attention, or with custom attention layers."""
     torch.manual_seed(0)
     AutoModel.from_config(AutoConfig.for_model(kind, **ENCODERS[kind])).save_pretrained(tmp_path)
     mask = torch.ones(3, 20, dtype=torch.long)
     mask[1, 11:] = mask[2, 4:] = 0
     given = {"input_ids": torch.randint(5, 90, (3, 20)), "attention_mask": mask, "labels": torch.tensor([0, 1, 2])}
     model, fast = (lora_model(str(tmp_path), "none") for _ in range(2))
-    use_training_kernels(fast.encoder, torch.bfloat16)
-    assert_same(model, fast, given)
-
-
-@pytest.mark.parametrize("hole", [False, True])
-def test_padding_may_stand_on_the_left_or_in_between(minilm, batch, hole):
-    mask = batch["attention_mask"].flip(1)
-    if hole:
-        mask[:, 12] = 0
-    given = {**batch, "input_ids": batch["input_ids"].flip(1), "attention_mask": mask}
-    model, fast = (lora_model(minilm) for _ in range(2))
     use_training_kernels(fast.encoder, torch.bfloat16)
     assert_same(model, fast, given)
 
@@ -129,30 +116,10 @@ def test_a_disabled_or_merged_adapter_is_respected(minilm, batch):
     assert (outputs[0] - outputs[1]).abs().max() > 0.05
 
 
-def test_dropout_of_the_adapter_and_a_chosen_attention_are_kept(minilm):
+def test_dropout_of_the_adapter_is_kept(minilm):
     model = lora_model(minilm, lora_dropout=0.1)
-    model.encoder.set_attn_implementation("eager")
     use_training_kernels(model.encoder, torch.bfloat16)
     assert not any("forward" in vars(module) for module in model.modules() if isinstance(module, LoraLayer))
-    assert model.encoder.config._attn_implementation == "eager"
-
-
-def test_training_works_without_the_private_names_that_the_attention_uses(minilm, batch, monkeypatch, caplog):
-    model, plain = (lora_model(minilm, "none") for _ in range(2))
-    monkeypatch.setitem(sys.modules, "cpu_hierarchical", None)  # importing it raises ImportError
-    use_training_kernels(plain.encoder, torch.bfloat16)
-    (warning,) = (record for record in caplog.records if record.levelname == "WARNING")
-    assert "training without the faster CPU attention" in warning.getMessage()
-    assert plain.encoder.config._attn_implementation == "sdpa"
-    assert_same(model, plain, batch)
-
-
-def test_the_attention_is_not_written_into_a_checkpoint(minilm, tmp_path):
-    model = lora_model(minilm)
-    use_training_kernels(model.encoder, torch.bfloat16)
-    assert model.encoder.config._attn_implementation == ATTENTION
-    model.save_pretrained(tmp_path)
-    assert ATTENTION not in (tmp_path / "config.json").read_text()
 
 
 packs = pytest.mark.skipif(
