@@ -10,8 +10,7 @@ Worth knowing:
    drawn like the validation rows, and truncated at the same length. They ignore that the checkpoint was selected on the
    same rows; the model card has the measured shares.
 5. A text that cannot be classified raises a ValueError with its position, never its content. A list is checked before
-   anything is computed. A stream first yields the results of the texts before it. Only a text without tokens is detected
-   later, when it is tokenized, and its error has no position.
+   anything is computed. Only a text without tokens is detected later, when it is tokenized, and its error has no position.
 """
 
 import copy
@@ -227,23 +226,13 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         workers = self._workers()
         try:
             waiting: deque[PendingTexts] = deque()  # computed while the next texts are read and tokenized
-            while True:
-                texts, read_error = [], None
-                try:
-                    for position, item in islice(numbered, ahead):
-                        texts.append(read_text(item, position))
-                except Exception as error:  # raised below, after the results of the texts before it
-                    read_error = error
-                if texts:
-                    alone = not waiting and self._uses_cpu_threads
-                    waiting.append(self._submit(texts, batch_size, truncation, workers, alone))
-                is_last = not texts or read_error is not None
-                while len(waiting) > (0 if is_last or ahead == 1 else 1):
+            while texts := [read_text(item, position) for position, item in islice(numbered, ahead)]:
+                alone = not waiting and self._uses_cpu_threads
+                waiting.append(self._submit(texts, batch_size, truncation, workers, alone))
+                if len(waiting) > 1 or ahead == 1:
                     yield from self._collect(waiting.popleft(), **output)
-                if read_error is not None:
-                    raise read_error
-                if not texts:
-                    return
+            for pending in waiting:
+                yield from self._collect(pending, **output)
         finally:
             workers.shutdown(cancel_futures=True)
 

@@ -35,7 +35,18 @@ def test_pip_installs_the_library_and_the_shipped_files_alone_and_all_can_be_imp
         *(ROOT / name for name in ("pyproject.toml", "requirements.txt", "README.md", "LICENSE")),
     ):
         shutil.copy(file, source)
-    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, source]
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--wheel-dir",
+        tmp_path,
+        source,
+    ]
     subprocess.run(build, check=True)
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:

@@ -289,10 +289,8 @@ def test_an_invalid_text_is_named_by_its_position(classify, item, message):
         classify(["one", "two", item, "four"])
     with pytest.raises(ValueError, match=message.replace("2", "0")):
         classify(item) if not isinstance(item, list) else classify([item])
-    results = classify(iter(["one", "two", item, "four"]))
-    assert [next(results)["label"], next(results)["label"]] == [r["label"] for r in classify(["one", "two"])]
     with pytest.raises(ValueError, match=message):
-        next(results)
+        list(classify(iter(["one", "two", item, "four"])))
 
 
 @pytest.mark.parametrize(
