@@ -10,8 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-import yaml
-from conftest import ROOT, snippets
+from conftest import snippets
 from huggingface_hub import ModelCard
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -439,15 +438,6 @@ def test_the_data_section_of_a_multi_label_card_shows_labels_and_merged_rows(wri
     assert "ceiling" not in shown
 
 
-def test_a_large_taxonomy_makes_no_large_card(written):
-    config = make_config([{f"parent {i}": [f"child {i} {j}" for j in range(50)]} for i in range(60)])
-    text = written(config, metrics={})
-    assert len(text) < 25_000
-    assert "and 40 smaller ones." in text
-    assert "and 2,980 smaller ones." in text
-    assert "and 2,860 more nodes" in text
-
-
 def test_the_training_section_shows_encoder_settings_size_time_and_machine(written):
     environment = METRICS[SINGLE_LABEL]["environment"]
     assert socket.gethostname() not in json.dumps(environment)
@@ -465,12 +455,3 @@ def test_the_training_section_shows_encoder_settings_size_time_and_machine(writt
         assert words in shown, words
     assert "attn_implementation" not in shown  # it was not set
     assert "continued" not in shown
-
-
-def test_the_citation_is_that_of_the_citation_file(written):
-    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
-    shown = section(written(), "Licence and citation")
-    assert f"title = {{{cited['title']}}}" in shown
-    assert f"author = {{{' and '.join('{' + author['name'] + '}' for author in cited['authors'])}}}" in shown
-    assert f"license = {{{cited['license']}}}" in shown
-    assert ("year = " in shown) == ("date-released" in cited)

@@ -2,7 +2,9 @@
 
 import ast
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,8 @@ import torch
 from conftest import (
     CORPUS,
     ROOT,
+    STRIKE,
+    complete,
     read_csv,
     run,
     run_outside,
@@ -18,6 +22,7 @@ from conftest import (
     train_label_sets,
     write_csv,
 )
+from forked import LIBRARIES
 from gradio_client import Client
 from hub_server import HubServer, Request
 from huggingface_hub import RepoCard
@@ -133,6 +138,25 @@ def test_only_the_files_of_the_checkpoint_are_published_and_nothing_of_this_mach
     for repo in published.values():
         for name, content in hub.files(repo).items():
             assert not any(secret.encode() in content for secret in secrets), (repo, name)
+
+
+def test_a_run_that_was_killed_before_its_scores_is_not_published(hub, checkpoint, tmp_path):
+    """Resume a finished run, and kill it when the model is saved, and not yet calibrated."""
+    output, environment = shutil.copytree(checkpoint, tmp_path / "results"), hub.environment(token="hf_alice")
+    strike = [
+        "-c",
+        STRIKE,
+        ROOT / "train.py",
+        "open",
+        "plots/reliability_diagram_uncalibrated.png",
+        int(signal.SIGKILL),
+    ]
+    line = [*training_words("base/tiny", tmp_path, output), "--resume_from_checkpoint", "auto"]
+    done = complete(*strike, *line, environment=os.environ | environment, modules=LIBRARIES)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-4000:]
+    publish = ("--model", output, "--repo_id", "alice/killed", "--dry_run")
+    refused = run(*publish, command="push_to_hub.py", check=False, settings=environment)
+    assert f"{output} is not a complete checkpoint: README.md is missing" in refused.stderr
 
 
 def test_publishing_again_makes_no_commit_and_a_change_makes_one(hub, checkpoint, tmp_path):

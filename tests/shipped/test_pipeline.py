@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import untrained_model
 from datasets import Dataset
 from torch import nn
 from transformers import (
@@ -48,25 +47,14 @@ def _two_cores() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def checkpoint(minilm, tmp_path_factory) -> str:
+    """Return a checkpoint with random weights and MiniLM's tokenizer."""
     torch.manual_seed(1)
-    model = untrained_model(minilm, UNEVEN)
+    shape = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2}
+    config = HierarchicalConfig(text_config=AutoConfig.from_pretrained(minilm, **shape), taxonomy=UNEVEN)
+    model = HierarchicalForSequenceClassification(config)
     nn.init.normal_(model.heads.weight, std=0.5)
     folder = tmp_path_factory.mktemp("checkpoint")
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(minilm).save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def small_checkpoint(minilm, tmp_path_factory) -> str:
-    """Return a checkpoint with the same length limit as `checkpoint`, which takes a tenth of its time."""
-    text_config = AutoConfig.from_pretrained(
-        minilm, num_hidden_layers=1, hidden_size=32, intermediate_size=32, num_attention_heads=2
-    )
-    folder = tmp_path_factory.mktemp("small")
-    HierarchicalForSequenceClassification(HierarchicalConfig(text_config=text_config, taxonomy=UNEVEN)).save_pretrained(
-        folder
-    )
     AutoTokenizer.from_pretrained(minilm).save_pretrained(folder)
     return str(folder)
 
@@ -112,10 +100,10 @@ def test_a_result_is_the_path_to_the_most_probable_leaf_and_every_node_by_level(
         assert counts == {"tokens": num_tokens, "tokens_read": num_tokens, "truncated": False}
 
 
-def test_a_description_is_in_the_result_of_its_node(small_checkpoint):
+def test_a_description_is_in_the_result_of_its_node(checkpoint):
     described = {"d": "a rash", "a": "skin"}
-    model = AutoModel.from_pretrained(small_checkpoint, trust_remote_code=True, descriptions=described)
-    tokenizer = AutoTokenizer.from_pretrained(small_checkpoint, trust_remote_code=True)
+    model = AutoModel.from_pretrained(checkpoint, trust_remote_code=True, descriptions=described)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True)
     for node in HierarchicalTextClassificationPipeline(model=model, tokenizer=tokenizer)("text", top_k=99)["labels"]:
         assert node.get("description") == described.get(node["label"])
 
@@ -188,14 +176,14 @@ DISTANCES = np.array(
 
 
 @pytest.mark.parametrize("kind", ["distance", "table"])
-def test_with_costs_the_leaf_of_least_expected_cost_is_predicted(kind, small_checkpoint):
-    classify = pipeline("hierarchical-text-classification", model=small_checkpoint, trust_remote_code=True)
+def test_with_costs_the_leaf_of_least_expected_cost_is_predicted(kind, checkpoint):
+    classify = pipeline("hierarchical-text-classification", model=checkpoint, trust_remote_code=True)
     # with random costs, the most probable leaf seldom has the lowest expected cost
     costs = DISTANCES if kind == "distance" else np.random.default_rng(0).exponential(1, DISTANCES.shape).round(3)
     table = pd.DataFrame(costs, LEAVES, LEAVES).loc[LEAVES[::-1], [*LEAVES[2:], *LEAVES[:2]]]
     given = {"distance": "distance", "table": table.to_dict("index")}[kind]
     texts = [f"{text} {number}" for number in range(8) for text in TEXTS]
-    probabilities = one_by_one(small_checkpoint, texts)[:, : len(LEAVES)].astype(np.float64)
+    probabilities = one_by_one(checkpoint, texts)[:, : len(LEAVES)].astype(np.float64)
     expected = probabilities @ costs
     most_probable, results = classify(texts, levels=True), classify(texts, costs=given, levels=True)
     assert any(one["label"] != other["label"] for one, other in zip(results, most_probable, strict=True))
@@ -324,13 +312,11 @@ def test_a_text_without_tokens_is_refused(checkpoint, has_special_tokens):
 
 
 @pytest.mark.parametrize("batch_size", [None, 1, 6])
-def test_a_model_sees_few_shapes_of_little_padding_and_each_core_computes_alone(small_checkpoint, batch_size):
+def test_a_model_sees_few_shapes_of_little_padding_and_each_core_computes_alone(checkpoint, batch_size):
     """Count the shapes: for each new number of tokens, oneDNN compiles every bfloat16 product, which costs time and memory."""
     words = LONG.split()
     texts = [" ".join(random.Random(i).choices(words, k=1 + i * 7 % 480)) for i in range(240)]
-    classify = pipeline(
-        "hierarchical-text-classification", model=small_checkpoint, trust_remote_code=True, device="cpu"
-    )
+    classify = pipeline("hierarchical-text-classification", model=checkpoint, trust_remote_code=True, device="cpu")
     seen = []  # what each forward pass gets, in whichever thread
 
     def look(model, args, kwargs):
