@@ -164,23 +164,6 @@ def test_a_text_unlike_the_training_texts_has_no_bold_class():
         assert f"Unlike the known texts of <bdi>b</bdi>{more}" in shown
 
 
-def test_in_the_tree_of_a_strange_text_no_node_is_marked(clear_checkpoint, tmp_path):
-    code = f"""
-import json, sys
-sys.path.insert(0, {str(SPACE)!r})
-import app
-service = app.Service(app.load({clear_checkpoint!r}, None))
-texts = "Zebras walk by the lake 4711 4712 4713.", {clear_rows(2)[0]["text"]!r}
-print(json.dumps([service.show_result(text, 0.9)[1:3] for text in texts]))
-"""
-    (strange, tree), (usual, usual_tree) = run_outside(code, tmp_path, {"HF_HUB_OFFLINE": "1"})
-    assert "Unlike the texts this model was trained on" in strange
-    assert not re.search("predicted|[✓◆]", tree)
-    assert "%" in tree
-    assert "Unlike" not in usual
-    assert re.search("✓.*◆", usual_tree)
-
-
 def test_of_the_card_the_opening_and_the_plots_are_shown(clear_checkpoint):
     card = (Path(clear_checkpoint) / "README.md").read_text()
     opening = views.card_opening(card)
@@ -258,21 +241,38 @@ def GPU(function):
 """
 
 
-def test_where_zerogpu_is_its_decorator_is_used(clear_checkpoint, tmp_path):
-    (tmp_path / "spaces.py").write_text(ZERO_GPU)
+@pytest.fixture(scope="module")
+def shown(clear_checkpoint, tmp_path_factory) -> list:
+    """Return the number of calls of a GPU that `ZERO_GPU` lends, and parts of the page, from one process."""
+    folder = tmp_path_factory.mktemp("zerogpu")
+    (folder / "spaces.py").write_text(ZERO_GPU)
     code = f"""
 import json, sys
-sys.path[:0] = [{str(SPACE)!r}, {str(tmp_path)!r}]
+sys.path[:0] = [{str(SPACE)!r}, {str(folder)!r}]
 import spaces, app
 service = app.Service(app.load({clear_checkpoint!r}, None))
 pages = [service.show_result("", 0.9)[1], service.show_result("Angina.", 2)[1], service.show_words("Angina.", "neoplasms")]
-print(json.dumps([spaces.lent, *pages]))
+lent, texts = spaces.lent, ("Zebras walk by the lake 4711 4712 4713.", {clear_rows(2)[0]["text"]!r})
+print(json.dumps([lent, *pages, *(service.show_result(text, 0.9)[1:3] for text in texts)]))
 """
-    calls, empty, high, words = run_outside(code, tmp_path, {"HF_HUB_OFFLINE": "1"})
+    return run_outside(code, folder, {"HF_HUB_OFFLINE": "1"})
+
+
+def test_where_zerogpu_is_its_decorator_is_used(shown):
+    calls, empty, high, words, *_ = shown
     assert calls == 2
     assert "The text is empty." in empty
     assert "The coverage must be a number between 0.5 and 0.99." in high
     assert "Angina" in words
+
+
+def test_in_the_tree_of_a_strange_text_no_node_is_marked(shown):
+    *_, (strange, tree), (usual, usual_tree) = shown
+    assert "Unlike the texts this model was trained on" in strange
+    assert not re.search("predicted|[✓◆]", tree)
+    assert "%" in tree
+    assert "Unlike" not in usual
+    assert re.search("✓.*◆", usual_tree)
 
 
 START = """
