@@ -6,6 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 from conftest import ROOT, clear_rows, run_outside
 from packaging.requirements import Requirement
