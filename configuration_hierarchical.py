@@ -26,9 +26,7 @@ except ImportError:  # as a top-level module of the repository, not as remote co
     from taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy, TaxonomyError, to_nfc
 
 logger = logging.get_logger(__name__)
-# of config.json. Version 2 has other prediction sets for one path; version 1 also other fields for the calibration, and may lack
-# the version
-FORMAT_VERSION = 3
+FORMAT_VERSION, READABLE = 3, (2, 3)  # of config.json. In version 2, prediction sets of one path followed another rule
 SINGLE_LABEL, MULTI_LABEL = "single_label_classification", "multi_label_classification"
 ENCODER_FIELDS = ("hidden_size", "num_hidden_layers", "max_position_embeddings", "pad_token_id")
 # ENCODER_FIELDS repeat text_config, and a stored attn_implementation can name a repository of unpinned code
@@ -38,16 +36,6 @@ LISTS = (list, tuple)
 PAGE = {"title": str, "medical": bool, "examples": list}  # what ``page`` may hold
 DEFAULT_ENCODER = "emilyalsentzer/Bio_ClinicalBERT"
 DEFAULT_ENCODER_REVISION = "d5892b39a4adaed74b92212a44081509db72f87b"
-# fields of `Calibration`, and their names at the top level of config.json in format 1
-FORMAT_1_CALIBRATION = {
-    "lexical_weight": ["lexical_weight"],
-    "scales": ["node_scales"],
-    "biases": ["node_biases"],
-    "thresholds": ["node_thresholds"],
-    "set_thresholds": ["conformal_thresholds", "recall_thresholds"],
-    "max_length": ["conformal_max_length"],
-    "num_texts": ["recall_texts"],
-}
 
 
 @dataclass
@@ -236,21 +224,20 @@ class HierarchicalConfig(PretrainedConfig):
         """Read a stored configuration, and check arguments given at loading as if they were stored.
 
         Raises:
-            ValueError: the configuration has a newer format, a given taxonomy is not the stored one, or see the class.
+            ValueError: the configuration has another format, a given taxonomy is not the stored one, or see the class.
         """
-        version = config_dict.get("format_version", 1)
-        if not isinstance(version, int) or version > FORMAT_VERSION:
-            problem = f"its format_version is {version!r}, and this code reads versions up to {FORMAT_VERSION}"
-            advice = "use a newer release, or trust_remote_code=True, which runs the code that the checkpoint holds"
+        version = config_dict.get("format_version")
+        if version not in READABLE:
+            problem = (
+                f"its format_version is {version!r}, and this code reads versions {' and '.join(map(str, READABLE))}"
+            )
+            advice = "use another release, or trust_remote_code=True, which runs the code that the checkpoint holds"
             raise ValueError(f"{problem}: {advice}")
-        config_dict = upgrade_calibration(config_dict)
-        if version < 3 and config_dict.get("problem_type") != MULTI_LABEL and config_dict.get("calibration"):
+        if version == 2 and config_dict.get("problem_type") != MULTI_LABEL and config_dict.get("calibration"):
             of_sets = {name for name in config_dict["calibration"] if name.startswith("set_")}
             if of_sets:
-                problem = (
-                    "this checkpoint's thresholds of prediction sets are those of an earlier release, and are not read"
-                )
-                logger.warning("%s: train again, or load the model with trust_remote_code=True", problem)
+                problem = "the checkpoint's thresholds of prediction sets are those of an earlier release"
+                logger.warning("%s, and are not read: train again, or load it with trust_remote_code=True", problem)
             kept = {name: value for name, value in config_dict["calibration"].items() if name not in of_sets}
             config_dict = {**config_dict, "calibration": kept}
         own = {*inspect.signature(cls.__init__).parameters, "id2label", "label2id", "num_labels"} - {"text_config"}
@@ -311,21 +298,6 @@ def read_calibration(given: Calibration | dict | None) -> Calibration:
         return Calibration(**(asdict(given) if is_dataclass(given) else given or {}))
     except TypeError as error:
         raise ValueError(f"calibration has unknown fields: {error}") from error
-
-
-def upgrade_calibration(stored: dict[str, Any]) -> dict[str, Any]:
-    """Move the fields of `FORMAT_1_CALIBRATION` into ``calibration``. Other configurations are returned unchanged."""
-    given = [(field, old) for field, names in FORMAT_1_CALIBRATION.items() for old in names]
-    calibration = {field: stored[old] for field, old in given if stored.get(old) is not None}
-    if temperatures := stored.get("temperatures"):
-        tree = read_tree(**stored)
-        check_numbers("temperatures", temperatures, len(tree.decisions))
-        calibration["scales"] = [1 / temperatures[decision] for decision in tree.decision_of]
-    if stored.get("refitted"):  # trained on the validation rows too: its prediction sets guarantee nothing
-        calibration.pop("set_thresholds", None)
-    removed = {old for _, old in given} | {"temperatures", "refitted"}
-    kept = {name: value for name, value in stored.items() if name not in removed}
-    return {**kept, "calibration": calibration} if calibration else kept
 
 
 def check_numbers(name: str, values: Any, count: int | None = None) -> None:

@@ -9,12 +9,9 @@ Worth knowing:
 4. This file has no parameters and fits nothing. Fits, metrics and the focal loss are not published with a checkpoint.
 """
 
-import csv
 import math
-import os
 from collections.abc import Callable, Container, Mapping, Sequence
 from numbers import Real
-from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -366,22 +363,25 @@ class OnePath(Decisions):
         return None
 
     def prepare_costs(self, costs: Any) -> "str | Tensor":
-        """Check the costs of errors: "distance", a CSV file or {correct leaf: {predicted leaf: cost}}.
+        """Check the costs of errors: "distance", or {correct leaf: {predicted leaf: cost}}.
 
         Return "distance", or a table (num_leaves, num_leaves): correct leaves by predicted ones.
         """
         if isinstance(costs, str) and costs == "distance":
             return costs
-        if not isinstance(costs, (str, os.PathLike, Mapping)):
-            raise ValueError(
-                'for single-path models, costs are "distance", a CSV file, or {correct leaf: {predicted leaf: cost}}'
-            )
-        table = costs if isinstance(costs, Mapping) else read_cost_table(costs)
-        values = []
-        for label, row in zip(self.tree.labels, by_leaf(self.tree, table, "rows"), strict=False):  # leaves come first
-            where = f"the row of {label!r}"  # the checkpoint's own label, of any length
-            values.append([read_cost(cost, where) for cost in by_leaf(self.tree, row, where)])
-        return torch.tensor(values, dtype=torch.float64)
+        if not isinstance(costs, Mapping) or not all(isinstance(row, Mapping) for row in costs.values()):
+            raise ValueError('for single-path models, costs are "distance", or {correct leaf: {predicted leaf: cost}}')
+        table = torch.full((self.num_leaves, self.num_leaves), math.nan, dtype=torch.float64)
+        for correct, row in costs.items():
+            for predicted, cost in row.items():
+                pair = self.tree.id(str(correct)), self.tree.id(str(predicted))
+                if max(pair) >= self.num_leaves:
+                    raise ValueError(f"costs are of leaves, and {self.tree.labels[max(pair)]!r} is none")
+                table[pair] = read_cost(cost, f"predicting {predicted} for {correct}")
+        for correct, predicted in table.isnan().nonzero().tolist():
+            pair_labels = f"predicting {self.tree.labels[predicted]!r} for {self.tree.labels[correct]!r}"
+            raise ValueError(f"costs: the cost of {pair_labels} is missing")
+        return table
 
     def prediction_sets(self, probabilities: Tensor, threshold: SetThreshold | Tensor) -> Tensor:
         """Return which nodes are in each text's prediction set, (B, num_nodes) bool, from P(node), (B, num_nodes).
@@ -704,43 +704,6 @@ def cost_threshold(missing: float, inventing: float) -> float:
     its parent, so the ancestors of a predicted node are predicted too.
     """
     return inventing / (missing + inventing)
-
-
-def read_cost_table(path: str | os.PathLike) -> dict[str, dict[str, str]]:
-    """Read a CSV file of costs: the first column names the correct leaves, the first row the predicted ones."""
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            lines = [fields for fields in csv.reader(file) if any(fields)]
-    except OSError as error:
-        raise ValueError(f"cannot read the costs {path}: {error.strerror}") from error
-    except (csv.Error, ValueError) as error:
-        raise ValueError(f"the costs {path} are not a CSV table in UTF-8") from error
-    while lines and not any(fields[-1] for fields in lines):  # spreadsheets append blank columns
-        lines = [fields[:-1] for fields in lines]
-    leaves = lines[0][1:] if lines else []
-    table = {correct: dict(zip(leaves, costs, strict=False)) for correct, *costs in lines[1:]}
-    # a name with a comma that is not quoted would shift the costs of its row
-    if {len(fields) for fields in lines} != {1 + len({*leaves})} or len(table) != len(lines) - 1:
-        needs = "a name and a cost for each column, separated by commas, and no leaf twice"
-        raise ValueError(f"the costs {path} are not a table: each row needs {needs}")
-    return table
-
-
-def by_leaf(tree: Taxonomy, given: Any, where: str) -> list[Any]:
-    """Return the values of a mapping whose keys name the leaves, in the order of the leaves.
-
-    Raises ValueError unless the keys name every leaf once. ``where`` is for the message.
-    """
-    if not isinstance(given, Mapping):
-        raise ValueError(f"costs: {where} must map leaves to costs, not {type(given).__name__}")
-    try:
-        nodes = [tree.id(str(name)) for name in given]
-    except ValueError as error:
-        raise ValueError(f"costs are of leaves; {where}: {error}") from error
-    if sorted(nodes) != [*range(tree.num_leaves)]:
-        wrong = next(node for node in range(tree.num_nodes) if nodes.count(node) != (node < tree.num_leaves))
-        raise ValueError(f"costs: {where} must name each leaf once, and nothing else: see {tree.labels[wrong]!r}")
-    return [value for _, value in sorted(zip(nodes, given.values(), strict=True), key=itemgetter(0))]
 
 
 def read_cost(value: Any, what: str) -> float:

@@ -90,22 +90,10 @@ class LexicalHead(nn.Module):
         counted = input_ids < len(self.idf)
         if attention_mask is not None:
             counted = counted & attention_mask.to(counted.device).bool()
-        # sorting brings equal ids together and ignored ones to the end; a (B, V) count matrix would be mostly zeros
-        ids = input_ids.where(counted, len(self.idf)).sort(1).values
-        is_first = nn.functional.pad(ids[:, 1:] != ids[:, :-1], (1, 0), value=True)
-        group = is_first.long().cumsum(1) - 1
-        ones = torch.ones_like(ids, dtype=torch.float32)
-        counts = torch.zeros_like(ones).scatter_add(1, group, ones)
-        known = is_first & (ids < len(self.idf))
-        ids = ids.where(known, 0)
-        tfidf = (1 + counts.gather(1, group).log()) * self.idf[ids].float() * known  # at the first of equal ids
-        tfidf = nn.functional.normalize(tfidf)
-        if torch.compiler.is_exporting():  # ONNX has no weighted embedding_bag
-            scores = (self.weight[:, ids].float() * tfidf).sum(2).T
-        else:
-            weight = self.weight.T.float()  # (V, num_classes)
-            scores = nn.functional.embedding_bag(ids, weight, per_sample_weights=tfidf, mode="sum")
-        return scores + self.bias.float()
+        zeros = torch.zeros(input_ids.shape[0], len(self.idf), device=self.idf.device)
+        counts = zeros.scatter_add(1, input_ids.where(counted, 0), counted.float())
+        tfidf = torch.where(counts > 0, 1 + counts.clamp(min=1).log(), 0) * self.idf.float()
+        return nn.functional.linear(nn.functional.normalize(tfidf), self.weight.float(), self.bias.float())
 
 
 # ── Windows ──────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -16,17 +16,13 @@ Worth knowing:
 
 import copy
 import math
-import os
-import re
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
 from itertools import chain, islice
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -50,15 +46,10 @@ logger = logging.get_logger(__name__)
 RESULT_VERSION = 2  # of the fields of a result. In version 1, they differed between the forms of label
 TOKENS_ON_CPU, TOKENS_ELSEWHERE = 2048, 32_768  # in a batch, padding included
 TEXTS_AHEAD = 512
-CHARACTERS_PER_TOKEN = 8  # most texts have fewer
-PIECE = 2**16  # characters, in which the unread rest of a text is tokenized
 BATCHES_AHEAD = 32
-# Core counts of the calls that are starting threads, shared by all copies of this module. Not a lock: Ctrl+C could leave it held.
-STARTING: list[int] = vars(threading).setdefault("_hierarchical_starting", [])
 
 
-@dataclass
-class PendingTexts:
+class PendingTexts(NamedTuple):
     """Texts whose batches are being computed."""
 
     order: list[int]  # the index of each text, in the order of the batches
@@ -97,9 +88,9 @@ class HierarchicalTextClassificationPipeline(Pipeline):
             like ``coverage``.
         costs: predict the leaf of least expected cost (see `expected_costs`; in a tie, the most probable). Excludes
             ``top_k``. ``"distance"`` is the number of edges between correct and predicted leaf, with roots joined by a node
-            above them. A table is ``{correct leaf: {predicted leaf: cost}}``, or the path of a CSV file. Its first column names
-            the correct leaves, and its first row the predicted ones. For multi-label models ``{"missing": a, "inventing": b}``
-            are the costs of each false negative and each false positive node: see `cost_threshold`.
+            above them. A table is ``{correct leaf: {predicted leaf: cost}}``. For multi-label models
+            ``{"missing": a, "inventing": b}`` are the costs of each false negative and each false positive node: see
+            `cost_threshold`.
         prior: how frequent the classes are in these texts, if they are not like the validation rows: a list in the order of the
             classes, as `estimate_prior` returns it, or a mapping from their labels. It corrects all probabilities, and
             ``coverage`` is then for texts with these frequencies. Excludes ``recall``.
@@ -136,6 +127,9 @@ class HierarchicalTextClassificationPipeline(Pipeline):
             raise ValueError(f"the tokenizer's model_max_length {problem}: set it in tokenizer_config.json")
         # each core of a CPU computes its own batches, unless weights are offloaded
         self._uses_cpu_threads = self.device.type == "cpu" and not hasattr(self.model, "hf_device_map")
+        self._num_threads = (
+            torch.get_num_threads()
+        )  # later, a new thread may read the 1 that the workers of a call have set
         if self.device.type == "cpu":
             weights = [*self.model.parameters()]
             if any(getattr(weight, name, None) is not None for weight in weights for name in ("quant_state", "CB")):
@@ -153,7 +147,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         max_length: int | None = None,
         coverage: float | None = None,
         recall: float | None = None,
-        costs: str | os.PathLike | Mapping | None = None,
+        costs: str | Mapping | None = None,
         prior: list[float] | Mapping[str, float] | None = None,
         levels: bool | None = None,
         novelty: float | None = None,
@@ -188,12 +182,12 @@ class HierarchicalTextClassificationPipeline(Pipeline):
             raise ValueError("a table is not a list of texts: give the column that holds them, such as table['text']")
         if isinstance(inputs, (list, tuple)):
             texts = [read_text(item, position) for position, item in enumerate(inputs)]
-            return list(self._classify(texts, batch_size, truncation, partial(self._collect, **output)))
+            return list(self._classify(texts, batch_size, truncation, output))
         is_stream = isinstance(inputs, Iterable) or (hasattr(inputs, "__getitem__") and hasattr(inputs, "__len__"))
         if isinstance(inputs, (str, bytes, Mapping)) or not is_stream:
             pending = self._submit([read_text(inputs, 0)], batch_size, truncation, None)
             return next(self._collect(pending, **output))
-        return self._classify(inputs, batch_size, truncation, partial(self._collect, **output))
+        return self._classify(inputs, batch_size, truncation, output)
 
     def estimate_prior(self, texts: Iterable) -> list[float]:
         """Estimate how frequent the classes are in unlabelled texts, for the argument ``prior``.
@@ -201,9 +195,12 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         Raises:
             ValueError: the checkpoint does not store the frequencies of its validation rows, or there are no texts.
         """
-        calibration = self.model.config.calibration
+        calibration, classes = self.model.config.calibration, self.tree.labels[: self.decisions.num_classes]
         fitted_prior(calibration)  # raises before texts are read
-        rows = [*self._classify(texts, self._batch_size, self._preprocess_params, self._class_probabilities)]
+        rows = []
+        for result in self._classify(texts, self._batch_size, self._preprocess_params, {"levels": True}):
+            scores = {label: score for level in result["levels"] for label, score in level.items()}
+            rows.append(torch.tensor([scores[label] for label in classes]))
         if not rows:
             raise ValueError("no class frequencies can be estimated without texts")
         return estimate_prior(self.decisions, calibration, torch.stack(rows)).tolist()
@@ -222,10 +219,8 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         if {"costs", "top_k"} <= output.keys():
             raise ValueError("costs choose one prediction for each text: give either costs or top_k")
 
-    def _classify(
-        self, items: Iterable, batch_size: int | None, truncation: dict, collect: Callable[[PendingTexts], Iterator]
-    ) -> Iterator:
-        """Yield what ``collect`` makes of the items, in their order. Some batches are read ahead."""
+    def _classify(self, items: Iterable, batch_size: int | None, truncation: dict, output: dict) -> Iterator:
+        """Yield the results of the items, in their order. Some batches are read ahead."""
         numbered = enumerate(items if isinstance(items, Iterable) else (items[i] for i in range(len(items))))
         ahead = TEXTS_AHEAD if batch_size is None else 1 if batch_size == 1 else BATCHES_AHEAD * batch_size
         workers = self._workers()
@@ -243,7 +238,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
                     waiting.append(self._submit(texts, batch_size, truncation, workers, alone))
                 is_last = not texts or read_error is not None
                 while len(waiting) > (0 if is_last or ahead == 1 else 1):
-                    yield from collect(waiting.popleft())
+                    yield from self._collect(waiting.popleft(), **output)
                 if read_error is not None:
                     raise read_error
                 if not texts:
@@ -255,10 +250,9 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         """Start the threads that compute batches: one for each core that torch uses on a CPU, else one in all."""
         if not self._uses_cpu_threads:
             return ThreadPoolExecutor(1)
-        others = [*STARTING]  # in a new thread torch may return the 1 that another call's workers have just set
-        count = torch.get_num_threads()
-        count = max([count, *others, *STARTING])
-        ready = threading.Barrier(count + 1)
+        count = self._num_threads
+        # after Ctrl+C, waiting threads would keep the process alive
+        ready = threading.Barrier(count + 1, timeout=30)
 
         def start() -> None:
             torch.get_num_threads()  # without this call, the first operation would undo the next line
@@ -266,17 +260,10 @@ class HierarchicalTextClassificationPipeline(Pipeline):
             ready.wait()
 
         workers = ThreadPoolExecutor(count)
-        STARTING.append(count)
-        try:
-            for _ in range(count):
-                workers.submit(start)
-            ready.wait()
-        except BaseException:  # Ctrl+C: a waiting thread would keep the process alive
-            ready.abort()
-            raise
-        finally:
-            torch.set_num_threads(count)  # each thread has its own number; new threads start with the last one set
-            STARTING.remove(count)
+        for _ in range(count):
+            workers.submit(start)
+        ready.wait()
+        torch.set_num_threads(count)  # each thread has its own number; new threads start with the last one set
         return workers
 
     def _submit(
@@ -304,17 +291,6 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         counts = [*zip(tokens, lengths, strict=True)]
         return PendingTexts([*chain(*batches)], counts, outputs)
 
-    def _outputs(self, pending: PendingTexts) -> tuple[Tensor, Tensor | None]:
-        """Return the node probabilities of pending texts in order, (B, num_nodes), in float64, and their strangeness."""
-        of_batches = [batch.result() for batch in pending.outputs]
-        order = torch.tensor(pending.order).argsort()
-        joined = {name: torch.cat([batch[name] for batch in of_batches])[order] for name in of_batches[0]}
-        return joined["node_log_probs"].double().exp(), joined.get("strangeness")
-
-    def _class_probabilities(self, pending: PendingTexts) -> Iterator[Tensor]:
-        """Yield the class probabilities of each pending text, (num_classes,), in float32."""
-        yield from self._outputs(pending)[0][:, : self.decisions.num_classes].float()
-
     def _collect(
         self,
         pending: PendingTexts,
@@ -328,7 +304,10 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         ``costs`` and ``prior`` are those of `Decisions.prepare_costs` and `read_prior`, and ``output`` are arguments of
         `postprocess`.
         """
-        calibration, (uncorrected, strangeness) = self.model.config.calibration, self._outputs(pending)
+        calibration, of_batches = self.model.config.calibration, [batch.result() for batch in pending.outputs]
+        order = torch.tensor(pending.order).argsort()
+        joined = {name: torch.cat([batch[name] for batch in of_batches])[order] for name in of_batches[0]}
+        uncorrected, strangeness = joined["node_log_probs"].double().exp(), joined.get("strangeness")
         probabilities = uncorrected
         if prior is not None:
             probabilities = self.decisions.adapt(uncorrected, fitted_prior(calibration), prior)
@@ -358,29 +337,17 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         self, texts: list[str], max_length: int | None = None
     ) -> tuple[list[dict[str, list[int]]], list[int]]:
         """Return the tokens of each text, truncated at its end, and how many tokens the whole text has."""
-        length, after, special = self._length(max_length), self._tokens_after, self._tokens_before + self._tokens_after
-        # of long texts only the starts are tokenized at once: the tokens of a whole book take 60 times its memory
-        starts = [piece_of(text, 0, CHARACTERS_PER_TOKEN * length) for text in texts]
-        rows = self._tokenize(starts)
-        tokens = [len(row["input_ids"]) for row in rows]
-        for i, (start, text) in enumerate(zip(starts, texts, strict=True)):
-            done = len(start)
-            while done < len(text):
-                piece = piece_of(text, done, PIECE)
-                (more,) = self._tokenize([piece])
-                tokens[i] += len(more["input_ids"]) - special
-                for name, values in rows[i].items():
-                    joined = values[: len(values) - after] + more[name][self._tokens_before :]
-                    rows[i][name] = truncate(joined, length, after)
-                done += len(piece)
-        if min(tokens) <= special:
+        length, rows, counts = self._length(max_length), [], []
+        for text in texts:  # one at a time: the tokenizer takes 60 times the memory of its texts
+            encoded = self._tokenizer(text, truncation=False, return_attention_mask=True, verbose=False)
+            names = [
+                name for name in self._tokenizer.model_input_names if name in encoded
+            ]  # padding adds a missing mask
+            rows.append({name: truncate(encoded[name], length, self._tokens_after) for name in names})
+            counts.append(len(encoded["input_ids"]))
+        if min(counts) <= self._tokens_before + self._tokens_after:
             raise ValueError("a text has no tokens: the model's tokenizer drops all its characters")
-        return [{name: truncate(row[name], length, after) for name in row} for row in rows], tokens
-
-    def _tokenize(self, texts: list[str]) -> list[dict[str, list[int]]]:
-        encoded = self._tokenizer(texts, truncation=False, return_attention_mask=True, verbose=False)
-        names = [name for name in self._tokenizer.model_input_names if name in encoded]  # padding adds a missing mask
-        return [{name: encoded[name][i] for name in names} for i in range(len(texts))]
+        return rows, counts
 
     def _forward(self, model_inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         outputs = self.model(**model_inputs, output_vectors=self.novelty_tests is not None)
@@ -466,16 +433,6 @@ def batches_by_length(lengths: list[int], batch_size: int | None, tokens: int) -
         batches.append(order[:count])
         order = order[count:]
     return batches
-
-
-def piece_of(text: str, start: int, characters: float) -> str:
-    """Return a text from ``start`` to the first white space after ``characters`` characters, or to its end if there is none.
-
-    The white space begins the next piece. Tokenizers split texts before white space, so pieces have the tokens of the whole text.
-    """
-    is_long = len(text) - start > characters
-    end = re.compile(r"(?<=\S)[ \n]").search(text, start + int(characters)) if is_long else None
-    return text[start : end.start() if end else None]
 
 
 def truncate(tokens: list[int], length: int, num_after: int) -> list[int]:

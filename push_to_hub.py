@@ -1,12 +1,11 @@
 """Publish a checkpoint, and a Space that serves it: ``python push_to_hub.py --model results --repo_id user/name``.
 
-Token, rights, names, card and the content of the repositories are checked first. Model and Space are one commit each.
+Token, rights, names and card are checked first. Model and Space are one commit each.
 """
 
 import argparse
 import json
 import logging
-import sys
 import tempfile
 from pathlib import Path
 
@@ -21,7 +20,6 @@ from configuration_hierarchical import HierarchicalConfig
 from hierarchical_clinicalbert.checkpoint_files import CARD, published_files, read_checkpoint, read_json_object
 from hierarchical_clinicalbert.errors import ROOT, ArgumentParser, InputError, as_input_error, run_command
 from hierarchical_clinicalbert.publishing import card
-from hierarchical_clinicalbert.publishing.description import check_description
 from hierarchical_clinicalbert.publishing.export import export_merged, export_onnx
 from hierarchical_clinicalbert.publishing.hub import (
     SPACE_FILES,
@@ -45,8 +43,6 @@ def main(argv: list[str]) -> None:
     # ── Check the checkpoint, the token, the repositories, the card ─────────────────────────────────────────────────
     folder = Path(arguments.model)
     config = read_checkpoint(folder)
-    if warning := check_description(folder):
-        print(f"push_to_hub.py: warning: {warning}", file=sys.stderr)
     if config.adapter_subfolder is not None and not arguments.merge:
         refuse_local_encoder(config, "give --merge to publish a model that needs no encoder beside it")
     examples = read_examples(arguments.examples) if arguments.examples else []
@@ -151,7 +147,7 @@ def publish_space(
 
 
 def list_changes(target: Target, files: Files) -> None:
-    state = "changed" if target.sha else "created, private" if target.private else "created, public"
+    state = "changed" if target.exists else "created, private" if target.private else "created, public"
     print(f"{target.repo_type} {target.repo_id}, branch {target.revision}, would be {state}:")
     for name, source in sorted(files.items()):
         size = len(source) if isinstance(source, bytes) else source.stat().st_size

@@ -43,7 +43,7 @@ from hierarchical_clinicalbert.evaluation.report import (
 )
 from hierarchical_clinicalbert.files import write_json
 from hierarchical_clinicalbert.machine import keep_memory
-from hierarchical_clinicalbert.publishing.description import SCORED_MODEL, delete_description, delete_scores, hash_model
+from hierarchical_clinicalbert.publishing.card import delete_description, delete_scores
 from hierarchical_clinicalbert.training import resume
 from hierarchical_clinicalbert.training.arguments import Arguments, fit_to_data, parse
 from hierarchical_clinicalbert.training.cpu import KEPT_MEMORY
@@ -178,8 +178,7 @@ def train(arguments: Arguments, data: LabelledSplits, resume_from: str | None, p
     if args.device.type == "cpu":
         keep_memory(*KEPT_MEMORY)
     result = trainer.train(resume_from_checkpoint=resume_from)
-    took_steps = result.global_step != result.metrics.get("resumed_from_step")
-    if args.should_save and took_steps and (output / METRICS).exists():
+    if args.should_save:
         delete_description(output)  # of a finished run that was resumed
     trainer.save_model(_internal_call=True)  # else it is pushed here, before it is measured
     trainer.accelerator.wait_for_everyone()  # all processes load it
@@ -223,7 +222,7 @@ def train(arguments: Arguments, data: LabelledSplits, resume_from: str | None, p
         drawn = {name: metric.title for name, metric in form.metrics.items() if metric.is_key and metric.direction > 0}
         plots.write(plots.training_curves(trainer.state.log_history, drawn), output / "plots" / "training_curves.png")
         write_card(trainer, settings, data_report, output, metrics, classify_example(scorer.model, tokenizer))
-        write_json(output / METRICS, metrics | {SCORED_MODEL: hash_model(output)})
+        write_json(output / METRICS, metrics)
         logger.info("checkpoint, metrics and plots are in %s", output)
     log_metrics(form, scores, scored)
     logger.info("best epoch: %.4g of %.4g; next:\n%s", trainer.best_epoch, trainer.state.epoch, NEXT.format(output))
@@ -317,7 +316,7 @@ def score_checkpoint(arguments: Arguments, data: LabelledSplits) -> None:
         write_json(output / "data_report.json", data.report | {"lengths": lengths})
         classes = class_scores(form, scored, config.calibration.thresholds)
         write_scores(form, scored, config.calibration.thresholds, classes.get("per_class", []), output)
-        write_json(output / METRICS, metrics | classes | {SCORED_MODEL: hash_model(Path(source))})
+        write_json(output / METRICS, metrics | classes)
         logger.info("metrics and plots are in %s", output)
     log_metrics(form, metrics, scored)
 

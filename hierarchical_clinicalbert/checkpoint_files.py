@@ -1,6 +1,5 @@
 """Define which files form a checkpoint, and check that a folder holds a complete one."""
 
-import importlib.metadata
 import json
 import logging
 import re
@@ -27,9 +26,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 CARD, METRICS, PLOTS = "README.md", "metrics.json", "plots/*.png"
 ENDPOINT_FILES = ("handler.py", "requirements.txt")  # for Inference Endpoints
 ONNX_FILE, QUANTIZED_ONNX_FILE = "onnx/model.onnx", "onnx/model_quantized.onnx"
-ONNX_WEIGHTS_FILE = "onnx/model.onnx_data"  # the weights of ONNX_FILE, where one file cannot hold them
 TRUNCATION_FILE = "sentence_bert_config.json"  # where text-embeddings-inference reads the length to truncate at
-EXPORTED_FILES = (ONNX_FILE, ONNX_WEIGHTS_FILE, QUANTIZED_ONNX_FILE, TRUNCATION_FILE)
+EXPORTED_FILES = (ONNX_FILE, QUANTIZED_ONNX_FILE, TRUNCATION_FILE)
 # files that are read to load a checkpoint, those that are published, and those with the scores of a run
 MODEL_FILES = (
     *("config.json", *SHIPPED_FILES, *TOKENIZER_FILES),
@@ -49,18 +47,10 @@ def published_files(folder: Path) -> dict[str, Path | bytes]:
     """Return a checkpoint's files to publish, by path in the repository, plus handler.py and requirements.txt."""
     files: dict[str, Path | bytes] = {name: folder / name for name in list_files(folder)}
     files["handler.py"] = PACKAGE / "publishing" / "handler.py"
-    packages = ("torch>", "torch<", "transformers>", "transformers<")  # loading merges the adapter, so it needs no PEFT
-    needed = [line for line in requirements() if line.startswith(packages)]
-    files["requirements.txt"] = "".join(f"{line}\n" for line in needed).encode()
+    packages = ("torch>", "transformers>")  # loading merges the adapter, so it needs no PEFT
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines(keepends=True)
+    files["requirements.txt"] = "".join(line for line in lines if line.startswith(packages)).encode()
     return files
-
-
-def requirements() -> list[str]:
-    """Return the lines of requirements.txt, or of the installed package, which does not include this file."""
-    file = ROOT / "requirements.txt"
-    if file.is_file():
-        return file.read_text(encoding="utf-8").splitlines()
-    return importlib.metadata.requires("hierarchical-clinicalbert") or []
 
 
 def is_local(name: str) -> bool:
@@ -143,22 +133,14 @@ def encoder_on_hub(config: HierarchicalConfig) -> str | None:
     return None if revision is None or Path(name).is_absolute() else f"{name} at {revision}"
 
 
-def weights_files(folder: Path) -> list[str]:
-    """Return the paths of the files that hold a checkpoint's weights, and of the adapter's configuration, below its folder."""
-    if read_json_object(folder / "config.json").get("adapter_subfolder") is not None:
-        return [*ADAPTER_FILES]
-    if not (folder / WEIGHTS_INDEX).is_file():
-        return [WEIGHTS]
-    shards = {*read_json_object(folder / WEIGHTS_INDEX)["weight_map"].values()}
-    if WEIGHTS not in shards and (folder / WEIGHTS).is_file():
-        raise InputError(f"{WEIGHTS_INDEX} and {WEIGHTS} are both present, and one of them belongs to earlier weights")
-    return sorted(shards)
-
-
 def find_damage(folder: Path) -> str | None:
     """Return a message that names the first missing or damaged weights file, or None if all are complete."""
+    needed, index = [WEIGHTS], folder / WEIGHTS_INDEX
     try:
-        needed = weights_files(folder)
+        if read_json_object(folder / "config.json").get("adapter_subfolder") is not None:
+            needed = [*ADAPTER_FILES]
+        elif index.is_file():
+            needed = sorted({*read_json_object(index)["weight_map"].values()})
     except InputError as error:
         return str(error)
     for name in needed:

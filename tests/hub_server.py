@@ -46,17 +46,9 @@ class Request:
 
 
 @dataclass
-class Answer:
-    body: Any = b""  # bytes as they are, anything else as JSON
-    status: int = 200
-    headers: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass
 class User:
     name: str
-    role: str  # "read", "write" or "fineGrained"
-    orgs: tuple[str, ...] = ()
+    role: str  # "read" or "write"
 
 
 @dataclass
@@ -106,12 +98,7 @@ def card_errors(content: str) -> list[str]:
         data = (yaml.safe_load(found[1]) if found else None) or {}
     except yaml.YAMLError as error:
         return [f"YAML Metadata Error: {' '.join(str(error).split())}"]
-    forms = {"tags": (list, "an array"), "license": (str, "a string"), "base_model": (str, "a string")}
-    return [
-        f'"{name}" must be {form}'
-        for name, (kind, form) in forms.items()
-        if not isinstance(data.get(name, kind()), kind)
-    ]
+    return [] if isinstance(data.get("tags", []), list) else ['"tags" must be an array']
 
 
 class HubServer:
@@ -120,14 +107,12 @@ class HubServer:
     Attributes:
         endpoint: the URL of the Hub.
         requests: all requests so far.
-        upload_mode: how clients are told to upload files: "regular", or "lfs", which then fails.
     """
 
     def __init__(self) -> None:
         self.users: dict[str, User] = {}  # by token
         self.repos: dict[tuple[str, str], Repo] = {}
         self.requests: list[Request] = []
-        self.upload_mode = "regular"
         self.lock = threading.RLock()
         self._faults: list[list] = []  # requests to go, regular expression, how to fail
         self._server = Listener(("127.0.0.1", 0), type("HubHandler", (Handler,), {"hub": self}))
@@ -154,8 +139,8 @@ class HubServer:
         variables = {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
         return variables | {"HF_HUB_DISABLE_TELEMETRY": "1"} | ({} if token is None else {"HF_TOKEN": token})
 
-    def add_user(self, name: str, token: str, role: str = "write", orgs: tuple[str, ...] = ()) -> None:
-        self.users[token] = User(name, role, orgs)
+    def add_user(self, name: str, token: str, role: str = "write") -> None:
+        self.users[token] = User(name, role)
 
     def add_repo(
         self, repo_id: str, files: dict[str, bytes] | Path, repo_type: str = "model", private: bool = False
@@ -196,8 +181,8 @@ class HubServer:
 
     # ── Requests ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def answer(self, request: Request) -> Answer | None:
-        """Handle a request. None: the connection is to be closed without an answer."""
+    def answer(self, request: Request) -> tuple[Any, dict[str, str]] | None:
+        """Handle a request. Return body and headers, or None if the connection is to be closed without an answer."""
         self.requests.append(request)
         for fault in self._faults:
             fault[0] -= bool(re.search(fault[1], f"{request.method} {request.path}"))
@@ -205,154 +190,123 @@ class HubServer:
         self._faults = [fault for fault in self._faults if fault[0] > 0]
         if due == ["drop"]:
             return None
+        request.status, headers = 200, {}
         try:
             if due:
                 raise HubError(int(due[0]), "Failing on request of the test")
-            reply = self.route(request)
+            body = self.route(request, headers)
         except HubError as error:
-            code = {"X-Error-Code": error.code} if error.code else {}
-            reply = Answer({"error": str(error)}, error.status, {"X-Error-Message": str(error), **code})
-        request.status = reply.status
-        return reply
+            request.status, body = error.status, {"error": str(error)}
+            headers |= {"X-Error-Message": str(error)} | ({"X-Error-Code": error.code} if error.code else {})
+        return body, headers
 
-    def route(self, request: Request) -> Answer:
+    def route(self, request: Request, headers: dict[str, str]) -> Any:
+        """Return the body, bytes as they are and anything else as JSON. Status and ``headers`` are set."""
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         user = self.users.get(token)
         if scheme and user is None:
             raise HubError(401, "Invalid credentials in Authorization header")
         method = "GET" if request.method == "HEAD" else request.method
-        path = unquote(urlsplit(request.path).path)
-        for expected, pattern, function in ROUTES:
-            if method == expected and (found := re.fullmatch(pattern, path)):
-                if "repo" not in found.groupdict():
-                    return function(self, request, user)
-                kind, repo_id, *more = found.groups()
-                repo = self.visible_repo(kind or "models", repo_id, user, writes=function in WRITES)
-                return function(self, request, repo, *more)
+        match [method, *unquote(urlsplit(request.path).path).strip("/").split("/")]:
+            case ["GET", "api", "whoami-v2"]:
+                if user is None:
+                    raise HubError(401, "Invalid username or password.")
+                token = {"displayName": "test", "role": user.role}
+                return {"type": "user", "name": user.name, "orgs": [], "auth": {"accessToken": token}}
+            case ["POST", "api", "validate-yaml"]:
+                errors = card_errors(request.payload["content"])
+                request.status = 400 if errors else 200
+                if request.headers.get("accept") == "text/plain":
+                    return "\n".join(f"- Error: {line}" for line in errors).encode()
+                return {"errors": [{"message": line} for line in errors], "warnings": []}
+            case ["POST", "api", "repos", "create"]:
+                return self.create_repo(request, user)
+            case [_, "api", ("models" | "spaces") as kind, owner, name, *what]:
+                repo = self.visible_repo(kind, f"{owner}/{name}", user, writes=method == "POST")
+                return self.of_repo(request, repo, method, what)
+            case ["GET", "spaces", owner, name, "resolve", revision, *path]:
+                repo = self.visible_repo("spaces", f"{owner}/{name}", user)
+                return resolve(request, headers, repo, revision, "/".join(path))
+            case ["GET", owner, name, "resolve", revision, *path]:
+                repo = self.visible_repo("models", f"{owner}/{name}", user)
+                return resolve(request, headers, repo, revision, "/".join(path))
         raise HubError(404, "Sorry, we can't find the page you are looking for.")
 
-    def visible_repo(self, kind: str, repo_id: str, user: User | None, writes: bool) -> Repo:
+    def visible_repo(self, kind: str, repo_id: str, user: User | None, writes: bool = False) -> Repo:
         repo = self.repos.get((kind, repo_id))
-        mine = user is not None and repo_id.split("/")[0] in (user.name, *user.orgs)
+        mine = user is not None and repo_id.split("/")[0] == user.name
         if repo is None or (repo.private and not mine):
             raise HubError(404 if user else 401, "Repository not found", "RepoNotFound")
         if writes and not (mine and user.role != "read"):
             raise HubError(403, "Forbidden: you may not write to this repository")
         return repo
 
-
-# ── Routes without a repository ──────────────────────────────────────────────────────────────────────────────────────
-
-
-def whoami(hub: HubServer, request: Request, user: User | None) -> Answer:
-    if user is None:
-        raise HubError(401, "Invalid username or password.")
-    token: dict[str, Any] = {"displayName": "test", "role": user.role}
-    if user.role == "fineGrained":
-        token["fineGrained"] = {"global": [], "scoped": [{"permissions": ["repo.content.read", "repo.write"]}]}
-    orgs = [{"type": "org", "name": org, "roleInOrg": "admin"} for org in user.orgs]
-    return Answer({"type": "user", "name": user.name, "orgs": orgs, "auth": {"accessToken": token}})
-
-
-def validate_yaml(hub: HubServer, request: Request, user: User | None) -> Answer:
-    errors = card_errors(request.payload["content"])
-    if request.headers.get("accept") == "text/plain":
-        return Answer("\n".join(f"- Error: {line}" for line in errors).encode(), 400 if errors else 200)
-    return Answer({"errors": [{"message": line} for line in errors], "warnings": []}, 400 if errors else 200)
-
-
-def create_repo(hub: HubServer, request: Request, user: User | None) -> Answer:
-    payload = request.payload
-    kind = KINDS[payload.get("type") or "model"]
-    if user is None or user.role == "read":
-        raise HubError(403, "Forbidden: this token has no write permission")
-    repo = Repo(kind, f"{payload.get('organization') or user.name}/{payload['name']}")
-    repo.private = payload.get("visibility") == "private"
-    exists = (kind, repo.id) in hub.repos
-    if not exists:
-        repo.commit("main", {".gitattributes": b""}, "initial commit")
-        hub.repos[kind, repo.id] = repo
-    return Answer({"url": f"{hub.endpoint}{repo.place}"}, 409 if exists else 200)
-
-
-# ── Routes of a repository ───────────────────────────────────────────────────────────────────────────────────────────
-
-
-def create_branch(hub: HubServer, request: Request, repo: Repo, branch: str) -> Answer:
-    if branch in repo.branches:
-        raise HubError(409, f"Reference already exists: {branch}")
-    repo.branches[branch] = list(repo.branches["main"])
-    return Answer({}, 201)
-
-
-def variables(hub: HubServer, request: Request, repo: Repo) -> Answer:
-    if request.method == "POST":
-        repo.variables[request.payload["key"]] = request.payload
-    return Answer(repo.variables)
-
-
-def preupload(hub: HubServer, request: Request, repo: Repo, branch: str) -> Answer:
-    there, files = repo.at(branch).files, []
-    for file in request.payload["files"]:
-        known = {"oid": git_oid(there[file["path"]])} if file["path"] in there else {}
-        files.append({"path": file["path"], "uploadMode": hub.upload_mode, "shouldIgnore": False, **known})
-    return Answer({"files": files, "commitOid": repo.at(branch).sha})
-
-
-def make_commit(hub: HubServer, request: Request, repo: Repo, branch: str) -> Answer:
-    head = repo.at(branch)
-    header, *changes = [json.loads(line)["value"] for line in request.body.splitlines() if line.strip()]
-    if header.get("parentCommit") not in (None, head.sha):
-        raise HubError(412, "A commit has happened since. Please refresh and try again.")
-    files = dict(head.files)
-    for change in changes:
-        if "content" in change:
-            files[change["path"]] = base64.b64decode(change["content"])
+    def create_repo(self, request: Request, user: User | None) -> Any:
+        payload = request.payload
+        kind = KINDS[payload.get("type") or "model"]
+        if user is None or user.role == "read":
+            raise HubError(403, "Forbidden: this token has no write permission")
+        repo = Repo(kind, f"{payload.get('organization') or user.name}/{payload['name']}")
+        repo.private = payload.get("visibility") == "private"
+        if (kind, repo.id) in self.repos:
+            request.status = 409
         else:
-            del files[change["path"]]
-    sha = repo.commit(branch, files, header["summary"]).sha
-    return Answer({"success": True, "commitOid": sha, "commitUrl": f"{hub.endpoint}{repo.place}/commit/{sha}"})
+            repo.commit("main", {".gitattributes": b""}, "initial commit")
+            self.repos[kind, repo.id] = repo
+        return {"url": f"{self.endpoint}{repo.place}"}
+
+    def of_repo(self, request: Request, repo: Repo, method: str, what: list[str]) -> Any:
+        """Handle a request to the API of a repository."""
+        match [method, *what]:
+            case ["POST", "branch", branch]:
+                if branch in repo.branches:
+                    raise HubError(409, f"Reference already exists: {branch}")
+                repo.branches[branch] = list(repo.branches["main"])
+                return {}
+            case ["POST", "variables"]:
+                repo.variables[request.payload["key"]] = request.payload
+                return repo.variables
+            case ["POST", "preupload", branch]:
+                there, files = repo.at(branch).files, []
+                for file in request.payload["files"]:
+                    known = {"oid": git_oid(there[file["path"]])} if file["path"] in there else {}
+                    files.append({"path": file["path"], "uploadMode": "regular", "shouldIgnore": False, **known})
+                return {"files": files, "commitOid": repo.at(branch).sha}
+            case ["POST", "commit", branch]:
+                header, *changes = [json.loads(line)["value"] for line in request.body.splitlines() if line.strip()]
+                files = dict(repo.at(branch).files)
+                for change in changes:
+                    if "content" in change:
+                        files[change["path"]] = base64.b64decode(change["content"])
+                    else:
+                        del files[change["path"]]
+                sha = repo.commit(branch, files, header["summary"]).sha
+                url = f"{self.endpoint}{repo.place}/commit/{sha}"
+                return {"success": True, "commitOid": sha, "commitUrl": url}
+            case ["GET", "tree", revision, *path]:  # recursively, without folders
+                folder = "".join(f"{part}/" for part in path)
+                files = {name: data for name, data in repo.at(revision).files.items() if name.startswith(folder)}
+                if folder and not files:
+                    raise HubError(404, f"{folder} does not exist", "EntryNotFound")
+                return [
+                    {"type": "file", "path": name, "oid": git_oid(data), "size": len(data)}
+                    for name, data in files.items()
+                ]
+            case ["GET"] | ["GET", "revision", _]:
+                commit = repo.at(what[1] if what else "main")
+                siblings = [{"rfilename": path} for path in sorted(commit.files)]
+                return {"id": repo.id, "sha": commit.sha, "private": repo.private, "siblings": siblings}
+        raise HubError(404, "Sorry, we can't find the page you are looking for.")
 
 
-def resolve(hub: HubServer, request: Request, repo: Repo, revision: str, path: str) -> Answer:
+def resolve(request: Request, headers: dict[str, str], repo: Repo, revision: str, path: str) -> Any:
+    """Return the content of a file."""
     commit = repo.at(revision)
-    headers = {"X-Repo-Commit": commit.sha}
+    headers["X-Repo-Commit"] = commit.sha
     if path not in commit.files:
-        return Answer({"error": "Entry not found"}, 404, headers | {"X-Error-Code": "EntryNotFound"})
-    return Answer(commit.files[path], headers=headers | {"ETag": f'"{git_oid(commit.files[path])}"'})
-
-
-def tree(hub: HubServer, request: Request, repo: Repo, revision: str, path: str | None) -> Answer:
-    """List files recursively, without folders."""
-    folder = f"{path.strip('/')}/" if path else ""
-    files = {name: data for name, data in repo.at(revision).files.items() if name.startswith(folder)}
-    if folder and not files:
-        raise HubError(404, f"{path} does not exist", "EntryNotFound")
-    entries = [{"type": "file", "path": name, "oid": git_oid(data), "size": len(data)} for name, data in files.items()]
-    return Answer(entries)
-
-
-def info(hub: HubServer, request: Request, repo: Repo, revision: str | None) -> Answer:
-    commit = repo.at(revision or "main")
-    siblings = [{"rfilename": path} for path in sorted(commit.files)]
-    return Answer({"id": repo.id, "sha": commit.sha, "private": repo.private, "siblings": siblings})
-
-
-API, NAME = "/api/(models|spaces)/(?P<repo>[^/]+/[^/]+)", "([^/]+)"
-ROUTES = [  # the first that matches handles a request
-    ("GET", "/api/whoami-v2", whoami),
-    ("POST", "/api/validate-yaml", validate_yaml),
-    ("POST", "/api/repos/create", create_repo),
-    ("POST", f"{API}/branch/(.+)", create_branch),
-    ("GET", f"{API}/variables", variables),
-    ("POST", f"{API}/variables", variables),
-    ("POST", f"{API}/preupload/(.+)", preupload),
-    ("POST", f"{API}/commit/(.+)", make_commit),
-    ("GET", f"{API}/tree/{NAME}(/.*)?", tree),
-    ("GET", f"{API}(?:/revision/(.+))?", info),
-    ("GET", f"/(?:(spaces)/)?(?P<repo>[^/]+/[^/]+)/resolve/{NAME}/(.*)", resolve),
-]
-WRITES = (create_branch, variables, preupload, make_commit)
+        raise HubError(404, "Entry not found", "EntryNotFound")
+    headers["ETag"] = f'"{git_oid(commit.files[path])}"'
+    return commit.files[path]
 
 
 # ── The server ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -366,15 +320,17 @@ class Handler(BaseHTTPRequestHandler):
     def handle_request(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         headers = {name.lower(): value for name, value in self.headers.items()}
+        request = Request(self.command, self.path, headers, body)
         with self.hub.lock:
-            reply = self.hub.answer(Request(self.command, self.path, headers, body))
-        if reply is None:
+            answer = self.hub.answer(request)
+        if answer is None:
             self.close_connection = True
             return
-        content = reply.body if isinstance(reply.body, bytes) else json.dumps(reply.body).encode()
-        self.send_response(reply.status)
-        kind = "application/octet-stream" if isinstance(reply.body, bytes) else "application/json"
-        for name, value in {"Content-Type": kind, "Content-Length": str(len(content)), **reply.headers}.items():
+        body, named = answer
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(request.status)
+        kind = "application/octet-stream" if isinstance(body, bytes) else "application/json"
+        for name, value in {"Content-Type": kind, "Content-Length": str(len(content)), **named}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":

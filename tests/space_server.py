@@ -4,8 +4,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from functools import cached_property
@@ -26,7 +24,6 @@ class SpaceServer:
         folder: the folder for the log and the temporary files.
         app: the script; by default that of this repository.
         settings: environment variables, added to the current ones.
-        fresh: whether to start a fresh process, as a shell does, to measure its memory.
 
     Attributes:
         address: the URL of the page.
@@ -40,9 +37,7 @@ class SpaceServer:
         folder: Path,
         app: Path = ROOT / "space" / "app.py",
         settings: dict[str, str] | None = None,
-        fresh: bool = False,
     ):
-        self._process: Process | subprocess.Popen
         self.port = free_port()
         self.address, self.scratch, self._log = f"http://127.0.0.1:{self.port}", folder / "tmp", folder / "log"
         no_reuse = httpx.Limits(max_keepalive_connections=0)  # the server may close a connection at any time
@@ -53,12 +48,8 @@ class SpaceServer:
         environment = os.environ | ours | {"HF_HUB_OFFLINE": "1"} | (settings or {})
         with open(os.devnull) as nothing, self._log.open("wb") as log:
             # cwd is not the repository, because on the Hub there is none
-            if fresh:
-                streams = {"stdin": nothing, "stdout": log, "stderr": log}
-                self._process = subprocess.Popen([sys.executable, *words], cwd=folder, env=environment, **streams)
-            else:
-                modules = LIBRARIES if settings else COMMANDS  # libraries may read the settings at import
-                self._process = Process(server(modules), words, folder, environment, [nothing, log, log])
+            modules = LIBRARIES if settings else COMMANDS  # libraries may read the settings at import
+            self._process = Process(server(modules), words, folder, environment, [nothing, log, log])
         try:
             wait_until(self._is_listening, seconds=120)
         except BaseException:  # such as a time limit: nothing else would stop the process

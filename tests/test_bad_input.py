@@ -295,7 +295,7 @@ CHECKPOINTS = {
     "thresholds of another": (
         "self_contained", edit("config.json", calibration={"thresholds": [0.5]}), "thresholds must be a list of 7 numbers"),
     "recall not a list": (
-        "format_1/several_labels", edit("config.json", recall_thresholds=0.3), "calibration: set_thresholds must be a list of 99 numbers"),
+        "self_contained", edit("config.json", calibration={"set_thresholds": 0.3}), "calibration: set_thresholds must be a list of 99 numbers"),
     "another width": ("self_contained", edit("config.json", "text_config", hidden_size=32), "have other shapes than its configuration says"),
     "words without weight": ("adapter_form", edit("config.json", calibration={}), "lexical_vocab_size and the calibration's lexical_weight must be given together"),
     "encoder elsewhere": (
@@ -343,14 +343,14 @@ def test_commands_refuse_a_newer_format_and_predict_runs_the_code_that_comes_wit
     folder = copy_checkpoint("self_contained", place / "checkpoint")
     edit("config.json", format_version=4)(folder)
     (folder / "README.md").write_text("---\nlicense: mit\n---\n")
-    expected = "config.json cannot be used: its format_version is 4, and this code reads versions up to 3: "
-    expected += "use a newer release, or trust_remote_code=True, which runs the code that the checkpoint holds"
+    expected = "config.json cannot be used: its format_version is 4, and this code reads versions 2 and 3: "
+    expected += "use another release, or trust_remote_code=True, which runs the code that the checkpoint holds"
     model = ("--model_name_or_path", "checkpoint", "--output_dir", "results")
     assert expected in refusal(train.main, *model, "--do_train", "false", "--do_predict", "--test_file", "rows.csv")
     assert expected in refusal(train.main, *model, "--train_file", "rows.csv")
     assert expected in refusal(push_to_hub.main, "--model", "checkpoint", "--repo_id", "someone/model")
     code = (folder / "configuration_hierarchical.py").read_text()
-    newer = code.replace("FORMAT_VERSION = 3", "FORMAT_VERSION = 4")
+    newer = code.replace("FORMAT_VERSION, READABLE = 3, (2, 3)", "FORMAT_VERSION, READABLE = 4, (4,)")
     assert newer != code
     (folder / "configuration_hierarchical.py").write_text(newer)
     assert predict.main([*PREDICTION]) == 0
@@ -508,8 +508,8 @@ PREDICT = [
     (("--output_format", "parquet"), "--output_format is for a folder"),
     (("--ray_gpus_per_actor", "1"), "--ray_gpus_per_actor need --ray"),
     (("--ray", "local", "--ray_gpus_per_actor", "-1"), "or a fraction of one, not -1"),
-    (("--costs", "none.csv"), "--costs: cannot read the costs none.csv: No such file"),
-    (("--costs", "missing=1,inventing=2"), "costs are of leaves; rows: the label"),
+    (("--costs", "none.csv"), "none.csv: there is no such file"),
+    (("--costs", "missing=1,inventing=2"), 'costs are "distance", or {correct leaf: {predicted leaf: cost}}'),
     (("--output", "out.txt"), "must end in one of"),
     (("--output", "hf://datasets/me/out/"), "write to a disk or an object store"),
     (("--output", os.fsdecode(b"out\xe9/")), r"--output 'out\udce9/': the name is not UTF-8"),

@@ -11,6 +11,7 @@ from fnmatch import fnmatch
 from pathlib import PurePosixPath
 
 from conftest import ROOT, complete, copy_checkpoint, xlsx
+from forked import LIBRARIES
 
 INSTALLED = {"hierarchical_clinicalbert"} | {path.name for path in ROOT.glob("*_hierarchical.py")}
 EXTRAS = ("openvino", "ray_job")  # modules that need more than requirements.txt
@@ -34,7 +35,18 @@ def test_pip_installs_the_library_and_the_shipped_files_alone_and_all_can_be_imp
         *(ROOT / name for name in ("pyproject.toml", "requirements.txt", "README.md", "LICENSE")),
     ):
         shutil.copy(file, source)
-    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, source]
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--wheel-dir",
+        tmp_path,
+        source,
+    ]
     subprocess.run(build, check=True)
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
@@ -49,7 +61,7 @@ def test_pip_installs_the_library_and_the_shipped_files_alone_and_all_can_be_imp
     imported = [".".join(parts).removesuffix(".__init__") for parts in modules if parts[-1] not in EXTRAS]
     assert len(imported) == len(modules) - len(EXTRAS) > 60
     (tmp_path / "imports.py").write_text(IMPORTS)
-    done = complete("imports.py", tmp_path / "installed", ROOT, *imported, cwd=tmp_path, modules=None)
+    done = complete("imports.py", tmp_path / "installed", ROOT, *imported, cwd=tmp_path, modules=LIBRARIES)
     assert done.returncode == 0, done.stderr[-2000:]
     files = json.loads(done.stdout)
     assert {*imported} <= files.keys()
@@ -74,6 +86,6 @@ def test_the_container_has_the_files_that_its_commands_need(tmp_path):
     environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "huggingface")}
     words = ("--model", tmp_path / "model", "--input", tmp_path / "texts.xlsx", "--output", tmp_path / "out.jsonl")
     for command in (("predict.py", *words), ("space/app.py", "--help")):
-        done = complete(*command, cwd=tmp_path / "app", environment=environment, modules=None)
+        done = complete(*command, cwd=tmp_path / "app", environment=environment, modules=LIBRARIES)
         assert done.returncode == 0, done.stderr[-2000:]
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 1

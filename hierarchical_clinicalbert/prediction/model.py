@@ -13,7 +13,6 @@ import torch
 from transformers import Pipeline, pipeline
 from transformers.utils import cached_file
 
-from decisions_hierarchical import read_cost_table
 from hierarchical_clinicalbert.checkpoint_files import MODEL_FILES, list_files
 from hierarchical_clinicalbert.errors import InputError, as_input_error, describe_error, one_line
 from hierarchical_clinicalbert.files import sha256
@@ -23,6 +22,7 @@ from hierarchical_clinicalbert.prediction.output import Block, OutputRows
 from hierarchical_clinicalbert.prediction.rows import TASKS, RowFormat, output_kind
 from hierarchical_clinicalbert.reading.foreign_code import refuse_foreign_code
 from hierarchical_clinicalbert.reading.results import check_version
+from hierarchical_clinicalbert.reading.sources import find_sources, open_rows
 
 DTYPES = ("fp32", "bf16", "int8")
 KEPT_MEMORY = (32 * 2**20, 2**30, 64 * 2**20)  # arguments of `keep_memory`, which saves a tenth of the time
@@ -103,13 +103,25 @@ def read_costs(flag: str | None) -> tuple[str | dict | None, str | None]:
     if flag is None or flag == "distance":
         return flag, flag
     if flag.endswith(".csv"):
-        with as_input_error("--costs"):
-            table = read_cost_table(flag)
+        table = read_cost_table(flag)
         return table, hashlib.sha256(json.dumps(table).encode()).hexdigest()
     pairs = [pair.partition("=") for pair in flag.split(",")]
     if sorted(name for name, _, _ in pairs) != ["inventing", "missing"]:
         raise InputError(f"--costs {flag}: give distance, a .csv file, or missing=NUMBER,inventing=NUMBER")
     return {name: cost for name, _, cost in pairs}, flag
+
+
+def read_cost_table(file: str) -> dict[str, dict[str, str]]:
+    """Read a table of costs: the first column names the correct leaves, the other columns are predicted ones."""
+    table: dict[str, dict[str, str]] = {}
+    for source in find_sources(file):
+        with open_rows(source) as reader:
+            first, *leaves = reader.columns
+            for row in reader.read(reader.columns):
+                if row.problem or row.values[first] in table:
+                    raise InputError(f"--costs: {reader.place(row)}: {row.problem or 'this leaf has a row already'}")
+                table[row.values[first]] = {leaf: row.values[leaf] for leaf in leaves}
+    return table
 
 
 def load(arguments: Namespace, dtype: str, gpu: bool) -> Pipeline:

@@ -6,14 +6,10 @@ Worth knowing:
 
 1. The Hub reads the front matter. It holds the results as `EvalResult`s, with the numbers of metrics.json.
 2. Names of classes, columns and files are user text, which `escape` makes harmless. Files and folders are shown by name, without their path.
-3. A card ends in a comment with its hash (`sign`), which tells whether a person has edited it since.
-4. A card is written before the id on the Hub is final. `update_for_publishing` replaces the id, and keeps edits made by hand.
+3. A card is written before the id on the Hub is final. `update_for_publishing` replaces the id, and keeps edits made by hand.
 """
 
-import hashlib
-import logging
 import re
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +17,13 @@ import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from configuration_hierarchical import HierarchicalConfig
-from hierarchical_clinicalbert.checkpoint_files import encoder_on_hub
+from hierarchical_clinicalbert.checkpoint_files import SCORE_FILES, encoder_on_hub
 from hierarchical_clinicalbert.data.report import list_rows
 from hierarchical_clinicalbert.evaluation.forms import form_of
 from hierarchical_clinicalbert.evaluation.metrics import PREFIXES, of_all_levels, scores_by_split
 from hierarchical_clinicalbert.evaluation.plots import read_description
 from hierarchical_clinicalbert.evaluation.report import headline, measured_threshold, share_format
 from taxonomy_hierarchical import Taxonomy
-
-logger = logging.getLogger(__name__)
 
 TEMPLATE = Path(__file__).parent / "card.md.jinja"
 TRAINING_SETTINGS = (
@@ -46,7 +40,6 @@ SHOWN_ROOTS = 4  # in a title
 NOT_SHARES = ("log_loss", "ece")  # types of metrics
 
 MEDICAL_EXAMPLE = "Colonoscopy was performed in 120 patients with suspected inflammatory bowel disease."
-SIGNATURE = "\n<!-- sha256 of the text above as it was generated: {} -->\n"
 LICENCE = "apache-2.0"  # of the weights, as an identifier of the Hub
 MODEL_PLACEHOLDER = "your-name/your-model"
 PLACEHOLDER_NOTE = f"`{MODEL_PLACEHOLDER}` stands for the model's id on the Hub; the checkpoint's folder works too."
@@ -66,7 +59,7 @@ def write(
     model_id: str | None = None,
     example_result: dict[str, Any] | None = None,
 ) -> None:
-    """Write README.md into a checkpoint's folder, which may also hold plots. A card that a person wrote or edited is renamed.
+    """Write README.md into a checkpoint's folder, which may also hold plots.
 
     Args:
         settings: the flags of the run.
@@ -77,32 +70,28 @@ def write(
     facts = collect_facts(folder, config, settings, data_report, metrics)
     facts |= {"model_id": model_id or MODEL_PLACEHOLDER, "placeholder_note": "" if model_id else PLACEHOLDER_NOTE}
     card = ModelCard.from_template(metadata(facts), template_path=str(TEMPLATE), example_result=example_result, **facts)
-    keep_edited(folder)
-    (folder / "README.md").write_text(sign(f"{str(card).rstrip()}\n"), encoding="utf-8")
+    (folder / "README.md").write_text(f"{str(card).rstrip()}\n", encoding="utf-8")
 
 
-def sign(text: str) -> str:
-    """Append a comment with the hash of a card, which the Hub does not show."""
-    return text + SIGNATURE.format(hashlib.sha256(text.encode()).hexdigest())
+def delete_scores(folder: Path) -> None:
+    """Delete the scores, predictions and plots of a model."""
+    for pattern in SCORE_FILES:
+        for file in folder.glob(pattern):
+            file.unlink(missing_ok=True)
 
 
-def unsigned(text: str) -> str:
-    """Return a card without the comment of `sign`."""
-    return re.sub(SIGNATURE.format("[0-9a-f]{64}"), "", text)
+def delete_description(folder: Path) -> None:
+    """Delete the scores of a model before other weights replace it: a killed run must not leave those of another model.
 
-
-def keep_edited(folder: Path) -> None:
-    """Rename README.md to ``README.edited-N.md`` if a person has written or edited it, so that it can be replaced."""
-    readme = folder / "README.md"
-    text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else sign("")
-    if text != sign(unsigned(text)):
-        kept = next(file for i in count(1) if not (file := folder / f"README.edited-{i}.md").exists())
-        readme.rename(kept)
-        logger.warning("%s was written or edited by hand: kept as %s", readme, kept.name)
+    The card, which a person may have edited, is renamed.
+    """
+    if (folder / "README.md").is_file():
+        (folder / "README.md").replace(folder / "README.previous.md")
+    delete_scores(folder)
 
 
 def update_for_publishing(text: str, model_id: str, merged: bool, examples: list[str]) -> str:
-    """Replace the model's id in a card's metadata and snippets, and keep edits made by hand. The result has no hash.
+    """Replace the model's id in a card's metadata and snippets, and keep edits made by hand.
 
     Args:
         merged: whether to describe the merged model in place of the adapter.
@@ -111,7 +100,7 @@ def update_for_publishing(text: str, model_id: str, merged: bool, examples: list
     Raises:
         ValueError, yaml.YAMLError: the metadata cannot be read.
     """
-    card = ModelCard(unsigned(text))
+    card = ModelCard(text)
     old_id = card.data.model_name or MODEL_PLACEHOLDER
     if card.data.model_name:
         card.data.model_name = model_id

@@ -1,8 +1,7 @@
 """Export a checkpoint: self-contained, with the adapter merged into the encoder, or as ONNX.
 
-Optimum, text-embeddings-inference and transformers.js look for ``onnx/model.onnx`` beside config.json. Large weights are in
-``onnx/model.onnx_data``, which transformers.js loads with ``use_external_data_format: true``. transformers.js also looks for
-``onnx/model_quantized.onnx``. The inputs are the tokenizer's, (batch, length) of any size up to the model's limit. The output is
+Optimum, text-embeddings-inference and transformers.js look for ``onnx/model.onnx`` beside config.json. transformers.js also looks
+for ``onnx/model_quantized.onnx``. The inputs are the tokenizer's, (batch, length) of any size up to the model's limit. The output is
 ``logits``, (batch, num_leaves), whose softmax is the distribution over the leaves. For multi-label models, the logits are (batch,
 num_nodes), and their sigmoids are the probabilities of the nodes.
 """
@@ -11,8 +10,6 @@ import json
 import logging
 import shutil
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +20,18 @@ from transformers import AutoTokenizer
 from hierarchical_clinicalbert.checkpoint_files import (
     ADAPTER_FILES,
     EXPORTED_FILES,
-    METRICS,
     ONNX_FILE,
-    ONNX_WEIGHTS_FILE,
     QUANTIZED_ONNX_FILE,
     TRUNCATION_FILE,
     list_files,
-    read_json_object,
 )
 from hierarchical_clinicalbert.errors import InputError, as_input_error, is_full_disk, one_line
-from hierarchical_clinicalbert.files import write_json
-from hierarchical_clinicalbert.publishing.description import SCORED_MODEL, hash_model
 from modeling_hierarchical import HierarchicalForSequenceClassification
 
 ONNX_TOLERANCE, QUANTIZED_TOLERANCE = 1e-3, 0.25  # of a probability
 # text-embeddings-inference subtracts the logit of the largest absolute value before its softmax in float32, whose exp
 # overflows above 88
 MIN_LOGIT = -80.0
-MAX_WEIGHTS = 1.5 * 2**30  # bytes in one ONNX file, whose format allows 2 GiB; int8 takes a quarter of float32
 TEXTS = ["A study of ulcers.", "A longer study of ulcers of the stomach, and of what became of them.", "Epilepsy"]
 
 
@@ -58,9 +49,6 @@ def export_merged(folder: Path, output: Path) -> None:
         if not (output / name).exists():
             (output / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(folder / name, output / name)
-    metrics = read_json_object(output / METRICS) if (output / METRICS).is_file() else {}
-    if SCORED_MODEL in metrics:  # else the merged folder, downloaded from the Hub, could not be published again
-        write_json(output / METRICS, metrics | {SCORED_MODEL: hash_model(output)})
 
 
 def load_merged(folder: Path) -> HierarchicalForSequenceClassification:
@@ -80,26 +68,14 @@ class Logits(nn.Module):
         return self.model(**dict(zip(self.names, inputs, strict=True))).logits.clamp(min=MIN_LOGIT)
 
 
-@contextmanager
-def quiet_logs() -> Iterator[None]:
-    """Silence the log lines and warnings of torch's exporter and ONNX Runtime's quantizer."""
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
-
-
 def export_onnx(folder: Path, output: Path) -> dict[str, Path]:
     """Write a checkpoint as `ONNX_FILE` and, with int8 weights, as `QUANTIZED_ONNX_FILE` below a folder. An adapter is merged.
 
-    Weights of more than `MAX_WEIGHTS` go to `ONNX_WEIGHTS_FILE`. `TRUNCATION_FILE` has the tokenizer's limit, in the format of
-    sentence-transformers. Return the paths by these names.
+    `TRUNCATION_FILE` has the tokenizer's limit, in the format of sentence-transformers. Return the paths by these names.
 
     Raises:
-        InputError: a package is missing, the encoder cannot be exported, or probabilities change by more than 1e-3, or 0.25
-            in int8.
+        InputError: a package is missing, the encoder cannot be exported or is larger than the 2 GiB of an ONNX file, or probabilities
+            change by more than 1e-3, or 0.25 in int8.
     """
     # ── Load the checkpoint ──────────────────────────────────────────────────────────────────────────────────────────
     try:
@@ -109,7 +85,6 @@ def export_onnx(folder: Path, output: Path) -> dict[str, Path]:
     except ImportError as error:
         raise InputError(f"--onnx needs pip install onnx onnxscript onnxruntime ({one_line(error)})") from error
     model = load_merged(folder).eval()
-    num_bytes = sum(weight.nbytes for weight in model.parameters())
     model.encoder.set_attn_implementation("eager")  # SDPA would export four more operations on the scores
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     names = list(dict.fromkeys([*tokenizer.model_input_names, "attention_mask"]))
@@ -118,7 +93,8 @@ def export_onnx(folder: Path, output: Path) -> dict[str, Path]:
     # ── Export, and quantize ─────────────────────────────────────────────────────────────────────────────────────────
     file, quantized = output / ONNX_FILE, output / QUANTIZED_ONNX_FILE
     file.parent.mkdir(parents=True, exist_ok=True)
-    with quiet_logs():
+    logging.disable(logging.WARNING)  # torch's exporter and ONNX Runtime's quantizer log and warn a lot
+    with warnings.catch_warnings(action="ignore"):
         try:
             program = torch.onnx.export(
                 Logits(model, names).eval(),
@@ -129,17 +105,18 @@ def export_onnx(folder: Path, output: Path) -> dict[str, Path]:
                 output_names=["logits"],
                 dynamic_shapes=(tuple({0: "batch", 1: "length"} for _ in names),),
             )
-            weights_file = Path(ONNX_WEIGHTS_FILE).name if num_bytes > MAX_WEIGHTS else None
-            onnx_ir.save(program.model, file, external_data=weights_file)
+            onnx_ir.save(program.model, file)
             # With a scale for each column, decisions change a third as often as with one scale (benchmarks/LOG.md).
             # Without VNNI, sums of products with 8-bit weights overflow, and sums of products with 7-bit weights do not.
             quantize_dynamic(file, quantized, weight_type=QuantType.QInt8, per_channel=True, reduce_range=True)
-        # an encoder that cannot be traced, or too large for one file in int8, may raise anything
+        # an encoder that cannot be traced, or is too large for one file, may raise anything
         except Exception as error:
             if is_full_disk(error):
                 raise
             problem = f"{type(model.encoder).__name__} cannot be exported ({type(error).__name__})"
             raise InputError(f"--onnx: {problem}: publish without --onnx") from error
+        finally:
+            logging.disable(logging.NOTSET)
 
     for exported, tolerance in ((file, ONNX_TOLERANCE), (quantized, QUANTIZED_TOLERANCE)):
         gap = largest_gap(exported, model, tokenizer, names)
@@ -147,7 +124,7 @@ def export_onnx(folder: Path, output: Path) -> dict[str, Path]:
             raise InputError(f"{exported.name} changes the probabilities by {gap:.1e}; publish without --onnx")
     truncation = output / TRUNCATION_FILE
     truncation.write_text(json.dumps({"max_seq_length": tokenizer.model_max_length}))
-    return {name: output / name for name in EXPORTED_FILES if (output / name).exists()}
+    return {name: output / name for name in EXPORTED_FILES}
 
 
 def largest_gap(file: Path, model: HierarchicalForSequenceClassification, tokenizer: Any, names: list[str]) -> float:

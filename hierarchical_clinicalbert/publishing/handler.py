@@ -25,7 +25,7 @@ class EndpointHandler:
         """Return the pipeline's result for a text under ``"inputs"``, or its results for a list of texts.
 
         ``"parameters"`` may hold ``top_k``, ``coverage``, ``recall``, ``costs``, ``prior``, ``levels`` and ``novelty``, as arguments of the
-        pipeline. ``costs`` cannot be a path: a client must not read the server's files.
+        pipeline.
 
         Raises:
             ValueError: the request cannot be used. The message is one line and holds none of the texts.
@@ -35,6 +35,4 @@ class EndpointHandler:
         parameters = data.get("parameters") or {}
         if not isinstance(parameters, dict) or not {*PARAMETERS}.issuperset(parameters):
             raise ValueError(f'"parameters" must be an object with any of {", ".join(PARAMETERS)}')
-        if isinstance(parameters.get("costs"), str) and parameters["costs"] != "distance":
-            raise ValueError('"costs" must be "distance" or an object')
         return self.classify(data["inputs"], **parameters)

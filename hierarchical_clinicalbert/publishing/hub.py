@@ -1,19 +1,18 @@
-"""Publish files on the Hub: check the token and its permissions, then make one commit.
+"""Publish files on the Hub: check the token and the names, then make one commit.
 
 Worth knowing:
 
-1. `log_in` and `find_target` check token, permissions, names and the content of the repositories before the first commit.
+1. `log_in` and `find_target` check token, permissions and names before the first commit.
 2. A repository changes by one commit or not at all, and unchanged files make no commit. So a command whose response was
    lost can safely be repeated.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 
 from configuration_hierarchical import HierarchicalConfig
@@ -30,22 +29,17 @@ SPACE_FILES = (
         for name in ("__init__", "columns", "delimited", "encodings", "foreign_code", "results", "rows", "workbook")
     ),
 )
-SPACE_TAG = "hierarchical-text-classification"  # in the front matter of our Spaces
-NEUTRAL_FILES = {".gitattributes", ".gitignore", "README.md", "LICENSE"}
 
 
 @dataclass(frozen=True)
 class Target:
-    """A branch of a repository to publish to. It must still be at the commit ``sha``, unless this is None.
-
-    Without ``sha``, a missing repository is created.
-    """
+    """A branch of a repository to publish to. A missing repository is created."""
 
     repo_id: str
     repo_type: str
     revision: str
-    private: bool | None
-    sha: str | None = None
+    private: bool
+    exists: bool
 
 
 def refuse_local_encoder(config: HierarchicalConfig, remedy: str) -> None:
@@ -66,11 +60,7 @@ def log_in(api: HfApi) -> tuple[str, ...]:
         raise InputError(f"{what}: {problem}")
     with as_input_error(what):
         who = api.whoami()
-    token = who.get("auth", {}).get("accessToken", {})
-    scopes = token.get("fineGrained", {}).get("scoped", [])
-    permissions = {permission for scope in scopes for permission in scope.get("permissions", [])}
-    fine_grained_read = token.get("role") == "fineGrained" and not permissions & {"repo.write", "repo.content.write"}
-    if token.get("role") == "read" or fine_grained_read:
+    if who.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise InputError("the Hub token may only read: make one that may write")
     return who["name"], *(org["name"] for org in who.get("orgs", []) if org.get("roleInOrg") != "read")
 
@@ -84,47 +74,22 @@ def find_target(
     revision: str | None = None,
     private: bool = False,
 ) -> Target:
-    """Look up the repository that a flag names, and check that it can be published to.
-
-    Raises:
-        InputError: the Hub would refuse the commit, or the repository holds something else or is public despite ``private``.
-    """
+    """Look up the repository that a flag names. InputError: the token may not write to it, or it is public despite ``private``."""
     if "/" not in repo_id:
         repo_id = f"{namespaces[0]}/{repo_id}"
-    namespace, branch = repo_id.split("/")[0], revision or "main"
+    namespace, exists = repo_id.split("/")[0], True
     if namespace not in namespaces:
         writable = ", ".join(namespaces)
         raise InputError(f"{flag} {repo_id}: the token may not write to {namespace!r}, only to {writable}")
-    if re.fullmatch("[0-9a-f]{40}", branch):
-        raise InputError(f"{branch} is a commit; name a branch")
     with as_input_error(f"cannot read the repository {repo_id}"):
         try:
-            info = api.repo_info(repo_id, repo_type=repo_type, revision=branch)
+            is_private = bool(api.repo_info(repo_id, repo_type=repo_type).private)
         except RepositoryNotFoundError:
-            return Target(repo_id, repo_type, branch, private)
-        except RevisionNotFoundError:  # `publish` creates the branch, from the default branch
-            info = api.repo_info(repo_id, repo_type=repo_type)
-        if private and not info.private:
-            problem = "is public already, which --private does not change: use its settings page"
-            raise InputError(f"{flag} {repo_id} {problem}")
-        target = Target(repo_id, repo_type, branch, bool(info.private), info.sha)
-        names = {sibling.rfilename for sibling in info.siblings or []} - NEUTRAL_FILES
-        if names and not is_ours(api, target):
-            problem = f"already holds something else, such as {min(names)}: choose another name"
-            raise InputError(f"{flag} {repo_id} {problem}")
-    return target
-
-
-def is_ours(api: HfApi, target: Target) -> bool:
-    """Return whether a repository holds a model or a Space of this project."""
-    name, mark = (
-        ("config.json", HierarchicalConfig.model_type) if target.repo_type == "model" else ("README.md", SPACE_TAG)
-    )
-    try:
-        file = api.hf_hub_download(target.repo_id, name, repo_type=target.repo_type, revision=target.sha)
-    except EntryNotFoundError:
-        return False
-    return mark in Path(file).read_text(encoding="utf-8", errors="replace")
+            is_private, exists = private, False
+    if private and not is_private:
+        problem = "is public already, which --private does not change: use its settings page"
+        raise InputError(f"{flag} {repo_id} {problem}")
+    return Target(repo_id, repo_type, revision or "main", is_private, exists)
 
 
 def publish(
@@ -143,7 +108,7 @@ def publish(
     repo = {"repo_id": target.repo_id, "repo_type": target.repo_type}
     ours = CHECKPOINT_FILES if target.repo_type == "model" else SPACE_FILES
     with as_input_error(target.repo_id, remedy):
-        if target.sha is None:
+        if not target.exists:
             sdk = "gradio" if target.repo_type == "space" else None
             api.create_repo(**repo, private=target.private or None, space_sdk=sdk, exist_ok=True)
         if target.revision != "main":
@@ -154,10 +119,4 @@ def publish(
             *(CommitOperationAdd(*file) for file in files.items()),
             *map(CommitOperationDelete, sorted(stale)),
         ]
-        return api.create_commit(
-            **repo,
-            operations=operations,
-            commit_message=message,
-            revision=target.revision,
-            parent_commit=target.sha,
-        )
+        return api.create_commit(**repo, operations=operations, commit_message=message, revision=target.revision)

@@ -38,7 +38,7 @@ from hierarchical_clinicalbert.data.trained_texts import (
 )
 from hierarchical_clinicalbert.errors import InputError, as_input_error
 from hierarchical_clinicalbert.files import lock
-from hierarchical_clinicalbert.publishing.description import delete_description
+from hierarchical_clinicalbert.publishing.card import delete_description
 from hierarchical_clinicalbert.training.arguments import HierarchicalTrainingArguments
 from hierarchical_clinicalbert.training.model import adapter_settings
 from modeling_hierarchical import HierarchicalForSequenceClassification

@@ -3,7 +3,7 @@
 A published checkpoint must stay loadable. So these are kept, and made again only for a release that changes the stored format.
 They lack the code that is published with a checkpoint. The encoder is a tiny BERT. Encoder and heads have random weights.
 ``expected.json`` holds the predictions of the two forms of one model, and ``expected_several_labels.json`` those of a
-multi-label model. ``format_1`` holds checkpoints of an earlier format.
+multi-label model.
 """
 
 import copy

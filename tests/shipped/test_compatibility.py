@@ -1,7 +1,5 @@
 """Check that published checkpoints stay loadable: tests/checkpoint holds each form of one, and the predictions.
 
-Its folder ``format_1`` holds those of the format before `Calibration`, written by the code of that time.
-
 The current code loads them. The code that is published with a checkpoint is not stored: copies that change with every commit
 would prove nothing about the past.
 """
@@ -23,22 +21,20 @@ GUARANTEES = {
     "self_contained": {"coverage": 0.841},
     "several_labels": {"recall": 0.841},
 }
-OLD = {**GUARANTEES, "adapter_form": {}, "self_contained": {}}  # their prediction sets had another rule
 
 
-@pytest.mark.parametrize(("folder", "guarantees"), [(FOLDER, GUARANTEES), (FOLDER / "format_1", OLD)])
-def test_a_fresh_process_predicts_as_stored_and_saves_what_predicts_so_again(folder, guarantees, tmp_path):
+def test_a_fresh_process_predicts_as_stored_and_saves_what_predicts_so_again(tmp_path):
     published, expected = tmp_path / "published", {}
-    shutil.copytree(folder / "encoder", published / "encoder")
+    shutil.copytree(FOLDER / "encoder", published / "encoder")
     for form in GUARANTEES:
-        copy_checkpoint((folder / form).relative_to(FOLDER), published / form)
+        copy_checkpoint(form, published / form)
         name = "expected_several_labels.json" if form == "several_labels" else "expected.json"
-        expected[form] = json.loads((folder / name).read_text())
+        expected[form] = json.loads((FOLDER / name).read_text())
     code = f"""
 import json
 from transformers import AutoModel, AutoTokenizer, pipeline
 found = []
-for form, guarantee in {guarantees!r}.items():
+for form, guarantee in {GUARANTEES!r}.items():
     saved = {str(tmp_path)!r} + "/" + form
     AutoModel.from_pretrained(form, trust_remote_code=True).save_pretrained(saved)
     AutoTokenizer.from_pretrained(form, trust_remote_code=True).save_pretrained(saved)
@@ -50,9 +46,8 @@ print(json.dumps(found))
     for form, results in run_outside(code, published, {"HF_MODULES_CACHE": str(tmp_path / "modules")}):
         stored = expected[form]
         assert [[node["label"] for node in one["labels"]] for one in results] == stored["predicted"]
-        if guarantees[form]:
-            sets = [[node["label"] for node in one["prediction_set"]] for one in results]
-            assert sets == stored["prediction_sets"]  # for a share of 0.85: 0.841 is rounded up
+        sets = [[node["label"] for node in one["prediction_set"]] for one in results]
+        assert sets == stored["prediction_sets"]  # for a share of 0.85: 0.841 is rounded up
         assert [one["truncated"] for one in results] == [False, False, True]
         for one, probabilities in zip(results, stored["probabilities"], strict=True):
             found = {label: score for level in one["levels"] for label, score in level.items()}
@@ -60,7 +55,7 @@ print(json.dumps(found))
     assert {path.name for path in (tmp_path / "self_contained").iterdir()} >= {*SHIPPED_FILES, "model.safetensors"}
 
 
-def test_thresholds_that_do_not_hold_are_not_read():
+def test_thresholds_of_the_earlier_rule_are_not_read():
     several, one = (
         json.loads((FOLDER / form / "config.json").read_text()) for form in ("several_labels", "self_contained")
     )
@@ -69,11 +64,6 @@ def test_thresholds_that_do_not_hold_are_not_read():
         assert calibration.set_thresholds == stored["calibration"]["set_thresholds"]
     calibration = HierarchicalConfig.from_dict(one | {"format_version": 2}).calibration
     assert (calibration.set_thresholds, calibration.scales) == (None, one["calibration"]["scales"])
-    trained_on_validation_rows = json.loads((FOLDER / "format_1" / "several_labels" / "config.json").read_text())
-    assert HierarchicalConfig.from_dict(trained_on_validation_rows).calibration.set_thresholds
-    assert (
-        HierarchicalConfig.from_dict(trained_on_validation_rows | {"refitted": True}).calibration.set_thresholds is None
-    )
 
 
 def test_a_folder_does_not_take_the_place_of_a_pinned_encoder(monkeypatch, tmp_path):

@@ -113,8 +113,8 @@ def test_the_dtype_argument_works_as_for_any_model(form, adapted, tmp_path):
     model.save_pretrained(tmp_path)
     stored = torch.float32 if form == "adapter" else torch.bfloat16  # the adapter form stores no encoder
     expected = {torch.float16: torch.float16, "bfloat16": torch.bfloat16, "auto": stored}
-    for auto, name, dtype in product(AUTO_CLASSES, ("dtype", "torch_dtype"), expected):
-        loaded = auto.from_pretrained(tmp_path, trust_remote_code=True, **{name: dtype})
+    for auto, dtype in product(AUTO_CLASSES, expected):
+        loaded = auto.from_pretrained(tmp_path, trust_remote_code=True, dtype=dtype)
         assert {p.dtype for p in loaded.encoder.parameters()} == {expected[dtype]}
         assert {p.dtype for p in loaded.heads.parameters()} == {torch.float32}
 
@@ -124,7 +124,6 @@ def test_the_permissions_of_saved_files_follow_the_umask(form, adapted, tmp_path
     before = os.umask(0o027)
     try:
         save(form, adapted, tmp_path)
-        assert os.umask(0o027) == 0o027
     finally:
         os.umask(before)
     modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()}

@@ -114,12 +114,6 @@ def test_with_costs_no_other_set_of_nodes_has_a_lower_expected_cost(classify, mi
         assert result["expected_cost"] == pytest.approx(cost, abs=1e-9)
 
 
-def test_top_k_gives_the_most_probable_nodes(classify):
-    result = classify(TEXTS[0], top_k=3, levels=True)
-    p = {label: score for level in result["levels"] for label, score in level.items()}
-    assert [item["label"] for item in result["labels"]] == sorted(p, key=lambda label: -p[label])[:3]
-
-
 def test_the_set_for_a_recall_holds_the_nodes_from_its_threshold_on(classify):
     result = classify(TEXTS[1], recall=0.605, levels=True)  # rounded up to 0.61
     p = {label: score for level in result["levels"] for label, score in level.items()}

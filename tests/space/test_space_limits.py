@@ -3,6 +3,7 @@
 import re
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -17,6 +18,8 @@ from hierarchical_clinicalbert.publishing.hub import SPACE_FILES
 
 MEGABYTE = 2**20
 LONG_LINES = ["a" * 20_000] * 60
+LONGER_LINES = ["\u00e9" * 20_000] * 100  # results of 12 MB of JSON, which sockets do not hold
+KEPT_SECONDS = 5
 FULL = b"a\n" * (5 * MEGABYTE)  # a file of 10 MB, the most that is documented; it has too many rows
 
 
@@ -33,6 +36,14 @@ def strict_space(model: str, folder: Path, **limits: int) -> SpaceServer:
         assert count == 1
     (space / "retention.py").write_text(code)
     return SpaceServer(model, folder, app=space / "app.py")
+
+
+@pytest.fixture(scope="module")
+def hasty_space(clear_checkpoint, tmp_path_factory) -> Iterator[SpaceServer]:
+    """Serve a Space that keeps things for seconds. Of `LONGER_LINES`, one result fits, and two do not."""
+    limits = {"MAX_UNREAD": 8_000_000, "KEPT_SECONDS": KEPT_SECONDS, "SWEEP_SECONDS": 1}
+    with strict_space(clear_checkpoint, tmp_path_factory.mktemp("hasty"), **limits) as space:
+        yield space
 
 
 def classify_file(space: SpaceServer, upload: httpx.Response) -> str:
@@ -84,35 +95,31 @@ def test_no_path_of_the_server_is_served(space, clear_checkpoint):
 # ── What is kept, and for how long ───────────────────────────────────────────────────────────────────────────────────
 
 
-def test_results_and_files_that_nobody_reads_are_deleted_in_time(clear_checkpoint, tmp_path):
-    limits = {"MAX_UNREAD": 2_200_000, "KEPT_SECONDS": 4, "SWEEP_SECONDS": 1}
-    with strict_space(clear_checkpoint, tmp_path, **limits) as space:
-        classify_lines(space, LONG_LINES)  # more than half of the limit
-        unread, read = (space.call("classify", "Zebrafish with colitis", None, False) for _ in range(2))
-        assert "event: complete" in space.result("classify", read).text  # so the first one is complete, too
-        space.upload(b"Okapi\n")
-        space.open_file(b"Okapi\n", "unused")
-        assert is_on_disk(space, b"Okapi")
-        time.sleep(6)
-        for event in (unread, read, "a1b2"):
-            answer = space.result("classify", event)
-            assert answer.status_code == 404
-            assert answer.json()["detail"].startswith("There is no such result.")
-        assert not is_on_disk(space, b"Okapi")
-        assert "There is no file" in space.run_file("unused")
-        assert "event: complete" in space.result("classify_file", classify_lines(space, LONG_LINES)).text
+def test_results_and_files_that_nobody_reads_are_deleted_in_time(hasty_space):
+    space = hasty_space
+    classify_lines(space, LONGER_LINES)
+    unread, read = (space.call("classify", "Zebrafish with colitis", None, False) for _ in range(2))
+    assert "event: complete" in space.result("classify", read).text  # so the first one is complete, too
+    space.upload(b"Okapi\n")
+    space.open_file(b"Okapi\n", "unused")
+    assert is_on_disk(space, b"Okapi")
+    time.sleep(KEPT_SECONDS + 2)
+    for event in (unread, read, "a1b2"):
+        answer = space.result("classify", event)
+        assert answer.status_code == 404
+        assert answer.json()["detail"].startswith("There is no such result.")
+    assert not is_on_disk(space, b"Okapi")
+    assert "There is no file" in space.run_file("unused")
+    assert "event: complete" in space.result("classify_file", classify_lines(space, LONGER_LINES)).text
 
-        # downloads of an open page, and all files at the end
-        with space.http.stream("GET", "/gradio_api/heartbeat/open") as page:
-            beats = page.iter_raw()  # without a reference, it closes the connection
-            next(beats)
-            space.open_file(b"Okapi\n", "open")
-            space.run_file("open")
-            assert any(path.name == "predictions.csv" for path in space.files())
-            wait_until(lambda: not any(path.name.startswith("predictions") for path in space.files()))
-        space.upload(b"Tapir\n")
-        space.stop()
-        assert not space.files()
+    # downloads of an open page
+    with space.http.stream("GET", "/gradio_api/heartbeat/open") as page:
+        beats = page.iter_raw()  # without a reference, it closes the connection
+        next(beats)
+        space.open_file(b"Okapi\n", "open")
+        space.run_file("open")
+        assert any(path.name == "predictions.csv" for path in space.files())
+        wait_until(lambda: not any(path.name.startswith("predictions") for path in space.files()))
 
 
 def test_a_closed_page_keeps_no_file(space):
@@ -176,23 +183,23 @@ def test_unread_results_and_uploads_have_a_limit(clear_checkpoint, tmp_path):
         assert sum(map(len, space.files().values())) == kept
         assert "more than 10,000 rows" in space.result("classify_file", classify_file(space, sent[0])).text
         assert space.upload(FULL).status_code == 200  # because the file that was read is deleted
+        space.stop()
+        assert not space.files()
 
 
-def test_a_client_that_stops_reading_is_disconnected_in_time(clear_checkpoint, tmp_path):
-    """Ask for a result of 12 MB of JSON, which the sockets do not hold, and read nothing."""
-    lines = ["\u00e9" * 20_000] * 100
-    limits = {"MAX_UNREAD": 8_000_000, "KEPT_SECONDS": 20, "SWEEP_SECONDS": 1}
-    with strict_space(clear_checkpoint, tmp_path, **limits) as space, socket.socket() as connection:
-        event = classify_lines(space, lines)
+def test_a_client_that_stops_reading_is_disconnected_in_time(hasty_space):
+    space = hasty_space
+    with socket.socket() as connection:
+        event = classify_lines(space, LONGER_LINES)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.settimeout(60)
         connection.connect(("127.0.0.1", space.port))
         connection.sendall(f"GET /gradio_api/call/classify_file/{event} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
         answer = connection.recv(1000)  # until then the file is classified
-        other = space.result("classify_file", classify_lines(space, lines[:40])).text
+        other = space.result("classify_file", classify_lines(space, LONGER_LINES[:40])).text
         assert "the unread results of all users have reached" in other  # with what the stopped client has not read
-        time.sleep(22)
-        assert "event: complete" in space.result("classify_file", classify_lines(space, lines)).text
+        time.sleep(KEPT_SECONDS + 2)
+        assert "event: complete" in space.result("classify_file", classify_lines(space, LONGER_LINES)).text
         while part := connection.recv(2**16):
             answer += part
         assert b"event: complete" in answer

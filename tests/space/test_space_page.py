@@ -1,7 +1,6 @@
 """Test what the page shows: tree, tables and names, escaped, short and readable; and how the Space starts."""
 
 import ast
-import json
 import re
 import shutil
 import sys
@@ -169,23 +168,6 @@ def test_a_text_unlike_the_training_texts_has_no_bold_class():
         assert f"Unlike the known texts of <bdi>b</bdi>{more}" in shown
 
 
-def test_in_the_tree_of_a_strange_text_no_node_is_marked(clear_checkpoint, tmp_path):
-    code = f"""
-import json, sys
-sys.path.insert(0, {str(SPACE)!r})
-import app
-service = app.Service(app.load({clear_checkpoint!r}, None))
-texts = "Zebras walk by the lake 4711 4712 4713.", {clear_rows(2)[0]["text"]!r}
-print(json.dumps([service.show_result(text, 0.9)[1:3] for text in texts]))
-"""
-    (strange, tree), (usual, usual_tree) = run_outside(code, tmp_path, {"HF_HUB_OFFLINE": "1"})
-    assert "Unlike the texts this model was trained on" in strange
-    assert not re.search("predicted|[✓◆]", tree)
-    assert "%" in tree
-    assert "Unlike" not in usual
-    assert re.search("✓.*◆", usual_tree)
-
-
 def test_of_the_card_the_opening_and_the_plots_are_shown(clear_checkpoint):
     card = (Path(clear_checkpoint) / "README.md").read_text()
     opening = views.card_opening(card)
@@ -198,10 +180,7 @@ def test_of_the_card_the_opening_and_the_plots_are_shown(clear_checkpoint):
     assert shown.count("<img src='data:image/png;base64,UE5H' alt='") == len(asked) > 0
 
 
-@pytest.mark.parametrize(
-    "given", [{"medical": True}, {"medical": True, "examples": ["My own first example of all."]}, {"medical": False}]
-)
-def test_the_page_is_that_of_the_model_and_its_folder_is_private(given, clear_checkpoint, tmp_path):
+def test_the_page_is_that_of_the_model_and_its_folder_is_private(clear_checkpoint, tmp_path):
     """Title, placeholder, warning and examples come from config.json; by default, a medical model has examples of its own.
 
     Block gradio's default folder by a file, as if another user owned it.
@@ -209,25 +188,28 @@ def test_the_page_is_that_of_the_model_and_its_folder_is_private(given, clear_ch
     (tmp_path / "gradio").write_text("")
     folder = shutil.copytree(clear_checkpoint, tmp_path / "model")
     (folder / "README.md").unlink()  # which warns, too
-    config = json.loads((folder / "config.json").read_text()) | {"page": {"title": "News <b>", **given}}
-    (folder / "config.json").write_text(json.dumps(config))
+    own = [{"medical": True}, {"medical": True, "examples": ["My own first example of all."]}, {"medical": False}]
     code = f"""
 import json, os, stat, sys
 sys.path.insert(0, {str(SPACE)!r})
 import app
-page = app.build(app.load({str(folder)!r}, None), {str(folder)!r})
-config = json.dumps([block.get_config() for block in page.blocks.values()], default=str)
-print(json.dumps([page.title, config, page.GRADIO_CACHE, stat.S_IMODE(os.stat(page.GRADIO_CACHE).st_mode)]))
+classifier, built = app.load({str(folder)!r}, None), []
+for given in {own!r}:
+    classifier.model.config.page = {{"title": "News <b>", **given}}
+    page = app.build(classifier, {str(folder)!r})
+    config = json.dumps([block.get_config() for block in page.blocks.values()], default=str)
+    built.append([page.title, config, page.GRADIO_CACHE, stat.S_IMODE(os.stat(page.GRADIO_CACHE).st_mode)])
+print(json.dumps(built))
 """
     settings = {"HF_HUB_OFFLINE": "1", "TMPDIR": str(tmp_path)}
-    title, shown, cache, mode = run_outside(code, tmp_path, settings)
-    assert (title, Path(cache).parent, mode) == ("News <b>", tmp_path, 0o700)
-    assert not Path(cache).exists()
-    assert "News &lt;b&gt;" in shown
-    assert shown.count("Not a medical device") == (2 if given["medical"] else 0)
-    assert ("Paste a medical abstract" in shown) == given["medical"]
-    assert ("My own first example \\u2026" in shown) == ("examples" in given)
-    assert ("mesalamine" in shown) == (given == {"medical": True})
+    for given, (title, shown, cache, mode) in zip(own, run_outside(code, tmp_path, settings), strict=True):
+        assert (title, Path(cache).parent, mode) == ("News <b>", tmp_path, 0o700)
+        assert not Path(cache).exists()
+        assert "News &lt;b&gt;" in shown
+        assert shown.count("Not a medical device") == (2 if given["medical"] else 0)
+        assert ("Paste a medical abstract" in shown) == given["medical"]
+        assert ("My own first example \\u2026" in shown) == ("examples" in given)
+        assert ("mesalamine" in shown) == (given == {"medical": True})
 
 
 # ── Starting ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -263,53 +245,75 @@ def GPU(function):
 """
 
 
-def test_where_zerogpu_is_its_decorator_is_used(clear_checkpoint, tmp_path):
-    (tmp_path / "spaces.py").write_text(ZERO_GPU)
+@pytest.fixture(scope="module")
+def shown(clear_checkpoint, tmp_path_factory) -> list:
+    """Return the number of calls of a GPU that `ZERO_GPU` lends, and parts of the page, from one process."""
+    folder = tmp_path_factory.mktemp("zerogpu")
+    (folder / "spaces.py").write_text(ZERO_GPU)
     code = f"""
 import json, sys
-sys.path[:0] = [{str(SPACE)!r}, {str(tmp_path)!r}]
+sys.path[:0] = [{str(SPACE)!r}, {str(folder)!r}]
 import spaces, app
 service = app.Service(app.load({clear_checkpoint!r}, None))
 pages = [service.show_result("", 0.9)[1], service.show_result("Angina.", 2)[1], service.show_words("Angina.", "neoplasms")]
-print(json.dumps([spaces.lent, *pages]))
+lent, texts = spaces.lent, ("Zebras walk by the lake 4711 4712 4713.", {clear_rows(2)[0]["text"]!r})
+print(json.dumps([lent, *pages, *(service.show_result(text, 0.9)[1:3] for text in texts)]))
 """
-    calls, empty, high, words = run_outside(code, tmp_path, {"HF_HUB_OFFLINE": "1"})
+    return run_outside(code, folder, {"HF_HUB_OFFLINE": "1"})
+
+
+def test_where_zerogpu_is_its_decorator_is_used(shown):
+    calls, empty, high, words, *_ = shown
     assert calls == 2
     assert "The text is empty." in empty
     assert "The coverage must be a number between 0.5 and 0.99." in high
     assert "Angina" in words
 
 
+def test_in_the_tree_of_a_strange_text_no_node_is_marked(shown):
+    *_, (strange, tree), (usual, usual_tree) = shown
+    assert "Unlike the texts this model was trained on" in strange
+    assert not re.search("predicted|[✓◆]", tree)
+    assert "%" in tree
+    assert "Unlike" not in usual
+    assert re.search("✓.*◆", usual_tree)
+
+
 START = """
-import io, json, sys
-sys.path.insert(0, SPACE)
-import app
-sys.argv, sys.stderr = ["app.py", "--model", MODEL], io.StringIO()
-FAULT
-try:
-    app.main()
-except SystemExit as error:
-    print(json.dumps([error.code, sys.stderr.getvalue()]))
+import contextlib, io, json, sys
+sys.path.insert(0, {space!r})
+import app, gradio
+results = app.load.__globals__["check_version"].__globals__
+found = []
+for model, fault in {starts!r}:
+    sys.argv = ["app.py", "--model", model]
+    exec(fault)
+    with contextlib.redirect_stderr(io.StringIO()) as errors:
+        try:
+            app.main()
+        except SystemExit as error:
+            found.append([error.code, errors.getvalue()])
+print(json.dumps(found))
 """
-OLD = "app.load.__globals__['check_version'].__globals__['RESULT_VERSION'] = 3"
 
 
-@pytest.mark.parametrize(
-    ("model", "fault", "message"),
-    [
-        ("tiny_encoder", "", "cannot load the model MODEL: it is not a checkpoint of this project"),
-        ("torn", "", "cannot load the model MODEL: .*config.json"),
-        ("clear_checkpoint", OLD, "returns results of version 2"),
-        ("clear_checkpoint", "import gradio; del gradio.queueing.AsyncQueue", "needs gradio 6.31, .*'AsyncQueue'"),
-    ],
-)
-def test_a_space_that_cannot_start_says_why_in_one_line(model, fault, message, request, tmp_path):
+def test_a_space_that_cannot_start_says_why_in_one_line(tiny_encoder, clear_checkpoint, tmp_path):
     """Start with what is no checkpoint, with a damaged one, and with a gradio whose memory cannot be limited."""
     (tmp_path / "torn").mkdir()
     (tmp_path / "torn" / "config.json").write_text('{"model_type": ')
-    path = str(tmp_path / "torn") if model == "torn" else request.getfixturevalue(model)
-    code = START.replace("SPACE", repr(str(SPACE))).replace("MODEL", repr(path)).replace("FAULT", fault)
-    exit_code, stderr = run_outside(code, tmp_path, {"HF_HUB_OFFLINE": "1"})
-    assert exit_code == 2
-    assert "Traceback" not in stderr
-    assert re.match(f"app.py: error: .*{message.replace('MODEL', path)}", stderr.strip().splitlines()[-1])
+    cases = [
+        (tiny_encoder, "", f"cannot load the model {tiny_encoder}: it is not a checkpoint of this project"),
+        (str(tmp_path / "torn"), "", f"cannot load the model {tmp_path / 'torn'}: .*config.json"),
+        (clear_checkpoint, "results['RESULT_VERSION'] = 3", "returns results of version 2"),
+        (
+            clear_checkpoint,
+            "results['RESULT_VERSION'] = 2; del gradio.queueing.AsyncQueue",
+            "gradio 6.31, .*'AsyncQueue'",
+        ),
+    ]
+    code = START.format(space=str(SPACE), starts=[case[:2] for case in cases])
+    found = run_outside(code, tmp_path, {"HF_HUB_OFFLINE": "1"})
+    for (exit_code, stderr), (_, _, message) in zip(found, cases, strict=True):
+        assert exit_code == 2
+        assert "Traceback" not in stderr
+        assert re.match(f"app.py: error: .*{message}", stderr.strip().splitlines()[-1])
