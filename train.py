@@ -9,6 +9,7 @@ import functools
 import logging
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 # silence bitsandbytes before its import: it suggests unpinned kernels from the Hub, and warns of each 8-bit layer's cast
@@ -38,10 +39,9 @@ from hierarchical_clinicalbert.evaluation.report import (
     log_metrics,
     measure_sets,
     measure_strange_texts,
-    write_reliability,
     write_scores,
 )
-from hierarchical_clinicalbert.files import write_json
+from hierarchical_clinicalbert.files import lock, write_json
 from hierarchical_clinicalbert.machine import keep_memory
 from hierarchical_clinicalbert.publishing.description import SCORED_MODEL, delete_description, delete_scores, hash_model
 from hierarchical_clinicalbert.training import resume
@@ -70,7 +70,7 @@ from hierarchical_clinicalbert.training.trainer import HierarchicalTrainer
 logger = logging.getLogger("train")
 
 MAX_LENGTH = 512  # of a text in tokens, unless --max_length is given
-BEFORE_CALIBRATION = ("_loss", "_ece", "_ece_by_chance")  # suffixes of metrics that may exist before calibration only
+BEFORE_CALIBRATION = ("_loss", "_ece")  # suffixes of metrics that may exist before calibration only
 SIZES = (  # of `size_report`
     "trained: {trainable_parameters:,} of {all_parameters:,} parameters; "
     "encoder: {encoder_bytes:,} bytes, {encoder_bytes_float32:,} in float32"
@@ -91,7 +91,9 @@ def main(argv: list[str], prepare: Prepare = lambda trainer: trainer) -> None:
     arguments = parse(argv)
     args = arguments.training
     set_up_logging(args.process_index == 0)
-    with resume.lock_output_folder(args), logging_redirect_tqdm():
+    output = Path(args.output_dir)
+    locked = lock("--output_dir", output, output / ".train.lock") if args.process_index == 0 else nullcontext()
+    with locked, logging_redirect_tqdm():
         run(arguments, prepare)
 
 
@@ -194,8 +196,6 @@ def train(arguments: Arguments, data: LabelledSplits, resume_from: str | None, p
 
     # ── Calibrate: the lexical head and the calibration become part of the checkpoint ────────────────────────────────
     if "validation" in scored and not model.config.calibration.scales:
-        if args.should_save:
-            write_reliability(form, scored, output / "plots" / "reliability_diagram_uncalibrated.png")
         classifier = None
         if takes_steps:
             counts = token_counts(splits["train"], model.config.text_config.vocab_size)

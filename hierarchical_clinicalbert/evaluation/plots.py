@@ -16,9 +16,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from sklearn.calibration import CalibrationDisplay
-from sklearn.metrics import ConfusionMatrixDisplay, PrecisionRecallDisplay, confusion_matrix
+from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 
-from hierarchical_clinicalbert.evaluation.metrics import BINS, calibration_bins, expected_calibration_error
+from hierarchical_clinicalbert.evaluation.metrics import (
+    BINS,
+    Predictions,
+    calibration_bins,
+    expected_calibration_error,
+)
 from taxonomy_hierarchical import Taxonomy
 
 MAX_CLASSES = 40
@@ -139,30 +144,12 @@ def f1_by_frequency(per_class: list[dict]) -> Figure | None:
     return figure
 
 
-def precision_and_recall(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray) -> Figure | None:
-    """Draw precision over recall, over all thresholds, for the pairs of document and node of each level."""
-    if not (labels == 1).any():
+def reliability_diagram(p: Predictions) -> Figure | None:
+    """Draw the share of correct predictions over their probability, and the number of predictions; return None without any."""
+    counted, share = p.form.scored
+    bins = calibration_bins(*p.form.scored_pairs(p))
+    if bins.empty:
         return None
-    levels, figure = np.array(taxonomy.levels), Figure(figsize=(6.5, 6), layout="constrained")
-    axes = figure.subplots()
-    for level in range(1, taxonomy.depth + 1):
-        true, scores = labels[:, levels == level].ravel() == 1, logits[:, levels == level].ravel()
-        if true.any():
-            PrecisionRecallDisplay.from_predictions(true, scores, name=f"level {level}", ax=axes)
-    axes.set(xlabel="Recall", ylabel="Precision", xlim=(0, 1.02), ylim=(0, 1.02))
-    _grid(axes)
-    figure.suptitle("Precision and recall over all thresholds")
-    return figure
-
-
-def reliability_diagram(probabilities: np.ndarray, correct: np.ndarray, counted: str, share: str) -> Figure | None:
-    """Draw the share of correct predictions over their probability, and the number of predictions; return None without any.
-
-    ``counted`` names the predictions, and ``share`` their share that is correct.
-    """
-    if not len(probabilities):
-        return None
-    bins = calibration_bins(probabilities, correct)
     means = bins.div(bins["count"], axis=0)
     figure = Figure(figsize=(7, 8), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
@@ -173,8 +160,8 @@ def reliability_diagram(probabilities: np.ndarray, correct: np.ndarray, counted:
     lower.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=4, min_n_ticks=1))
     _grid(upper)
     _grid(lower)
-    title = f"Reliability diagram: expected calibration error {expected_calibration_error(bins):.3f}"
-    figure.suptitle(f"{title}\n{len(correct):,} {counted.lower()}, {BINS} bins of equal width")
+    title = f"Reliability diagram: expected calibration error {expected_calibration_error(p):.3f}"
+    figure.suptitle(f"{title}\n{int(bins['count'].sum()):,} {counted.lower()}, {BINS} bins of equal width")
     return figure
 
 

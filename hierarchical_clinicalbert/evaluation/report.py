@@ -28,7 +28,7 @@ from hierarchical_clinicalbert.evaluation import plots
 from hierarchical_clinicalbert.evaluation.calibration import calibrate_out_of_fold, calibrated_logits, fit_calibration
 from hierarchical_clinicalbert.evaluation.forms import Form
 from hierarchical_clinicalbert.evaluation.lexical import LexicalClassifier
-from hierarchical_clinicalbert.evaluation.metrics import PREFIXES, per_class_report, scores_by_split
+from hierarchical_clinicalbert.evaluation.metrics import PREFIXES, Predictions, per_class_report, scores_by_split
 from hierarchical_clinicalbert.evaluation.open_world import measure_novelty
 from hierarchical_clinicalbert.evaluation.sets import MEASURED_TARGET
 from open_world_hierarchical import OpenWorld
@@ -59,6 +59,10 @@ class ScoredSplit:
     token_counts: csr_matrix
     nodes: list[list[int]] = dataclasses.field(default_factory=list)
     vectors: Any = None
+
+    def predictions(self, form: Form, thresholds: Any) -> Predictions:
+        """Return what tables and plots read."""
+        return Predictions(form, self.logits, self.labels, self.texts, thresholds)
 
 
 # ── Calibrate ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -164,24 +168,22 @@ def reported_split(splits: dict[str, Any]) -> str:
 
 
 def class_scores(form: Form, splits: dict[str, ScoredSplit], thresholds: Any) -> dict[str, Any]:
-    """Compute scores and 95 % intervals of the classes for metrics.json, on the `reported_split`."""
+    """Compute scores and 95 % intervals of the classes for metrics.json, on the `reported_split`.
+
+    Rows whose label is an inner node with unknown classes below do not count.
+    """
     if not splits:
         return {}
-    name = reported_split(splits)
-    split, prefix, names = splits[name], PREFIXES[name], form.tree.labels[: form.decisions.num_classes]
-    outcomes = form.class_outcomes(split.logits, split.labels, split.texts, thresholds)
-    rows, intervals = per_class_report(names, *outcomes)
-    prefixed = {f"{prefix}_{key.replace('micro_f1', form.micro_f1)}": ends for key, ends in intervals.items()}
-    return {"per_class": rows, "intervals": prefixed} if rows else {}
+    name, classes = reported_split(splits), form.decisions.num_classes
+    p = splits[name].predictions(form, thresholds)
+    rows, texts = p.known[:, :classes].all(axis=1), splits[name].texts
+    outcomes = p.true[rows, :classes], p.chosen[rows, :classes], texts[rows]
+    per_class, intervals = per_class_report(form.tree.labels[:classes], *outcomes)
+    ends = {f"{PREFIXES[name]}_{key.replace('micro_f1', form.micro_f1)}": pair for key, pair in intervals.items()}
+    return {"per_class": per_class, "intervals": ends} if per_class else {}
 
 
 # ── Show ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def write_reliability(form: Form, splits: dict[str, ScoredSplit], file: Path) -> None:
-    """Write the reliability diagram of the `reported_split`, if its rows define one."""
-    split = splits[reported_split(splits)]
-    plots.write(form.reliability_diagram(split.logits, split.labels), file)
 
 
 def write_scores(
@@ -193,16 +195,13 @@ def write_scores(
     are the rows of `class_scores`.
     """
     for name, split in splits.items():
-        rows = pd.DataFrame({"row": split.rows, "text_id": split.texts})
-        table = rows.join(form.prediction_table(split.logits, split.labels, thresholds)).sort_values(
-            "row", kind="stable"
-        )
+        p, rows = split.predictions(form, thresholds), pd.DataFrame({"row": split.rows, "text_id": split.texts})
+        table = rows.join(form.prediction_table(p)).sort_values("row", kind="stable")
         table.to_csv(folder / f"{name}_predictions.csv", index=False, float_format="%.6f")
-    if splits:
-        split = splits[reported_split(splits)]
-        for name, figure in form.plots(split.logits, split.labels, per_class).items():
-            plots.write(figure, folder / "plots" / f"{name}.png")
-        write_reliability(form, splits, folder / "plots" / "reliability_diagram.png")
+        if name == reported_split(splits):
+            figures = form.plots(p, per_class) | {"reliability_diagram": plots.reliability_diagram(p)}
+            for plot, figure in figures.items():
+                plots.write(figure, folder / "plots" / f"{plot}.png")
 
 
 def headline(form: Form, metrics: dict[str, float], num_rows: dict[str, int]) -> str:

@@ -1,4 +1,4 @@
-"""Find the checkpoint to resume from, lock and prepare the output folder, and clean up an overwritten run.
+"""Find the checkpoint to resume from, prepare the output folder, and clean up an overwritten run.
 
 trainer_state.json is written last, and older checkpoints are deleted after that. A killed process leaves at most one
 checkpoint without trainer_state.json, and never deletes the only complete one.
@@ -8,17 +8,14 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from accelerate.utils import broadcast_object_list
 from peft import LoraConfig
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from checkpoint_hierarchical import ADAPTER_SUBFOLDER
+from configuration_hierarchical import HierarchicalConfig
 from hierarchical_clinicalbert.checkpoint_files import (
     CARD,
     EXPORTED_FILES,
@@ -37,7 +34,6 @@ from hierarchical_clinicalbert.data.trained_texts import (
     write_trained_texts,
 )
 from hierarchical_clinicalbert.errors import InputError, as_input_error
-from hierarchical_clinicalbert.files import lock
 from hierarchical_clinicalbert.publishing.description import delete_description
 from hierarchical_clinicalbert.training.arguments import HierarchicalTrainingArguments
 from hierarchical_clinicalbert.training.model import adapter_settings
@@ -47,23 +43,6 @@ logger = logging.getLogger(__name__)
 
 NEEDED = ("optimizer*", "scheduler.pt", "rng_state*.pth")  # besides the model; --save_only_model leaves them out
 LABEL_ISSUES = "label_issues.csv"
-
-
-@contextmanager
-def lock_output_folder(args: HierarchicalTrainingArguments) -> Iterator[None]:
-    """Lock ``--output_dir`` for this run. The first process has the lock, and all processes raise InputError if it is taken."""
-    output = Path(args.output_dir)
-    with ExitStack() as stack:
-        problem = None
-        if args.process_index == 0:
-            try:
-                stack.enter_context(lock("--output_dir", output, output / ".train.lock"))
-            except InputError as error:
-                problem = str(error)
-        (problem,) = broadcast_object_list([problem])  # else the other processes would wait for the first
-        if problem is not None:
-            raise InputError(problem)
-        yield
 
 
 def check_output_folder(args: HierarchicalTrainingArguments, model: str) -> None:
@@ -94,11 +73,10 @@ def check_output_folder(args: HierarchicalTrainingArguments, model: str) -> None
         if any(folder.resolve() in (source, *source.parents) for folder in checkpoints):
             raise InputError(f"--overwrite_output_dir true would delete {model}: give another --output_dir")
     elif has_model or has_scores or (checkpoints and not resumes):
-        problem = "holds a model and no complete checkpoint to resume from" if resumes else "already holds a run"
         remedies = ["another --output_dir"]
         remedies += ["--overwrite_output_dir true"] if may_overwrite else []
         remedies += ["--resume_from_checkpoint auto"] if args.do_train and resumable else []
-        raise InputError(f"--output_dir {output} {problem}: give {', or '.join(remedies)}")
+        raise InputError(f"--output_dir {output} already holds a run: give {', or '.join(remedies)}")
 
 
 def read_earlier_texts(model: str, resume_from: str | None) -> TrainedTexts:
@@ -163,23 +141,28 @@ def check_model(checkpoint: str, model: HierarchicalForSequenceClassification) -
     """Raise InputError if a checkpoint has another taxonomy, encoder, adapter or pooling, whose weights might load silently."""
     if not is_checkpoint(checkpoint):  # shards of FSDP have no configuration
         return
-    stored, config = read_config(checkpoint), model.config
-    if (stored.tree.names, stored.tree.parents) != (config.tree.names, config.tree.parents):
+    config, adapter = read_config(checkpoint), None
+    if config.adapter_subfolder is not None:
+        adapter = LoraConfig.from_pretrained(Path(checkpoint) / config.adapter_subfolder)
+    if (config.tree.names, config.tree.parents) != (model.config.tree.names, model.config.tree.parents):
         refuse_to_resume(checkpoint, "it has another taxonomy, or another order of classes; give the same --taxonomy")
-    pairs = {
-        "--tuning": ("lora" if stored.adapter_subfolder else "full", "lora" if model.has_adapter else "full"),
-        "--model_name_or_path": tuple(Path(c.encoder_name_or_path).name for c in (stored, config)),
-        "--model_revision": (stored.encoder_revision, config.encoder_revision),
-        "--pooling": (stored.pooling, config.pooling),
-        "--problem_type": (stored.problem_type, config.problem_type),
+    now = model_settings(model.config, model.encoder.peft_config["default"] if model.has_adapter else None)
+    for flag, before in model_settings(config, adapter).items():
+        if before != now[flag]:
+            problem = f"it was trained with another --{flag}, {before}, not {now[flag]}; give the same"
+            refuse_to_resume(checkpoint, problem)
+
+
+def model_settings(config: HierarchicalConfig, adapter: LoraConfig | None) -> dict[str, Any]:
+    """Return the settings that weights depend on, by the flags that give them."""
+    settings = {
+        "tuning": "full" if adapter is None else "lora",
+        "model_name_or_path": Path(config.encoder_name_or_path).name,
+        "model_revision": config.encoder_revision,
+        "pooling": config.pooling,
+        "problem_type": config.problem_type,
     }
-    if model.has_adapter and stored.adapter_subfolder:
-        before = adapter_settings(LoraConfig.from_pretrained(Path(checkpoint) / ADAPTER_SUBFOLDER))
-        now = adapter_settings(model.encoder.peft_config["default"])
-        pairs |= {f"--{name}": (before[name], now[name]) for name in before if name != "lora_dropout"}
-    for flag, (theirs, ours) in pairs.items():
-        if theirs != ours:
-            refuse_to_resume(checkpoint, f"it was trained with another {flag}, {theirs}, not {ours}; give the same")
+    return settings | {**adapter_settings(adapter), "lora_dropout": None} if adapter else settings
 
 
 def refuse_to_resume(checkpoint: str, problem: str) -> NoReturn:

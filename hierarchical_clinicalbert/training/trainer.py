@@ -26,7 +26,6 @@ from checkpoint_hierarchical import ADAPTER_FILES, load_heads_and_adapter
 from decisions_hierarchical import average_over_labels
 from hierarchical_clinicalbert.errors import InputError, as_input_error
 from hierarchical_clinicalbert.publishing.trainer import PublishingTrainer
-from hierarchical_clinicalbert.training.arguments import METRIC_SCHEDULERS
 from hierarchical_clinicalbert.training.callbacks import LogLines, LossCheck, ProgressBar, ResumedRun
 from hierarchical_clinicalbert.training.cpu import use_training_kernels
 from hierarchical_clinicalbert.training.sampler import LengthGroupedSampler
@@ -171,16 +170,12 @@ class HierarchicalTrainer(PublishingTrainer):
         with as_input_error(problem):
             super()._load_optimizer_and_scheduler(checkpoint)
         groups = self.optimizer.param_groups
-        if wanted[0].keys() | {"initial_lr"} != groups[0].keys() | {"initial_lr"}:
+        if wanted[0].keys() != groups[0].keys():
             raise InputError(f"{problem}: --optim differs")
         for group, ours in zip(groups, wanted, strict=True):
-            before, rate = group.get("initial_lr"), ours.get("initial_lr")
-            if rate and before and rate != before:
-                logger.info("the peak learning rate changes to %g from %g", rate, before)
-                group["lr"] = group["lr"] * rate / before
-            group |= {name: ours[name] for name in ("initial_lr", "weight_decay") if name in ours}
-        if hasattr(self.lr_scheduler, "base_lrs"):
-            self.lr_scheduler.base_lrs = [group["initial_lr"] for group in groups]
+            group["lr"] *= ours["initial_lr"] / group["initial_lr"]
+            group |= {name: ours[name] for name in ("initial_lr", "weight_decay")}
+        self.lr_scheduler.base_lrs = [group["initial_lr"] for group in groups]
 
     def _load_best_model(self) -> None:
         if not self._load_adapter_form(self.state.best_model_checkpoint):
@@ -214,10 +209,7 @@ class HierarchicalTrainer(PublishingTrainer):
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        kind, given = self.args.lr_scheduler_type, self.args.lr_scheduler_kwargs or {}
-        if kind in METRIC_SCHEDULERS:  # torch takes a lower metric for the better one
-            self.args.lr_scheduler_kwargs = {"mode": "max" if self.args.greater_is_better else "min"} | given
-        with as_input_error(f"cannot set up --lr_scheduler_type {kind.value} (--lr_scheduler_kwargs)"):
+        with as_input_error(f"cannot set up --lr_scheduler_type {self.args.lr_scheduler_type.value}"):
             return super().create_scheduler(num_training_steps, optimizer)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:

@@ -13,13 +13,13 @@ from PIL import Image
 from scipy.special import expit, softmax
 
 from hierarchical_clinicalbert.evaluation.many_nodes import ManyNodesForm
-from hierarchical_clinicalbert.evaluation.metrics import calibration_bins, expected_calibration_error
+from hierarchical_clinicalbert.evaluation.metrics import Predictions, calibration_bins
 from hierarchical_clinicalbert.evaluation.one_path import OnePathForm
 from hierarchical_clinicalbert.evaluation.plots import (
     confusion_matrices,
     f1_by_frequency,
-    precision_and_recall,
     read_description,
+    reliability_diagram,
     training_curves,
     write,
 )
@@ -68,10 +68,8 @@ def test_nothing_to_draw_no_figure(tmp_path):
     logits, labels = drawn(OnePathForm(TREE), 4)
     # no document has a class further down
     assert confusion_matrices(TREE, logits, np.full_like(labels, B)).keys() == {"confusion_matrix_level_1"}
-    assert OnePathForm(TREE).reliability_diagram(logits, np.array([A, A, A, B])) is None
     empty = np.zeros((4, TREE.num_nodes))
-    assert ManyNodesForm(TREE).reliability_diagram(empty - 9, empty) is None
-    assert precision_and_recall(TREE, empty, empty) is None
+    assert reliability_diagram(Predictions(ManyNodesForm(TREE), empty - 9, empty)) is None
     write(None, tmp_path / "nothing.png")
     assert not (tmp_path / "nothing.png").exists()
 
@@ -132,23 +130,14 @@ def test_the_reliability_diagram_holds_the_bins_and_the_error(form):
         probabilities, correct = expit(logits[pairs]), labels[pairs] == 1
     else:
         probabilities, correct = softmax(logits, axis=1).max(axis=1), logits.argmax(axis=1) == labels
-    figure = form.reliability_diagram(logits, labels)
+    figure = reliability_diagram(Predictions(form, logits, labels))
     upper, lower = figure.axes
     bins = calibration_bins(probabilities, correct)
     (curve,) = [line for line in upper.lines if line.get_label() == "this model"]
     np.testing.assert_allclose(curve.get_xdata(), bins["confidence"] / bins["count"])
     np.testing.assert_allclose(curve.get_ydata(), bins["correct"] / bins["count"])
     assert sum(bar.get_height() for bar in lower.patches) == len(correct)
-    assert f"{expected_calibration_error(bins):.3f}" in figure.get_suptitle()
-
-
-def test_each_level_has_a_curve_of_precision_and_recall():
-    logits, labels = drawn(ManyNodesForm(TREE))
-    lines = precision_and_recall(TREE, logits, labels).axes[0].lines
-    for level, line in zip(range(1, TREE.depth + 1), lines, strict=True):
-        true, scores = (array[:, np.array(TREE.levels) == level].ravel() for array in (labels, logits))
-        average = sklearn.metrics.average_precision_score(true, scores)
-        assert line.get_label() == f"level {level} (AP = {average:.2f})"
+    assert f"expected calibration error {form.measure(logits, labels)['ece']:.3f}" in figure.get_suptitle()
 
 
 def test_f1_by_frequency_shows_the_classes_that_occur_with_their_intervals_and_names_the_worst_and_the_largest():

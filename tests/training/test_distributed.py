@@ -1,13 +1,12 @@
 """Compare training in two processes, by accelerate and gloo, with one process of the same effective batch size."""
 
 import json
-import signal
 import sys
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, complete, first_rows, free_port, read_csv, run, started
+from conftest import ROOT, first_rows, free_port, read_csv, run, started
 from transformers import AutoTokenizer
 
 from hierarchical_clinicalbert.data.taxonomy_files import read_taxonomy
@@ -93,26 +92,3 @@ def test_every_row_is_scored_once(runs):
     for name, value in metrics[0].items():
         if name.startswith(("eval_", "test_")) and not name.endswith(("_time", "_second", "runtime", "_loss")):
             assert metrics[1][name] == pytest.approx(value, abs=1e-3), name
-
-
-def test_fsdp_on_cpus_is_refused_and_not_replaced(tiny_encoder, tmp_path):
-    """Otherwise accelerate would continue without sharding. FSDP itself can be tested only on GPUs."""
-    line = [ACCELERATE, "launch", "--config_file", RECIPES / "fsdp.yaml", "--num_processes", 1]
-    line += ["--main_process_port", free_port()]
-    line += [ROOT / "train.py", ROOT / "recipes" / "quickstart.yaml", "--model_name_or_path", tiny_encoder]
-    done = complete(*line, "--use_cpu", "true", "--output_dir", tmp_path / "results")
-    assert done.returncode != 0
-    assert "train.py: error: FSDP needs GPUs; on CPUs use recipes/accelerate/ddp.yaml" in done.stderr
-    assert not (tmp_path / "results").exists()
-
-
-def test_all_processes_end_if_another_run_writes_the_folder(tiny_encoder, tmp_path):
-    words = ["--model_name_or_path", tiny_encoder, "--use_cpu", "true", "--output_dir", tmp_path / "results"]
-    words += first_rows("corpus", tmp_path, 64, 16, 16)
-    with started(*words, log=tmp_path / "alone", until=tmp_path / "results" / "data_report.json") as alone:
-        alone.send_signal(signal.SIGSTOP)
-        codes, logs = run_two_processes(*words, folder=tmp_path)
-    assert codes == [2, 2], logs[1][-4000:]
-    for log in logs:
-        assert "results: another process is writing it" in log.splitlines()[-1]
-        assert "Traceback" not in log
