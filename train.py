@@ -104,7 +104,7 @@ def run(arguments: Arguments, prepare: Prepare) -> None:
     trains = bool(args.do_train)
     resume.check_output_folder(args, source)
     set_seed(args.seed)
-    resume_from = resume.find_checkpoint(args.resume_from_checkpoint, args.output_dir) if trains else None
+    resume_from = resume.find_checkpoint(args.output_dir) if trains and args.resume_from_checkpoint else None
 
     # ── Data: read, map labels to nodes, split ───────────────────────────────────────────────────────────────────────
     with args.main_process_first(desc="reading the data"):

@@ -75,10 +75,9 @@ def test_metrics_have_the_promised_names_and_agree_with_scikit_learn(quickstart_
     truth, predicted = [row["label"] for row in rows], [row["prediction"] for row in rows]
     assert metrics["test_accuracy"] == pytest.approx(accuracy_score(truth, predicted))
     assert metrics["test_macro_f1"] == pytest.approx(f1_score(truth, predicted, average="macro"))
-    # calibration and the lexical head lower the log loss
+    # the calibration lowers the log loss
     assert metrics["lexical_weight"] > 0
     assert metrics["eval_log_loss"] < metrics["uncalibrated_eval_log_loss"]
-    assert metrics["eval_log_loss"] < metrics["without_lexical_head_eval_log_loss"]
     assert 0.8 < metrics["test_set_coverage"] <= 1
 
 
@@ -188,7 +187,7 @@ def test_without_validation_rows_nothing_is_calibrated_and_nothing_guaranteed(un
     config = json.loads((output / "config.json").read_text())
     assert config["calibration"] == {"max_length": 128}
     metrics = json.loads((output / "metrics.json").read_text())
-    prefixes = ("eval_", "quantized_", "uncalibrated_", "without_lexical_head_", "test_set_")
+    prefixes = ("eval_", "quantized_", "uncalibrated_", "test_set_")
     assert [name for name in metrics if name.startswith(prefixes)] == []
     assert not (output / "validation_predictions.csv").exists()
 

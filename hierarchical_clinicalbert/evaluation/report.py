@@ -76,43 +76,35 @@ def calibrate_splits(
     The model that scored the splits has no calibration.
 
     Returns:
-        The calibration. The splits with calibrated logits, of the validation rows out of fold. Metrics after calibration, and
-        without the lexical head if there is one (``without_lexical_head_…``).
+        The calibration. The splits with calibrated logits, of the validation rows out of fold. Metrics after calibration.
     """
-    lexical = (
-        {name: classifier.decision_scores(split.token_counts) for name, split in splits.items()} if classifier else {}
-    )
+    # ── Calibrated logits: decision scores of the encoder, plus those of the lexical head ────────────────────────────
+    lexical = {name: classifier and classifier.decision_scores(split.token_counts) for name, split in splits.items()}
     log_prior = classifier.log_prior if classifier else 0.0
-    calibration, calibrated = _calibrate(form, splits, lexical, log_prior)
-    weight, validation = calibration.lexical_weight or None, calibrated["validation"]
-    sets = form.fit_sets(validation.logits, validation.labels, validation.texts)
-    prior = form.class_probabilities(validation.logits).mean(axis=0).clip(MIN_FREQUENCY, 1 - MIN_FREQUENCY)
-    scales = calibration.scales or [1.0]
-    shown = f"scales of the scores from {min(scales):.2f} to {max(scales):.2f}"
-    logger.info("calibrated on the validation rows: %s; weight of the lexical head %.2f", shown, weight or 0)
-    metrics = {"lexical_weight": weight or 0.0, **measure(form, calibrated, calibration.thresholds)}
-    if weight:
-        without, uncorrected = _calibrate(form, splits, {}, log_prior)
-        measured = measure(form, uncorrected, without.thresholds)
-        metrics |= {f"without_lexical_head_{name}": value for name, value in measured.items()}
-    return dataclasses.replace(calibration, lexical_weight=weight, prior=prior.tolist(), **sets), calibrated, metrics
-
-
-def _calibrate(
-    form: Form, splits: dict[str, ScoredSplit], lexical: dict[str, np.ndarray], log_prior: np.ndarray | float
-) -> tuple[Calibration, dict[str, ScoredSplit]]:
-    """Fit a calibration with its thresholds, and calibrate the splits. ``lexical`` are decision scores of each split, or empty."""
-    validation = splits["validation"]
-    rows = validation.scores, lexical.get("validation"), validation.labels
+    rows = splits["validation"].scores, lexical["validation"], splits["validation"].labels
     calibration = fit_calibration(form, *rows, log_prior)
     logits = {
-        name: calibrated_logits(form.decisions, calibration, split.scores, lexical.get(name))
+        name: calibrated_logits(form.decisions, calibration, split.scores, lexical[name])
         for name, split in splits.items()
     }
-    logits["validation"] = calibrate_out_of_fold(form, *rows, validation.texts, log_prior)
-    thresholds = form.fit_thresholds(logits["validation"], validation.labels)
+    logits["validation"] = calibrate_out_of_fold(form, *rows, splits["validation"].texts, log_prior)
     calibrated = {name: dataclasses.replace(split, logits=logits[name]) for name, split in splits.items()}
-    return dataclasses.replace(calibration, thresholds=thresholds), calibrated
+    weight, scales = calibration.lexical_weight or None, calibration.scales or [1.0]
+    shown = f"scales of the scores from {min(scales):.2f} to {max(scales):.2f}"
+    logger.info("calibrated on the validation rows: %s; weight of the lexical head %.2f", shown, weight or 0)
+
+    # ── Thresholds and class frequencies ─────────────────────────────────────────────────────────────────────────────
+    validation = calibrated["validation"]
+    probabilities = form.class_probabilities(validation.logits)
+    calibration = dataclasses.replace(
+        calibration,
+        lexical_weight=weight,
+        thresholds=form.fit_thresholds(validation.logits, validation.labels),
+        prior=probabilities.mean(axis=0).clip(MIN_FREQUENCY, 1 - MIN_FREQUENCY).tolist(),
+        **form.fit_sets(validation.logits, validation.labels, validation.texts),
+    )
+    metrics = {"lexical_weight": weight or 0.0, **measure(form, calibrated, calibration.thresholds)}
+    return calibration, calibrated, metrics
 
 
 # ── Measure ──────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -48,7 +48,7 @@ LABEL_ISSUES = "label_issues.csv"
 def check_output_folder(args: HierarchicalTrainingArguments, model: str) -> None:
     """Raise InputError if ``--output_dir`` already holds a run, the model that this run would delete, or a user's own files.
 
-    With ``--resume_from_checkpoint auto``, a new run starts in a folder with neither model nor complete checkpoint.
+    A resumed run starts anew in a folder with neither model nor complete checkpoint.
     """
     output = Path(args.output_dir)
     checkpoints, has_model = list_checkpoints(output), (output / "config.json").exists()
@@ -64,9 +64,9 @@ def check_output_folder(args: HierarchicalTrainingArguments, model: str) -> None
 
     # ── A folder with a run: resumed, overwritten, or refused ────────────────────────────────────────────────────────
     may_overwrite = args.do_train or not (checkpoints or has_model)  # scores of a checkpoint replace only scores
-    resumable = any(find_resume_problem(folder) is None for folder in checkpoints)
-    resumes = args.do_train and continues_run(args.resume_from_checkpoint, output)
-    if resumes and (resumable or args.resume_from_checkpoint != "auto"):
+    resumable = args.do_train and any(find_resume_problem(folder) is None for folder in checkpoints)
+    resumes = args.do_train and args.resume_from_checkpoint is not None
+    if resumes and resumable:
         return
     if args.overwrite_output_dir and may_overwrite:
         source = Path(model).resolve()
@@ -75,7 +75,7 @@ def check_output_folder(args: HierarchicalTrainingArguments, model: str) -> None
     elif has_model or has_scores or (checkpoints and not resumes):
         remedies = ["another --output_dir"]
         remedies += ["--overwrite_output_dir true"] if may_overwrite else []
-        remedies += ["--resume_from_checkpoint auto"] if args.do_train and resumable else []
+        remedies += ["--resume_from_checkpoint auto"] if resumable else []
         raise InputError(f"--output_dir {output} already holds a run: give {', or '.join(remedies)}")
 
 
@@ -89,20 +89,8 @@ def read_earlier_texts(model: str, resume_from: str | None) -> TrainedTexts:
     return TrainedTexts(earlier=trained.all, validation=trained.validation, complete=trained.complete)
 
 
-def find_checkpoint(requested: str | None, output_dir: str) -> str | None:
-    """Return the folder of ``--resume_from_checkpoint``. "auto" selects the last complete checkpoint of the run, if any."""
-    if requested is None:
-        return None
-    if requested != "auto":
-        folder = Path(requested)
-        problem = find_resume_problem(folder) if folder.is_dir() else "there is no such folder"
-        names = [other.name for other in list_checkpoints(folder.parent)]
-        later = names[names.index(folder.name) + 1 :] if folder.name in names else []
-        if problem is None and later and continues_run(requested, Path(output_dir)):  # "auto" would resume from them
-            problem = f"this run has later checkpoints, {', '.join(later)}; move them, or give another --output_dir"
-        if problem is not None:
-            raise InputError(f"cannot resume from {requested}: {problem}")
-        return requested
+def find_checkpoint(output_dir: str) -> str | None:
+    """Return the last complete checkpoint of the run in a folder, if any."""
     for folder in reversed(list_checkpoints(Path(output_dir))):
         problem = find_resume_problem(folder)
         if problem is None:
@@ -196,8 +184,7 @@ def start_run(trainer: Trainer, model: str, data: LabelledSplits, resume_from: s
     args, output = trainer.args, Path(trainer.args.output_dir)
     trainer.accelerator.wait_for_everyone()  # until all have read the texts of the earlier run
     if args.should_save:
-        resumed = resume_from is not None and continues_run(args.resume_from_checkpoint, output)
-        if args.overwrite_output_dir and not resumed:
+        if args.overwrite_output_dir and resume_from is None:
             delete_run(output, model)
         texts = (data.splits[name]["text"] if name in data.splits else [] for name in ("train", "validation"))
         write_trained_texts(output, data.trained_texts, *texts)
@@ -213,11 +200,6 @@ def delete_run(output: Path, model: str) -> None:
         (output / name).unlink(missing_ok=True)
     if output.resolve() != Path(model).resolve():  # else the earlier weights would pass for those of a killed new run
         (output / "config.json").unlink(missing_ok=True)
-
-
-def continues_run(requested: str | None, output_dir: Path) -> bool:
-    """Return whether ``--resume_from_checkpoint`` continues the run in a folder instead of starting a new one there."""
-    return requested == "auto" or (requested is not None and Path(requested).parent.resolve() == output_dir.resolve())
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
