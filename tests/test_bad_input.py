@@ -70,7 +70,6 @@ TRAIN = [
     (("twice.yaml", *DATA), "'seed' occurs twice"),
     (("code.yaml", *DATA), "could not determine a constructor for the tag"),
     ((*DATA, "--focal_gama", "1"), "unknown flag --focal_gama; did you mean --focal_gamma"),
-    ((*DATA, "--batch_size", "8"), "unknown flag --batch_size; did you mean --per_device_train_batch_size"),
     ((*DATA, "--quantization", "4bit", "--tuning", "full"), "--tuning full"),
     ((*DATA, "--max_length", "2"), "--max_length"),
     ((*DATA, "--max_steps", "0"), "--max_steps must be at least 1; leave it out to train for --num_train_epochs"),

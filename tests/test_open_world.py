@@ -15,7 +15,7 @@ from test_long_texts import padded, small_model, texts_of
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from configuration_hierarchical import MULTI_LABEL, SINGLE_LABEL, Calibration
-from hierarchical_clinicalbert.evaluation.open_world import MIN_REFERENCES, fit_open_world, measure_novelty, merge_texts
+from hierarchical_clinicalbert.evaluation.open_world import MIN_REFERENCES, fit_open_world, merge_texts
 from open_world_hierarchical import NoveltyTests, OpenWorld
 from taxonomy_hierarchical import Taxonomy
 
@@ -44,29 +44,6 @@ def training(count: int, seed: int) -> tuple[np.ndarray, list[list[int]]]:
 @pytest.fixture(scope="module")
 def fitted() -> OpenWorld:
     return fit_open_world(TREE, *training(400, 1), *drawn(150, 3))
-
-
-def test_distances_are_those_of_scipy_with_the_shrunk_covariance_of_scikit_learn(fitted):
-    vectors, nodes = training(400, 1)
-    labels = np.array(nodes)[:, 0]
-    means = {node: vectors[labels == node].mean(0) for node in {*labels}}
-    residuals = np.stack([vector - means[label] for vector, label in zip(vectors, labels, strict=True)])
-    precision = LedoitWolf(assume_centered=True).fit(residuals).precision_
-    some, _ = drawn(20, 5)
-    distances, nearest = fitted.distances(torch.from_numpy(some[:, :-1])), fitted(torch.from_numpy(some))
-    validation, _ = drawn(150, 3)
-    least = [min(mahalanobis(row[:-1], mean, precision) for mean in means.values()) for row in validation]
-    weight = np.std(least, ddof=1) / validation[:, -1].std()
-    for row, vector in enumerate(some):
-        expected = {node: mahalanobis(vector[:-1], mean, precision) for node, mean in means.items()}
-        for node in range(TREE.num_nodes):
-            of_class = expected.get(node, np.inf)
-            assert distances[row, node].item() == pytest.approx(of_class, rel=1e-4)
-            below = [expected[leaf] for leaf in TREE.leaves_at_or_below[node]]
-            assert nearest[row, node].item() == pytest.approx(min(below), rel=1e-4)
-        assert nearest[row, -1].item() == pytest.approx(min(expected.values()) + weight * vector[-1], rel=1e-3)
-    # no training text lacks a label
-    assert distances[:, -1].isinf().all()
 
 
 def test_a_p_value_is_a_count_of_validation_texts(fitted):
@@ -150,19 +127,6 @@ def test_a_text_with_several_labels_is_a_part_of_each_class():
     assert open_world.means[-1].tolist() == pytest.approx(whitened[3].tolist(), abs=1e-3)
     first, merged = merge_texts(np.array([7, 5, 7]), [[b], [g], [d]])
     assert (first.tolist(), merged) == ([1, 0], [[g], [b, d]])
-
-
-def test_few_texts_like_the_validation_texts_are_unknown(fitted):
-    new, nodes = drawn(2000, 11)
-    measured = measure_novelty(fitted, new, np.arange(len(new)), nodes)
-    tests, rows = NoveltyTests(fitted), fitted(torch.from_numpy(new)).tolist()
-    assert measured["strange"] == np.mean([tests.p_value(row) <= 0.05 for row in rows])
-    assert measured["unknown"] <= measured["strange"] <= binom.ppf(0.9999, 150, 0.05) / 150
-    rejected = [
-        min(tests.p_value(row, node), tests.p_value(row)) <= 0.05 for row, (node,) in zip(rows, nodes, strict=True)
-    ]
-    # the label of a text that looks like the validation texts stays known if it is a root
-    assert measured["known_above"] + measured["unknown"] == pytest.approx(np.mean(rejected))
 
 
 # ── The model, and its checkpoints ───────────────────────────────────────────────────────────────────────────────────

@@ -4,8 +4,7 @@ Worth knowing:
 
 1. Each node is a decision with a score z, given its parent: P(node) = P(parent) · σ(z). It is open for a text that has the
    parent, or if the node is a root. Only open decisions show how well z is calibrated, so z is fitted on these pairs.
-2. Each node's threshold of best F1 is shrunk towards a common one, most if the node has few positives. Thresholds are fitted
-   from the deepest level upwards, because the parent of a predicted node is predicted, too.
+2. Each node's threshold of best F1 is shrunk towards a common one, most if the node has few positives.
 3. The guarantee is conformal risk control (Angelopoulos, Bates, Fisch, Lei and Schuster, 2022). The loss of a text is the share
    of its true nodes that the set {P(node) >= t} misses. Texts without true nodes do not count. The scores must come from a
    model that was not fitted to these texts, hence `evaluation.calibration.calibrate_out_of_fold`.
@@ -24,7 +23,7 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
-from scipy.special import expit
+from scipy.special import expit, logit
 from sklearn.model_selection import RepeatedKFold
 
 from decisions_hierarchical import DEFAULT_THRESHOLD, ManyNodes, SetThreshold, threshold_at
@@ -33,7 +32,6 @@ from hierarchical_clinicalbert.evaluation.form import FormBase
 from hierarchical_clinicalbert.evaluation.lexical import NodeClassifier
 from hierarchical_clinicalbert.evaluation.metrics import FOLDS, Predictions, confusion_counts, macro_f1, micro_f1
 from hierarchical_clinicalbert.evaluation.sets import PredictedSets
-from taxonomy_hierarchical import Taxonomy
 
 SIX_DIGITS_DOWN = Context(prec=6, rounding=ROUND_FLOOR)
 MIN_PROBABILITY = 0.1  # pairs below it are not in the calibration error: nearly all pairs have a probability near 0
@@ -51,23 +49,17 @@ def predict_nodes(
     return decisions.predict(torch.from_numpy(expit(u.astype(np.float64))), thresholds)[0].numpy()
 
 
-def best_threshold(scores: np.ndarray, true: np.ndarray, forced: int = 0, forced_true: int = 0) -> float | None:
+def best_threshold(scores: np.ndarray, true: np.ndarray) -> float | None:
     """Return the greatest threshold of best F1: halfway between two scores, or half a unit beyond the first or last one.
 
-    Args:
-        scores, true: (num_pairs,).
-        forced: number of further pairs that are predicted at any threshold, because a node below is predicted.
-        forced_true: how many of these are true.
-
-    Returns:
-        None if no pair is true, or if there are no scores.
+    ``scores`` and ``true`` are (num_pairs,). None: no pair is true.
     """
-    if not len(scores) or not (true.any() or forced_true):
+    if not true.any():
         return None
     order = np.argsort(-scores)
     padded = np.concatenate([[scores[order[0]] + 1], scores[order], [scores[order[-1]] - 1]])
-    true_positives = forced_true + np.concatenate([[0], np.cumsum(true[order])])
-    f1 = 2 * true_positives / (forced + np.arange(len(true_positives)) + true_positives[-1])
+    true_positives = np.concatenate([[0], np.cumsum(true[order])])
+    f1 = 2 * true_positives / (np.arange(len(true_positives)) + true_positives[-1])
     f1[padded[:-1] == padded[1:]] = -1  # no threshold separates equal scores
     best = np.argmax(f1)
     return float(padded[best] + padded[best + 1]) / 2
@@ -83,41 +75,20 @@ def choose_strength(decisions: ManyNodes, u: np.ndarray, labels: np.ndarray, rep
     totals = dict.fromkeys(STRENGTHS, np.zeros((3, decisions.num_nodes)))
     folds = RepeatedKFold(n_splits=min(FOLDS, len(u)), n_repeats=repeats, random_state=0)
     for fitted, scored in folds.split(u):
-        for strength, thresholds in shrunk_thresholds(decisions.tree, u[fitted], labels[fitted], STRENGTHS).items():
+        for strength, thresholds in shrunk_thresholds(u[fitted], labels[fitted], STRENGTHS).items():
             chosen = predict_nodes(decisions, u[scored], thresholds)
             totals[strength] = totals[strength] + confusion_counts(labels[scored], chosen)
     return max(STRENGTHS, key=lambda strength: micro_f1(totals[strength]) + macro_f1(totals[strength]))
 
 
-def shrunk_thresholds(
-    taxonomy: Taxonomy, u: np.ndarray, labels: np.ndarray, strengths: tuple[float, ...]
-) -> dict[float, np.ndarray]:
+def shrunk_thresholds(u: np.ndarray, labels: np.ndarray, strengths: tuple[float, ...]) -> dict[float, np.ndarray]:
     """Fit the thresholds of all nodes for each strength of the shrinkage, see `ManyNodesForm.fit_thresholds`."""
-    u, true = np.asfortranarray(u), np.asfortranarray(labels == 1)  # columns are read one by one
+    true, common = labels == 1, logit(common_threshold(u, labels))
     positives = true.sum(axis=0)
-    common = best_threshold(u.ravel(), true.ravel())
-    if common is None:
-        return dict.fromkeys(strengths, np.full(taxonomy.num_nodes, DEFAULT_THRESHOLD))
-
-    of_leaves = [best_threshold(u[:, leaf], true[:, leaf]) for leaf in range(taxonomy.num_leaves)]
-    nodes = taxonomy.reading_order[::-1]  # each after the nodes below it
-    fitted = {}
-    for strength in strengths:
-        thresholds, chosen = np.full(taxonomy.num_nodes, common), np.zeros_like(true)
-        for node in nodes if math.isfinite(strength) else []:
-            # the parent of a chosen node is chosen, too
-            forced = chosen[:, taxonomy.children(node)].any(axis=1)
-            if node < taxonomy.num_leaves:
-                own = of_leaves[node]  # the same for all strengths
-            else:
-                free, counts = ~forced, (forced.sum(), true[forced, node].sum())
-                own = best_threshold(u[free, node], true[free, node], *counts)
-            if own is not None:
-                weighted = positives[node] * own + strength * common
-                thresholds[node] = weighted / (positives[node] + strength)
-            chosen[:, node] = forced | (u[:, node] >= thresholds[node])
-        fitted[strength] = expit(thresholds)
-    return fitted
+    own = [best_threshold(scores, has) for scores, has in zip(u.T, true.T, strict=True)]
+    gap = np.array([0.0 if threshold is None else threshold - common for threshold in own])
+    # without positives, the gap is 0
+    return {strength: expit(common + gap / (1 + strength / np.maximum(positives, 1))) for strength in strengths}
 
 
 def common_threshold(u: np.ndarray, labels: np.ndarray) -> float:
@@ -165,12 +136,12 @@ class ManyNodesForm(FormBase):
     def fit_thresholds(self, logits: np.ndarray, labels: np.ndarray) -> list[float]:
         """Fit one threshold per node, a probability; 0.5 for all if no label is 1.
 
-        A node's own threshold has the best F1, given the predictions below it. The common threshold has the best micro-F1. The
-        result is their weighted mean in logits. The weights are the node's number of positives, and the strength of
+        A node's own threshold has its best F1. The common threshold has the best micro-F1. The result is their weighted mean in
+        logits. The weights are the node's number of positives, and the strength of
         `choose_strength`. The logits must be calibrated by parameters that were fitted to other texts.
         """
         strength = choose_strength(self.decisions, logits, labels)
-        return shrunk_thresholds(self.tree, logits, labels, (strength,))[strength].tolist()
+        return shrunk_thresholds(logits, labels, (strength,))[strength].tolist()
 
     def set_scores(self, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray) -> pd.Series:
         """Return the probability of each node that a text has, by text."""

@@ -48,12 +48,6 @@ def test_tokens_are_those_of_the_tokenizers_own_truncation(warned):
     assert "longer than" in warned.text  # so it would have been seen
 
 
-def test_token_types_only_where_the_tokenizer_has_them():
-    names = ["input_ids", "token_type_ids", "attention_mask"]
-    tokenized, _ = tokenize_splits(texts_of_lengths([3]), word_tokenizer(model_input_names=names), 8)
-    assert tokenized["test"]["token_type_ids"][:] == [[0] * 5]
-
-
 def test_tokens_of_training_texts_know_their_sentences():
     rows = texts_of_lengths([1, 1]).pop("test")
     rows = rows.remove_columns("text").add_column("text", ["a b. c d e? f g", "a"])
