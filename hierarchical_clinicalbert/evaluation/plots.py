@@ -1,11 +1,10 @@
 """Draw a run's training curves, confusion matrices and reliability diagrams as PNG files.
 
 `matplotlib.figure.Figure` without pyplot needs neither global state nor a display. Class names are user input, so ``$`` is
-escaped, which matplotlib reads as mathematics. They may be in any script: `show_names` finds fonts.
+escaped, which matplotlib reads as mathematics. They may be in any script: `show_names` numbers those that cannot be drawn.
 """
 
-import unicodedata
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -100,14 +99,12 @@ def _confusion_matrix(taxonomy: Taxonomy, level: int, true: np.ndarray, predicte
     shares = confusion_matrix(true, predicted, labels=nodes) / np.maximum(support[nodes], 1)[:, None]
     side = max(3.6, 0.4 * len(nodes))  # inches
     figure = Figure(figsize=(side + 4.6, side + 3.2), layout="constrained")
-    names, fonts, legend = show_names([taxonomy.labels[node] for node in nodes])
+    names, legend = show_names([taxonomy.labels[node] for node in nodes])
     figure.set_label(legend)
     display = ConfusionMatrixDisplay(shares, display_labels=names)
     small = {"fontsize": 7 if len(nodes) > 10 else 10}
     style = {"cmap": "Blues", "im_kw": {"vmin": 0, "vmax": 1}, "colorbar": False, "text_kw": small}
     display.plot(ax=figure.subplots(), values_format=".0%", xticks_rotation="vertical", **style)
-    for label in (*display.ax_.get_xticklabels(), *display.ax_.get_yticklabels()):
-        label.set_fontfamily(fonts)
     for text in display.text_.flat:
         if text.get_text() == "0%":
             text.set_text("")
@@ -133,10 +130,10 @@ def f1_by_frequency(per_class: list[dict]) -> Figure | None:
     axes.errorbar(support, f1, np.abs(ends - f1), fmt=".", ecolor="lightgray", markersize=9)
     ranks = [sorted(rows, key=key)[:NAMED] for key in (lambda row: row["f1"], lambda row: -row["support"])]
     named = [row for row in rows if any(row in rank for rank in ranks)]
-    names, fonts, legend = show_names([row["label"] for row in named])
+    names, legend = show_names([row["label"] for row in named])
     figure.set_label(legend)
     for name, row in zip(names, named, strict=True):
-        beside = {"xytext": (5, 3), "textcoords": "offset points", "fontsize": 7, "fontfamily": fonts}
+        beside = {"xytext": (5, 3), "textcoords": "offset points", "fontsize": 7}
         axes.annotate(name, (row["support"], row["f1"]), **beside)
     axes.set(xscale="log", xlabel="Documents of the class", ylabel="F1, with 95 % intervals", ylim=(-0.02, 1.02))
     _grid(axes)
@@ -173,33 +170,16 @@ def shorten(name: str) -> str:
     return name.replace("$", r"\$")
 
 
-def show_names(names: Sequence[str]) -> tuple[list[str], list[str], str]:
-    """Return names for a figure, the fonts that they need, in order, and a legend.
+def show_names(names: Sequence[str]) -> tuple[list[str], str]:
+    """Return names for a figure, and a legend.
 
-    A name for which no installed font has all characters is replaced by its number, and the legend gives the name.
+    A name with characters that `FONT` lacks is replaced by its number, and the legend gives the name.
     """
-    short = list(map(shorten, names))
-    fonts, missing = find_fonts({*"".join(short)})
-    numbered = [i for i, name in enumerate(short) if missing & {*name}]
+    short, drawn = list(map(shorten, names)), font_manager.get_font(font_manager.findfont(FONT)).get_charmap()
+    numbered = [i for i, name in enumerate(short) if not {*map(ord, name)} <= drawn.keys()]
     for i in numbered:
         short[i] = str(i + 1)
-    return short, fonts, "; ".join(f"{i + 1}: {names[i]}" for i in numbered)
-
-
-def find_fonts(characters: Collection[str]) -> tuple[list[str], set[str]]:
-    """Return names of installed fonts that have the characters, `FONT` first, and the characters that none of them has."""
-    fonts, missing = [FONT], {ord(one) for one in characters if unicodedata.category(one)[0] not in "CZ"}
-    missing -= _characters_of(font_manager.findfont(FONT))
-    plain = [entry for entry in font_manager.fontManager.ttflist if (entry.style, entry.weight) == ("normal", 400)]
-    for entry in sorted(plain, key=lambda entry: entry.name):
-        # the last resort draws every character as a box
-        if missing and not entry.name.startswith("Last Resort") and (known := missing & _characters_of(entry.fname)):
-            fonts, missing = [*fonts, entry.name], missing - known
-    return fonts, set(map(chr, missing))
-
-
-def _characters_of(file: str) -> set[int]:
-    return {*font_manager.get_font(file).get_charmap()}
+    return short, "; ".join(f"{i + 1}: {names[i]}" for i in numbered)
 
 
 def _grid(axes: Axes) -> None:

@@ -6,9 +6,6 @@ import numpy as np
 import pytest
 import sklearn.metrics
 from drawn import TREE, A, B, C, D, E, F, H, draw_labels, logits_of
-from fontTools.fontBuilder import FontBuilder
-from fontTools.pens.ttGlyphPen import TTGlyphPen
-from matplotlib import font_manager
 from PIL import Image
 from scipy.special import expit, softmax
 
@@ -155,36 +152,11 @@ def test_f1_by_frequency_shows_the_classes_that_occur_with_their_intervals_and_n
     assert f1_by_frequency(rows[-1:]) is None
 
 
-def test_names_of_any_script_are_drawn_by_a_font_that_has_them_or_numbered(tmp_path):
-    names = ["Größe", "сердце", "神経", "脳卒中 $5"]
-    taxonomy = Taxonomy(names)
-    logits, labels = drawn(OnePathForm(taxonomy), 40)
-    figures = [*confusion_matrices(taxonomy, logits, labels).values()]
-    # a font with the characters is installed
-    file = tmp_path / "Test.ttf"
-    builder = FontBuilder(1000)
-    characters = {ord(one): f"g{ord(one)}" for one in "神経脳卒中"}
-    builder.setupGlyphOrder([".notdef", *characters.values()])
-    builder.setupCharacterMap(characters)
-    builder.setupGlyf({name: TTGlyphPen(None).glyph() for name in (".notdef", *characters.values())})
-    builder.setupHorizontalMetrics(dict.fromkeys((".notdef", *characters.values()), (900, 0)))
-    builder.setupHorizontalHeader(ascent=800, descent=-200)
-    builder.setupNameTable({"familyName": "Zz Test", "styleName": "Regular"})
-    builder.setupOS2(usWeightClass=400)
-    builder.setupPost()
-    builder.save(file)
-    known = list(font_manager.fontManager.ttflist)
-    font_manager.fontManager.addfont(file)
-    try:
-        figures += confusion_matrices(taxonomy, logits, labels).values()
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # matplotlib warns of each character without a glyph
-            for i, figure in enumerate(figures):
-                write(figure, tmp_path / f"{i}.png")
-    finally:
-        font_manager.fontManager.ttflist[:] = known
-    assert matrix_of(figures[0])[0] == ["Größe", "сердце", "3", "4"]
-    assert read_description(tmp_path / "0.png") == "3: 神経; 4: 脳卒中 $5"
-    assert matrix_of(figures[1])[0] == ["Größe", "сердце", "神経", r"脳卒中 \$5"]
-    assert figures[1].axes[0].get_xticklabels()[2].get_fontfamily() == ["DejaVu Sans", "Zz Test"]
-    assert read_description(tmp_path / "1.png") == ""
+def test_names_in_a_script_that_cannot_be_drawn_are_numbered(tmp_path):
+    taxonomy = Taxonomy(["Größe", "сердце", "神経", "脳卒中 $5"])
+    (figure,) = confusion_matrices(taxonomy, *drawn(OnePathForm(taxonomy), 40)).values()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib warns of each character without a glyph
+        write(figure, tmp_path / "matrix.png")
+    assert matrix_of(figure)[0] == ["Größe", "сердце", "3", "4"]
+    assert read_description(tmp_path / "matrix.png") == "3: 神経; 4: 脳卒中 $5"
