@@ -35,7 +35,6 @@ from hierarchical_clinicalbert.evaluation.forms import Form, form_of
 from hierarchical_clinicalbert.evaluation.label_issues import list_label_issues
 from hierarchical_clinicalbert.evaluation.report import (
     calibrate_splits,
-    class_scores,
     log_metrics,
     measure_sets,
     measure_strange_texts,
@@ -216,10 +215,8 @@ def train(arguments: Arguments, data: LabelledSplits, resume_from: str | None, p
     # ── Publish: files, model card, Hub ──────────────────────────────────────────────────────────────────────────────
     facts = result.metrics | run_facts(arguments, size, data.report) | {"best_epoch": trainer.best_epoch}
     thresholds = model.config.calibration.thresholds
-    classes = class_scores(form, scored, thresholds)
-    metrics = facts | scores | classes
     if args.should_save:
-        write_scores(form, scored, thresholds, classes.get("per_class", []), output)
+        metrics = facts | scores | write_scores(form, scored, thresholds, output)
         drawn = {name: metric.title for name, metric in form.metrics.items() if metric.is_key and metric.direction > 0}
         plots.write(plots.training_curves(trainer.state.log_history, drawn), output / "plots" / "training_curves.png")
         write_card(trainer, settings, data_report, output, metrics, classify_example(scorer.model, tokenizer))
@@ -315,8 +312,7 @@ def score_checkpoint(arguments: Arguments, data: LabelledSplits) -> None:
         output = Path(args.output_dir)
         delete_scores(output)
         write_json(output / "data_report.json", data.report | {"lengths": lengths})
-        classes = class_scores(form, scored, config.calibration.thresholds)
-        write_scores(form, scored, config.calibration.thresholds, classes.get("per_class", []), output)
+        classes = write_scores(form, scored, config.calibration.thresholds, output)
         write_json(output / METRICS, metrics | classes | {SCORED_MODEL: hash_model(Path(source))})
         logger.info("metrics and plots are in %s", output)
     log_metrics(form, metrics, scored)

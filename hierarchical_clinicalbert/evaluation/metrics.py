@@ -37,7 +37,8 @@ class Predictions:
     def __init__(
         self, form: Any, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray | None = None, thresholds: Any = None
     ):
-        decisions, self.form, self.labels, self.texts = form.decisions, form, labels, texts
+        decisions, self.form, self.labels = form.decisions, form, labels
+        self.texts: Any = texts
         self.num_leaves, self.levels = decisions.num_leaves, np.array(form.tree.levels)
         self.logits = logits.astype(np.float64)
         self.log_probs = decisions.log_probs(torch.from_numpy(self.logits)).numpy()

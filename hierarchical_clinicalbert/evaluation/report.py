@@ -60,10 +60,6 @@ class ScoredSplit:
     nodes: list[list[int]] = dataclasses.field(default_factory=list)
     vectors: Any = None
 
-    def predictions(self, form: Form, thresholds: Any) -> Predictions:
-        """Return what tables and plots read."""
-        return Predictions(form, self.logits, self.labels, self.texts, thresholds)
-
 
 # ── Calibrate ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -159,41 +155,38 @@ def reported_split(splits: dict[str, Any]) -> str:
     return "test" if "test" in splits else "validation"
 
 
-def class_scores(form: Form, splits: dict[str, ScoredSplit], thresholds: Any) -> dict[str, Any]:
-    """Compute scores and 95 % intervals of the classes for metrics.json, on the `reported_split`.
-
-    Rows whose label is an inner node with unknown classes below do not count.
-    """
-    if not splits:
-        return {}
-    name, classes = reported_split(splits), form.decisions.num_classes
-    p = splits[name].predictions(form, thresholds)
-    rows, texts = p.known[:, :classes].all(axis=1), splits[name].texts
-    outcomes = p.true[rows, :classes], p.chosen[rows, :classes], texts[rows]
+def class_scores(split: str, p: Predictions) -> dict[str, Any]:
+    """Compute scores and 95 % intervals of the classes for metrics.json. Rows with unknown classes below the label do not count."""
+    form, classes = p.form, p.form.decisions.num_classes
+    rows = p.known[:, :classes].all(axis=1)
+    outcomes = p.true[rows, :classes], p.chosen[rows, :classes], p.texts[rows]
     per_class, intervals = per_class_report(form.tree.labels[:classes], *outcomes)
-    ends = {f"{PREFIXES[name]}_{key.replace('micro_f1', form.micro_f1)}": pair for key, pair in intervals.items()}
+    ends = {f"{PREFIXES[split]}_{key.replace('micro_f1', form.micro_f1)}": pair for key, pair in intervals.items()}
     return {"per_class": per_class, "intervals": ends} if per_class else {}
 
 
 # ── Show ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def write_scores(
-    form: Form, splits: dict[str, ScoredSplit], thresholds: Any, per_class: list[dict], folder: Path
-) -> None:
-    """Write the plots of the `reported_split`, and ``<split>_predictions.csv`` of all.
+def write_scores(form: Form, splits: dict[str, ScoredSplit], thresholds: Any, folder: Path) -> dict[str, Any]:
+    """Write ``<split>_predictions.csv`` of all splits, and the plots of the `reported_split`. Return its `class_scores`.
 
-    The latter has each row's number in its source, the same ``text_id`` for the same text, and the form's columns. ``per_class``
-    are the rows of `class_scores`.
+    The table has each row's number in its source, the same ``text_id`` for the same text, and the form's columns.
     """
+    classes: dict[str, Any] = {}
     for name, split in splits.items():
-        p, rows = split.predictions(form, thresholds), pd.DataFrame({"row": split.rows, "text_id": split.texts})
+        p = Predictions(form, split.logits, split.labels, split.texts, thresholds)
+        rows = pd.DataFrame({"row": split.rows, "text_id": split.texts})
         table = rows.join(form.prediction_table(p)).sort_values("row", kind="stable")
         table.to_csv(folder / f"{name}_predictions.csv", index=False, float_format="%.6f")
         if name == reported_split(splits):
-            figures = form.plots(p, per_class) | {"reliability_diagram": plots.reliability_diagram(p)}
+            classes = class_scores(name, p)
+            figures = form.plots(p, classes.get("per_class", [])) | {
+                "reliability_diagram": plots.reliability_diagram(p)
+            }
             for plot, figure in figures.items():
                 plots.write(figure, folder / "plots" / f"{plot}.png")
+    return classes
 
 
 def headline(form: Form, metrics: dict[str, float], num_rows: dict[str, int]) -> str:

@@ -14,13 +14,12 @@ import sklearn.metrics
 from conftest import complete
 from drawn import TREE, A, B, C, D, E, F, G, H, draw_labels, logits_of
 from forked import LIBRARIES
-from scipy.sparse import csr_matrix
 
 from hierarchical_clinicalbert.errors import InputError
 from hierarchical_clinicalbert.evaluation.many_nodes import ManyNodesForm
-from hierarchical_clinicalbert.evaluation.metrics import bootstrap_intervals, one_hot
+from hierarchical_clinicalbert.evaluation.metrics import Predictions, bootstrap_intervals, one_hot
 from hierarchical_clinicalbert.evaluation.one_path import OnePathForm
-from hierarchical_clinicalbert.evaluation.report import ScoredSplit, class_scores
+from hierarchical_clinicalbert.evaluation.report import class_scores
 
 MODULE = Path(__file__).resolve().parents[2] / "metrics" / "hierarchical_f1"
 FORMS = pytest.mark.parametrize("form", [OnePathForm(TREE), ManyNodesForm(TREE)], ids=["one path", "many nodes"])
@@ -179,9 +178,8 @@ def test_the_calibration_error_by_hand():
 
 
 def report_of(form: OnePathForm | ManyNodesForm, logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    nothing, rows = np.empty((len(labels), TREE.num_nodes)), np.arange(len(labels))
-    split = ScoredSplit(nothing, logits, labels, rows, rows, csr_matrix(nothing))
-    return class_scores(form, {"test": split}, np.full(TREE.num_nodes, 0.4))
+    thresholds = np.full(TREE.num_nodes, 0.4)
+    return class_scores("test", Predictions(form, logits, labels, np.arange(len(labels)), thresholds))
 
 
 @FORMS
