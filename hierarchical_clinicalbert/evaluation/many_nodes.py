@@ -24,19 +24,17 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from scipy.special import expit, logit
-from sklearn.model_selection import RepeatedKFold
 
 from decisions_hierarchical import DEFAULT_THRESHOLD, ManyNodes, SetThreshold, threshold_at
 from hierarchical_clinicalbert.evaluation import metrics, plots
 from hierarchical_clinicalbert.evaluation.form import FormBase
 from hierarchical_clinicalbert.evaluation.lexical import NodeClassifier
-from hierarchical_clinicalbert.evaluation.metrics import FOLDS, Predictions, confusion_counts, macro_f1, micro_f1
+from hierarchical_clinicalbert.evaluation.metrics import Predictions
 from hierarchical_clinicalbert.evaluation.sets import PredictedSets
 
 SIX_DIGITS_DOWN = Context(prec=6, rounding=ROUND_FLOOR)
 MIN_PROBABILITY = 0.1  # pairs below it are not in the calibration error: nearly all pairs have a probability near 0
-STRENGTHS = (math.inf, 100, 50, 20, 10, 5, 2, 0)  # of the shrinkage of thresholds, in positives
-REPEATS = 6  # of the cross-validation that chooses the strength; a single one is too noisy
+STRENGTH = 20  # of the shrinkage of thresholds, in positives
 
 
 # ── Thresholds ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -63,32 +61,6 @@ def best_threshold(scores: np.ndarray, true: np.ndarray) -> float | None:
     f1[padded[:-1] == padded[1:]] = -1  # no threshold separates equal scores
     best = np.argmax(f1)
     return float(padded[best] + padded[best + 1]) / 2
-
-
-def choose_strength(decisions: ManyNodes, u: np.ndarray, labels: np.ndarray, repeats: int = REPEATS) -> float:
-    """Return the value of `STRENGTHS` with the greatest sum of micro- and macro-F1 in repeated cross-validation.
-
-    In a tie, the greatest is returned. With one text, infinity is returned: all nodes get the common threshold.
-    """
-    if len(u) < 2:
-        return math.inf
-    totals = dict.fromkeys(STRENGTHS, np.zeros((3, decisions.num_nodes)))
-    folds = RepeatedKFold(n_splits=min(FOLDS, len(u)), n_repeats=repeats, random_state=0)
-    for fitted, scored in folds.split(u):
-        for strength, thresholds in shrunk_thresholds(u[fitted], labels[fitted], STRENGTHS).items():
-            chosen = predict_nodes(decisions, u[scored], thresholds)
-            totals[strength] = totals[strength] + confusion_counts(labels[scored], chosen)
-    return max(STRENGTHS, key=lambda strength: micro_f1(totals[strength]) + macro_f1(totals[strength]))
-
-
-def shrunk_thresholds(u: np.ndarray, labels: np.ndarray, strengths: tuple[float, ...]) -> dict[float, np.ndarray]:
-    """Fit the thresholds of all nodes for each strength of the shrinkage, see `ManyNodesForm.fit_thresholds`."""
-    true, common = labels == 1, logit(common_threshold(u, labels))
-    positives = true.sum(axis=0)
-    own = [best_threshold(scores, has) for scores, has in zip(u.T, true.T, strict=True)]
-    gap = np.array([0.0 if threshold is None else threshold - common for threshold in own])
-    # without positives, the gap is 0
-    return {strength: expit(common + gap / (1 + strength / np.maximum(positives, 1))) for strength in strengths}
 
 
 def common_threshold(u: np.ndarray, labels: np.ndarray) -> float:
@@ -137,11 +109,15 @@ class ManyNodesForm(FormBase):
         """Fit one threshold per node, a probability; 0.5 for all if no label is 1.
 
         A node's own threshold has its best F1. The common threshold has the best micro-F1. The result is their weighted mean in
-        logits. The weights are the node's number of positives, and the strength of
-        `choose_strength`. The logits must be calibrated by parameters that were fitted to other texts.
+        logits. The weights are the node's number of positives, and `STRENGTH`. The logits must be calibrated by parameters that
+        were fitted to other texts.
         """
-        strength = choose_strength(self.decisions, logits, labels)
-        return shrunk_thresholds(logits, labels, (strength,))[strength].tolist()
+        true, common = labels == 1, logit(common_threshold(logits, labels))
+        positives, thresholds = true.sum(axis=0), np.full(self.tree.num_nodes, common)
+        for node in np.flatnonzero(positives):
+            own = best_threshold(logits[:, node], true[:, node])
+            thresholds[node] = np.average([own, common], weights=[positives[node], STRENGTH])
+        return expit(thresholds).tolist()
 
     def set_scores(self, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray) -> pd.Series:
         """Return the probability of each node that a text has, by text."""

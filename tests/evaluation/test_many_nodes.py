@@ -9,18 +9,9 @@ import pytest
 import sklearn.metrics
 from drawn import TREE, A, B, D, E, F, draw_labels, logits_of
 from scipy.special import expit, logit
-from sklearn.model_selection import RepeatedKFold
 from transformers import EvalPrediction
 
-from hierarchical_clinicalbert.evaluation.many_nodes import (
-    REPEATS,
-    STRENGTHS,
-    ManyNodesForm,
-    choose_strength,
-    common_threshold,
-    shrunk_thresholds,
-)
-from hierarchical_clinicalbert.evaluation.metrics import FOLDS
+from hierarchical_clinicalbert.evaluation.many_nodes import STRENGTH, ManyNodesForm, common_threshold
 from taxonomy_hierarchical import Taxonomy
 
 FLAT = Taxonomy(["a", "b", "c"])
@@ -60,45 +51,20 @@ def test_the_common_threshold_has_the_best_micro_f1():
 
     best = max(map(score, np.unique(expit(u))))
     assert score(common_threshold(u, labels)) == pytest.approx(best)
-    shared = shrunk_thresholds(u, labels, (math.inf,))[math.inf]
-    np.testing.assert_allclose(shared, common_threshold(u, labels))
 
 
-def test_each_nodes_own_threshold_has_its_best_f1():
-    u, labels = case(TREE, 60)
-    u = u.round(1)  # with ties
-    thresholds = shrunk_thresholds(u, labels, (0,))[0]
-    for node in range(TREE.num_nodes):
-        reached = [expit(u[:, node]) >= least for least in (*expit(u[:, node]), 1.0)]
-        best = max(f1(chosen, labels[:, node]) for chosen in reached)
-        assert f1(expit(u[:, node]) >= thresholds[node], labels[:, node]) == pytest.approx(best)
-
-
-def test_a_threshold_is_averaged_with_the_common_one_by_the_number_of_positives():
+def test_a_nodes_threshold_of_best_f1_is_averaged_with_the_common_one_by_its_number_of_positives():
     u, labels = case(FLAT, 60)
+    u = u.round(1)  # with ties
     labels[:, 2] = 0
-    by_strength = shrunk_thresholds(u, labels, (math.inf, 10, 0))
-    common, shrunk, own = (logit(by_strength[strength]) for strength in (math.inf, 10, 0))
-    positives = labels.sum(axis=0)
-    np.testing.assert_allclose(shrunk, (positives * own + 10 * common) / (positives + 10))
-    assert own[2] == common[2]  # no positives, no own threshold
-
-
-def test_the_strength_of_the_shrinkage_is_that_of_the_best_f1_on_other_folds():
-    (u, labels), form = case(TREE, 60), ManyNodesForm(TREE)
-    totals: dict[float, float] = {}
-    for strength in STRENGTHS:
-        true, chosen = [], []
-        for fitted, scored in RepeatedKFold(n_splits=FOLDS, n_repeats=REPEATS, random_state=0).split(u):
-            thresholds = shrunk_thresholds(u[fitted], labels[fitted], (strength,))[strength]
-            chosen.append(closed(TREE, expit(u[scored]), thresholds))
-            true.append(labels[scored])
-        pair = np.concatenate(true), np.concatenate(chosen)
-        totals[strength] = sum(sklearn.metrics.f1_score(*pair, average=average) for average in ("micro", "macro"))
-    assert len({round(total, 3) for total in totals.values()}) > 4
-    best = max(STRENGTHS, key=totals.__getitem__)
-    assert choose_strength(form.decisions, u, labels) == best
-    np.testing.assert_allclose(form.fit_thresholds(u, labels), shrunk_thresholds(u, labels, (best,))[best])
+    common = common_threshold(u, labels)
+    thresholds, positives = np.array(ManyNodesForm(FLAT).fit_thresholds(u, labels)), labels.sum(axis=0)
+    assert thresholds[2] == pytest.approx(common)  # no positives, no own threshold
+    for node in (0, 1):
+        share = positives[node] / (positives[node] + STRENGTH)
+        own = expit((logit(thresholds[node]) - (1 - share) * logit(common)) / share)
+        best = max(f1(u[:, node] >= least, labels[:, node]) for least in [*u[:, node], 9.0])
+        assert f1(expit(u[:, node]) >= own, labels[:, node]) == pytest.approx(best)
 
 
 # Guarantee
