@@ -594,7 +594,7 @@ def test_a_traceback_is_shown_only_on_request(place, settings):
 
 
 FAULTS = {
-    "train.py": ("NameError", "import hierarchical_clinicalbert.training.trainer as module; del module.LossCheck", 1),
+    "train.py": ("NameError", "import hierarchical_clinicalbert.training.trainer as module; del module.LogLines", 1),
     "predict.py": ("TypeError", "import hierarchical_clinicalbert.prediction.rows as module; module.RowFormat.row = None", 3),
 }  # fmt: skip
 

@@ -26,7 +26,7 @@ from checkpoint_hierarchical import ADAPTER_FILES, load_heads_and_adapter
 from decisions_hierarchical import average_over_labels
 from hierarchical_clinicalbert.errors import InputError, as_input_error
 from hierarchical_clinicalbert.publishing.trainer import PublishingTrainer
-from hierarchical_clinicalbert.training.callbacks import LogLines, LossCheck, ProgressBar, ResumedRun
+from hierarchical_clinicalbert.training.callbacks import LogLines, ProgressBar, ResumedRun, refuse_infinite
 from hierarchical_clinicalbert.training.cpu import use_training_kernels
 from hierarchical_clinicalbert.training.sampler import LengthGroupedSampler
 from hierarchical_clinicalbert.training.views import halves
@@ -72,8 +72,6 @@ class HierarchicalTrainer(PublishingTrainer):
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(ProgressBar)
         self.add_callback(LogLines)
-        self.losses = LossCheck()
-        self.add_callback(self.losses)  # after the callbacks that request a save
         for module in self.model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes would repack 4-bit weights in eval mode
                 module.support_avx512bf16_for_cpu = False
@@ -110,8 +108,6 @@ class HierarchicalTrainer(PublishingTrainer):
             asked = {"output_vectors": True} if self.has_vectors and not model.training else {}
             outputs = model(**inputs, **asked)
             loss = self.loss_function(outputs["decision_logits"], labels, num_items_in_batch=items)
-        if model.training:
-            self.losses.add(loss)
         if items is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
@@ -226,6 +222,7 @@ class HierarchicalTrainer(PublishingTrainer):
     def _save(self, output_dir: str, state_dict: dict[str, Tensor] | None = None) -> None:
         if self.args.should_save:
             model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+            refuse_infinite(float(model.heads.weight.sum()), "the sum of the heads' weights", self.state.global_step)
             model.save_pretrained(output_dir, state_dict=state_dict)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(output_dir)
