@@ -192,11 +192,10 @@ def test_the_log_has_a_line_for_each_loss_and_each_evaluation(tmp_path, tokenize
     assert capsys.readouterr().out == ""  # no dicts
 
 
-@pytest.mark.parametrize("quantization", ["4bit", "8bit"])
-def test_evaluating_in_the_middle_of_quantized_training_changes_nothing(tmp_path, minilm, tokenizer, quantization):
+def test_evaluating_in_the_middle_of_quantized_training_changes_nothing(tmp_path, minilm, tokenizer):
     data, after = rows(), {}
     for strategy in ("no", "steps"):
-        model = lora_model(minilm, quantization)
+        model = lora_model(minilm, "4bit")
         args = arguments(
             tmp_path, max_steps=4, per_device_train_batch_size=4, eval_strategy=strategy, eval_steps=2, bf16=True
         )
