@@ -9,13 +9,13 @@ import torch
 from conftest import copy_checkpoint, predict_here, read_csv, train_clear, untrained_model, write_csv
 from safetensors.torch import load_file
 from scipy.spatial.distance import mahalanobis
-from scipy.stats import ks_2samp
+from scipy.stats import binom, ks_2samp
 from sklearn.covariance import LedoitWolf
 from test_long_texts import padded, small_model, texts_of
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from configuration_hierarchical import MULTI_LABEL, SINGLE_LABEL, Calibration
-from hierarchical_clinicalbert.evaluation.open_world import MIN_REFERENCES, fit_open_world, merge_texts
+from hierarchical_clinicalbert.evaluation.open_world import MIN_REFERENCES, fit_open_world, measure_novelty, merge_texts
 from open_world_hierarchical import NoveltyTests, OpenWorld
 from taxonomy_hierarchical import Taxonomy
 
@@ -111,6 +111,19 @@ def test_a_text_with_several_labels_is_a_part_of_each_class():
     assert open_world.means[-1].tolist() == pytest.approx(whitened[3].tolist(), abs=1e-3)
     first, merged = merge_texts(np.array([7, 5, 7]), [[b], [g], [d]])
     assert (first.tolist(), merged) == ([1, 0], [[g], [b, d]])
+
+
+def test_few_texts_like_the_validation_texts_are_unknown(fitted):
+    new, nodes = drawn(2000, 11)
+    measured = measure_novelty(fitted, new, np.arange(len(new)), nodes)
+    tests, rows = NoveltyTests(fitted), fitted(torch.from_numpy(new)).tolist()
+    assert measured["strange"] == np.mean([tests.p_value(row) <= 0.05 for row in rows])
+    assert measured["unknown"] <= measured["strange"] <= binom.ppf(0.9999, 150, 0.05) / 150
+    rejected = [
+        min(tests.p_value(row, node), tests.p_value(row)) <= 0.05 for row, (node,) in zip(rows, nodes, strict=True)
+    ]
+    # the label of a text that looks like the validation texts stays known if it is a root
+    assert measured["known_above"] + measured["unknown"] == pytest.approx(np.mean(rejected))
 
 
 # ── The model, and its checkpoints ───────────────────────────────────────────────────────────────────────────────────
