@@ -9,6 +9,7 @@ import functools
 import logging
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 # silence bitsandbytes before its import: it suggests unpinned kernels from the Hub, and warns of each 8-bit layer's cast
@@ -22,7 +23,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import AutoTokenizer, EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from checkpoint_hierarchical import check_tokenizer
-from configuration_hierarchical import HierarchicalConfig
+from configuration_hierarchical import DEFAULT_ENCODER, HierarchicalConfig
 from hierarchical_clinicalbert.checkpoint_files import METRICS, is_checkpoint, read_config
 from hierarchical_clinicalbert.data.labels import resolve_labels
 from hierarchical_clinicalbert.data.report import log_report
@@ -34,21 +35,19 @@ from hierarchical_clinicalbert.evaluation.forms import Form, form_of
 from hierarchical_clinicalbert.evaluation.label_issues import list_label_issues
 from hierarchical_clinicalbert.evaluation.report import (
     calibrate_splits,
-    class_scores,
     log_metrics,
     measure_sets,
     measure_strange_texts,
-    write_reliability,
     write_scores,
 )
-from hierarchical_clinicalbert.files import write_json
+from hierarchical_clinicalbert.files import lock, write_json
 from hierarchical_clinicalbert.machine import keep_memory
 from hierarchical_clinicalbert.publishing.card import delete_description, delete_scores
 from hierarchical_clinicalbert.training import resume
 from hierarchical_clinicalbert.training.arguments import Arguments, fit_to_data, parse
 from hierarchical_clinicalbert.training.cpu import KEPT_MEMORY
 from hierarchical_clinicalbert.training.losses import FocalLoss
-from hierarchical_clinicalbert.training.model import build_model, fetch_model, load_tokenizer, pin_model, size_report
+from hierarchical_clinicalbert.training.model import build_model, fetch_model, load_tokenizer, size_report
 from hierarchical_clinicalbert.training.prototypes import find_known_nodes, initialise_heads, set_heads
 from hierarchical_clinicalbert.training.publish import (
     check_hub,
@@ -70,7 +69,7 @@ from hierarchical_clinicalbert.training.trainer import HierarchicalTrainer
 logger = logging.getLogger("train")
 
 MAX_LENGTH = 512  # of a text in tokens, unless --max_length is given
-BEFORE_CALIBRATION = ("_loss", "_ece", "_ece_by_chance")  # suffixes of metrics that may exist before calibration only
+BEFORE_CALIBRATION = ("_loss", "_ece")  # suffixes of metrics that may exist before calibration only
 SIZES = (  # of `size_report`
     "trained: {trainable_parameters:,} of {all_parameters:,} parameters; "
     "encoder: {encoder_bytes:,} bytes, {encoder_bytes_float32:,} in float32"
@@ -91,7 +90,9 @@ def main(argv: list[str], prepare: Prepare = lambda trainer: trainer) -> None:
     arguments = parse(argv)
     args = arguments.training
     set_up_logging(args.process_index == 0)
-    with resume.lock_output_folder(args), logging_redirect_tqdm():
+    output = Path(args.output_dir)
+    locked = lock("--output_dir", output, output / ".train.lock") if args.process_index == 0 else nullcontext()
+    with locked, logging_redirect_tqdm():
         run(arguments, prepare)
 
 
@@ -102,12 +103,14 @@ def run(arguments: Arguments, prepare: Prepare) -> None:
     trains = bool(args.do_train)
     resume.check_output_folder(args, source)
     set_seed(args.seed)
-    resume_from = resume.find_checkpoint(args.resume_from_checkpoint, args.output_dir) if trains else None
+    resume_from = resume.find_checkpoint(args.output_dir) if trains and args.resume_from_checkpoint else None
 
     # ── Data: read, map labels to nodes, split ───────────────────────────────────────────────────────────────────────
     with args.main_process_first(desc="reading the data"):
         rows = read_rows(arguments.data, trains)  # before the Hub is asked for a checkpoint's taxonomy
-        model, folder = pin_model(arguments.model)
+        # the default encoder, which is no checkpoint, is fetched when the data are known to be usable
+        model = arguments.model if source == DEFAULT_ENCODER else fetch_model(arguments.model)
+        folder = model.model_name_or_path
         stored = read_config(folder) if is_checkpoint(folder) else None
         labelled = resolve_labels(rows, arguments.data, stored.tree if stored else None)
         data = split_rows(labelled, args.seed, resume.read_earlier_texts(folder, resume_from))
@@ -138,7 +141,7 @@ def train(arguments: Arguments, data: LabelledSplits, resume_from: str | None, p
     heads_init = resume.check_resumed_data(resume_from, data.report) if resume_from else None
 
     # ── Model: encoder, adapter, heads, tokenizer ────────────────────────────────────────────────────────────────────
-    arguments = arguments._replace(model=fetch_model(arguments.model))  # the data are known to be usable
+    arguments = arguments._replace(model=fetch_model(arguments.model))
     known = find_known_nodes(arguments.model, data.taxonomy, data.renamed)
     model = build_model(arguments.model, data.taxonomy, args.seed, data.problem_type, data.renamed, takes_steps)
     model.config.page = describe_page(args, model.config)
@@ -193,8 +196,6 @@ def train(arguments: Arguments, data: LabelledSplits, resume_from: str | None, p
 
     # ── Calibrate: the lexical head and the calibration become part of the checkpoint ────────────────────────────────
     if "validation" in scored and not model.config.calibration.scales:
-        if args.should_save:
-            write_reliability(form, scored, output / "plots" / "reliability_diagram_uncalibrated.png")
         classifier = None
         if takes_steps:
             counts = token_counts(splits["train"], model.config.text_config.vocab_size)
@@ -215,10 +216,8 @@ def train(arguments: Arguments, data: LabelledSplits, resume_from: str | None, p
     # ── Publish: files, model card, Hub ──────────────────────────────────────────────────────────────────────────────
     facts = result.metrics | run_facts(arguments, size, data.report) | {"best_epoch": trainer.best_epoch}
     thresholds = model.config.calibration.thresholds
-    classes = class_scores(form, scored, thresholds)
-    metrics = facts | scores | classes
     if args.should_save:
-        write_scores(form, scored, thresholds, classes.get("per_class", []), output)
+        metrics = facts | scores | write_scores(form, scored, thresholds, output)
         drawn = {name: metric.title for name, metric in form.metrics.items() if metric.is_key and metric.direction > 0}
         plots.write(plots.training_curves(trainer.state.log_history, drawn), output / "plots" / "training_curves.png")
         write_card(trainer, settings, data_report, output, metrics, classify_example(scorer.model, tokenizer))
@@ -292,7 +291,7 @@ def score_checkpoint(arguments: Arguments, data: LabelledSplits) -> None:
         raise InputError(f"nothing to score: {problem}")
 
     # ── Checkpoint ───────────────────────────────────────────────────────────────────────────────────────────────────
-    source = fetch_model(arguments.model).model_name_or_path
+    source = arguments.model.model_name_or_path
     with as_input_error(f"cannot load the tokenizer of {source}"):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=True)
     scorer = scoring_trainer(source, args, tokenizer)
@@ -314,8 +313,7 @@ def score_checkpoint(arguments: Arguments, data: LabelledSplits) -> None:
         output = Path(args.output_dir)
         delete_scores(output)
         write_json(output / "data_report.json", data.report | {"lengths": lengths})
-        classes = class_scores(form, scored, config.calibration.thresholds)
-        write_scores(form, scored, config.calibration.thresholds, classes.get("per_class", []), output)
+        classes = write_scores(form, scored, config.calibration.thresholds, output)
         write_json(output / METRICS, metrics | classes)
         logger.info("metrics and plots are in %s", output)
     log_metrics(form, metrics, scored)

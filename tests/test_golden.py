@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from conftest import CORPUS, ROOT, read_csv, run
+from conftest import ROOT, first_rows, read_csv, run
 from safetensors.torch import load_file
 
 EXPECTED = ROOT / "tests" / "golden" / "expected.json"
@@ -23,10 +23,12 @@ TOLERANCE, TOLERANCE_OF_COUNTS = 2e-3, 0.05
 
 def short_run(encoder: str, folder: Path) -> dict:
     """Train a few steps in float32. Return metrics, test predictions and the norm of each trained tensor."""
+    data = folder.parent / "data"
+    data.mkdir()
     run(
         *(ROOT / "recipes" / "quickstart.yaml", "--model_name_or_path", encoder, "--output_dir", folder),
-        *("--train_file", CORPUS / "train.csv", "--validation_file", CORPUS / "validation.csv"),
-        *("--test_file", CORPUS / "test.csv", "--max_steps", 6, "--max_length", 48, "--quantization", "none"),
+        *first_rows("corpus", data, 96, 48, 48),
+        *("--max_steps", 6, "--max_length", 48, "--quantization", "none"),
         *("--bf16", "false", "--use_cpu", "true", "--eval_strategy", "steps", "--eval_steps", 6, "--save_steps", 6),
         *("--save_strategy", "steps", "--seed", 7),
     )

@@ -11,7 +11,7 @@ from transformers import EvalPrediction
 
 from hierarchical_clinicalbert.errors import InputError
 from hierarchical_clinicalbert.evaluation.lexical import MAX_WEIGHTS, LexicalClassifier
-from hierarchical_clinicalbert.evaluation.metrics import Metric, of_all_levels
+from hierarchical_clinicalbert.evaluation.metrics import Metric, Predictions, of_all_levels
 from hierarchical_clinicalbert.evaluation.sets import choose_bands, split_by_band
 from hierarchical_clinicalbert.reading.columns import join_labels
 from taxonomy_hierarchical import Taxonomy
@@ -29,19 +29,24 @@ class FormBase:
         metrics: the table of metrics.
         micro_f1: the name of the F1 over all pairs of row and class.
         plot_titles: titles of the form's plots, by file name.
+        columns: names of the first columns of `prediction_table`.
+        scored: what `scored_pairs` are, and their share that is correct.
     """
 
     metrics: dict[str, Metric]
     micro_f1: str
     plot_titles: dict[str, str]
+    columns: tuple[str, str, str, str]
+    scored: tuple[str, str]
     decisions_class: Any
     classifier: Any  # a subclass of LexicalClassifier
-    predictions: Any  # what the functions of the table of metrics read
     set_scores: Any  # what `thresholds_of` reads of each text
     thresholds_of: Any
 
     def __init__(self, tree: Taxonomy):
         self.tree, self.decisions = tree, self.decisions_class(tree)
+
+    # ── Metrics and tables ───────────────────────────────────────────────────────────────────────────────────────────
 
     def measure(
         self, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray | None = None, thresholds: Any = None
@@ -51,21 +56,56 @@ class FormBase:
         if infinite.any():
             where = f"{infinite.sum()} of {len(logits)} documents"
             raise InputError(f"the model's logits are not finite for {where}: training diverged; lower --learning_rate")
-        predictions = self.predictions(self.decisions, logits, labels, texts, thresholds)
+        predictions = Predictions(self, logits, labels, texts, thresholds)
         metrics = of_all_levels(self.metrics, self.tree.depth)
         measured = {name: metric.compute(predictions) for name, metric in metrics.items()}
         return {name: float(value) for name, value in measured.items() if value is not None}
+
+    def compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        """Compute the metrics for a Trainer. Predictions are logits, or a tuple that begins with them."""
+        logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+        return self.measure(logits, prediction.label_ids)
 
     def class_probabilities(self, logits: np.ndarray) -> np.ndarray:
         """Return the probabilities of the classes, (num_rows, num_classes), in float64."""
         log_probs = self.decisions.log_probs(torch.tensor(logits, dtype=torch.float64))
         return log_probs[:, : self.decisions.num_classes].exp().numpy()
 
+    def prediction_table(self, p: Predictions) -> pd.DataFrame:
+        """Return a table of each row's deepest labels, and its deepest predicted nodes, most probable first.
+
+        The second choice is the most probable of the classes that are not predicted.
+        """
+        tree, rows = self.tree, []
+        correct = ((p.chosen == p.true) | ~p.known).all(axis=1)
+        for true, chosen, probabilities, is_correct in zip(p.true, p.chosen, p.probabilities, correct, strict=True):
+            predicted = sorted(tree.deepest(np.flatnonzero(chosen).tolist()), key=lambda node: -probabilities[node])
+            others = np.flatnonzero(~chosen[: self.decisions.num_classes])
+            second = max(others, key=lambda node: probabilities[node], default=None)
+            paths = (join_labels((tree.names[step] for step in tree.path(node)), " > ") for node in predicted)
+            values = (
+                join_labels(tree.labels[node] for node in tree.deepest(np.flatnonzero(true).tolist())),
+                join_labels(tree.labels[node] for node in predicted),
+                "; ".join(f"{probabilities[node]:.6f}" for node in predicted),
+                join_labels(paths),
+            )
+            row = dict(zip(self.columns, values, strict=True)) | {
+                "correct": is_correct,
+                "second_choice": "" if second is None else tree.labels[second],
+                "second_probability": np.nan if second is None else probabilities[second],
+            }
+            rows.append(row)
+        return pd.DataFrame(rows)
+
+    # ── Thresholds and prediction sets ───────────────────────────────────────────────────────────────────────────────
+
+    def common_threshold(self, logits: np.ndarray, labels: np.ndarray) -> float | None:
+        """Return the best threshold of predicted nodes on these rows; None if the most probable leaf is predicted."""
+        return None
+
     def fit_thresholds(self, logits: np.ndarray, labels: np.ndarray) -> list[float] | None:
         """Return the thresholds of predicted nodes; None if the most probable leaf is predicted."""
         return None
-
-    # ── Prediction sets ──────────────────────────────────────────────────────────────────────────────────────────────
 
     def confidence(self, logits: np.ndarray, texts: np.ndarray) -> pd.Series:
         """Return the probability of each text's most probable leaf, by text."""
@@ -92,14 +132,7 @@ class FormBase:
         """Return the fields of `Calibration` that thresholds for other class frequencies are computed from, if any."""
         return {}
 
-    def compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        """Compute the metrics for a Trainer. Predictions are logits, or a tuple that begins with them."""
-        logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-        return self.measure(logits, prediction.label_ids)
-
-    def joined_path(self, node: int) -> str:
-        """Return the names of a node's path as text."""
-        return join_labels((self.tree.names[step] for step in self.tree.path(node)), " > ")
+    # ── Lexical head ─────────────────────────────────────────────────────────────────────────────────────────────────
 
     def fit_classifier(
         self, counts: csr_matrix, labels: np.ndarray, wanted: bool | None = None

@@ -1,7 +1,5 @@
 """Choose what differs in evaluation between the two forms of label."""
 
-import re
-
 from configuration_hierarchical import MULTI_LABEL, SINGLE_LABEL
 from hierarchical_clinicalbert.evaluation.many_nodes import ManyNodesForm
 from hierarchical_clinicalbert.evaluation.one_path import OnePathForm
@@ -17,7 +15,6 @@ def form_of(tree: Taxonomy, problem_type: str) -> Form:
 
 
 def direction_of(name: str) -> int:
-    """Return `Metric.direction` of a metric of either form: 1 if higher is better, -1 if lower is, 0 for unknown ones."""
-    pattern = re.sub(r"^level_\d+_", "level_{}_", name.removeprefix("eval_"))
-    directions = [form.metrics[pattern].direction for form in FORMS.values() if pattern in form.metrics]
-    return min(directions, default=0)
+    """Return `Metric.direction` of a metric of either form: -1 if lower is better. Those of levels, and unknown ones, are 0."""
+    metric = name.removeprefix("eval_")
+    return min((form.metrics[metric].direction for form in FORMS.values() if metric in form.metrics), default=0)

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 import pandas as pd
+import torch
 from scipy.sparse import csr_matrix
 from scipy.special import softmax
 
@@ -43,13 +44,14 @@ def list_label_issues(
     by_probability = pd.concat(found).sort_values("probability_of_label", kind="stable")
     issues = form.rank_issues(by_probability[~moved[by_probability["index"]]], scores, labels, texts)
     index = issues["index"].to_numpy()
+    targets = form.decisions.outcome_targets(torch.from_numpy(labels[index]))[:, : tree.num_nodes].numpy()
 
     def join_deepest(nodes: Iterable[int]) -> str:
         return join_labels(tree.labels[node] for node in tree.deepest(nodes))
 
     columns = {
         "row": rows[index],
-        "label": [*map(join_deepest, form.nodes_of(labels[index]))],
+        "label": [join_deepest(np.flatnonzero(row).tolist()) for row in targets],
         "better_label": [*map(join_deepest, issues["better"])],
         "decision": [tree.labels[node] if node >= 0 else "" for node in issues["decision"]],
     }

@@ -1,7 +1,7 @@
-"""The table of metrics, F1 from counts, bootstrap intervals, and the calibration error, for both forms of label.
+"""The tables of metrics, F1 from counts, bootstrap intervals, and the calibration error, for both forms of label.
 
-To add a metric, add a row to the table of a form: `one_path.METRICS` or `many_nodes.METRICS`. Evaluation, the selection of the
-checkpoint, plots, card and Hub read these tables.
+To add a metric, add a row to a table: `ONE_PATH` or `MANY_NODES`. Evaluation, the selection of the checkpoint, plots, card and
+Hub read these tables.
 """
 
 import warnings
@@ -12,53 +12,52 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from scipy.sparse import csr_matrix
+from sklearn.metrics import average_precision_score
 
 BINS = 15  # of the calibration error
 FOLDS = 5  # of cross-validation
 PREFIXES = {"validation": "eval", "test": "test"}  # of a split's metrics
 
 
-@dataclass(frozen=True)
-class Metric:
-    """A row of a form's table of metrics.
+class Predictions:
+    """The labels and predictions of rows, as metrics, tables and plots read them.
 
     Attributes:
-        compute: takes the form's predictions and, if the name holds ``{}``, a ``level`` from 1. It returns None if the scored rows
-            do not define the metric.
-        title: in the card and the training curves.
-        hub_type: the metric's type on the Hub, see hf.co/metrics.
-        direction: 1 if higher is better, -1 if lower is, and 0 if the metric cannot select a checkpoint.
-        is_key: whether it is in the log, in the first table of the card and, if higher is better, among the training curves.
+        form: an `evaluation.forms.Form`.
+        logits: (num_rows, num_classes) in float64.
+        labels, texts: see `evaluation.form.FormBase`.
+        log_probs, probabilities: of all nodes, (num_rows, num_nodes) in float64.
+        true, chosen: the labelled and the predicted nodes, with their ancestors, (num_rows, num_nodes) of bool.
+        known: the nodes that the label says to be present or absent, (num_rows, num_nodes) of bool.
+        counts: the `confusion_counts` of all known nodes.
     """
 
-    compute: Callable[..., Any]
-    title: str
-    hub_type: str
-    direction: int = 1
-    is_key: bool = False
+    def __init__(
+        self, form: Any, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray | None = None, thresholds: Any = None
+    ):
+        decisions, self.form, self.labels = form.decisions, form, labels
+        self.texts: Any = texts
+        self.num_leaves, self.levels = decisions.num_leaves, np.array(form.tree.levels)
+        self.logits = logits.astype(np.float64)
+        self.log_probs = decisions.log_probs(torch.from_numpy(self.logits)).numpy()
+        self.probabilities = np.exp(self.log_probs)
+        targets = decisions.outcome_targets(torch.from_numpy(labels))
+        self.true = targets[:, : decisions.num_nodes].numpy() == 1
+        self.known = form.known_nodes(labels)
+        thresholds = form.common_threshold(logits, labels) if thresholds is None else thresholds
+        self.chosen = decisions.predict(torch.from_numpy(self.probabilities), thresholds)[0].numpy()
+        self.counts = confusion_counts(self.true, self.chosen & self.known)
+
+    def count(self, nodes: Any) -> np.ndarray | None:
+        """Return the `confusion_counts` of some nodes, over the rows in which all of them are known; None without a label."""
+        rows = self.known[:, nodes].all(axis=1)
+        counts = confusion_counts(self.true[rows][:, nodes], self.chosen[rows][:, nodes])
+        return counts if counts[2].any() else None
 
 
-def of_all_levels(table: dict[str, Metric], depth: int) -> dict[str, Metric]:
-    """Return the metrics by name, with one for each level in place of those whose name holds ``{}``, after all others."""
-    metrics = {name: metric for name, metric in table.items() if "{}" not in name}
-    for level in range(1, depth + 1):
-        for name, metric in table.items():
-            if "{}" in name:
-                compute, title = partial(metric.compute, level=level), f"level {level} {metric.title}"
-                metrics[name.format(level)] = replace(metric, compute=compute, title=title)
-    return metrics
-
-
-def scores_by_split(metrics: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the metrics of each scored split, without the prefix of their names."""
-    splits = {
-        split: {
-            name.removeprefix(f"{prefix}_"): value for name, value in metrics.items() if name.startswith(f"{prefix}_")
-        }
-        for split, prefix in PREFIXES.items()
-    }
-    return {split: scores for split, scores in splits.items() if "log_loss" in scores}
+# ── F1 from counts ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def confusion_counts(labels: np.ndarray, chosen: np.ndarray) -> np.ndarray:
@@ -86,9 +85,156 @@ def macro_f1(counts: np.ndarray) -> float:
     return float(np.nanmean(node_f1(counts))) if counts.any() else 0.0
 
 
+def weighted_f1(counts: np.ndarray) -> float:
+    """Compute the mean F1 of the classes, weighted by their labels, from counts (3, num_classes)."""
+    return float(np.average(np.nan_to_num(node_f1(counts)), weights=counts[2]))
+
+
 def one_hot(ids: np.ndarray, num_classes: int) -> np.ndarray:
     """Return ids (num_rows,) as an array (num_rows, num_classes) of bool."""
     return ids[:, None] == np.arange(num_classes)
+
+
+# ── Metrics ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def of_leaves(p: Predictions, score: Callable[[np.ndarray], float]) -> float | None:
+    """Compute a score of the leaves' counts."""
+    counts = p.count(slice(p.num_leaves))
+    return None if counts is None else score(counts)
+
+
+def of_level(p: Predictions, level: int, score: Callable[[np.ndarray], float]) -> float | None:
+    """Compute a score of the counts of a level's nodes. A leaf above the level counts as "no node at this level"."""
+    counts = p.count(p.levels == level)
+    return None if counts is None else score(counts)
+
+
+def level_accuracy(p: Predictions, level: int) -> float | None:
+    """Compute the share of the rows whose true path reaches the level with the same node in the predicted path."""
+    shared, _, true = p.counts[:, p.levels == level].sum(axis=1)
+    return shared / true if true else None
+
+
+def example_f1(p: Predictions) -> float:
+    """Compute the mean F1 of the texts; 1 where neither the labels nor the prediction has a node."""
+    return np.nan_to_num(node_f1(confusion_counts(p.true.T, p.chosen.T)), nan=1.0).mean()
+
+
+def mean_average_precision(p: Predictions) -> float | None:
+    """Compute the mean of scikit-learn's average precision over the nodes with a label."""
+    occurring = np.flatnonzero(p.true.any(axis=0))
+    precisions = [average_precision_score(p.true[:, node], p.logits[:, node]) for node in occurring]
+    return np.mean(precisions) if precisions else None
+
+
+def expected_calibration_error(p: Predictions) -> float | None:
+    """Compute the mean over `Form.scored_pairs` of their bin's |accuracy - confidence| (Guo et al., 2017, equation 3)."""
+    bins = calibration_bins(*p.form.scored_pairs(p))
+    return (bins["correct"] - bins["confidence"]).abs().sum() / bins["count"].sum() if len(bins) else None
+
+
+def calibration_bins(confidence: np.ndarray, correct: np.ndarray) -> pd.DataFrame:
+    """Sum up predictions by confidence in 15 bins (Guo et al., 2017), and count them: one row per bin with predictions.
+
+    Row m holds confidences in (m / 15, (m + 1) / 15]. Both arguments are (num_predictions,).
+    """
+    index = np.digitize(confidence, np.arange(1, BINS) / BINS, right=True)
+    return pd.DataFrame({"confidence": confidence, "correct": correct, "count": 1}, dtype=float).groupby(index).sum()
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A row of a form's table of metrics.
+
+    Attributes:
+        compute: takes the form's predictions and, if the name holds ``{}``, a ``level`` from 1. It returns None if the scored rows
+            do not define the metric.
+        title: in the card and the training curves.
+        hub_type: the metric's type on the Hub, see hf.co/metrics.
+        direction: 1 if higher is better, -1 if lower is, and 0 if the metric cannot select a checkpoint.
+        is_key: whether it is in the log, in the first table of the card and, if higher is better, among the training curves.
+    """
+
+    compute: Callable[..., Any]
+    title: str
+    hub_type: str
+    direction: int = 1
+    is_key: bool = False
+
+
+ECE = Metric(expected_calibration_error, "expected calibration error", "ece", direction=-1, is_key=True)
+ONE_PATH = {
+    "accuracy": Metric(partial(of_leaves, score=micro_f1), "accuracy", "accuracy", is_key=True),
+    # over the leaves that occur as label or prediction
+    "macro_f1": Metric(partial(of_leaves, score=macro_f1), "macro F1", "f1", is_key=True),
+    "weighted_f1": Metric(partial(of_leaves, score=weighted_f1), "weighted F1", "f1"),
+    # over the nodes of all paths (Kiritchenko, Matwin and Famili, 2005)
+    "hierarchical_precision": Metric(
+        lambda p: p.counts[0].sum() / p.counts[1].sum(), "hierarchical precision", "precision"
+    ),
+    "hierarchical_recall": Metric(lambda p: p.counts[0].sum() / p.counts[2].sum(), "hierarchical recall", "recall"),
+    "hierarchical_f1": Metric(lambda p: micro_f1(p.counts), "hierarchical F1", "f1", is_key=True),
+    # the probability of a label is the least one on its path
+    "log_loss": Metric(
+        lambda p: -np.where(p.true, p.log_probs, 0).min(axis=1).mean(),
+        "log loss (nats)",
+        "log_loss",
+        direction=-1,
+        is_key=True,
+    ),
+    "ece": ECE,
+    "level_{}_accuracy": Metric(level_accuracy, "accuracy", "accuracy"),
+    "level_{}_macro_f1": Metric(partial(of_level, score=macro_f1), "macro F1", "f1"),
+}
+MANY_NODES = {
+    # with closed sets, micro-F1 is the hierarchical F1 (Kiritchenko, Matwin and Famili, 2005)
+    "micro_f1": Metric(lambda p: micro_f1(p.counts), "micro F1", "f1", is_key=True),
+    # over the nodes that occur in labels or predictions
+    "macro_f1": Metric(lambda p: macro_f1(p.counts), "macro F1", "f1", is_key=True),
+    "leaf_micro_f1": Metric(partial(of_leaves, score=micro_f1), "micro F1 of the leaves", "f1"),
+    "leaf_macro_f1": Metric(partial(of_leaves, score=macro_f1), "macro F1 of the leaves", "f1"),
+    "example_f1": Metric(example_f1, "example-based F1", "f1"),
+    "mean_average_precision": Metric(
+        mean_average_precision, "mean average precision", "mean_average_precision", is_key=True
+    ),
+    # the mean binary cross-entropy over all pairs
+    "log_loss": Metric(
+        lambda p: (np.logaddexp(0, p.logits) - p.true * p.logits).mean(),
+        "log loss of a node (nats)",
+        "log_loss",
+        direction=-1,
+        is_key=True,
+    ),
+    # a model without probable nodes has no calibration error, so it cannot select a checkpoint
+    "ece": replace(ECE, direction=0),
+    "level_{}_micro_f1": Metric(partial(of_level, score=micro_f1), "micro F1", "f1"),
+}
+
+
+def of_all_levels(table: dict[str, Metric], depth: int) -> dict[str, Metric]:
+    """Return the metrics by name, with one for each level in place of those whose name holds ``{}``, after all others."""
+    metrics = {name: metric for name, metric in table.items() if "{}" not in name}
+    for level in range(1, depth + 1):
+        for name, metric in table.items():
+            if "{}" in name:
+                compute, title = partial(metric.compute, level=level), f"level {level} {metric.title}"
+                metrics[name.format(level)] = replace(metric, compute=compute, title=title)
+    return metrics
+
+
+def scores_by_split(metrics: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the metrics of each scored split, without the prefix of their names."""
+    splits = {
+        split: {
+            name.removeprefix(f"{prefix}_"): value for name, value in metrics.items() if name.startswith(f"{prefix}_")
+        }
+        for split, prefix in PREFIXES.items()
+    }
+    return {split: scores for split, scores in splits.items() if "log_loss" in scores}
+
+
+# ── Intervals, and the report of classes ─────────────────────────────────────────────────────────────────────────────
 
 
 def bootstrap_intervals(
@@ -142,49 +288,3 @@ def per_class_report(
         "f1_interval": [ends.tolist() if np.isfinite(ends).all() else None for ends in intervals.pop("f1").T],
     }
     return pd.DataFrame(columns).to_dict("records"), {name: ends.tolist() for name, ends in intervals.items()}
-
-
-def calibration_bins(confidence: np.ndarray, correct: np.ndarray, variance: np.ndarray | float = 0.0) -> pd.DataFrame:
-    """Sum up documents by confidence in 15 bins (Guo et al., 2017), and count them: one row per bin with documents.
-
-    Row m holds confidences in (m / 15, (m + 1) / 15]. ``variance`` is the variance of ``correct`` if the probabilities are
-    correct. All arguments are (num_rows,).
-    """
-    columns = {"confidence": confidence, "correct": correct, "variance": variance, "count": 1}
-    return pd.DataFrame(columns, dtype=float).groupby(bin_index(confidence)).sum()
-
-
-def bin_index(confidence: np.ndarray) -> np.ndarray:
-    """Return the bin of each confidence, 0 to 14."""
-    return np.digitize(confidence, np.arange(1, BINS) / BINS, right=True)
-
-
-def expected_calibration_error(bins: pd.DataFrame) -> float:
-    """Compute the mean over documents of their bin's |accuracy - confidence| (Guo et al., 2017, equation 3)."""
-    return (bins["correct"] - bins["confidence"]).abs().sum() / bins["count"].sum()
-
-
-def calibration_error_by_chance(bins: pd.DataFrame) -> float:
-    """Compute the expected value of `expected_calibration_error` if the probabilities are correct.
-
-    The number of correct predictions in a bin has the variance v of the bin. Its mean absolute deviation is √(2 v / π) in
-    the normal approximation.
-    """
-    return np.sqrt(2 * bins["variance"].clip(lower=0) / np.pi).sum() / bins["count"].sum()
-
-
-def of_bins(error: Callable[[pd.DataFrame], float]) -> Callable[..., float | None]:
-    """Return the function that computes an error from predictions' ``calibration_bins``; None if there are no bins."""
-
-    def compute(p: Any, level: int | None = None) -> float | None:
-        bins = p.calibration_bins(level)
-        return None if bins is None else error(bins)
-
-    return compute
-
-
-# rows of both tables
-ECE = Metric(of_bins(expected_calibration_error), "expected calibration error", "ece", direction=-1, is_key=True)
-ECE_BY_CHANCE = Metric(
-    of_bins(calibration_error_by_chance), "expected calibration error if perfectly calibrated", "ece", direction=0
-)

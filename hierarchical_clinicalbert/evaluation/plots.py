@@ -1,11 +1,10 @@
 """Draw a run's training curves, confusion matrices and reliability diagrams as PNG files.
 
 `matplotlib.figure.Figure` without pyplot needs neither global state nor a display. Class names are user input, so ``$`` is
-escaped, which matplotlib reads as mathematics. They may be in any script: `show_names` finds fonts.
+escaped, which matplotlib reads as mathematics. They may be in any script: `show_names` numbers those that cannot be drawn.
 """
 
-import unicodedata
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +15,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from sklearn.calibration import CalibrationDisplay
-from sklearn.metrics import ConfusionMatrixDisplay, PrecisionRecallDisplay, confusion_matrix
+from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 
-from hierarchical_clinicalbert.evaluation.metrics import BINS, calibration_bins, expected_calibration_error
+from hierarchical_clinicalbert.evaluation.metrics import (
+    BINS,
+    Predictions,
+    calibration_bins,
+    expected_calibration_error,
+)
 from taxonomy_hierarchical import Taxonomy
 
 MAX_CLASSES = 40
@@ -95,14 +99,12 @@ def _confusion_matrix(taxonomy: Taxonomy, level: int, true: np.ndarray, predicte
     shares = confusion_matrix(true, predicted, labels=nodes) / np.maximum(support[nodes], 1)[:, None]
     side = max(3.6, 0.4 * len(nodes))  # inches
     figure = Figure(figsize=(side + 4.6, side + 3.2), layout="constrained")
-    names, fonts, legend = show_names([taxonomy.labels[node] for node in nodes])
+    names, legend = show_names([taxonomy.labels[node] for node in nodes])
     figure.set_label(legend)
     display = ConfusionMatrixDisplay(shares, display_labels=names)
     small = {"fontsize": 7 if len(nodes) > 10 else 10}
     style = {"cmap": "Blues", "im_kw": {"vmin": 0, "vmax": 1}, "colorbar": False, "text_kw": small}
     display.plot(ax=figure.subplots(), values_format=".0%", xticks_rotation="vertical", **style)
-    for label in (*display.ax_.get_xticklabels(), *display.ax_.get_yticklabels()):
-        label.set_fontfamily(fonts)
     for text in display.text_.flat:
         if text.get_text() == "0%":
             text.set_text("")
@@ -128,10 +130,10 @@ def f1_by_frequency(per_class: list[dict]) -> Figure | None:
     axes.errorbar(support, f1, np.abs(ends - f1), fmt=".", ecolor="lightgray", markersize=9)
     ranks = [sorted(rows, key=key)[:NAMED] for key in (lambda row: row["f1"], lambda row: -row["support"])]
     named = [row for row in rows if any(row in rank for rank in ranks)]
-    names, fonts, legend = show_names([row["label"] for row in named])
+    names, legend = show_names([row["label"] for row in named])
     figure.set_label(legend)
     for name, row in zip(names, named, strict=True):
-        beside = {"xytext": (5, 3), "textcoords": "offset points", "fontsize": 7, "fontfamily": fonts}
+        beside = {"xytext": (5, 3), "textcoords": "offset points", "fontsize": 7}
         axes.annotate(name, (row["support"], row["f1"]), **beside)
     axes.set(xscale="log", xlabel="Documents of the class", ylabel="F1, with 95 % intervals", ylim=(-0.02, 1.02))
     _grid(axes)
@@ -139,30 +141,12 @@ def f1_by_frequency(per_class: list[dict]) -> Figure | None:
     return figure
 
 
-def precision_and_recall(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray) -> Figure | None:
-    """Draw precision over recall, over all thresholds, for the pairs of document and node of each level."""
-    if not (labels == 1).any():
+def reliability_diagram(p: Predictions) -> Figure | None:
+    """Draw the share of correct predictions over their probability, and the number of predictions; return None without any."""
+    counted, share = p.form.scored
+    bins = calibration_bins(*p.form.scored_pairs(p))
+    if bins.empty:
         return None
-    levels, figure = np.array(taxonomy.levels), Figure(figsize=(6.5, 6), layout="constrained")
-    axes = figure.subplots()
-    for level in range(1, taxonomy.depth + 1):
-        true, scores = labels[:, levels == level].ravel() == 1, logits[:, levels == level].ravel()
-        if true.any():
-            PrecisionRecallDisplay.from_predictions(true, scores, name=f"level {level}", ax=axes)
-    axes.set(xlabel="Recall", ylabel="Precision", xlim=(0, 1.02), ylim=(0, 1.02))
-    _grid(axes)
-    figure.suptitle("Precision and recall over all thresholds")
-    return figure
-
-
-def reliability_diagram(probabilities: np.ndarray, correct: np.ndarray, counted: str, share: str) -> Figure | None:
-    """Draw the share of correct predictions over their probability, and the number of predictions; return None without any.
-
-    ``counted`` names the predictions, and ``share`` their share that is correct.
-    """
-    if not len(probabilities):
-        return None
-    bins = calibration_bins(probabilities, correct)
     means = bins.div(bins["count"], axis=0)
     figure = Figure(figsize=(7, 8), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
@@ -173,8 +157,8 @@ def reliability_diagram(probabilities: np.ndarray, correct: np.ndarray, counted:
     lower.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=4, min_n_ticks=1))
     _grid(upper)
     _grid(lower)
-    title = f"Reliability diagram: expected calibration error {expected_calibration_error(bins):.3f}"
-    figure.suptitle(f"{title}\n{len(correct):,} {counted.lower()}, {BINS} bins of equal width")
+    title = f"Reliability diagram: expected calibration error {expected_calibration_error(p):.3f}"
+    figure.suptitle(f"{title}\n{int(bins['count'].sum()):,} {counted.lower()}, {BINS} bins of equal width")
     return figure
 
 
@@ -186,33 +170,16 @@ def shorten(name: str) -> str:
     return name.replace("$", r"\$")
 
 
-def show_names(names: Sequence[str]) -> tuple[list[str], list[str], str]:
-    """Return names for a figure, the fonts that they need, in order, and a legend.
+def show_names(names: Sequence[str]) -> tuple[list[str], str]:
+    """Return names for a figure, and a legend.
 
-    A name for which no installed font has all characters is replaced by its number, and the legend gives the name.
+    A name with characters that `FONT` lacks is replaced by its number, and the legend gives the name.
     """
-    short = list(map(shorten, names))
-    fonts, missing = find_fonts({*"".join(short)})
-    numbered = [i for i, name in enumerate(short) if missing & {*name}]
+    short, drawn = list(map(shorten, names)), font_manager.get_font(font_manager.findfont(FONT)).get_charmap()
+    numbered = [i for i, name in enumerate(short) if not {*map(ord, name)} <= drawn.keys()]
     for i in numbered:
         short[i] = str(i + 1)
-    return short, fonts, "; ".join(f"{i + 1}: {names[i]}" for i in numbered)
-
-
-def find_fonts(characters: Collection[str]) -> tuple[list[str], set[str]]:
-    """Return names of installed fonts that have the characters, `FONT` first, and the characters that none of them has."""
-    fonts, missing = [FONT], {ord(one) for one in characters if unicodedata.category(one)[0] not in "CZ"}
-    missing -= _characters_of(font_manager.findfont(FONT))
-    plain = [entry for entry in font_manager.fontManager.ttflist if (entry.style, entry.weight) == ("normal", 400)]
-    for entry in sorted(plain, key=lambda entry: entry.name):
-        # the last resort draws every character as a box
-        if missing and not entry.name.startswith("Last Resort") and (known := missing & _characters_of(entry.fname)):
-            fonts, missing = [*fonts, entry.name], missing - known
-    return fonts, set(map(chr, missing))
-
-
-def _characters_of(file: str) -> set[int]:
-    return {*font_manager.get_font(file).get_charmap()}
+    return short, "; ".join(f"{i + 1}: {names[i]}" for i in numbered)
 
 
 def _grid(axes: Axes) -> None:

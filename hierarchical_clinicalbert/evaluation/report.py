@@ -28,7 +28,7 @@ from hierarchical_clinicalbert.evaluation import plots
 from hierarchical_clinicalbert.evaluation.calibration import calibrate_out_of_fold, calibrated_logits, fit_calibration
 from hierarchical_clinicalbert.evaluation.forms import Form
 from hierarchical_clinicalbert.evaluation.lexical import LexicalClassifier
-from hierarchical_clinicalbert.evaluation.metrics import PREFIXES, per_class_report, scores_by_split
+from hierarchical_clinicalbert.evaluation.metrics import PREFIXES, Predictions, per_class_report, scores_by_split
 from hierarchical_clinicalbert.evaluation.open_world import measure_novelty
 from hierarchical_clinicalbert.evaluation.sets import MEASURED_TARGET
 from open_world_hierarchical import OpenWorld
@@ -72,43 +72,35 @@ def calibrate_splits(
     The model that scored the splits has no calibration.
 
     Returns:
-        The calibration. The splits with calibrated logits, of the validation rows out of fold. Metrics after calibration, and
-        without the lexical head if there is one (``without_lexical_head_…``).
+        The calibration. The splits with calibrated logits, of the validation rows out of fold. Metrics after calibration.
     """
-    lexical = (
-        {name: classifier.decision_scores(split.token_counts) for name, split in splits.items()} if classifier else {}
-    )
+    # ── Calibrated logits: decision scores of the encoder, plus those of the lexical head ────────────────────────────
+    lexical = {name: classifier and classifier.decision_scores(split.token_counts) for name, split in splits.items()}
     log_prior = classifier.log_prior if classifier else 0.0
-    calibration, calibrated = _calibrate(form, splits, lexical, log_prior)
-    weight, validation = calibration.lexical_weight or None, calibrated["validation"]
-    sets = form.fit_sets(validation.logits, validation.labels, validation.texts)
-    prior = form.class_probabilities(validation.logits).mean(axis=0).clip(MIN_FREQUENCY, 1 - MIN_FREQUENCY)
-    scales = calibration.scales or [1.0]
-    shown = f"scales of the scores from {min(scales):.2f} to {max(scales):.2f}"
-    logger.info("calibrated on the validation rows: %s; weight of the lexical head %.2f", shown, weight or 0)
-    metrics = {"lexical_weight": weight or 0.0, **measure(form, calibrated, calibration.thresholds)}
-    if weight:
-        without, uncorrected = _calibrate(form, splits, {}, log_prior)
-        measured = measure(form, uncorrected, without.thresholds)
-        metrics |= {f"without_lexical_head_{name}": value for name, value in measured.items()}
-    return dataclasses.replace(calibration, lexical_weight=weight, prior=prior.tolist(), **sets), calibrated, metrics
-
-
-def _calibrate(
-    form: Form, splits: dict[str, ScoredSplit], lexical: dict[str, np.ndarray], log_prior: np.ndarray | float
-) -> tuple[Calibration, dict[str, ScoredSplit]]:
-    """Fit a calibration with its thresholds, and calibrate the splits. ``lexical`` are decision scores of each split, or empty."""
-    validation = splits["validation"]
-    rows = validation.scores, lexical.get("validation"), validation.labels
+    rows = splits["validation"].scores, lexical["validation"], splits["validation"].labels
     calibration = fit_calibration(form, *rows, log_prior)
     logits = {
-        name: calibrated_logits(form.decisions, calibration, split.scores, lexical.get(name))
+        name: calibrated_logits(form.decisions, calibration, split.scores, lexical[name])
         for name, split in splits.items()
     }
-    logits["validation"] = calibrate_out_of_fold(form, *rows, validation.texts, log_prior)
-    thresholds = form.fit_thresholds(logits["validation"], validation.labels)
+    logits["validation"] = calibrate_out_of_fold(form, *rows, splits["validation"].texts, log_prior)
     calibrated = {name: dataclasses.replace(split, logits=logits[name]) for name, split in splits.items()}
-    return dataclasses.replace(calibration, thresholds=thresholds), calibrated
+    weight, scales = calibration.lexical_weight or None, calibration.scales or [1.0]
+    shown = f"scales of the scores from {min(scales):.2f} to {max(scales):.2f}"
+    logger.info("calibrated on the validation rows: %s; weight of the lexical head %.2f", shown, weight or 0)
+
+    # ── Thresholds and class frequencies ─────────────────────────────────────────────────────────────────────────────
+    validation = calibrated["validation"]
+    probabilities = form.class_probabilities(validation.logits)
+    calibration = dataclasses.replace(
+        calibration,
+        lexical_weight=weight,
+        thresholds=form.fit_thresholds(validation.logits, validation.labels),
+        prior=probabilities.mean(axis=0).clip(MIN_FREQUENCY, 1 - MIN_FREQUENCY).tolist(),
+        **form.fit_sets(validation.logits, validation.labels, validation.texts),
+    )
+    metrics = {"lexical_weight": weight or 0.0, **measure(form, calibrated, calibration.thresholds)}
+    return calibration, calibrated, metrics
 
 
 # ── Measure ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -163,46 +155,38 @@ def reported_split(splits: dict[str, Any]) -> str:
     return "test" if "test" in splits else "validation"
 
 
-def class_scores(form: Form, splits: dict[str, ScoredSplit], thresholds: Any) -> dict[str, Any]:
-    """Compute scores and 95 % intervals of the classes for metrics.json, on the `reported_split`."""
-    if not splits:
-        return {}
-    name = reported_split(splits)
-    split, prefix, names = splits[name], PREFIXES[name], form.tree.labels[: form.decisions.num_classes]
-    outcomes = form.class_outcomes(split.logits, split.labels, split.texts, thresholds)
-    rows, intervals = per_class_report(names, *outcomes)
-    prefixed = {f"{prefix}_{key.replace('micro_f1', form.micro_f1)}": ends for key, ends in intervals.items()}
-    return {"per_class": rows, "intervals": prefixed} if rows else {}
+def class_scores(split: str, p: Predictions) -> dict[str, Any]:
+    """Compute scores and 95 % intervals of the classes for metrics.json. Rows with unknown classes below the label do not count."""
+    form, classes = p.form, p.form.decisions.num_classes
+    rows = p.known[:, :classes].all(axis=1)
+    outcomes = p.true[rows, :classes], p.chosen[rows, :classes], p.texts[rows]
+    per_class, intervals = per_class_report(form.tree.labels[:classes], *outcomes)
+    ends = {f"{PREFIXES[split]}_{key.replace('micro_f1', form.micro_f1)}": pair for key, pair in intervals.items()}
+    return {"per_class": per_class, "intervals": ends} if per_class else {}
 
 
 # ── Show ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def write_reliability(form: Form, splits: dict[str, ScoredSplit], file: Path) -> None:
-    """Write the reliability diagram of the `reported_split`, if its rows define one."""
-    split = splits[reported_split(splits)]
-    plots.write(form.reliability_diagram(split.logits, split.labels), file)
+def write_scores(form: Form, splits: dict[str, ScoredSplit], thresholds: Any, folder: Path) -> dict[str, Any]:
+    """Write ``<split>_predictions.csv`` of all splits, and the plots of the `reported_split`. Return its `class_scores`.
 
-
-def write_scores(
-    form: Form, splits: dict[str, ScoredSplit], thresholds: Any, per_class: list[dict], folder: Path
-) -> None:
-    """Write the plots of the `reported_split`, and ``<split>_predictions.csv`` of all.
-
-    The latter has each row's number in its source, the same ``text_id`` for the same text, and the form's columns. ``per_class``
-    are the rows of `class_scores`.
+    The table has each row's number in its source, the same ``text_id`` for the same text, and the form's columns.
     """
+    classes: dict[str, Any] = {}
     for name, split in splits.items():
+        p = Predictions(form, split.logits, split.labels, split.texts, thresholds)
         rows = pd.DataFrame({"row": split.rows, "text_id": split.texts})
-        table = rows.join(form.prediction_table(split.logits, split.labels, thresholds)).sort_values(
-            "row", kind="stable"
-        )
+        table = rows.join(form.prediction_table(p)).sort_values("row", kind="stable")
         table.to_csv(folder / f"{name}_predictions.csv", index=False, float_format="%.6f")
-    if splits:
-        split = splits[reported_split(splits)]
-        for name, figure in form.plots(split.logits, split.labels, per_class).items():
-            plots.write(figure, folder / "plots" / f"{name}.png")
-        write_reliability(form, splits, folder / "plots" / "reliability_diagram.png")
+        if name == reported_split(splits):
+            classes = class_scores(name, p)
+            figures = form.plots(p, classes.get("per_class", [])) | {
+                "reliability_diagram": plots.reliability_diagram(p)
+            }
+            for plot, figure in figures.items():
+                plots.write(figure, folder / "plots" / f"{plot}.png")
+    return classes
 
 
 def headline(form: Form, metrics: dict[str, float], num_rows: dict[str, int]) -> str:

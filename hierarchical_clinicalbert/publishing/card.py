@@ -33,7 +33,6 @@ TRAINING_SETTINGS = (
 )
 PLOTS = {
     "reliability_diagram": "Reliability diagram of the {split} rows",
-    "reliability_diagram_uncalibrated": "The same before calibration",
 }
 MIN_SUPPORT = 10  # texts of a class that the first lines name as weak: the F1 of fewer is mostly chance
 SHOWN_ROOTS = 4  # in a title
@@ -267,7 +266,6 @@ def eval_results(facts: dict[str, Any]) -> list[EvalResult]:
                 metric_value=value,
             )
             for metric, value in values.items()
-            if not metric.endswith("_by_chance")  # a property of the sample, not of the model
         ]
     return results
 

@@ -11,7 +11,6 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from accelerate.utils import parse_flag_from_env
 from transformers import HfArgumentParser, SchedulerType, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 
@@ -75,7 +74,7 @@ class HierarchicalTrainingArguments(TrainingArguments):
     _argument_group_name = "training and publishing"
 
     output_dir: str = flag("results", "Folder for the checkpoint.")
-    resume_from_checkpoint: str | None = flag(None, "Checkpoint to resume from, or auto: the last one in --output_dir.")
+    resume_from_checkpoint: Literal["auto"] | None = flag(None, "Resume from the last checkpoint in --output_dir.")
     overwrite_output_dir: bool = flag(False, "Overwrite the folder's run: training deletes its checkpoints and scores.")
     do_train: bool | None = flag(None, "Train. Default: yes, unless --do_eval or --do_predict is given.")
     do_eval: bool | None = flag(None, "Score the validation rows at the end; calibrate after training. Default: yes.")
@@ -171,7 +170,7 @@ USUAL_FLAGS = (
     *("max_steps", "seed", "gradient_accumulation_steps", "label_smoothing_factor", "activation_checkpointing"),
     *("eval_steps", "save_steps", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy"),
 )
-METRIC_SCHEDULERS = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)  # they follow the evaluation metric
+METRIC_SCHEDULERS = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)  # they follow a metric of evaluation
 
 
 def parse(argv: list[str]) -> Arguments:
@@ -263,7 +262,6 @@ def check_values(arguments: Arguments) -> None:
     model, data, _, args = arguments
     by_steps = args.eval_strategy == args.save_strategy == "steps"
     columns, delimiter = data.label_column or [], data.label_delimiter
-    fsdp = args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")
     problems = {
         "--tuning full trains every weight, and quantized weights cannot be trained: use --quantization none": (
             model.tuning == "full" and model.quantization not in (None, "none")
@@ -271,7 +269,7 @@ def check_values(arguments: Arguments) -> None:
         "--load_best_model_at_end needs a save at every evaluation: give the same --eval_steps and --save_steps": (
             args.load_best_model_at_end and by_steps and args.eval_steps != args.save_steps
         ),
-        "--output_dir needs the name of a folder": not args.output_dir,
+        "--lr_scheduler_type must not follow a metric: give another": args.lr_scheduler_type in METRIC_SCHEDULERS,
         "--max_steps must be at least 1; leave it out to train for --num_train_epochs": args.max_steps == 0,
         "--num_train_epochs 0 takes no steps: leave out --max_steps and --resume_from_checkpoint": (
             not args.num_train_epochs and (args.max_steps > 0 or args.resume_from_checkpoint is not None)
@@ -281,7 +279,6 @@ def check_values(arguments: Arguments) -> None:
         ),
         "--label_delimiter must not be empty": delimiter == "",
         "--label_delimiter needs one --label_column": delimiter is not None and len(columns) > 1,
-        "FSDP needs GPUs; on CPUs use recipes/accelerate/ddp.yaml": fsdp and args.device.type == "cpu",
     }
     for problem, occurs in problems.items():
         if occurs:
@@ -296,7 +293,6 @@ def fit_to_data(
     If the run ``has_taxonomy``, it needs no training rows, and without any takes no steps (``num_train_epochs`` 0).
     InputError: the splits do not have what the arguments need.
     """
-    schedule = SchedulerType(args.lr_scheduler_type)
     takes_steps = "train" in splits and args.num_train_epochs > 0
     changes: dict[str, Any] = {}
     if "train" not in splits and not has_taxonomy:
@@ -308,15 +304,12 @@ def fit_to_data(
     elif "validation" not in splits:
         logger.info("no validation rows: early stopping is off, and the last weights are kept")
         changes = {"save_strategy": "epoch"} if args.save_strategy == "best" else {}
-        if schedule in METRIC_SCHEDULERS:
-            raise InputError(f"--lr_scheduler_type {schedule.value} needs validation rows")
     elif args.load_best_model_at_end and args.eval_strategy == "no":
         raise InputError("--eval_strategy no selects no best checkpoint: also give --load_best_model_at_end false")
     if not takes_steps or "validation" not in splits:
         changes |= {"eval_strategy": "no", "load_best_model_at_end": False, "eval_on_start": False}
     fitted = dataclasses.replace(args, **changes)
-    selects = fitted.load_best_model_at_end or fitted.save_strategy == "best" or schedule in METRIC_SCHEDULERS
-    if takes_steps and selects:
+    if takes_steps and (fitted.load_best_model_at_end or fitted.save_strategy == "best"):
         check_best_metric(fitted.metric_for_best_model or "loss", form, splits["validation"]["nodes"][:])
         return fitted
     # else the Trainer looks for the metric in each evaluation; the log shows the lowest loss as the best

@@ -1,11 +1,10 @@
-"""Callbacks of the Trainer: log lines, check the losses, and resume with the settings of this run."""
+"""Callbacks of the Trainer: log lines and check the losses, and resume with the settings of this run."""
 
 import logging
 import math
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from transformers import EarlyStoppingCallback, ProgressCallback, Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
@@ -24,9 +23,14 @@ class ProgressBar(ProgressCallback):
 
 
 class LogLines(TrainerCallback):
-    """Log a line for each training loss that the Trainer logs, and for each evaluation, in place of its dicts."""
+    """Log a line for each training loss that the Trainer logs, and for each evaluation, in place of its dicts.
+
+    A loss that is not finite ends the run. No checkpoint holds weights that are not finite, see `HierarchicalTrainer._save`.
+    """
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        for loss in (logs[name] for name in ("loss", "train_loss") if name in logs):
+            refuse_infinite(loss, "the loss", state.global_step)
         if "loss" in logs:
             shown = f"loss {logs['loss']:.4g}, learning rate {logs['learning_rate']:.3g}"
             logger.info("step %d of %d: %s", state.global_step, state.max_steps, shown)
@@ -45,26 +49,11 @@ class LogLines(TrainerCallback):
         logger.info("epoch %.4g: %s (%s)", state.epoch, ", ".join(shown), so_far)
 
 
-class LossCheck(TrainerCallback):
-    """End a run at a loss that is not finite, before it is logged or saved.
-
-    Reading a loss waits for the GPU. So the sum of the losses is read when the Trainer waits anyway.
-    """
-
-    def __init__(self) -> None:
-        self.total: Tensor | float = 0.0
-
-    def add(self, loss: Tensor) -> None:
-        self.total = self.total + loss.detach()
-
-    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        reads = control.should_log or control.should_evaluate or control.should_save or control.should_training_stop
-        if reads and not math.isfinite(self.total):
-            problem = f"the loss is {float(self.total)} at step {state.global_step} or before"
-            remedy = "lower --learning_rate; --resume_from_checkpoint auto continues from the last checkpoint"
-            raise InputError(f"{problem}: {remedy}")
-
-    on_epoch_end = on_step_end
+def refuse_infinite(value: float, what: str, step: int) -> None:
+    """Raise InputError if training has diverged: a value is not finite."""
+    if not math.isfinite(value):
+        remedy = "lower --learning_rate; --resume_from_checkpoint auto continues from the last checkpoint"
+        raise InputError(f"{what} is {value} at step {step} or before: {remedy}")
 
 
 class ResumedRun(TrainerCallback):

@@ -54,16 +54,15 @@ def find_known_nodes(
 
 
 def initialise_heads(
-    trainer: HierarchicalTrainer, rows: Dataset, arguments: ModelArguments, known: Container[int] | None = None
+    trainer: HierarchicalTrainer, rows: Dataset, arguments: ModelArguments, known: Container[int] = ()
 ) -> str | None:
     """Initialise new heads as ``--heads_init`` says, and biases at `Decisions.initial_biases`.
 
     First, the encoder is trained for ``--contrastive_steps``. Return "prototypes" or "random"; None for a continued
-    checkpoint that knows a node of the taxonomy: its heads are kept, and there are no contrastive steps.
+    checkpoint that has ``known`` nodes of the taxonomy: its heads are kept, and there are no contrastive steps.
     """
-    tree = trainer.model.config.tree
-    known = find_known_nodes(arguments, tree) if known is None else known
-    heads, labels = trainer.model.heads, node_targets(trainer, rows)
+    tree, heads = trainer.model.config.tree, trainer.model.heads
+    labels, members = read_labels(trainer, rows)
     new = [node for node in range(tree.num_nodes) if node not in known]
     with torch.no_grad():
         heads.bias[new] = heads.decisions.initial_biases(heads.decisions.count_outcomes(labels)).to(heads.bias)[new]
@@ -75,13 +74,15 @@ def initialise_heads(
     chosen = arguments.heads_init or ("prototypes" if few_rows else "random")
     some = rows.select(sample(rows))
     if chosen == "prototypes":  # after contrastive steps, prototypes without names would seem to fit these texts best
-        vectors = embed_texts(trainer, some)
+        vectors = embed(trainer, some["input_ids"][:])
         names = choose_names(trainer, some, vectors)
     if arguments.contrastive_steps:
-        members = class_members(trainer, rows)[:, : tree.num_leaves]
-        train_contrastively(trainer, rows["input_ids"][:], members, arguments.contrastive_steps)
+        steps = arguments.contrastive_steps
+        train_contrastively(trainer, rows["input_ids"][:], members[:, : tree.num_leaves], steps)
     if chosen == "prototypes":
-        set_prototypes(trainer, some, embed_texts(trainer, some) if arguments.contrastive_steps else vectors, names)
+        if arguments.contrastive_steps:
+            vectors = embed(trainer, some["input_ids"][:])
+        set_prototypes(trainer, some, vectors, names)
     return chosen
 
 
@@ -95,11 +96,11 @@ def set_heads(trainer: HierarchicalTrainer, rows: Dataset | None, known: Contain
     """
     tree, heads, classes = trainer.model.config.tree, trainer.model.heads, trainer.model.config.num_labels
     names = list_candidates(tree, classes)[-1]
-    phrases = embed_strings(trainer, names.phrases)
+    phrases = embed_phrases(trainer, names.phrases)
     texts, members = phrases[:0], phrases.new_zeros(0, classes)
     if rows is not None:
         rows = rows.select(sample(rows))
-        texts, members = embed_texts(trainer, rows), class_members(trainer, rows)
+        texts, (labels, members) = embed(trainer, rows["input_ids"][:]), read_labels(trainer, rows)
     if known:
         new = [node for node in range(classes) if node not in known]
         # without stored class means, the phrases are the best guess
@@ -107,8 +108,7 @@ def set_heads(trainer: HierarchicalTrainer, rows: Dataset | None, known: Contain
         with as_input_error("cannot add the classes without training"):
             heads.place(new_class_vectors(open_world, new, phrases, texts, members), known, open_world)
     elif rows is not None:
-        counts = heads.decisions.count_outcomes(node_targets(trainer, rows))
-        heads.bias[:] = heads.decisions.initial_biases(counts)
+        heads.bias[:] = heads.decisions.initial_biases(heads.decisions.count_outcomes(labels))
         set_prototypes(trainer, rows, texts, names)
     else:
         write_name_heads(heads, phrases)
@@ -150,11 +150,11 @@ def choose_names(trainer: HierarchicalTrainer, rows: Dataset, vectors: Tensor) -
     """
     tree, heads, classes = trainer.model.config.tree, trainer.model.heads, trainer.model.config.num_labels
     offsets, *_ = standardise(vectors)
-    labels, members = node_targets(trainer, rows), class_members(trainer, rows)
+    labels, members = read_labels(trainer, rows)
     text_sums = members.T @ offsets
 
     def likelihood(names: Names) -> float:
-        name_sums = NAME_WEIGHT * embed_phrases(trainer, names.phrases) if any(names.weights) else 0
+        name_sums = NAME_WEIGHT * name_directions(trainer, names) if any(names.weights) else 0
         own = left_out_scores(offsets, members, text_sums + name_sums)
         scores = pad(own, (0, tree.num_nodes - classes)) + heads.bias
         return float(heads.decisions.log_likelihood(heads.decisions.inclusive(scores), labels).sum())
@@ -193,9 +193,9 @@ def set_prototypes(trainer: HierarchicalTrainer, rows: Dataset, vectors: Tensor,
     """
     heads, classes = trainer.model.heads, trainer.model.config.num_labels
     offsets, mean, rms_distance = standardise(vectors)
-    directions = embed_phrases(trainer, names.phrases)
+    _, members = read_labels(trainer, rows)
     name_weights = offsets.new_tensor(names.weights)[:, None]
-    prototypes = normalize(class_members(trainer, rows).T @ offsets + name_weights * directions)
+    prototypes = normalize(members.T @ offsets + name_weights * name_directions(trainer, names))
     heads.weight.zero_()
     heads.weight[:classes] = TYPICAL_SCORE / rms_distance * prototypes
     heads.bias[:classes] -= heads.weight[:classes] @ mean
@@ -210,24 +210,21 @@ def standardise(vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.no_grad()
-def embed_texts(trainer: HierarchicalTrainer, rows: Dataset) -> Tensor:
-    """Return the texts' embeddings, (B, H)."""
+def embed(trainer: HierarchicalTrainer, inputs: list[list[int]]) -> Tensor:
+    """Return the embeddings of texts given as token ids, (B, H)."""
     trainer.model.eval()  # no dropout; each training step switches back
-    return trainer.embed(rows["input_ids"][:])
+    return trainer.embed(inputs)
 
 
-@torch.no_grad()
 def embed_phrases(trainer: HierarchicalTrainer, phrases: list[str]) -> Tensor:
+    """Return the phrases' embeddings, (C, H)."""
+    return embed(trainer, trainer.processing_class(phrases, truncation=True)["input_ids"])
+
+
+def name_directions(trainer: HierarchicalTrainer, names: Names) -> Tensor:
     """Return the directions of the phrases' embeddings from their mean, (C, H)."""
-    named = embed_strings(trainer, phrases)
+    named = embed_phrases(trainer, names.phrases)
     return normalize(named - named.mean(0))
-
-
-@torch.no_grad()
-def embed_strings(trainer: HierarchicalTrainer, texts: list[str]) -> Tensor:
-    """Return the embeddings of texts that are not tokenized, (B, H)."""
-    trainer.model.eval()
-    return trainer.embed(trainer.processing_class(texts, truncation=True)["input_ids"])
 
 
 def sample(rows: Sized) -> np.ndarray:
@@ -235,19 +232,14 @@ def sample(rows: Sized) -> np.ndarray:
     return np.sort(np.random.default_rng(0).permutation(len(rows))[:MAX_TEXTS])
 
 
-def node_targets(trainer: HierarchicalTrainer, rows: Dataset) -> Tensor:
-    """Return the labels of the rows as of `Decisions.targets`."""
-    decisions = trainer.model.heads.decisions
-    return decisions.targets(rows["labels"][:]).to(decisions.parents.device)
+def read_labels(trainer: HierarchicalTrainer, rows: Dataset) -> tuple[Tensor, Tensor]:
+    """Return the labels of rows as of `Decisions.targets`, and the classes of each text, (B, C), 1 or 0 in float32.
 
-
-def class_members(trainer: HierarchicalTrainer, rows: Dataset) -> Tensor:
-    """Return the classes of each text, (B, C), 1 or 0 in float32. For one path, an inner node as the label gives none."""
+    For one path, an inner node as the label is no class.
+    """
     decisions = trainer.model.heads.decisions
-    members = torch.zeros(len(rows), decisions.num_classes)
-    for row, nodes in zip(members, rows["labels"][:], strict=True):
-        row[[node for node in decisions.tree.with_ancestors(nodes) if node < decisions.num_classes]] = 1.0
-    return members.to(trainer.model.heads.weight.device)
+    labels = decisions.targets(rows["labels"][:]).to(decisions.parents.device)
+    return labels, decisions.outcome_targets(labels)[:, : decisions.num_classes].float()
 
 
 def left_out_scores(offsets: Tensor, members: Tensor, sums: Tensor) -> Tensor:

@@ -2,8 +2,6 @@
 
 import os
 import platform
-import shutil
-import subprocess
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,6 @@ from transformers import PreTrainedTokenizerBase
 
 from configuration_hierarchical import HierarchicalConfig
 from hierarchical_clinicalbert.checkpoint_files import METRICS, read_json_object
-from hierarchical_clinicalbert.errors import ROOT
 from hierarchical_clinicalbert.evaluation.report import MEASURED_TARGET, measured_threshold
 from hierarchical_clinicalbert.publishing import card
 from hierarchical_clinicalbert.publishing.hub import find_target, log_in, refuse_local_encoder
@@ -49,13 +46,13 @@ def run_settings(
 
 
 def run_facts(arguments: Arguments, size: dict[str, int | float], data_report: dict[str, Any]) -> dict[str, Any]:
-    """Return facts of a run for metrics.json: precision, sizes, environment, commit and hashes of the data files."""
+    """Return facts of a run for metrics.json: precision, sizes, environment and hashes of the data files."""
     hashes = {source["split"]: source["sha256"] for source in data_report["sources"]}  # no paths: they are published
     return {
         "train_precision": arguments.training.precision,
         "train_quantization": arguments.model.quantization,
         **size,
-        "environment": {**describe_environment(arguments.training.device), "commit": source_commit(), "data": hashes},
+        "environment": {**describe_environment(arguments.training.device), "data": hashes},
     }
 
 
@@ -74,14 +71,6 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         hardware = f"{device.type} device; {hardware}"
     versions = {library: version(library) for library in ("torch", "transformers", "peft", "bitsandbytes")}
     return {"hardware": hardware, "versions": {"python": platform.python_version(), **versions}}
-
-
-def source_commit() -> str | None:
-    """Return the commit of this code, with a "+" if files were changed, or None outside a git checkout."""
-    if not (ROOT / ".git").exists() or shutil.which("git") is None:
-        return None
-    describe = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
-    return subprocess.run(describe, capture_output=True, text=True).stdout.strip() or None
 
 
 def describe_page(args: HierarchicalTrainingArguments, config: HierarchicalConfig) -> dict[str, Any]:

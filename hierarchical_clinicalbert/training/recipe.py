@@ -20,12 +20,6 @@ SOURCES = (
     ("data_path",),
     ("train_file", "validation_file", "test_file"),
 )
-# names of flags in other programs, and in this one
-SYNONYMS = {
-    **{"lr": "learning_rate", "batch_size": "per_device_train_batch_size", "epochs": "num_train_epochs"},
-    **{"model": "model_name_or_path", "data": "data_path", "output": "output_dir"},
-    **{"group_by_length": "train_sampling_strategy", "no_cuda": "use_cpu"},  # of transformers 4
-}
 
 
 def insert_recipe(argv: list[str], flags: Mapping[str, argparse.Action]) -> list[str]:
@@ -68,7 +62,5 @@ def typed(value: Any) -> Any:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return a hint with the most similar flag."""
-    if own := SYNONYMS.get(name.lstrip("-").replace("-", "_")):
-        return f"did you mean {'--' * name.startswith('--')}{own}?"
     near = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {near[0]}?" if near else "train.py --help lists all flags"

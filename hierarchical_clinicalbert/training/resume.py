@@ -1,4 +1,4 @@
-"""Find the checkpoint to resume from, lock and prepare the output folder, and clean up an overwritten run.
+"""Find the checkpoint to resume from, prepare the output folder, and clean up an overwritten run.
 
 trainer_state.json is written last, and older checkpoints are deleted after that. A killed process leaves at most one
 checkpoint without trainer_state.json, and never deletes the only complete one.
@@ -8,17 +8,14 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from accelerate.utils import broadcast_object_list
 from peft import LoraConfig
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from checkpoint_hierarchical import ADAPTER_SUBFOLDER
+from configuration_hierarchical import HierarchicalConfig
 from hierarchical_clinicalbert.checkpoint_files import (
     CARD,
     EXPORTED_FILES,
@@ -37,7 +34,6 @@ from hierarchical_clinicalbert.data.trained_texts import (
     write_trained_texts,
 )
 from hierarchical_clinicalbert.errors import InputError, as_input_error
-from hierarchical_clinicalbert.files import lock
 from hierarchical_clinicalbert.publishing.card import delete_description
 from hierarchical_clinicalbert.training.arguments import HierarchicalTrainingArguments
 from hierarchical_clinicalbert.training.model import adapter_settings
@@ -49,27 +45,10 @@ NEEDED = ("optimizer*", "scheduler.pt", "rng_state*.pth")  # besides the model; 
 LABEL_ISSUES = "label_issues.csv"
 
 
-@contextmanager
-def lock_output_folder(args: HierarchicalTrainingArguments) -> Iterator[None]:
-    """Lock ``--output_dir`` for this run. The first process has the lock, and all processes raise InputError if it is taken."""
-    output = Path(args.output_dir)
-    with ExitStack() as stack:
-        problem = None
-        if args.process_index == 0:
-            try:
-                stack.enter_context(lock("--output_dir", output, output / ".train.lock"))
-            except InputError as error:
-                problem = str(error)
-        (problem,) = broadcast_object_list([problem])  # else the other processes would wait for the first
-        if problem is not None:
-            raise InputError(problem)
-        yield
-
-
 def check_output_folder(args: HierarchicalTrainingArguments, model: str) -> None:
     """Raise InputError if ``--output_dir`` already holds a run, the model that this run would delete, or a user's own files.
 
-    With ``--resume_from_checkpoint auto``, a new run starts in a folder with neither model nor complete checkpoint.
+    A resumed run starts anew in a folder with neither model nor complete checkpoint.
     """
     output = Path(args.output_dir)
     checkpoints, has_model = list_checkpoints(output), (output / "config.json").exists()
@@ -85,20 +64,19 @@ def check_output_folder(args: HierarchicalTrainingArguments, model: str) -> None
 
     # ── A folder with a run: resumed, overwritten, or refused ────────────────────────────────────────────────────────
     may_overwrite = args.do_train or not (checkpoints or has_model)  # scores of a checkpoint replace only scores
-    resumable = any(find_resume_problem(folder) is None for folder in checkpoints)
-    resumes = args.do_train and continues_run(args.resume_from_checkpoint, output)
-    if resumes and (resumable or args.resume_from_checkpoint != "auto"):
+    resumable = args.do_train and any(find_resume_problem(folder) is None for folder in checkpoints)
+    resumes = args.do_train and args.resume_from_checkpoint is not None
+    if resumes and resumable:
         return
     if args.overwrite_output_dir and may_overwrite:
         source = Path(model).resolve()
         if any(folder.resolve() in (source, *source.parents) for folder in checkpoints):
             raise InputError(f"--overwrite_output_dir true would delete {model}: give another --output_dir")
     elif has_model or has_scores or (checkpoints and not resumes):
-        problem = "holds a model and no complete checkpoint to resume from" if resumes else "already holds a run"
         remedies = ["another --output_dir"]
         remedies += ["--overwrite_output_dir true"] if may_overwrite else []
-        remedies += ["--resume_from_checkpoint auto"] if args.do_train and resumable else []
-        raise InputError(f"--output_dir {output} {problem}: give {', or '.join(remedies)}")
+        remedies += ["--resume_from_checkpoint auto"] if resumable else []
+        raise InputError(f"--output_dir {output} already holds a run: give {', or '.join(remedies)}")
 
 
 def read_earlier_texts(model: str, resume_from: str | None) -> TrainedTexts:
@@ -111,20 +89,8 @@ def read_earlier_texts(model: str, resume_from: str | None) -> TrainedTexts:
     return TrainedTexts(earlier=trained.all, validation=trained.validation, complete=trained.complete)
 
 
-def find_checkpoint(requested: str | None, output_dir: str) -> str | None:
-    """Return the folder of ``--resume_from_checkpoint``. "auto" selects the last complete checkpoint of the run, if any."""
-    if requested is None:
-        return None
-    if requested != "auto":
-        folder = Path(requested)
-        problem = find_resume_problem(folder) if folder.is_dir() else "there is no such folder"
-        names = [other.name for other in list_checkpoints(folder.parent)]
-        later = names[names.index(folder.name) + 1 :] if folder.name in names else []
-        if problem is None and later and continues_run(requested, Path(output_dir)):  # "auto" would resume from them
-            problem = f"this run has later checkpoints, {', '.join(later)}; move them, or give another --output_dir"
-        if problem is not None:
-            raise InputError(f"cannot resume from {requested}: {problem}")
-        return requested
+def find_checkpoint(output_dir: str) -> str | None:
+    """Return the last complete checkpoint of the run in a folder, if any."""
     for folder in reversed(list_checkpoints(Path(output_dir))):
         problem = find_resume_problem(folder)
         if problem is None:
@@ -163,23 +129,28 @@ def check_model(checkpoint: str, model: HierarchicalForSequenceClassification) -
     """Raise InputError if a checkpoint has another taxonomy, encoder, adapter or pooling, whose weights might load silently."""
     if not is_checkpoint(checkpoint):  # shards of FSDP have no configuration
         return
-    stored, config = read_config(checkpoint), model.config
-    if (stored.tree.names, stored.tree.parents) != (config.tree.names, config.tree.parents):
+    config, adapter = read_config(checkpoint), None
+    if config.adapter_subfolder is not None:
+        adapter = LoraConfig.from_pretrained(Path(checkpoint) / config.adapter_subfolder)
+    if (config.tree.names, config.tree.parents) != (model.config.tree.names, model.config.tree.parents):
         refuse_to_resume(checkpoint, "it has another taxonomy, or another order of classes; give the same --taxonomy")
-    pairs = {
-        "--tuning": ("lora" if stored.adapter_subfolder else "full", "lora" if model.has_adapter else "full"),
-        "--model_name_or_path": tuple(Path(c.encoder_name_or_path).name for c in (stored, config)),
-        "--model_revision": (stored.encoder_revision, config.encoder_revision),
-        "--pooling": (stored.pooling, config.pooling),
-        "--problem_type": (stored.problem_type, config.problem_type),
+    now = model_settings(model.config, model.encoder.peft_config["default"] if model.has_adapter else None)
+    for flag, before in model_settings(config, adapter).items():
+        if before != now[flag]:
+            problem = f"it was trained with another --{flag}, {before}, not {now[flag]}; give the same"
+            refuse_to_resume(checkpoint, problem)
+
+
+def model_settings(config: HierarchicalConfig, adapter: LoraConfig | None) -> dict[str, Any]:
+    """Return the settings that weights depend on, by the flags that give them."""
+    settings = {
+        "tuning": "full" if adapter is None else "lora",
+        "model_name_or_path": Path(config.encoder_name_or_path).name,
+        "model_revision": config.encoder_revision,
+        "pooling": config.pooling,
+        "problem_type": config.problem_type,
     }
-    if model.has_adapter and stored.adapter_subfolder:
-        before = adapter_settings(LoraConfig.from_pretrained(Path(checkpoint) / ADAPTER_SUBFOLDER))
-        now = adapter_settings(model.encoder.peft_config["default"])
-        pairs |= {f"--{name}": (before[name], now[name]) for name in before if name != "lora_dropout"}
-    for flag, (theirs, ours) in pairs.items():
-        if theirs != ours:
-            refuse_to_resume(checkpoint, f"it was trained with another {flag}, {theirs}, not {ours}; give the same")
+    return settings | {**adapter_settings(adapter), "lora_dropout": None} if adapter else settings
 
 
 def refuse_to_resume(checkpoint: str, problem: str) -> NoReturn:
@@ -213,8 +184,7 @@ def start_run(trainer: Trainer, model: str, data: LabelledSplits, resume_from: s
     args, output = trainer.args, Path(trainer.args.output_dir)
     trainer.accelerator.wait_for_everyone()  # until all have read the texts of the earlier run
     if args.should_save:
-        resumed = resume_from is not None and continues_run(args.resume_from_checkpoint, output)
-        if args.overwrite_output_dir and not resumed:
+        if args.overwrite_output_dir and resume_from is None:
             delete_run(output, model)
         texts = (data.splits[name]["text"] if name in data.splits else [] for name in ("train", "validation"))
         write_trained_texts(output, data.trained_texts, *texts)
@@ -230,11 +200,6 @@ def delete_run(output: Path, model: str) -> None:
         (output / name).unlink(missing_ok=True)
     if output.resolve() != Path(model).resolve():  # else the earlier weights would pass for those of a killed new run
         (output / "config.json").unlink(missing_ok=True)
-
-
-def continues_run(requested: str | None, output_dir: Path) -> bool:
-    """Return whether ``--resume_from_checkpoint`` continues the run in a folder instead of starting a new one there."""
-    return requested == "auto" or (requested is not None and Path(requested).parent.resolve() == output_dir.resolve())
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:

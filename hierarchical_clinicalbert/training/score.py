@@ -29,8 +29,6 @@ SCORING_ARGUMENTS: dict[str, Any] = {  # arguments of a Trainer that only scores
     **dict.fromkeys(("bf16", "fp16", "load_best_model_at_end", "push_to_hub"), False),
     "report_to": [],
     "eval_strategy": "no",
-    "lr_scheduler_type": "linear",  # some schedulers need an evaluation
-    "lr_scheduler_kwargs": None,
 }
 MAX_TEXTS = 8192  # of the training rows, that describe what the model knows
 

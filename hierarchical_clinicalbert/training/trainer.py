@@ -26,8 +26,7 @@ from checkpoint_hierarchical import ADAPTER_FILES, load_heads_and_adapter
 from decisions_hierarchical import average_over_labels
 from hierarchical_clinicalbert.errors import InputError, as_input_error
 from hierarchical_clinicalbert.publishing.trainer import PublishingTrainer
-from hierarchical_clinicalbert.training.arguments import METRIC_SCHEDULERS
-from hierarchical_clinicalbert.training.callbacks import LogLines, LossCheck, ProgressBar, ResumedRun
+from hierarchical_clinicalbert.training.callbacks import LogLines, ProgressBar, ResumedRun, refuse_infinite
 from hierarchical_clinicalbert.training.cpu import use_training_kernels
 from hierarchical_clinicalbert.training.sampler import LengthGroupedSampler
 from hierarchical_clinicalbert.training.views import halves
@@ -73,8 +72,6 @@ class HierarchicalTrainer(PublishingTrainer):
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(ProgressBar)
         self.add_callback(LogLines)
-        self.losses = LossCheck()
-        self.add_callback(self.losses)  # after the callbacks that request a save
         for module in self.model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes would repack 4-bit weights in eval mode
                 module.support_avx512bf16_for_cpu = False
@@ -111,8 +108,6 @@ class HierarchicalTrainer(PublishingTrainer):
             asked = {"output_vectors": True} if self.has_vectors and not model.training else {}
             outputs = model(**inputs, **asked)
             loss = self.loss_function(outputs["decision_logits"], labels, num_items_in_batch=items)
-        if model.training:
-            self.losses.add(loss)
         if items is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
@@ -171,16 +166,12 @@ class HierarchicalTrainer(PublishingTrainer):
         with as_input_error(problem):
             super()._load_optimizer_and_scheduler(checkpoint)
         groups = self.optimizer.param_groups
-        if wanted[0].keys() | {"initial_lr"} != groups[0].keys() | {"initial_lr"}:
+        if wanted[0].keys() != groups[0].keys():
             raise InputError(f"{problem}: --optim differs")
         for group, ours in zip(groups, wanted, strict=True):
-            before, rate = group.get("initial_lr"), ours.get("initial_lr")
-            if rate and before and rate != before:
-                logger.info("the peak learning rate changes to %g from %g", rate, before)
-                group["lr"] = group["lr"] * rate / before
-            group |= {name: ours[name] for name in ("initial_lr", "weight_decay") if name in ours}
-        if hasattr(self.lr_scheduler, "base_lrs"):
-            self.lr_scheduler.base_lrs = [group["initial_lr"] for group in groups]
+            group["lr"] *= ours["initial_lr"] / group["initial_lr"]
+            group |= {name: ours[name] for name in ("initial_lr", "weight_decay")}
+        self.lr_scheduler.base_lrs = [group["initial_lr"] for group in groups]
 
     def _load_best_model(self) -> None:
         if not self._load_adapter_form(self.state.best_model_checkpoint):
@@ -214,10 +205,7 @@ class HierarchicalTrainer(PublishingTrainer):
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        kind, given = self.args.lr_scheduler_type, self.args.lr_scheduler_kwargs or {}
-        if kind in METRIC_SCHEDULERS:  # torch takes a lower metric for the better one
-            self.args.lr_scheduler_kwargs = {"mode": "max" if self.args.greater_is_better else "min"} | given
-        with as_input_error(f"cannot set up --lr_scheduler_type {kind.value} (--lr_scheduler_kwargs)"):
+        with as_input_error(f"cannot set up --lr_scheduler_type {self.args.lr_scheduler_type.value}"):
             return super().create_scheduler(num_training_steps, optimizer)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
@@ -234,6 +222,7 @@ class HierarchicalTrainer(PublishingTrainer):
     def _save(self, output_dir: str, state_dict: dict[str, Tensor] | None = None) -> None:
         if self.args.should_save:
             model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+            refuse_infinite(float(model.heads.weight.sum()), "the sum of the heads' weights", self.state.global_step)
             model.save_pretrained(output_dir, state_dict=state_dict)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(output_dir)

@@ -72,29 +72,28 @@ class HierarchicalF1(evaluate.Metric):
     def _compute(self, predictions: np.ndarray, references: np.ndarray, parents: Sequence[int]) -> dict[str, float]:
         if len(references) == 0:
             raise ValueError("there are no predictions and references to compare")
-        parents = np.array(parents, dtype=np.int64)
         for name, ids in {"parents": parents, "predictions": predictions, "references": references}.items():
-            least = -1 if name == "parents" else 0
-            invalid = np.flatnonzero((ids < least) | (ids >= len(parents)))
-            if invalid.size:
-                where = f"{name}[{invalid[0]}] is {ids[invalid[0]]}"
-                raise ValueError(f"{where}: nodes are numbered 0 to {len(parents) - 1}, and only a parent can be -1")
-        paths = _paths(parents)
-        predicted, true = paths[predictions], paths[references]  # (num_rows, depth) each
-        shared = int(np.count_nonzero((predicted == true) & (true >= 0)))
-        precision = shared / int(np.count_nonzero(predicted >= 0))
-        recall = shared / int(np.count_nonzero(true >= 0))
+            for place, node in enumerate(ids):
+                if not (-1 if name == "parents" else 0) <= node < len(parents):
+                    where = f"{name}[{place}] is {node}"
+                    raise ValueError(
+                        f"{where}: nodes are numbered 0 to {len(parents) - 1}, and only a parent can be -1"
+                    )
+        paths = [_path(node, parents) for node in range(len(parents))]
+        pairs = [(paths[predicted], paths[true]) for predicted, true in zip(predictions, references, strict=True)]
+        shared = sum(len(predicted & true) for predicted, true in pairs)
+        precision = shared / sum(len(predicted) for predicted, _ in pairs)
+        recall = shared / sum(len(true) for _, true in pairs)
         f1 = 2 * precision * recall / (precision + recall) if shared else 0.0
         return {"hierarchical_precision": precision, "hierarchical_recall": recall, "hierarchical_f1": f1}
 
 
-def _paths(parents: np.ndarray) -> np.ndarray:
-    """Return the path from the root to each node, padded with -1: (num_nodes, depth). Raise ValueError if there is a cycle."""
-    parent_of = np.append(parents, -1)  # index -1 is the virtual root, its own parent
-    ancestors = [np.arange(len(parents))]
-    while (is_node := ancestors[-1] >= 0).any():
-        ancestors.append(parent_of[ancestors[-1]])
-        if ((ancestors[-1] >= 0) == is_node).all():  # in a forest, some path ends at each step
-            raise ValueError(f"parents has a cycle: node {np.flatnonzero(is_node)[0]} never reaches a root")
-    paths = np.stack(ancestors[-2::-1], axis=1)  # padded with -1 before the root
-    return np.take_along_axis(paths, np.argsort(paths < 0, axis=1, kind="stable"), axis=1)
+def _path(node: int, parents: Sequence[int]) -> set[int]:
+    """Return a node and all its ancestors. Raise ValueError if there is a cycle."""
+    path, above = set(), node
+    while above >= 0:
+        if above in path:
+            raise ValueError(f"parents has a cycle: node {node} never reaches a root")
+        path.add(above)
+        above = parents[above]
+    return path

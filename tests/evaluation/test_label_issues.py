@@ -132,15 +132,6 @@ def test_issues_of_multi_label_texts(leaves):
             assert {TREE.id(name) for name in listed.loc[row, column].split("; ")} == nodes
 
 
-def test_better_labels_lose_the_nodes_below_an_unlikely_one():
-    a, b, c = map(TREE.id, "abc")
-    found = pd.DataFrame({"index": [1, 0, 1], "decision": [a, b, c], "better": [a, -1, -1]})
-    labels = MANY_NODES.decisions.targets([[c], [c]]).numpy()  # both have b, too
-    issues = MANY_NODES.rank_issues(found, np.empty((2, 0)), labels, np.arange(2))
-    assert [{*nodes} for nodes in issues["better"]] == [{a, b}, set()]
-    assert issues["why"].tolist() == ["missing label", "unlikely label"]
-
-
 def test_classes_of_too_few_texts_are_left_out(leaves):
     for form in (ONE_PATH, MANY_NODES):
         assert listed_issues(form, [[1], [2], [3]], [0, 1, 2]).empty

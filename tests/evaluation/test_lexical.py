@@ -171,13 +171,6 @@ def test_a_text_alone_is_scored_as_in_a_batch_and_tokens_beyond_the_vocabulary_c
         torch.testing.assert_close(ours(torch.tensor([[*tokens, VOCABULARY + 3]]), None)[0], together[i])
 
 
-def test_embeddings_in_place_of_token_ids_are_refused(model):
-    lexical_head = {"idf": torch.ones(60), "weight": torch.ones(5, 60), "bias": torch.zeros(5)}
-    model.set_calibration(Calibration(lexical_weight=1.0), lexical_head)
-    with pytest.raises(ValueError, match="needs input_ids"):
-        model(inputs_embeds=torch.zeros(1, 4, 32))
-
-
 @pytest.mark.parametrize("several", [False, True])
 def test_there_is_no_lexical_head_if_the_rows_do_not_tell_two_classes_apart(caplog, several):
     caplog.set_level("INFO")

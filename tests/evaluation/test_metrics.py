@@ -14,13 +14,12 @@ import sklearn.metrics
 from conftest import complete
 from drawn import TREE, A, B, C, D, E, F, G, H, draw_labels, logits_of
 from forked import LIBRARIES
-from scipy.sparse import csr_matrix
 
 from hierarchical_clinicalbert.errors import InputError
 from hierarchical_clinicalbert.evaluation.many_nodes import ManyNodesForm
-from hierarchical_clinicalbert.evaluation.metrics import bootstrap_intervals, one_hot
+from hierarchical_clinicalbert.evaluation.metrics import Predictions, bootstrap_intervals, one_hot
 from hierarchical_clinicalbert.evaluation.one_path import OnePathForm
-from hierarchical_clinicalbert.evaluation.report import ScoredSplit, class_scores
+from hierarchical_clinicalbert.evaluation.report import class_scores
 
 MODULE = Path(__file__).resolve().parents[2] / "metrics" / "hierarchical_f1"
 FORMS = pytest.mark.parametrize("form", [OnePathForm(TREE), ManyNodesForm(TREE)], ids=["one path", "many nodes"])
@@ -132,26 +131,12 @@ def test_the_log_loss_adds_up_the_leaves_of_an_inner_node_and_does_not_underflow
     assert OnePathForm(TREE).measure(logits, np.array([C]))["log_loss"] == pytest.approx(800 + math.log(4))
 
 
-def test_any_label_of_a_repeated_text_counts():
-    logits = logits_for([A, C, A, A, E])
-    texts = np.array([7, 1, 1, 2, 2])
-    for labels, expected in (
-        ([A, A, C, E, E], 4 / 5),  # text 1 has the labels a and c, text 2 twice e
-        ([A, A, A, E, E], 3 / 5),  # no row labels text 1 with c
-        ([A, A, B, E, E], 2 / 4),  # an inner node is no leaf
-        ([B] * 5, None),
-    ):
-        assert OnePathForm(TREE).measure(logits, np.array(labels), texts).get("any_label_accuracy") == expected
-
-
 def test_scores_without_documents_are_left_out():
     scores = OnePathForm(TREE).measure(logits_for([E]), np.array([B]))
-    assert {name: score for name, score in scores.items() if "ece" not in name and name != "log_loss"} == {
+    assert {name: score for name, score in scores.items() if name not in ("ece", "log_loss")} == {
         **dict.fromkeys(("hierarchical_precision", "hierarchical_recall", "hierarchical_f1"), 1),
-        **{"level_1_accuracy": 1, "level_1_macro_f1": 1},  # the predicted path is truncated where the label ends
+        **{"level_1_accuracy": 1, "level_1_macro_f1": 1},  # nodes below the label do not count
     }
-    assert scores.keys() > {"log_loss", "level_1_ece", "level_1_ece_by_chance"}
-    assert scores.keys().isdisjoint({"ece", "level_2_ece", "level_3_ece_by_chance"})
 
 
 @FORMS
@@ -172,38 +157,17 @@ def test_the_calibration_error_by_hand():
     # the first is wrong; the others are correct and in one bin, from 12/15 to 13/15
     scores = OnePathForm(TREE).measure(np.log(probabilities), np.array([C, A, A]))
     assert scores["ece"] == pytest.approx((0.2 + abs(2 - 1.7)) / 3)
-    variances = [0.2 * 0.8, 0.84 * 0.16 + 0.86 * 0.14]
-    assert scores["ece_by_chance"] == pytest.approx(sum(math.sqrt(2 * v / math.pi) for v in variances) / 3)
-
-
-@FORMS
-@pytest.mark.parametrize("variant", [False, True])
-def test_the_calibration_error_of_correct_probabilities_is_the_one_by_chance(form, variant):
-    """Compare with the mean over labels drawn from the probabilities.
-
-    In the variant, most labels below an inner node are this node, or a text with a node nearly always has the nodes below it.
-    """
-    scores = np.random.default_rng(5).normal(-0.5, 1.5, (1500, TREE.num_nodes))
-    is_one_path = isinstance(form, OnePathForm)
-    scores += 4 * (variant and not is_one_path) * (np.array(TREE.levels) > 1)
-    logits, generator, samples = logits_of(form, scores), np.random.default_rng(6), []
-    for seed in range(60):
-        labels = draw_labels(form, scores, seed)
-        if variant and is_one_path:
-            labels[np.isin(labels, [C, E, F]) & (generator.random(len(labels)) < 0.8)] = B
-        samples.append(form.measure(logits, labels))
-    for name in ("ece", *(f"level_{k}_ece" for k in range(1, TREE.depth + 1) if is_one_path)):
-        simulated = np.mean([sample[name] for sample in samples])
-        assert np.mean([sample[f"{name}_by_chance"] for sample in samples]) == pytest.approx(simulated, rel=0.1), name
+    # where the label is an inner node, a prediction below it is correct with its probability given the label
+    scores = OnePathForm(TREE).measure(np.log([[0.1, 0.2, 0.4, 0.2, 0.1]]), np.array([B]))
+    assert scores["ece"] == pytest.approx(0.4 / 0.8 - 0.4)
 
 
 # Scores of the classes, and intervals
 
 
 def report_of(form: OnePathForm | ManyNodesForm, logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    nothing, rows = np.empty((len(labels), TREE.num_nodes)), np.arange(len(labels))
-    split = ScoredSplit(nothing, logits, labels, rows, rows, csr_matrix(nothing))
-    return class_scores(form, {"test": split}, np.full(TREE.num_nodes, 0.4))
+    thresholds = np.full(TREE.num_nodes, 0.4)
+    return class_scores("test", Predictions(form, logits, labels, np.arange(len(labels)), thresholds))
 
 
 @FORMS

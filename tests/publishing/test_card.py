@@ -159,8 +159,7 @@ def test_the_results_parse_back_to_the_numbers_of_the_metrics_file(written, prob
     assert published == {
         name: value
         for name, value in metrics.items()
-        if re.match("(eval|test)_(?!set_)", name)
-        and not re.search("_(loss|runtime|by_chance)$", name.replace("log_loss", ""))
+        if re.match("(eval|test)_(?!set_)", name) and not re.search("_(loss|runtime)$", name.replace("log_loss", ""))
     }
     types = {r.metric_name: r.metric_type for r in parsed.eval_results}
     assert types["log_loss"] == "log_loss"
@@ -402,7 +401,7 @@ def test_only_plots_that_are_there_are_shown(written, tmp_path, problem_type):
     for name in ("f1_by_frequency", "precision_recall", "confusion_matrix_level_2", "confusion_matrix_level_3"):
         Image.new("L", (1, 1)).save(tmp_path / "plots" / f"{name}.png", pnginfo=numbered if name[-1] in "2l" else None)
     shown = written(problem_type=problem_type)
-    assert shown.count("No font for these names was installed: 1: 神経; 2: &#42;.") == 1
+    assert shown.count("Names that the font of the plots lacks: 1: 神経; 2: &#42;.") == 1
     images = re.findall(r"!\[(.*?)\]\(plots/(.*?)\.png\)", shown)
     if problem_type == SINGLE_LABEL:  # the taxonomy has two levels: the third is of another run
         assert images == [("Confusion matrix of the test rows, level 2", "confusion_matrix_level_2")]

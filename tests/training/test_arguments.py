@@ -103,7 +103,7 @@ def test_names_and_codes_of_a_recipe_are_texts_as_they_were_written(tmp_path):
 
 
 def test_whether_a_greater_metric_is_better_follows_from_its_name():
-    for name, greater in (("macro_f1", True), ("log_loss", False), ("ece", False), ("eval_level_1_ece", False)):
+    for name, greater in (("macro_f1", True), ("log_loss", False), ("eval_ece", False)):
         assert parse(["--metric_for_best_model", name]).training.greater_is_better is greater, name
     assert parse(["--metric_for_best_model", "ece", "--greater_is_better", "true"]).training.greater_is_better
 
@@ -113,7 +113,6 @@ def test_whether_a_greater_metric_is_better_follows_from_its_name():
     [
         (SINGLE_LABEL, "macro_f1", ["b"], ["d"], False),
         (SINGLE_LABEL, "eval_macro_f1", ["b"], ["c"], True),
-        (SINGLE_LABEL, "ece_by_chance", ["b"], ["c"], False),
         (SINGLE_LABEL, "level_2_accuracy", ["a"], ["b"], False),
         (SINGLE_LABEL, "level_2_accuracy", ["a"], ["d"], True),
         (MULTI_LABEL, "macro_f1", ["a"], [], True),

@@ -148,7 +148,11 @@ def test_a_continued_run_that_is_resumed_keeps_its_split(place, words, first, se
         shutil.copy(second / name, broken / name)
     shutil.copytree(second / "checkpoint-2", broken / "checkpoint-2")
     line = [*words, "--model_name_or_path", first, "--data_path", place / "800.csv"]
-    run(*line, "--output_dir", broken, "--resume_from_checkpoint", "auto")
+    line += ["--output_dir", broken, "--resume_from_checkpoint", "auto"]
+    for change in (["--seed", 9], ["--test_size", 0.2]):
+        with pytest.raises(InputError, match="it was trained on other rows or labels; give the same data"):
+            run(*line, *change)
+    run(*line)
     assert same_weights(broken, second)
     assert scored(broken) == scored(second)
     assert report(broken) == report(second)

@@ -78,18 +78,6 @@ def test_plain_settings_are_the_models_own_loss(decisions, trained):
         torch.testing.assert_close(loss(scores, labels, 40), expected * 2 / 40)
 
 
-def test_unknown_nodes_count_for_nothing():
-    decisions, scores = ManyNodes(TREE), drawn_scores(2).requires_grad_()
-    labels = decisions.targets([[0], [2]])
-    labels[0, 3] = -100
-    found = decisions.loss(scores, labels)
-    p = scores[0, 3].sigmoid() * scores[0, 7].sigmoid()  # f > g
-    expected = by_hand(decisions, scores, [[0], [2]], SEVERAL) + (1 - p).log() / 2
-    torch.testing.assert_close(found, expected)
-    found.backward()
-    assert scores.grad[0, 3] == 0
-
-
 @FORMS
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
 def test_gradients_are_finite_where_a_decision_is_certain_or_no_label_known(decisions, trained, gamma):

@@ -1,7 +1,6 @@
 """Test classes that get heads without training: in a model, and from the command line of a user who has no or few rows."""
 
 import copy
-import itertools
 import json
 from pathlib import Path
 
@@ -141,17 +140,23 @@ def test_a_new_head_is_the_one_worked_by_hand():
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
-def test_a_node_that_moves_keeps_its_odds_against_all_leaves():
-    """Move a leaf to another parent, a subtree to the roots, and a leaf below a new node: nothing but the tree changes."""
+@pytest.mark.parametrize(
+    ("nested", "new", "gone"),
+    [
+        # a leaf has another parent, a subtree is a root, and a leaf is below a new node
+        ({"b": ["c", "d"], "a": ["g"], "f": {"between": ["h", "e"]}, "i": None}, ["between"], []),
+        ({"a": {"b": ["c", "d"]}, "f": ["g", "h"], "i": None}, [], ["e"]),
+    ],
+)
+def test_leaves_that_stay_keep_their_odds(nested, new, gone):
     model = model_of(calibrated=False)
     before = outputs(model)["p"]
-    changes = model.add_nodes({"b": ["c", "d"], "a": ["g"], "f": {"between": ["h", "e"]}, "i": None}, {})
-    assert changes == (["between"], [])
-    after = outputs(model)["p"]
-    for leaf in "cdeghi":
-        np.testing.assert_allclose(after[leaf], before[leaf], rtol=1e-4)
-    np.testing.assert_allclose(after["b"], before["c"] + before["d"], rtol=1e-4)
-    np.testing.assert_allclose(after["between"], before["e"] + before["h"], rtol=1e-4)
+    assert model.add_nodes(nested, {}) == (new, gone)
+    after, kept = outputs(model)["p"], {*"cdeghi"} - {*gone}
+    total = sum(before[leaf] for leaf in kept)
+    for leaf in kept:
+        np.testing.assert_allclose(after[leaf], before[leaf] / total, rtol=1e-4)
+    np.testing.assert_allclose(after["b"], (before["c"] + before["d"]) / total, rtol=1e-4)
 
 
 @pytest.mark.parametrize("problem_type", [SINGLE_LABEL, MULTI_LABEL])
@@ -166,32 +171,6 @@ def test_a_renamed_node_stays_the_same_and_keeps_its_guarantee(problem_type):
     for label, p in before.items():
         np.testing.assert_array_equal(after["B" if label == "b" else label], p)
     assert model.config.calibration.set_thresholds == sets
-
-
-def test_a_removed_leaf_leaves_the_odds_of_all_others():
-    model = model_of(calibrated=False)
-    before = outputs(model)["p"]
-    assert model.add_nodes({"a": {"b": ["c", "d"]}, "f": ["g", "h"], "i": None}) == ([], ["e"])
-    after = outputs(model)["p"]
-    for leaf in "cdghi":
-        np.testing.assert_allclose(after[leaf], before[leaf] / (1 - before["e"]), rtol=1e-4)
-
-
-def test_a_divided_leaf_passes_its_probability_on():
-    """Divide a leaf into parts whose texts are like its own: each gets an equal share. Then unite them again."""
-    model, (open_world, texts, leaves) = model_of(calibrated=False), known_texts()
-    model.set_calibration(Calibration(), None, open_world)
-    before, e = outputs(model)["p"], model.config.label2id["e"]
-    nested = {"a": {"b": ["c", "d"], "e": ["e1", "e2", "e3"]}, "f": ["g", "h"], "i": None}
-    model.add_nodes(nested, dict.fromkeys(("e1", "e2", "e3"), torch.from_numpy(texts[leaves == e])))
-    after = outputs(model)["p"]
-    for leaf in ("c", "d", "e", "g", "h", "i"):
-        np.testing.assert_allclose(after[leaf], before[leaf], rtol=1e-4)
-    np.testing.assert_allclose(after["e2"], before["e"] / 3, rtol=1e-4)
-    assert model.add_nodes(TREE) == ([], ["e1", "e2", "e3"])
-    after = outputs(model)["p"]
-    for leaf in ("c", "e", "i"):
-        np.testing.assert_allclose(after[leaf], before[leaf], rtol=1e-4)
 
 
 def test_with_several_labels_known_nodes_keep_their_probabilities():
@@ -214,9 +193,6 @@ def test_new_classes_need_vectors_and_known_classes_beside_them():
         copy.deepcopy(model).add_nodes(nested, {})
     with pytest.raises(ValueError, match="no class of the taxonomy is known"):
         copy.deepcopy(model).add_nodes(["x", "y"], {"x": torch.ones(1, 32), "y": torch.ones(1, 32)})
-    config = HierarchicalConfig(text_config=SMALL, taxonomy=TREE, pooling="label_attention")
-    with pytest.raises(ValueError, match="with label attention, new nodes need training"):
-        HierarchicalForSequenceClassification(config).add_nodes(nested, {"new": torch.ones(1, 32)})
     with pytest.raises(ValueError, match="stores no class means"):
         model_of(calibrated=False).add_nodes(nested, {"new": torch.ones(1, 32)})
 
@@ -235,34 +211,17 @@ def accuracy(folder: Path, labels: set[str]) -> float:
     return sum(row["label"] == row["prediction"] for row in rows) / len(rows)
 
 
-def test_a_classifier_from_descriptions_alone(minilm, tmp_path):
-    """Name each class by a code, and describe it by two diseases: texts on the four others are classified, without a row."""
-    described = {f"K{i}": ", ".join(names[:2]) for i, names in enumerate(CLEAR.values())}
-    taxonomy, folder = taxonomy_file(tmp_path / "classes.csv", described), tmp_path / "results"
-    done = run("--taxonomy", taxonomy, "--model_name_or_path", minilm, "--output_dir", folder)
-    assert "no training steps" in done.stderr
-    assert "the model's probabilities are not calibrated" in done.stderr
-    config = json.loads((folder / "config.json").read_text())
-    assert "scales" not in config["calibration"]
-    classify = pipeline("hierarchical-text-classification", model=str(folder), trust_remote_code=True)
-    given = [(f"K{i}", name) for i, names in enumerate(CLEAR.values()) for name in names[2:]]
-    found = classify([f"We report on patients with {name}." for _, name in given])
-    assert (
-        np.mean([result["labels"][0]["label"] == label for result, (label, _) in zip(found, given, strict=True)]) > 0.6
-    )
-    card = (folder / "README.md").read_text()
-    assert (
-        "No training steps: the heads of K0, K1, K2, K3, K4 are the embeddings of class names and descriptions." in card
-    )
-    assert "No labelled rows were given. Taxonomy: from classes.csv." in card
-
-
 @pytest.mark.parametrize("problem_type", [SINGLE_LABEL, MULTI_LABEL])
 def test_without_rows_the_largest_cosine_of_a_phrase_wins(minilm, tmp_path, problem_type):
     """Compare the order of the roots with cosines of the encoder, loaded by transformers alone."""
     words = ["--taxonomy", taxonomy_file(tmp_path / "classes.csv", {name: CLEAR[name][0] for name in CLEAR})]
     words += ["--model_name_or_path", minilm, "--problem_type", problem_type, "--output_dir", tmp_path / "results"]
-    run(*words)
+    done = run(*words)
+    assert "no training steps" in done.stderr
+    assert "the model's probabilities are not calibrated" in done.stderr
+    card = (tmp_path / "results" / "README.md").read_text()
+    assert "No training steps: the heads of neoplasms, digestive system diseases, " in card
+    assert "No labelled rows were given. Taxonomy: from classes.csv." in card
     tokenizer, encoder = AutoTokenizer.from_pretrained(minilm), AutoModel.from_pretrained(minilm).eval()
 
     def embed(text: str) -> np.ndarray:
@@ -291,14 +250,9 @@ def test_classes_are_added_to_a_classifier_without_rows(minilm, tmp_path):
     classify = pipeline("hierarchical-text-classification", model=str(folder), trust_remote_code=True)
     given = [(f"K{i}", name) for i, names in enumerate(CLEAR.values()) for name in names[2:]]
     found = classify([f"We report on patients with {name}." for _, name in given])
-    correct = {
-        label: [
-            one["label"] == label for one, (given_label, _) in zip(found, given, strict=True) if given_label == label
-        ]
-        for label in described
-    }
-    assert all(np.mean(correct[label]) >= 0.5 for label in ("K3", "K4"))
-    assert np.mean([*itertools.chain.from_iterable(correct.values())]) > 0.5
+    correct = [result["label"] == label for result, (label, _) in zip(found, given, strict=True)]
+    assert np.mean(correct) > 0.5
+    assert np.mean(correct[12:]) >= 0.5  # of the classes K3 and K4
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import re
 import signal
 
 import pytest
-from conftest import ROOT, first_rows, run, same_weights, started
+from conftest import ROOT, first_rows, same_weights, started
 from test_distributed import run_two_processes
 
 SCRIPT = "examples/ray_train.py"
@@ -46,13 +46,3 @@ def test_after_a_killed_worker_the_weights_are_those_of_an_unbroken_run(tiny_enc
     resumed = json.loads((broken / "metrics.json").read_text())["resumed_from_step"]
     assert 4 <= resumed < 10
     assert same_weights(whole, broken)
-
-
-def test_an_error_of_the_user_is_one_line_and_restarts_no_worker(tiny_encoder, settings, tmp_path):
-    line = ["--workers", 1, "--", "--model_name_or_path", tiny_encoder, "--train_file", "missing.csv"]
-    done = run(*line, "--output_dir", tmp_path / "results", command=SCRIPT, check=False, settings=settings)
-    assert done.returncode == 2
-    output = done.stdout + done.stderr
-    assert "ray_train.py: error: cannot read missing.csv: No such file or directory" in output.splitlines()
-    assert "Traceback" not in output
-    assert len(set(re.findall(r"RayTrainWorker pid=(\d+)", output))) == 1

@@ -30,10 +30,10 @@ from hierarchical_clinicalbert.training.resume import find_checkpoint, find_resu
 
 @pytest.fixture(scope="module")
 def words(tiny_encoder, tmp_path_factory) -> list[str]:
-    """Return the flags of a run of 20 steps that saves every second step."""
+    """Return the flags of a run of 10 steps that saves every second step."""
     given = [ROOT / "recipes" / "quickstart.yaml", "--model_name_or_path", tiny_encoder]
     given += first_rows("corpus", tmp_path_factory.mktemp("data"), 64, 16, 16)
-    given += ["--max_steps", 20, "--per_device_train_batch_size", 4, "--lora_dropout", 0.1, "--consistency", 1]
+    given += ["--max_steps", 10, "--per_device_train_batch_size", 4, "--lora_dropout", 0.1, "--consistency", 1]
     for name in ("save", "eval"):
         given += [f"--{name}_strategy", "steps", f"--{name}_steps", 2]
     given += ["--load_best_model_at_end", "false"]  # all steps count
@@ -82,26 +82,13 @@ def test_a_second_run_in_the_same_folder_is_refused_and_writes_nothing(words, un
     assert not [*output.glob("*.lock"), *output.glob(".*")]
 
 
-def test_the_same_seed_gives_the_same_weights(words, unbroken, tmp_path):
-    run(*words, "--output_dir", tmp_path / "again", fresh=True)  # where sets are in another order, too
-    assert same_weights(unbroken, tmp_path / "again")
-    run(*words, "--output_dir", tmp_path / "other", "--seed", 7)
-    assert not same_weights(unbroken, tmp_path / "other")
-
-
 def test_a_run_killed_several_times_ends_with_the_weights_of_an_uninterrupted_run(words, unbroken, tmp_path):
     output = tmp_path / "results"
     line = [*words, "--output_dir", output, "--resume_from_checkpoint", "auto"]
     for moment in (
-        ("os.rename", "data_report.json"),
         ("os.mkdir", "checkpoint-2/adapter"),  # two steps are taken, and nothing of them is saved
-        ("open", "checkpoint-2/config.json"),  # the adapter is
-        ("open", "checkpoint-4/tokenizer_config.json"),
-        ("open", "checkpoint-6/trainer_state.json"),  # all but this is
-        ("shutil.rmtree", "checkpoint-6"),  # three checkpoints are complete
-        ("os.rmdir", "checkpoint-8"),  # which is deleted but for its empty folder
-        ("os.mkdir", "checkpoint-16/adapter"),
-        ("open", "results/config.json"),  # the last step is taken
+        ("open", "checkpoint-4/trainer_state.json"),  # all but this is
+        ("shutil.rmtree", "checkpoint-4"),  # three checkpoints are complete
         ("os.rename", "results/metrics.json"),  # the model is saved and calibrated
     ):
         done = complete("-c", STRIKE, ROOT / "train.py", *moment, int(signal.SIGKILL), *line)
@@ -118,7 +105,7 @@ def test_a_run_that_was_killed_after_its_last_step_takes_none_more(words, unbrok
     assert same_weights(unbroken, output)
     before, after = (json.loads((folder / "metrics.json").read_text()) for folder in (unbroken, output))
     assert (after["test_log_loss"], after["epoch"]) == (before["test_log_loss"], before["epoch"])
-    assert after["resumed_from_step"] == 20
+    assert after["resumed_from_step"] == 10
 
 
 def test_early_stopping_is_the_same_after_an_interruption(words, tmp_path):
@@ -131,7 +118,7 @@ def test_early_stopping_is_the_same_after_an_interruption(words, tmp_path):
     whole = tmp_path / "whole"
     run(*line, "--output_dir", whole)
     assert [folder.name for folder in list_checkpoints(whole)] == [f"checkpoint-{step}" for step in (2, 4, 6, 8)]
-    for step, patience, last in ((6, 4, 10), (6, 3, 8), (8, 3, 8)):
+    for step, patience, last in ((6, 3, 8), (8, 3, 8)):
         output = tmp_path / f"{step}-{patience}"
         for kept in (2, step):  # the best one, and the last one
             shutil.copytree(whole / f"checkpoint-{kept}", output / f"checkpoint-{kept}")
@@ -158,7 +145,7 @@ def test_overwriting_deletes_the_checkpoints_and_results_of_the_former_run(words
     run(*line, "--resume_from_checkpoint", "auto", "--do_train", "true", "--do_eval", "false")
     assert list_checkpoints(run_folder) == before
     assert all(path.exists() for path in kept | gone)  # it goes on, and overwrites nothing
-    refused("the loss is", *line, *DIVERGES)
+    refused("lower --learning_rate", *line, *DIVERGES)
     assert list_checkpoints(run_folder) == []
     assert all(path.exists() for path in kept)
     assert not any(path.exists() for path in gone)
@@ -177,12 +164,10 @@ def test_the_card_of_an_overwritten_run_is_kept(words, run_folder):
 RESUME, OVERWRITE = ("--resume_from_checkpoint", "auto"), ("--overwrite_output_dir", "true")
 SCORE = ("--do_train", "false", "--do_predict", "--model_name_or_path", "{output}", *OVERWRITE)
 HOLDS_A_RUN = "--output_dir {output} already holds a run: give another --output_dir"
-HOLDS_A_MODEL = "holds a model and no complete checkpoint to resume from: give another --output_dir, or --overwrite"
 STATES = {  # of a run, by what is in its folder
     "finished": ("*",),
     "without checkpoints": ("config.json", "metrics.json"),
-    "without metrics": ("config.json",),
-    "killed": ("checkpoint-20",),
+    "killed": ("checkpoint-10",),
 }
 
 
@@ -192,17 +177,9 @@ STATES = {  # of a run, by what is in its folder
         ("finished", (), f"{HOLDS_A_RUN}, or --overwrite_output_dir true, or --resume_from_checkpoint auto"),
         ("finished", SCORE, HOLDS_A_RUN),
         ("finished", (*OVERWRITE, "--model_name_or_path", "{last}"), "--overwrite_output_dir true would delete {last}"),
-        (
-            "finished",
-            (*OVERWRITE, "--load_best_model_at_end", "true", "--metric_for_best_model", "f"),
-            "is not measured",
-        ),
         ("finished", (*OVERWRITE, "--lora_target_modules", "q"), "'q'"),
-        ("without checkpoints", (), f"{HOLDS_A_RUN}, or --overwrite_output_dir true"),
-        ("without checkpoints", RESUME, HOLDS_A_MODEL),
+        ("without checkpoints", RESUME, f"{HOLDS_A_RUN}, or --overwrite_output_dir true"),
         ("killed", (), f"{HOLDS_A_RUN}, or --overwrite_output_dir true, or --resume_from_checkpoint auto"),
-        ("killed", SCORE, HOLDS_A_RUN),
-        ("without metrics", RESUME, HOLDS_A_MODEL),
     ],
 )
 def test_a_refused_command_changes_no_file_of_the_former_run(words, unbroken, tmp_path, state, flags, message):
@@ -210,15 +187,10 @@ def test_a_refused_command_changes_no_file_of_the_former_run(words, unbroken, tm
     output.mkdir()
     for path in (path for pattern in STATES[state] for path in unbroken.glob(pattern)):
         (shutil.copytree if path.is_dir() else shutil.copy)(path, output / path.name)
-    before, names = content(output), {"output": str(output), "last": str(output / "checkpoint-20")}
+    before, names = content(output), {"output": str(output), "last": str(output / "checkpoint-10")}
     line = [*words, "--output_dir", output, *(flag.format_map(names) for flag in flags)]
     assert message.format_map(names) in refused("", *line)
     assert content(output) == before
-
-
-def test_scores_replace_scores(words, unbroken, tmp_path):
-    for _ in range(2):
-        run(*words, *(flag.format(output=unbroken) for flag in SCORE), "--output_dir", tmp_path / "scores")
 
 
 def test_a_run_interrupted_before_its_first_checkpoint_starts_again(words, unbroken, tmp_path):
@@ -228,7 +200,7 @@ def test_a_run_interrupted_before_its_first_checkpoint_starts_again(words, unbro
     shutil.copy(unbroken / "data_report.json", output)
     refused(HOLDS_A_RUN.format(output=output), *words, "--output_dir", output)
     run(*words, "--output_dir", output, "--max_steps", 2, *RESUME)
-    assert find_checkpoint("auto", str(output)) == str(output / "checkpoint-2")
+    assert find_checkpoint(str(output)) == str(output / "checkpoint-2")
 
 
 @pytest.mark.parametrize(
@@ -237,7 +209,6 @@ def test_a_run_interrupted_before_its_first_checkpoint_starts_again(words, unbro
         (["--pooling", "cls"], "it was trained with another --pooling, mean, not cls; give the same, or --overwrite"),
         (["--tuning", "full"], "it was trained with another --tuning, lora, not full"),
         (["--lora_r", "4"], "it was trained with another --lora_r, 16, not 4"),
-        (["--lora_target_modules", "query"], "it was trained with another --lora_target_modules"),
         (["--model_name_or_path", "{other}"], "it was trained with another --model_name_or_path, encoder"),
         (["--problem_type", "multi_label_classification"], "it was trained with another --problem_type, single_label"),
         # otherwise more or fewer epochs would be trained, and metrics.json would not show it
@@ -251,7 +222,7 @@ def test_a_run_interrupted_before_its_first_checkpoint_starts_again(words, unbro
 )
 def test_a_run_is_not_resumed_with_other_settings_or_data(words, run_folder, tiny_encoder, tmp_path, flags, message):
     shutil.copytree(tiny_encoder, tmp_path / "other")
-    line = [*words, "--output_dir", run_folder, "--resume_from_checkpoint", "auto", "--max_steps", 24]
+    line = [*words, "--output_dir", run_folder, "--resume_from_checkpoint", "auto", "--max_steps", 14]
     file = write_csv(tmp_path / "rows.csv", read_csv(CORPUS / "validation.csv")[16:32])
     names = sorted({row["label"] for row in read_csv(CORPUS / "train.csv")})
     swapped = json.dumps(dict(zip(names, names[1:] + names[:1], strict=True)))
@@ -266,44 +237,22 @@ def test_a_run_is_not_resumed_with_other_settings_or_data(words, run_folder, tin
     assert all(path.read_bytes() == content for path, content in before.items() if path.name in kept)
 
 
-def test_a_resumed_run_keeps_its_split(tiny_encoder, tmp_path):
-    rows = read_csv(CORPUS / "train.csv")[:60]
-    data = write_csv(tmp_path / "data.csv", rows)
-    line = [ROOT / "recipes" / "quickstart.yaml", "--model_name_or_path", tiny_encoder, "--data_path", data]
-    line += ["--save_strategy", "steps", "--save_steps", 2, "--eval_strategy", "no"]
-    line += ["--load_best_model_at_end", "false"]
-    line += ["--output_dir", tmp_path / "results", "--resume_from_checkpoint", "auto"]
-    run(*line, "--max_steps", 2)
-    for change in (["--seed", 9], ["--test_size", 0.2]):
-        refused("it was trained on other rows or labels; give the same data", *line, "--max_steps", 4, *change)
-    run(*line, "--max_steps", 4)
-    assert list_checkpoints(tmp_path / "results")[-1].name == "checkpoint-4"
-
-
-def test_a_checkpoint_that_is_not_the_last_of_its_run_is_refused(words, run_folder, unbroken):
-    earlier, last = list_checkpoints(run_folder)
-    line = [*words, "--output_dir", run_folder, "--resume_from_checkpoint"]
-    refused(f"--output_dir {run_folder} already holds a run", *line, list_checkpoints(unbroken)[0])
-    refused(f"cannot resume from {earlier}: this run has later checkpoints, {last.name}", *line, earlier)
-    assert find_checkpoint(str(earlier), str(run_folder.parent / "other")) == str(earlier)
-
-
 def test_a_resumed_run_takes_the_learning_rate_weight_decay_and_steps_that_it_is_given(words, run_folder):
-    line = [*words, "--output_dir", run_folder, "--resume_from_checkpoint", "auto", "--max_steps", 24]
+    line = [*words, "--output_dir", run_folder, "--resume_from_checkpoint", "auto", "--max_steps", 14]
     # its rows are given, and stay the same
     run(*line, "--learning_rate", 3e-5, "--weight_decay", 0.5, "--seed", 5, "--save_steps", 3)
     before, last = list_checkpoints(run_folder)
-    assert (before.name, last.name) == ("checkpoint-21", "checkpoint-24")
+    assert (before.name, last.name) == ("checkpoint-12", "checkpoint-14")
     scheduler = torch.load(last / "scheduler.pt", weights_only=True)
     groups = torch.load(last / "optimizer.pt", weights_only=True)["param_groups"]
-    assert scheduler["last_epoch"] == 24
+    assert scheduler["last_epoch"] == 14
     assert {group["initial_lr"] for group in groups} == set(scheduler["base_lrs"]) == {3e-5}
     assert max(group["lr"] for group in groups) < 3e-5
     assert {group["weight_decay"] for group in groups} == {0.0, 0.5}
 
 
 def test_the_best_checkpoint_is_found_where_the_run_was_moved(words, tmp_path):
-    line = [*words, "--load_best_model_at_end", "true", "--max_steps", 8]
+    line = [*words, "--load_best_model_at_end", "true", "--max_steps", 4]
     line += ["--learning_rate", "1e-30", "--early_stopping_patience", 0]  # the first is the best, since none is better
     run(*line, "--output_dir", tmp_path / "there")
     (tmp_path / "there").rename(tmp_path / "here")
@@ -335,14 +284,11 @@ def cut(path: Path) -> None:
 )
 def test_a_damaged_checkpoint_is_named_and_skipped(run_folder, caplog, damage, message):
     earlier, last = list_checkpoints(run_folder)
-    assert find_checkpoint("auto", str(run_folder)) == str(last)
+    assert find_checkpoint(str(run_folder)) == str(last)
     damage(last)
     with caplog.at_level("INFO"):
-        assert find_checkpoint("auto", str(run_folder)) == str(earlier)
+        assert find_checkpoint(str(run_folder)) == str(earlier)
     assert f"skipped {last}: {message}" in caplog.text
-    with pytest.raises(InputError) as error:
-        find_checkpoint(str(last), str(run_folder))
-    assert str(error.value) == f"cannot resume from {last}: {message}"
 
 
 def test_a_full_disk_keeps_the_last_checkpoint_and_says_what_to_do(words, unbroken, small_disk):
@@ -356,7 +302,7 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_says_what_to_do(words, unbrok
     assert message.endswith("make room, then --resume_from_checkpoint auto resumes")
     found = [folder for folder in list_checkpoints(output) if find_resume_problem(folder) is None]
     assert found
-    assert find_checkpoint("auto", str(output)) == str(found[-1])
+    assert find_checkpoint(str(output)) == str(found[-1])
     for folder in found[:-1]:
         shutil.rmtree(folder)
     subprocess.run(["mount", "-o", "remount,size=200m", disk], check=True, capture_output=True)

@@ -4,10 +4,8 @@ import datasets
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from decisions_hierarchical import ManyNodes, OnePath
 from hierarchical_clinicalbert.data.report import length_report
-from hierarchical_clinicalbert.training.tokens import build_collator, tokenize_splits
-from taxonomy_hierarchical import Taxonomy
+from hierarchical_clinicalbert.training.tokens import tokenize_splits
 
 
 def word_tokenizer(**arguments):
@@ -48,12 +46,6 @@ def test_tokens_are_those_of_the_tokenizers_own_truncation(warned):
     assert "longer than" in warned.text  # so it would have been seen
 
 
-def test_token_types_only_where_the_tokenizer_has_them():
-    names = ["input_ids", "token_type_ids", "attention_mask"]
-    tokenized, _ = tokenize_splits(texts_of_lengths([3]), word_tokenizer(model_input_names=names), 8)
-    assert tokenized["test"]["token_type_ids"][:] == [[0] * 5]
-
-
 def test_tokens_of_training_texts_know_their_sentences():
     rows = texts_of_lengths([1, 1]).pop("test")
     rows = rows.remove_columns("text").add_column("text", ["a b. c d e? f g", "a"])
@@ -61,16 +53,3 @@ def test_tokens_of_training_texts_know_their_sentences():
     tokenized, _ = tokenize_splits(splits, word_tokenizer(), 6, sentences=True)
     assert tokenized["train"]["sentences"][:] == [[-1, 0, 0, 1, 1, -1], [-1, 0, -1]]
     assert "sentences" not in tokenized["test"].column_names
-
-
-def test_labels_become_arrays_in_a_batch():
-    tree = Taxonomy(["x", {"a": ["b", "c"]}])  # leaves x b c are 0 to 2, a is 3
-    tokens = [{"input_ids": [2, n, 3], "labels": nodes} for n, nodes in enumerate([[0], [], [3]], start=4)]
-
-    def batch(form, features):
-        return build_collator(word_tokenizer(), form(tree).targets)(features)["labels"].tolist()
-
-    assert batch(OnePath, tokens) == [0, -100, 3]
-    assert batch(ManyNodes, [*tokens, tokens[0] | {"labels": [0, 2]}]) == [
-        [1, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1], [1, 0, 1, 1],
-    ]  # fmt: skip

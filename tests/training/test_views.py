@@ -2,9 +2,6 @@
 
 import itertools
 
-import numpy as np
-import torch
-
 from decisions_hierarchical import OnePath
 from hierarchical_clinicalbert.training.tokens import build_collator
 from hierarchical_clinicalbert.training.views import NO_SENTENCE, halves, sentence_numbers
@@ -82,23 +79,3 @@ def test_halves_share_out_the_sentences_in_their_order(tokenizer):
     assert len(set(deals[3])) > 20  # of seven sentences, another deal in most steps
     both = [0 in one and 0 in other for one, other in deals[3]]
     assert 0.5 < sum(both) / len(both) < 0.9
-
-
-def test_no_half_is_empty_where_a_sentence_has_no_tokens():
-    sentences = np.array([[-1, 0, 0, 2, -1], [-1, 3, 3, 3, -1], [-1, 1, -1, -2, -2], [-1, -1, -1, -2, -2]])
-    inputs = {"input_ids": torch.arange(1, 21).view(4, 5), "attention_mask": torch.ones(4, 5, dtype=torch.long)}
-    inputs["attention_mask"][2:, 3:] = 0
-    for step in range(20):
-        found, first, second = halves(inputs, sentences, [0, 1, 2, 3], 0, 0, step)
-        assert [one == other for one, other in zip(first, second, strict=True)] == [False, True, True, True]
-        assert found["attention_mask"].sum(1).min() >= 3
-
-
-def test_the_halves_of_a_text_do_not_depend_on_its_batch(tokenizer):
-    inputs, first, second = halved(tokenizer, 5)
-    for i, text in enumerate(TEXTS):
-        alone, *views = halved(tokenizer, 5, [text], [10 + i])
-        assert [tokens(alone, view[0]) for view in views] == [tokens(inputs, view[i]) for view in (first, second)]
-    others = [halved(tokenizer, 6), halved(tokenizer, 5, seed=4), halved(tokenizer, 5, rows=(20, 21, 22, 23))]
-    for other, *views in others:
-        assert tokens(other, views[0][3]) != tokens(inputs, first[3])
