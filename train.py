@@ -103,7 +103,8 @@ def run(arguments: Arguments, prepare: Prepare) -> None:
     trains = bool(args.do_train)
     resume.check_output_folder(args, source)
     set_seed(args.seed)
-    resume_from = resume.find_checkpoint(args.output_dir) if trains and args.resume_from_checkpoint else None
+    requested = args.resume_from_checkpoint if trains else None
+    resume_from = resume.find_checkpoint(requested, args.output_dir) if requested else None
 
     # ── Data: read, map labels to nodes, split ───────────────────────────────────────────────────────────────────────
     with args.main_process_first(desc="reading the data"):

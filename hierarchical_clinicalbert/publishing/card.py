@@ -85,7 +85,8 @@ def delete_description(folder: Path) -> None:
     The card, which a person may have edited, is renamed.
     """
     if (folder / "README.md").is_file():
-        (folder / "README.md").replace(folder / "README.previous.md")
+        number = 1 + len([*folder.glob("README.previous-*.md")])
+        (folder / "README.md").replace(folder / f"README.previous-{number}.md")
     delete_scores(folder)
 
 

@@ -74,7 +74,7 @@ class HierarchicalTrainingArguments(TrainingArguments):
     _argument_group_name = "training and publishing"
 
     output_dir: str = flag("results", "Folder for the checkpoint.")
-    resume_from_checkpoint: Literal["auto"] | None = flag(None, "Resume from the last checkpoint in --output_dir.")
+    resume_from_checkpoint: str | None = flag(None, "Checkpoint to resume from, or auto: the last one in --output_dir.")
     overwrite_output_dir: bool = flag(False, "Overwrite the folder's run: training deletes its checkpoints and scores.")
     do_train: bool | None = flag(None, "Train. Default: yes, unless --do_eval or --do_predict is given.")
     do_eval: bool | None = flag(None, "Score the validation rows at the end; calibrate after training. Default: yes.")

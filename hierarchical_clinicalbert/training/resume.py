@@ -65,7 +65,7 @@ def check_output_folder(args: HierarchicalTrainingArguments, model: str) -> None
     # ── A folder with a run: resumed, overwritten, or refused ────────────────────────────────────────────────────────
     may_overwrite = args.do_train or not (checkpoints or has_model)  # scores of a checkpoint replace only scores
     resumable = args.do_train and any(find_resume_problem(folder) is None for folder in checkpoints)
-    resumes = args.do_train and args.resume_from_checkpoint is not None
+    resumes = args.do_train and continues_run(args.resume_from_checkpoint, output)
     if resumes and resumable:
         return
     if args.overwrite_output_dir and may_overwrite:
@@ -89,8 +89,18 @@ def read_earlier_texts(model: str, resume_from: str | None) -> TrainedTexts:
     return TrainedTexts(earlier=trained.all, validation=trained.validation, complete=trained.complete)
 
 
-def find_checkpoint(output_dir: str) -> str | None:
-    """Return the last complete checkpoint of the run in a folder, if any."""
+def continues_run(requested: str | None, output: Path) -> bool:
+    """Return whether ``--resume_from_checkpoint`` continues the run in a folder instead of starting a new one there."""
+    return requested is not None and (requested == "auto" or Path(requested).parent.resolve() == output.resolve())
+
+
+def find_checkpoint(requested: str, output_dir: str) -> str | None:
+    """Return the folder of ``--resume_from_checkpoint``. "auto" selects the last complete checkpoint of the run, if any."""
+    if requested != "auto":
+        problem = find_resume_problem(Path(requested)) if Path(requested).is_dir() else "there is no such folder"
+        if problem is not None:
+            raise InputError(f"cannot resume from {requested}: {problem}")
+        return requested
     for folder in reversed(list_checkpoints(Path(output_dir))):
         problem = find_resume_problem(folder)
         if problem is None:
@@ -184,7 +194,7 @@ def start_run(trainer: Trainer, model: str, data: LabelledSplits, resume_from: s
     args, output = trainer.args, Path(trainer.args.output_dir)
     trainer.accelerator.wait_for_everyone()  # until all have read the texts of the earlier run
     if args.should_save:
-        if args.overwrite_output_dir and resume_from is None:
+        if args.overwrite_output_dir and (resume_from is None or not continues_run(resume_from, output)):
             delete_run(output, model)
         texts = (data.splits[name]["text"] if name in data.splits else [] for name in ("train", "validation"))
         write_trained_texts(output, data.trained_texts, *texts)

@@ -158,7 +158,7 @@ def test_the_card_of_an_overwritten_run_is_kept(words, run_folder):
     edited = card.read_text()
     run(*words, "--output_dir", run_folder, "--overwrite_output_dir", "true", "--max_steps", 2)
     assert "Our data" not in card.read_text()
-    assert (run_folder / "README.previous.md").read_text() == edited
+    assert (run_folder / "README.previous-1.md").read_text() == edited
 
 
 RESUME, OVERWRITE = ("--resume_from_checkpoint", "auto"), ("--overwrite_output_dir", "true")
@@ -200,7 +200,7 @@ def test_a_run_interrupted_before_its_first_checkpoint_starts_again(words, unbro
     shutil.copy(unbroken / "data_report.json", output)
     refused(HOLDS_A_RUN.format(output=output), *words, "--output_dir", output)
     run(*words, "--output_dir", output, "--max_steps", 2, *RESUME)
-    assert find_checkpoint(str(output)) == str(output / "checkpoint-2")
+    assert find_checkpoint("auto", str(output)) == str(output / "checkpoint-2")
 
 
 @pytest.mark.parametrize(
@@ -284,10 +284,10 @@ def cut(path: Path) -> None:
 )
 def test_a_damaged_checkpoint_is_named_and_skipped(run_folder, caplog, damage, message):
     earlier, last = list_checkpoints(run_folder)
-    assert find_checkpoint(str(run_folder)) == str(last)
+    assert find_checkpoint("auto", str(run_folder)) == str(last)
     damage(last)
     with caplog.at_level("INFO"):
-        assert find_checkpoint(str(run_folder)) == str(earlier)
+        assert find_checkpoint("auto", str(run_folder)) == str(earlier)
     assert f"skipped {last}: {message}" in caplog.text
 
 
@@ -302,7 +302,7 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_says_what_to_do(words, unbrok
     assert message.endswith("make room, then --resume_from_checkpoint auto resumes")
     found = [folder for folder in list_checkpoints(output) if find_resume_problem(folder) is None]
     assert found
-    assert find_checkpoint(str(output)) == str(found[-1])
+    assert find_checkpoint("auto", str(output)) == str(found[-1])
     for folder in found[:-1]:
         shutil.rmtree(folder)
     subprocess.run(["mount", "-o", "remount,size=200m", disk], check=True, capture_output=True)
