@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from hierarchical_clinicalbert.checkpoint_files import find_snapshot, is_checkpoint, require_encoder
-from hierarchical_clinicalbert.errors import ArgumentParser, InputError, refuse_undecodable, run_command
+from hierarchical_clinicalbert.errors import ArgumentParser, InputError, run_command
 from hierarchical_clinicalbert.prediction.input import SAMPLED_TEXTS, read_records, sample_texts
 from hierarchical_clinicalbert.prediction.model import DTYPES, Model, read_costs
 from hierarchical_clinicalbert.prediction.output import RestartableOutput
@@ -130,7 +130,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
     # ── Checks that argparse cannot make ─────────────────────────────────────────────────────────────────────────────
     name = file_name(arguments.output)
-    refuse_undecodable({flag: value for flag, value in vars(arguments).items() if flag != "input"})
     if output_kind(arguments.output, arguments.output_format) not in OUTPUTS:
         raise InputError(f"--output {arguments.output}: its name must end in one of {suffixes}, or in / for a folder")
     if arguments.output.startswith("hf://"):  # each block would be a commit

@@ -3,9 +3,7 @@
 import csv
 import io
 import json
-import os
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 from xml.etree import ElementTree
@@ -148,20 +146,6 @@ def test_a_text_with_a_lone_carriage_return_comes_back_whole(tmp_path, monkeypat
     printed = runpy.run_path(str(ROOT / "examples" / "label_next.py"))["main"]()
     (tmp_path / "next.csv").write_text(printed, newline="")
     assert read_table(*find_sources(str(tmp_path / "next.csv")))["text"].tolist() == [text]
-
-
-def test_the_output_pipe_may_be_closed_early(clear_checkpoint, tmp_path):
-    predict(clear_checkpoint, tmp_path / "out.jsonl", TEXTS[:3], "--uncertainty")
-    for words in (
-        ("label_next.py", tmp_path / "out.jsonl", "--count", "2"),
-        ("label_studio.py", "config", clear_checkpoint),
-    ):
-        reader, writer = os.pipe()
-        os.close(reader)
-        line = [sys.executable, "-u", ROOT / "examples" / words[0], *words[1:]]
-        done = subprocess.run(line, stdout=writer, stderr=subprocess.PIPE, text=True)
-        os.close(writer)
-        assert (done.returncode, done.stderr) == (0, "")
 
 
 TWO_LABELS = [annotated({"data": {"text": "a secret"}}, 7, [["neoplasms"], ["general pathological conditions"]])]

@@ -106,7 +106,7 @@ def test_a_folder_of_txt_files_has_a_text_in_each_file(tmp_path, caplog):
             assert rows.columns == ["id", "text", "label"]
             found = [(row.line, row.values, row.problem, rows.done()) for row in rows.read()]
         assert found == [
-            (1, {"id": "b.txt", "text": "two\r\nlines\n"}, None, 0.25),
+            (1, {"id": "b.txt", "text": "two\r\nlines\n", "label": ""}, None, 0.25),
             (2, {"id": "flu/a.txt", "text": "Grippe in Köln", "label": "flu"}, None, 0.5),
             (3, {}, f"flu/avian/c.txt: {problem}", 0.75),
             (4, {}, "z.txt: the text is empty", 1),
@@ -136,7 +136,7 @@ def test_a_folder_saved_by_datasets_is_refused(tmp_path):
         ("a.csv", b"text,id\na,1\nb\nc\n", "a.csv, line 3: 1 fields, where the header has 2"),
         ("a.json", b'[{"a": 1}, 2]', "a.json, row 2: not a JSON object"),
         ("a.csv", b"text\n", "a.csv has no rows"),
-        ("a.csv.gz", gzip.compress(os.urandom(3000))[:-500], "a.csv.gz is damaged or incomplete"),
+        ("a.csv.gz", gzip.compress(os.urandom(3000))[:-500], "a.csv.gz is not UTF-8 text, or is damaged"),
     ],
 )
 def test_a_table_that_cannot_be_read_is_one_line(tmp_path, monkeypatch, name, content, message):
