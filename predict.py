@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from hierarchical_clinicalbert.checkpoint_files import find_snapshot, is_checkpoint, require_encoder
-from hierarchical_clinicalbert.errors import ArgumentParser, InputError, refuse_undecodable, run_command
+from hierarchical_clinicalbert.errors import ArgumentParser, InputError, run_command
 from hierarchical_clinicalbert.prediction.input import SAMPLED_TEXTS, read_records, sample_texts
 from hierarchical_clinicalbert.prediction.model import DTYPES, Model, read_costs
 from hierarchical_clinicalbert.prediction.output import RestartableOutput
-from hierarchical_clinicalbert.prediction.rows import OUTPUTS, file_name, output_kind
+from hierarchical_clinicalbert.prediction.rows import OUTPUTS, output_kind
 from hierarchical_clinicalbert.reading.rows import FOLDER, KINDS
 from hierarchical_clinicalbert.reading.sources import find_all_sources
 
@@ -129,21 +129,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
 
     # ── Checks that argparse cannot make ─────────────────────────────────────────────────────────────────────────────
-    name = file_name(arguments.output)
-    refuse_undecodable({flag: value for flag, value in vars(arguments).items() if flag != "input"})
     if output_kind(arguments.output, arguments.output_format) not in OUTPUTS:
         raise InputError(f"--output {arguments.output}: its name must end in one of {suffixes}, or in / for a folder")
     if arguments.output.startswith("hf://"):  # each block would be a commit
         raise InputError(f"--output {arguments.output}: write to a disk or an object store, and upload the result")
     if arguments.revision is not None and Path(arguments.model).is_dir():
         raise InputError(f"--revision {arguments.revision} does not apply to the folder {arguments.model}")
-    if arguments.output_format and not name.endswith("/"):
-        raise InputError(f"--output_format is for a folder, and --output {arguments.output} is a file: leave it out")
     if arguments.adapt_prior and "-" in arguments.input:
         raise InputError("--adapt_prior reads --input twice, and standard input can be read once: give a file")
     cpus, gpus = arguments.ray_cpus_per_actor, arguments.ray_gpus_per_actor
-    if arguments.ray is None and (cpus, gpus) != (None, None):
-        raise InputError("--ray_cpus_per_actor and --ray_gpus_per_actor need --ray")
     if cpus is not None and cpus < 1:
         raise InputError(f"--ray_cpus_per_actor must be at least 1, not {cpus}")
     if gpus is not None and not (0 <= gpus < 1 or (gpus.is_integer() and gpus > 0)):

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from configuration_hierarchical import HierarchicalConfig
 from hierarchical_clinicalbert.checkpoint_files import find_snapshot, is_checkpoint, read_config
-from hierarchical_clinicalbert.errors import ArgumentParser, InputError, as_input_error, print_result
+from hierarchical_clinicalbert.errors import ArgumentParser, InputError, as_input_error, run_command
 
 
 def configuration(config: HierarchicalConfig) -> str:
@@ -87,4 +87,7 @@ def main() -> str:
 
 
 if __name__ == "__main__":
-    print_result("label_studio.py", main)
+    sys.stdout.reconfigure(encoding="utf-8", newline="")  # in any locale
+    again = "run the command again"
+    advice = {"resume": again, "disk": f"make room, and {again}", "memory": again}
+    run_command("label_studio.py", lambda _: print(main(), end="", flush=True), advice)

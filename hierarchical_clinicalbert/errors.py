@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from hierarchical_clinicalbert.reading.encodings import has_surrogate
 from hierarchical_clinicalbert.reading.rows import InputError  # defined there, since `reading` imports no other package
 from taxonomy_hierarchical import TaxonomyError
 
@@ -27,16 +26,6 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise InputError(message)
-
-
-def refuse_undecodable(flags: Mapping[str, Any]) -> None:
-    """Raise InputError if a flag is not text in the locale's encoding: libraries cannot write it, and no column has this name."""
-    for flag, value in flags.items():
-        for text in value if isinstance(value, list) else [value]:
-            if isinstance(text, str) and has_surrogate(text):
-                encoding = sys.getfilesystemencoding()
-                problem = "UTF-8" if encoding == "utf-8" else f"{encoding}, the locale's encoding: set PYTHONUTF8=1"
-                raise InputError(f"--{flag} {text!a}: the name is not {problem}")
 
 
 def one_line(error: object) -> str:
@@ -63,31 +52,17 @@ def describe_error(error: BaseException) -> str:
     return one_line(error) if is_plain else f"{type(error).__name__}: {one_line(error)}"
 
 
-def is_own_bug(error: Exception) -> bool:
-    """Return whether an error is a bug of this project: a name, type or attribute error raised by its own code."""
-    if not isinstance(error, (AttributeError, NameError, TypeError)):
-        return False
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    if frames[-1].f_code.co_name == "__getattr__":  # torch raises it there for a missing attribute of our module
-        frames.pop()
-    file = Path(frames[-1].f_code.co_filename)
-    return file.stem.endswith("_hierarchical") or file.parent == ROOT or PACKAGE in file.parents
-
-
 @contextmanager
 def as_input_error(what: str, remedy: str = "") -> Iterator[None]:
     """Convert any exception in the block into an InputError with the message "what: reason", and "; remedy" if given.
 
     The block calls a library on files or settings of the user. Libraries document no errors for these, and raise, say, KeyError.
-    A bug of this project passes through, see `is_own_bug`.
     """
     try:
         yield
     except (InputError, MemoryError):
         raise
     except Exception as error:
-        if is_own_bug(error):
-            raise
         raise InputError(f"{what}: {describe_error(error)}" + (f"; {remedy}" if remedy else "")) from error
 
 
@@ -139,6 +114,8 @@ def run_command(
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:
         message, code = f"stopped; {advice['resume']}", 130
+    except BrokenPipeError:  # the reader of the output, such as head, has ended
+        os._exit(0)
     except Exception as error:
         known = user_error_message(error, advice)
         if known is None or os.environ.get("HIERARCHICAL_TRACEBACK"):
@@ -148,18 +125,3 @@ def run_command(
         message, code = known, 2
     gc.collect()  # destroy the run and its progress bars now, because they write once more
     exit_with_error(name, message, code)
-
-
-def print_result(command: str, result: Callable[[], str]) -> None:
-    """Write the text that ``result`` returns to standard output, as UTF-8 in any locale, or exit with an error and write nothing."""
-    try:
-        content = result().encode()
-    except InputError as error:
-        exit_with_error(command, str(error))
-    try:
-        sys.stdout.buffer.write(content)
-        sys.stdout.buffer.flush()
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
-        if not isinstance(error, BrokenPipeError):  # which means that the reader, such as head, has ended
-            exit_with_error(command, f"cannot write to standard output: {one_line(error)}")

@@ -29,7 +29,7 @@ def read_text(path: str | Path) -> str:
 def read_yaml(path: str | Path) -> Any:
     """Read YAML in which every scalar is text, or raise InputError: a class called ``no`` or ``1`` keeps its name.
 
-    A key without a value has None. Aliases are refused, because a few of them can expand to any number of values.
+    A key without a value has None.
     """
     try:
         return yaml.load(read_text(path), TextLoader)
@@ -41,15 +41,7 @@ def read_yaml(path: str | Path) -> Any:
         raise InputError(f"{path} is nested too deeply") from error
 
 
-class TextLoader(yaml.SafeLoader):
-    yaml_implicit_resolvers = {}
-
-    def compose_node(self, parent, index):
-        if self.check_event(yaml.AliasEvent):
-            problem = "an alias (*name) is not supported: write out what the alias stands for"
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=self.peek_event().start_mark)
-        return super().compose_node(parent, index)
-
+class TextLoader(yaml.BaseLoader):
     def construct_mapping(self, node, deep=False):
         pairs = [(self.construct_object(key, True), self.construct_object(value, True)) for key, value in node.value]
         try:

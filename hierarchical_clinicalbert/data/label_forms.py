@@ -43,17 +43,9 @@ class OnePathRows:
         refuse_rows(table, columns, map(label_problem, paths))
         return [(tuple(filter(None, path)),) if len(columns) > 1 else path for path in paths]
 
-    def classes_of_columns(self, columns: list[str]) -> list[str]:
-        """Return the classes that the label columns name: none, because columns are the levels of a path."""
-        return []
-
     def merge_repeats(self, rows: pd.DataFrame) -> pd.DataFrame:
         """Return the rows as they are: a text may have several rows."""
         return rows
-
-    def num_classes(self, taxonomy: Taxonomy) -> int:
-        """Return how many of the first nodes are classes: the leaves."""
-        return taxonomy.num_leaves
 
     def describe(self, rows: pd.DataFrame, taxonomy: Taxonomy, dropped: int) -> dict:
         """Count the rows, duplicates, conflicting labels and classes of a split, from which rows were ``dropped``.
@@ -106,7 +98,7 @@ class ManyNodesRows:
             problem = "the cell is neither 0 nor 1, as in several label columns; join columns of names to one"
             for name in columns:
                 refuse_rows(table, [name], (problem if read_indicator(cell) is None else None for cell in table[name]))
-            names = self.classes_of_columns(columns)
+            names = [to_nfc(name.strip()) for name in columns]
             cells = zip(*(map(read_indicator, table[name]) for name in columns), strict=True)
             return [tuple(compress(names, row)) for row in cells]
         rows: list[Any] = []
@@ -114,10 +106,6 @@ class ManyNodesRows:
             rows.append(tuple(label for label in map(label_text, split_cell(cell, delimiter)) if label != ""))
         refuse_rows(table, columns, (NO_NAME if None in row else None for row in rows))
         return rows
-
-    def classes_of_columns(self, columns: list[str]) -> list[str]:
-        """Return the classes that the label columns name, even if no text has them."""
-        return [to_nfc(name.strip()) for name in columns] if len(columns) > 1 else []
 
     def merge_repeats(self, rows: pd.DataFrame) -> pd.DataFrame:
         """Merge the rows of a text within a split into the first of them, with the labels of all."""
@@ -127,10 +115,6 @@ class ManyNodesRows:
             merged.setdefault(tuple(key), set()).update(nodes)
         rows = rows.drop_duplicates(keys, ignore_index=True)
         return rows.assign(nodes=pd.Series([tuple(sorted(nodes)) for nodes in merged.values()], dtype=object))
-
-    def num_classes(self, taxonomy: Taxonomy) -> int:
-        """Return how many of the first nodes are classes: all."""
-        return taxonomy.num_nodes
 
     def describe(self, rows: pd.DataFrame, taxonomy: Taxonomy, dropped: int) -> dict:
         """Count the texts, labels and classes of a split, from which rows were ``dropped``.

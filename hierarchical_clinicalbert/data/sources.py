@@ -84,8 +84,6 @@ def read_rows(arguments: DataArguments, trains: bool = True) -> SourceRows:
         for row, label in ((row, label) for row, of_row in enumerate(labels) for label in of_row):
             if label not in places:
                 places[label] = place(table, row, label_columns)
-        for name in form.classes_of_columns(label_columns):
-            places.setdefault(name, f"{sources[split].name}, column {quote_name(name)}")
         rows = pd.DataFrame({"split": split, "row": np.arange(len(table)), "text": table[text_column].array})
         parts.append(rows.assign(labels=pd.Series(labels, dtype=object)))  # tuples
     described = [
@@ -113,9 +111,6 @@ def find_split_sources(arguments: DataArguments, needs_rows: bool = True) -> tup
     if len(others) + bool(files) > 1:
         flags = " and ".join(f"--{name}" for name in [*others, *(f"{split}_file" for split in files)])
         raise InputError(f"{flags} contradict each other: give one source")
-    for name in ("dataset_config_name", "dataset_revision"):
-        if getattr(arguments, name) is not None and arguments.dataset_name is None:
-            raise InputError(f"--{name} needs --dataset_name")
 
     # ── Files ────────────────────────────────────────────────────────────────────────────────────────────────────────
     if files:
@@ -176,19 +171,13 @@ def _from_dataset(name: str, dataset: datasets.Dataset, hub_id: str | None = Non
 
 
 def _with_class_names(table: pd.DataFrame, features: Mapping[str, Any]) -> pd.DataFrame:
-    """Replace the numbers in columns of ClassLabel by its names."""
-
-    def name_of(value: Any) -> Any:
-        if isinstance(value, list):
-            return [name_of(item) for item in value]
-        return None if value is None else classes[value]
-
+    """Replace the numbers in columns of ClassLabel, or of lists of it, by its names."""
     for column in table:
-        feature = features.get(column)
-        feature = getattr(feature, "feature", feature)  # of the items, if the column holds lists
+        feature = getattr(features.get(column), "feature", features.get(column))
         if isinstance(feature, datasets.ClassLabel):
-            classes = [*feature.names, None]  # a missing label is stored as -1
-            table[column] = pd.Series(map(name_of, table[column]), table.index, dtype=object)
+            name_of = dict(enumerate(feature.names)).get  # a missing label is None, or stored as -1
+            cells = [[*map(name_of, cell)] if isinstance(cell, list) else name_of(cell) for cell in table[column]]
+            table[column] = pd.Series(cells, table.index, dtype=object)
     return table
 
 
@@ -208,11 +197,11 @@ def _from_file(path: str, encoding: str | None) -> SplitSource:
     def read(names: list[str]) -> pd.DataFrame:
         return _with_class_names(read_table(source, names), features)
 
-    hashes = sha256([] if source.kind == FOLDER else [Path(path)])
-    if source.kind == FOLDER:  # one hash for all, because there may be thousands
-        files = [(source.name_of(file), sha256([Path(file)])) for file in source.files]
-        hashes = {Path(path).name: hashlib.sha256(repr(files).encode()).hexdigest()}
-    return SplitSource(path, columns, read, hashes)
+    if source.kind != FOLDER:
+        return SplitSource(path, columns, read, sha256([Path(path)]))
+    files = [(source.name_of(file), sha256([Path(file)])) for file in source.files]
+    combined = hashlib.sha256(repr(files).encode()).hexdigest()  # one for all, because there may be thousands
+    return SplitSource(path, columns, read, {Path(path).name: combined})
 
 
 def find_shares(arguments: DataArguments, splits: Container[str], single: bool) -> dict[str, float]:

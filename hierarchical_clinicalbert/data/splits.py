@@ -18,6 +18,7 @@ import datasets
 import numpy as np
 import pandas as pd
 
+from decisions_hierarchical import build_decisions
 from hierarchical_clinicalbert.data.label_forms import RowForm
 from hierarchical_clinicalbert.data.labels import LabelledRows
 from hierarchical_clinicalbert.data.report import SPLITS, log_splits, rows_by_split, texts_by_node
@@ -83,7 +84,8 @@ def split_rows(labelled: LabelledRows, seed: int, trained: TrainedTexts = NO_TRA
     num_dropped, untrained = dropped["split"].value_counts(), []
     if "train" in parts:
         texts_of = texts_by_node(parts["train"]["nodes"], taxonomy)
-        untrained = [taxonomy.labels[node] for node in range(form.num_classes(taxonomy)) if not texts_of[node]]
+        num_classes = build_decisions(taxonomy, form.problem_type).num_classes
+        untrained = [taxonomy.labels[node] for node in range(num_classes) if not texts_of[node]]
     report = {
         "sources": source.sources,
         "columns": {"text": next(iter(source.columns), None), "label": source.columns[1:]},

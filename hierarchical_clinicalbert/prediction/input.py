@@ -42,10 +42,9 @@ def read_records(sources: Sequence[Source], text_column: str | None, id_column: 
                 names += choose_columns(columns, id_column, (), "--id_column")
             for row in rows.read(list(dict.fromkeys(names))):
                 text, raw_id = [*map(row.values.get, names), None, None][:2]
-                record_id, id_problem = json_id(raw_id)
-                problem = row.problem or text_problem(text) or id_problem
+                problem = row.problem or text_problem(text)
                 done = (bytes_before + size * (rows.done() or 0)) / total if total else None
-                yield InputRow(source.name, row.line, record_id, None if problem else text, problem, done)
+                yield InputRow(source.name, row.line, json_id(raw_id), None if problem else text, problem, done)
         bytes_before += size
 
 
@@ -60,16 +59,8 @@ def sample_texts(records: Iterable[InputRow]) -> list[str]:
     return sample
 
 
-def json_id(value: Any) -> tuple[Any, str | None]:
-    """Return an id as a JSON value, and its problem or None. Infinity, dates and bytes become strings; NaN becomes None."""
-    if isinstance(value, dict | list):
-        return None, "the id is neither text nor a number"
-    if isinstance(value, bytes):
-        try:
-            return value.decode(), None
-        except UnicodeDecodeError:
-            return None, "the id is not UTF-8"
-    if value is None or value != value:  # NaN
-        return None, None
-    is_json = isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
-    return value if is_json else str(value), None
+def json_id(value: Any) -> Any:
+    """Return an id as a JSON value: what is neither text nor a number, such as a date, becomes text."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    return value if value is None or isinstance(value, str | int | float) else str(value)

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import count, islice
 from typing import Any
 
 from tqdm import tqdm
@@ -30,7 +30,7 @@ from hierarchical_clinicalbert.errors import InputError
 from hierarchical_clinicalbert.files import write_json
 from hierarchical_clinicalbert.prediction.input import InputRow
 from hierarchical_clinicalbert.prediction.rows import RowFormat, file_name
-from hierarchical_clinicalbert.prediction.storage import Bucket, Disk
+from hierarchical_clinicalbert.prediction.storage import Storage
 from hierarchical_clinicalbert.reading.sources import Source
 from hierarchical_clinicalbert.reading.stores import connect, is_url
 
@@ -80,7 +80,7 @@ class RestartableOutput:
         self.is_folder, self.kind = file_name(name).endswith("/"), kind
         name = name.removeprefix("file://")
         filesystem, name = connect(name) if is_url(name) else (None, name)
-        self.store = Disk() if filesystem is None else Bucket(filesystem)
+        self.store = Storage(filesystem)
         self.name = name.rstrip("/")
         self._stem = f"{self.name}/" if self.is_folder else self.name
         self.parts = f"{self._stem}.parts"
@@ -111,10 +111,11 @@ class RestartableOutput:
         theirs += {f"{self.name}/{name}" for name in names if name.startswith("part-")} - {*ours}
         if theirs:
             raise InputError(f"--output {self.name}: another program wrote {min(theirs)}: give another name")
-        # files and blocks together: the run was killed while it wrote a folder's files or deleted the blocks
         existing = next((file for file in ours if self.store.exists(file)), None)
-        if existing and not parts and not overwrite:
-            raise exists_error(existing)
+        is_complete = self.store.exists(self.marker) or not parts
+        if existing and is_complete and not overwrite:
+            self.store.delete_folder(self.parts)  # the run was killed while it deleted them
+            raise InputError(f"{existing} already exists: give another --output, or --overwrite")
         return [source for source in sources if source not in own]
 
     def delete(self) -> None:
@@ -143,20 +144,11 @@ class RestartableOutput:
         Raises:
             InputError: a finished block is damaged, or was written with other options or for another input.
         """
-        existing, is_finished = self._blocks(), self.store.exists(self.marker)
+        existing = self._blocks()
         interval = PROGRESS_SECONDS[sys.stderr.isatty()]
-
-        has_begun = False
-
-        def begin() -> None:
-            """Start the time, at the first block that is classified."""
-            nonlocal has_begun
-            if has_begun:
-                return
-            if progress.initial:
-                print(f"continuing at row {progress.initial:,}", file=sys.stderr)
-            progress.unpause()
-            has_begun = True
+        if existing:
+            first = next(index for index in count() if block_name(index) not in existing)
+            print(f"continuing at row {first * ROWS:,}", file=sys.stderr)
 
         def missing() -> Iterator[Block]:
             blocks = iter(lambda: list(islice(records, ROWS)), [])
@@ -168,13 +160,10 @@ class RestartableOutput:
                     self.num_rows += len(self._read_block(block.index)[0])
                     progress.initial += len(block.records)  # which say nothing about this run's speed
                     progress.n += len(block.records)
-                elif is_finished:  # killed while it deleted its blocks
-                    self.store.delete_folder(self.parts)
-                    raise exists_error(self.marker)
-                else:
-                    begin()
-                    yield block
-            begin()
+                    continue
+                if progress.n == progress.initial:
+                    progress.unpause()  # the time starts with the first block that is classified
+                yield block
 
         with Progress(unit=" rows", delay=0.1, mininterval=interval, miniters=1, smoothing=0) as progress:
             for block, rows in predict_blocks(missing()):
@@ -272,7 +261,3 @@ def block_name(index: int) -> str:
 def real_path(name: str) -> str:
     """Return the path of a file without links, or a URL as it is."""
     return name if is_url(name) else os.path.realpath(name)
-
-
-def exists_error(file: str) -> InputError:
-    return InputError(f"{file} already exists: give another --output, or --overwrite")

@@ -2,12 +2,12 @@
 
 Worth knowing:
 
-1. All state is in the driver's output (`prediction.output`). If an actor or a node is lost, only its unfinished blocks are
+1. All state is in the driver's output (`prediction.output`). If an actor or a node is lost, only its unfinished block is
    repeated. A killed driver is resumed like any other run. No shared disk is needed.
 2. While blocks wait, the driver requests twice as many actors as the cluster has room for. An autoscaling cluster adds nodes for
    the pending actors.
-3. An actor has at most two blocks: one is computed while the other is in transit. The driver holds no others, so its memory does
-   not grow with the input.
+3. An actor has one block, and the driver holds one more, so its memory does not grow with the input. Ray could retry the
+   calls of a lost actor by itself, but only once it has room for a new actor, and others would finish without its blocks.
 4. All actors must report the same model description. Otherwise the output could mix, for example, bfloat16 and float32.
 """
 
@@ -35,7 +35,6 @@ from hierarchical_clinicalbert.prediction.model import Model
 from hierarchical_clinicalbert.prediction.output import Block, OutputRows
 from hierarchical_clinicalbert.prediction.rows import RowFormat
 
-BLOCKS_PER_ACTOR = 2
 POLL_SECONDS = 3  # between two checks of the cluster
 WARN_SECONDS = 60  # without an actor
 MAX_DEATHS = 5  # of workers on one block, or of workers that load the model, in a row; then the run ends
@@ -79,9 +78,8 @@ class RayJob:
         is_folder = Path(arguments.model).is_dir()
         model = os.path.abspath(arguments.model) if is_folder else arguments.model
         self._arguments = Namespace(**{**vars(arguments), "model": model, "model_folder": is_folder})
-        self._actors: list[Any] = []  # that have loaded the model
-        self._starting: dict[Any, Any] = {}  # actors by the reference of `load`
-        self._tasks: dict[Any, tuple[Any, Block]] = {}  # actors and blocks by the reference of `predict`, in order
+        self._idle: list[Any] = []  # actors that have loaded the model
+        self._tasks: dict[Any, tuple[Any, Block | None]] = {}  # actors by the reference of their call; no block to load
         self._waiting: deque[Block] = deque()
         self._deaths: Counter[int | None] = Counter()  # by the index of a block; None for actors that were starting
         self._next_check = 0.0
@@ -92,8 +90,8 @@ class RayJob:
         gpus = float(ray.cluster_resources().get("GPU", 0) > 0) if gpus is None else gpus
         self._needs = {"CPU": self._arguments.ray_cpus_per_actor or 1, "GPU": gpus}
         warn_at = time.monotonic() + WARN_SECONDS
-        while not self._actors:
-            if not self._starting:
+        while not self._idle:
+            if not self._tasks:
                 self._start()
             self._receive()
             if time.monotonic() > warn_at:
@@ -107,7 +105,7 @@ class RayJob:
     def estimate_prior(self, texts: list[str]) -> list[float]:
         """Estimate the class frequencies of texts on one actor. InputError: it died, or there are no texts."""
         try:
-            return ray.get(self._actors[0].estimate_prior.remote(texts))
+            return ray.get(self._idle[0].estimate_prior.remote(texts))
         except RayTaskError as error:
             raise error.cause from error
         except RayError as error:
@@ -117,21 +115,19 @@ class RayJob:
         self, blocks: Iterator[Block], prior: list[float] | None = None
     ) -> Iterator[tuple[Block, OutputRows]]:
         """Yield each block with its output rows as soon as it is finished. The blocks of lost actors go to other actors."""
+        finished = None
         while True:
-            counts = Counter(actor for actor, _ in self._tasks.values())
-            for depth in range(BLOCKS_PER_ACTOR):  # first one block for every actor, then a second one
-                for actor in self._actors:
-                    if counts[actor] == depth and self._has_waiting_block(blocks):
-                        block = self._waiting.popleft()
-                        self._tasks[actor.predict.remote(block, prior)] = actor, block
-                        counts[actor] += 1
-            if self._has_waiting_block(blocks):
-                self._grow()
-            elif not self._tasks:
-                return
-            if finished := self._receive():
+            while self._has_waiting_block(blocks) and self._idle:
+                actor, block = self._idle.pop(), self._waiting.popleft()
+                self._tasks[actor.predict.remote(block, prior)] = actor, block
+            if finished:  # it is written while the actors compute
                 yield finished
                 give_back_memory()
+            if self._waiting:
+                self._grow()
+            elif not self._is_computing():
+                return
+            finished = self._receive()
 
     def _has_waiting_block(self, blocks: Iterator[Block]) -> bool:
         """Return whether a block waits for an actor, after reading one if none did."""
@@ -139,46 +135,46 @@ class RayJob:
             self._waiting.extend(islice(blocks, 1))
         return bool(self._waiting)
 
+    def _is_computing(self) -> bool:
+        return any(block for _, block in self._tasks.values())
+
     def _receive(self) -> tuple[Block, OutputRows] | None:
-        """Wait for one task, and return its block and rows. If an actor has started or died instead, note it and return None."""
-        for task in ray.wait([*self._tasks, *self._starting], timeout=POLL_SECONDS)[0]:  # at most one
+        """Wait for one call, and return its block and rows. If an actor has started or died instead, note it and return None."""
+        for call in ray.wait([*self._tasks], timeout=POLL_SECONDS)[0]:  # at most one
+            actor, block = self._tasks.pop(call)
             try:
-                result = ray.get(task)
-            except RayTaskError as error:  # raised by the code of the task, or a package is missing
-                if task in self._starting and not isinstance(error.cause, InputError):
+                result = ray.get(call)
+            except RayTaskError as error:  # raised by the code of the call, or a package is missing
+                if block is None and not isinstance(error.cause, InputError):
                     raise InputError(f"an actor cannot load the model: {describe_error(error.cause)}") from error
                 raise error.cause from error
             except RayError as error:
-                self._lose(task, error)
+                self._lose(actor, block, error)
                 continue
-            if task in self._tasks:
-                return self._tasks.pop(task)[1], result
+            self._idle.append(actor)
+            if block is not None:
+                return block, result
             self._check(*result)
-            self._actors.append(self._starting.pop(task))
             del self._deaths[None]
         return None
 
-    def _lose(self, task: Any, error: RayError) -> None:
-        """Remove the lost actor of a task, and queue its blocks again. Raise InputError after `MAX_DEATHS` deaths."""
+    def _lose(self, actor: Any, block: Block | None, error: RayError) -> None:
+        """Remove a lost actor, and queue its block again. Raise InputError after `MAX_DEATHS` deaths."""
         self._next_check = 0.0
-        if task in self._starting:
-            ray.kill(self._starting.pop(task))
-            self._deaths[None] += 1
-            if self._deaths[None] >= MAX_DEATHS and not self._actors:
-                raise InputError(f"workers die while they load the model, {MAX_DEATHS} in a row: {one_line(error)}")
-            return
-        lost, _ = self._tasks[task]
-        ray.kill(lost)  # it may be alive, but unreachable
-        self._actors.remove(lost)
-        tasks = [other for other, (actor, _) in self._tasks.items() if actor is lost]
-        blocks = [self._tasks.pop(other)[1] for other in tasks]
-        self._waiting.extendleft(reversed(blocks))
-        self._deaths[blocks[0].index] += 1  # the block that was computed when the worker died
-        if self._deaths[blocks[0].index] == MAX_DEATHS:
-            ends = (blocks[0].records[0], blocks[0].records[-1])
-            first, last = (f"{record.source}, line {record.line}" for record in ends)
-            problem = f"{MAX_DEATHS} workers died while they classified the rows from {first}, to {last}"
-            raise InputError(f"{problem}: {one_line(error)}")
+        ray.kill(actor)  # it may be alive, but unreachable
+        index = None if block is None else block.index
+        self._deaths[index] += 1
+        is_last = self._deaths[index] >= MAX_DEATHS
+        if block is not None:
+            self._waiting.appendleft(block)
+            if is_last:
+                first, last = (
+                    f"{record.source}, line {record.line}" for record in (block.records[0], block.records[-1])
+                )
+                problem = f"{MAX_DEATHS} workers died while they classified the rows from {first}, to {last}"
+                raise InputError(f"{problem}: {one_line(error)}")
+        elif is_last and not self._idle and not self._is_computing():
+            raise InputError(f"workers die while they load the model, {MAX_DEATHS} in a row: {one_line(error)}")
 
     def _check(self, node: str, description: dict[str, Any], rows: RowFormat) -> None:
         """Store the first actor's description. Raise InputError if the description of another actor differs."""
@@ -195,13 +191,13 @@ class RayJob:
             self._next_check = time.monotonic() + POLL_SECONDS
             resources = ray.cluster_resources()
             room = min(int(resources.get(kind, 0) / number) for kind, number in self._needs.items() if number)
-            for _ in range(2 * max(room, 1) - len(self._actors) - len(self._starting)):
+            for _ in range(2 * max(room, 1) - len(self._idle) - len(self._tasks)):
                 self._start()
 
     def _start(self) -> None:
         cpus, gpus = self._needs.values()
         actor = ray.remote(Classifier).options(num_cpus=cpus, num_gpus=gpus).remote()
-        self._starting[actor.load.remote(self._arguments, cpus, gpus)] = actor
+        self._tasks[actor.load.remote(self._arguments, cpus, gpus)] = actor, None
 
 
 def refuse_closed_port(address: str) -> None:

@@ -10,7 +10,6 @@ from argparse import Namespace
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pyarrow
@@ -96,9 +95,7 @@ class RowFormat:
                 stream.writelines(f"{',' if number else ''}{line}" for number, line in enumerate(lines))
                 stream.write("]\n")
             else:
-                # Python 3.11 quotes a lone carriage return only if the writer's line end has one
-                target = SimpleNamespace(write=lambda line: stream.write(line.removesuffix("\r\n") + "\n"))
-                writer = csv.writer(target, lineterminator="\r\n")
+                writer = csv.writer(stream)
                 names = [name for name in self.types if name != "probabilities"]
                 writer.writerow([*names, *(f"probability of {label}" for label in self.classes)])
                 for row in map(json.loads, lines):

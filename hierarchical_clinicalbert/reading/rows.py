@@ -7,10 +7,10 @@ Worth knowing:
 3. Types are never inferred. A CSV cell "NA" or "007" is that text, and an empty cell is an empty text. In JSON and Parquet
    an integer beside nulls stays an integer.
 4. Text is UTF-8, with or without a byte order mark, unless another encoding is given. The problem of a text in another one
-   names an encoding that fits, but none is ever guessed. Lines end with \\n, \\r\\n or \\r. Blank lines are not rows.
+   names an encoding that fits, but none is ever guessed. Lines end with \\n, \\r\\n or \\r. Empty lines are not rows.
 5. CSV and TSV rows are quoted as in RFC 4180. A stray quotation mark swallows rows; the problem names their lines. Many TSV
    files are not quoted at all. So a TSV row of several lines that may as well be several rows is a problem, unless the
-   header is quoted (`refuse_swallowed_rows`). Another separator than that of the file's name is found in the header, and logged.
+   header is quoted. Another separator than that of the file's name is found in the header, and logged.
 6. Of an .xlsx file, the first visible sheet is read. Its first row is the header; columns that it does not name are left out.
 7. In a folder of texts, each file is a row. Files in a subfolder have its path as their label.
 8. Of a Parquet file, only the requested columns are read, a few rows at a time.
@@ -22,7 +22,6 @@ import gzip
 import io
 import json
 import logging
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,22 +29,21 @@ from dataclasses import dataclass
 from itertools import chain, islice, zip_longest
 from typing import Any
 
-from hierarchical_clinicalbert.reading import workbook
-from hierarchical_clinicalbert.reading.delimited import find_separator, read_delimited, refuse_swallowed_rows
+from hierarchical_clinicalbert.reading.delimited import find_separator, read_delimited
 from hierarchical_clinicalbert.reading.encodings import Encoding
+from hierarchical_clinicalbert.reading.workbook import read_workbook
 from taxonomy_hierarchical import quote_name
 
 logger = logging.getLogger(__name__)
 
 KINDS = ("csv", "tsv", "jsonl", "ndjson", "json", "parquet", "txt", "xlsx")
-SEEKABLE = ("parquet", "xlsx")  # read from their end
+SEEKABLE = {"parquet": "a Parquet file", "xlsx": "an .xlsx workbook without a password"}  # read from their end
 FOLDER = "folder"  # of texts, one a file: the kind of a source that is no file
 UNITS = {"json": "row", "parquet": "row", "xlsx": "row", FOLDER: "file"}
-FIRST_ROWS = 1024  # of JSON Lines, whose names become the columns
+FIRST_ROWS = 1024  # of JSON, whose names become the columns
 BYTES_AT_ONCE = 2**23  # of a Parquet column; without it, pyarrow reads the column's part of a whole row group
 # of Parquet: a value that is stored once is decoded for every row, so small batches bound the memory
 ROWS_PER_BATCH = 16
-UNREADABLE_ERRORS = (LookupError, OSError, OverflowError, RuntimeError, TypeError, ValueError)  # of pyarrow or Python
 
 
 class InputError(ValueError):
@@ -89,7 +87,7 @@ class RowReader:
         encoding: of text files. None for UTF-8 where no flag ``--encoding`` can be offered.
 
     Attributes:
-        columns: column names in order. For JSON Lines, the names of the first 1,024 rows.
+        columns: column names in order. For JSON, the names of the first 1,024 rows.
         unit: what `Row.line` counts: "line", "row" or "file".
         done: returns the share of the source that was read so far, or None.
     """
@@ -111,22 +109,18 @@ class RowReader:
         except (LookupError, ValueError) as error:
             raise InputError(f"--encoding {encoding}: Python has no such encoding of text") from error
         self._notice = ""  # what is logged once the rows are read
-        self._read: Callable[[list[str]], Iterator[Row]]
-        self._library_errors: tuple[type[Exception], ...] = ()
+        openers = {"parquet": self._open_parquet, "xlsx": self._open_workbook, FOLDER: self._open_folder}
         with self._as_input_error():
-            if kind == "parquet":
-                self._read = self._open_parquet(stream)
-            else:
-                openers = {"xlsx": self._open_workbook, FOLDER: self._open_folder}
-                rows = openers.get(kind, self._open_text)(stream)
-                self._read = lambda requested: rows
+            self._rows = openers.get(kind, self._open_text)(stream)  # of Parquet, a function of the requested columns
 
     def read(self, requested: Sequence[str] | None = None) -> Iterator[Row]:
         """Yield the rows, with the requested columns, by default all. Other columns of a Parquet file are skipped."""
         if self._notice:
             logger.warning("%s %s", self.name, self._notice)
         with self._as_input_error():
-            for count, row in enumerate(self._read(list(self.columns if requested is None else requested)), start=1):
+            names = list(self.columns if requested is None else requested)
+            rows = self._rows(names) if self.kind == "parquet" else self._rows
+            for count, row in enumerate(rows, start=1):
                 self.check("rows", count)
                 yield row
 
@@ -150,20 +144,16 @@ class RowReader:
 
     @contextmanager
     def _as_input_error(self) -> Iterator[None]:
-        """Convert the exceptions that libraries raise for a damaged source into an `InputError`."""
+        """Convert any exception into an `InputError`: libraries document none for a damaged source, and raise, say, KeyError."""
         try:
             yield
         except InputError:
             raise
         except MemoryError as error:
             raise InputError(f"{self.name} does not fit in memory, or is damaged: split it") from error
-        except self._library_errors as error:
-            kind = "a Parquet file" if self.kind == "parquet" else "an .xlsx workbook without a password"
-            raise InputError(f"{self.name} is not {kind}, or is damaged: write or copy it again") from error
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise InputError(f"{self.name} is damaged or incomplete: copy or download it again") from error
-        except UnicodeError as error:  # of a wide encoding
-            raise InputError(f"{self.name} is not {self._encoding.name} text, or is damaged") from error
+        except Exception as error:
+            what = SEEKABLE.get(self.kind, f"{self._encoding.name} text")
+            raise InputError(f"{self.name} is not {what}, or is damaged: copy or write it again") from error
 
     def _open_text(self, stream: Any) -> Iterator[Row]:
         buffered = io.BufferedReader(Raw(stream, self.name, lambda count: self.check("bytes", count)), 2**16)
@@ -177,7 +167,7 @@ class RowReader:
             return self._open_delimited(text)
         lines = ((number, line) for number, line in enumerate(text, start=1) if line.strip())
         if self.kind != "txt":
-            return self._open_objects((self._parsed(*line) for line in lines), FIRST_ROWS)
+            return self._open_objects(self._parsed(*line) for line in lines)
         self.set_columns(["text"])
         problem_of = self._encoding.problem_of
         return (
@@ -190,13 +180,13 @@ class RowReader:
         separator = find_separator(first, usual)
         if separator != usual:
             self._notice = f"is separated by {separator!r}"
-        rows = read_delimited(chain([first], lines), separator, num_blank, self._encoding.problem_of)
+        # without quotes in the header, a TSV file may not be quoted at all
+        may_swallow = separator == "\t" and '"' not in first
+        rows = read_delimited(chain([first], lines), separator, num_blank, self._encoding.problem_of, may_swallow)
         _, header, problem = next(rows, (0, [], None))
         if problem:
             raise InputError(f"{self.name}: the first line, which names the columns, cannot be read: {problem}")
         self.set_columns(header)
-        if separator == "\t" and len(header) > 1 and '"' not in first:
-            rows = refuse_swallowed_rows(rows, first.count("\t"))
         return (Row(n, {} if bad else dict(zip(header, fields, strict=True)), bad) for n, fields, bad in rows)
 
     def _open_json(self, text: str) -> Iterator[Row]:
@@ -205,17 +195,16 @@ class RowReader:
         try:
             records = json.loads(text)
         except (ValueError, RecursionError) as error:
-            line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
             remedy = "; name it .jsonl if it has an object a line" if "Extra data" in str(error) else ""
-            raise InputError(f"{self.name}{line}: {_json_problem(error)}{remedy}") from error
+            raise InputError(f"{self.name}: not JSON: {reason_of(error)}{remedy}") from error
         records = records.get("data") if isinstance(records, dict) else records
         if not isinstance(records, list):
             raise InputError(f'{self.name}: a JSON file must hold a list of objects, or {{"data": [...]}}')
-        return self._open_objects((_object_row(i, record) for i, record in enumerate(records, start=1)), None)
+        return self._open_objects(_object_row(i, record) for i, record in enumerate(records, start=1))
 
-    def _open_objects(self, rows: Iterator[Row], most: int | None) -> Iterator[Row]:
+    def _open_objects(self, rows: Iterator[Row]) -> Iterator[Row]:
         # many writers omit nulls, so the columns are the names of several rows
-        first = list(islice(rows, most))
+        first = list(islice(rows, FIRST_ROWS))
         if first and all(row.problem for row in first):
             raise InputError(f"{self.place(first[0])}: {first[0].problem}")
         self.set_columns(list(dict.fromkeys(name for row in first for name in row.values)))
@@ -227,12 +216,11 @@ class RowReader:
         try:
             return _object_row(number, json.loads(line))
         except (ValueError, RecursionError) as error:
-            return Row(number, {}, _json_problem(error))
+            return Row(number, {}, f"not JSON: {reason_of(error)}")
 
     def _open_parquet(self, stream: Any) -> Callable[[list[str]], Iterator[Row]]:
         import pyarrow.parquet  # lazily, because it is slow to import
 
-        self._library_errors = (pyarrow.ArrowException, UnicodeDecodeError, OSError)
         file = pyarrow.parquet.ParquetFile(self._seekable(stream), pre_buffer=False, buffer_size=BYTES_AT_ONCE)
         self.set_columns(file.schema_arrow.names)
         return lambda requested: self._read_parquet(file, requested)
@@ -252,8 +240,7 @@ class RowReader:
                 yield Row(count, {}, "it holds a value that cannot be read") if values is None else Row(count, values)
 
     def _open_workbook(self, stream: Any) -> Iterator[Row]:
-        self._library_errors = workbook.ERRORS
-        sheets, rows = workbook.read_workbook(self._seekable(stream), self.check)
+        sheets, rows = read_workbook(self._seekable(stream), self.check)
         if len(sheets) > 1:
             self._notice = f"has {len(sheets)} sheets: only the first is read, {quote_name(sheets[0])}"
         _, header = next(rows, (0, []))
@@ -262,8 +249,7 @@ class RowReader:
         return (Row(number, dict(zip_longest(names, values[: len(names)]))) for number, values in rows)
 
     def _open_folder(self, files: Sequence[tuple[str, Callable[[], bytes]]]) -> Iterator[Row]:
-        labelled = any("/" in name for name, _ in files)
-        self.set_columns(["id", "text", "label"] if labelled else ["id", "text"])
+        self.set_columns(["id", "text", "label"])
         self._notice = f"holds {len(files):,} texts, one a file; for one a line, give its files by a pattern"
         return (self._text_row(number, name, read()) for number, (name, read) in enumerate(files, start=1))
 
@@ -272,8 +258,7 @@ class RowReader:
         problem = self._encoding.problem_of_start(content[:4]) or self._encoding.problem_of(text)
         if problem or not text.strip():
             return Row(number, {}, f"{name}: {problem or 'the text is empty'}")
-        folder = name.rpartition("/")[0]
-        return Row(number, {"id": name, "text": text, "label": folder} if folder else {"id": name, "text": text})
+        return Row(number, {"id": name, "text": text, "label": name.rpartition("/")[0]})
 
     def _seekable(self, stream: Any) -> io.BufferedReader:
         raw = Raw(stream, self.name)
@@ -313,22 +298,16 @@ class Raw(io.RawIOBase):
 # ── Values of JSON and Parquet ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def _json_problem(error: Exception) -> str:
-    """Return why the json module cannot read or write a value."""
-    if isinstance(error, json.JSONDecodeError):
-        return f"not JSON: {error.msg}"
-    if isinstance(error, UnicodeEncodeError):  # JSON has an escape for it, and UTF-8 has no encoding
-        return "half of a surrogate pair, which is not a character"
-    return "nested too deeply" if isinstance(error, RecursionError) else "a number has too many digits"
-
-
 def _object_row(number: int, value: Any) -> Row:
     if not isinstance(value, dict):
         return Row(number, {}, "not a JSON object")
     try:
         json.dumps(value, ensure_ascii=False).encode()  # visits all values, faster than Python can
-    except (UnicodeEncodeError, RecursionError) as error:
-        return Row(number, {}, _json_problem(error))
+    except (
+        UnicodeEncodeError,
+        RecursionError,
+    ) as error:  # UTF-8 has no half of a surrogate pair, for which JSON has an escape
+        return Row(number, {}, f"not text: {reason_of(error)}")
     return Row(number, value)
 
 
@@ -336,7 +315,7 @@ def _python_values(batch: Any) -> list[dict[str, Any] | None]:
     """Return the values of each row by column, or None for a row with a value that Python does not have."""
     try:
         return batch.to_pylist()
-    except UNREADABLE_ERRORS:
+    except Exception:  # pyarrow documents none
         if batch.num_rows == 1:
             return [None]
         return [_python_values(batch.slice(row, 1))[0] for row in range(batch.num_rows)]

@@ -45,8 +45,8 @@ def connect(url: str) -> tuple[Any, str]:
 
 
 def path_of(url: str) -> str:
-    """Return the path that a URL has in its file system."""
-    return url.partition("://")[2]
+    """Return the path that a URL has in its file system, or a path as it is."""
+    return url.partition("://")[2] if is_url(url) else url
 
 
 def find_files(url: str) -> tuple[Any, list[tuple[str, int]], bool]:
@@ -54,7 +54,7 @@ def find_files(url: str) -> tuple[Any, list[tuple[str, int]], bool]:
 
     The URL names a file, a folder, or files by a pattern such as ``s3://bucket/2*/part-*.csv``.
     """
-    from fsspec.utils import glob_translate
+    from fsspec.implementations.arrow import ArrowFSWrapper
     from pyarrow.fs import FileSelector, FileType
 
     filesystem, shown = connect(url)
@@ -64,12 +64,8 @@ def find_files(url: str) -> tuple[Any, list[tuple[str, int]], bool]:
         infos = [info]
         if info.type == FileType.Directory:
             infos = filesystem.get_file_info(FileSelector(path))
-        elif info.type == FileType.NotFound and (first := re.search("[*[]", path)):
-            folder = path[: first.start()].rpartition("/")[0]
-            is_deep = "/" in path[first.start() :] or path.endswith("**")
-            selector = FileSelector(folder, recursive=is_deep, allow_not_found=True)
-            pattern = re.compile(glob_translate(path))
-            infos = [one for one in filesystem.get_file_info(selector) if pattern.match(one.path)]
+        elif info.type == FileType.NotFound and re.search("[*[]", path):
+            infos = filesystem.get_file_info(ArrowFSWrapper(filesystem).glob(path))
             if "/." not in path:  # as on a disk, only a dot matches the dot of a hidden name
                 infos = [one for one in infos if "/." not in one.path]
     files = sorted((f"{scheme}://{one.path}", one.size) for one in infos if one.type == FileType.File)

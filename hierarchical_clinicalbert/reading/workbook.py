@@ -2,17 +2,10 @@
 
 import warnings
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
-from xml.etree.ElementTree import ParseError
 
 MOST_ROWS = 2**20  # of a sheet, in Excel
-# what openpyxl raises for a file that is no workbook, is damaged or has a password
-ERRORS = (
-    *(AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError, ValueError),
-    *(ParseError, zipfile.BadZipFile, zlib.error),
-)
 
 
 def read_workbook(file: Any, check: Callable[[str, int], None]) -> tuple[list[str], Iterator[tuple[int, list[Any]]]]:

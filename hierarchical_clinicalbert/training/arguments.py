@@ -17,7 +17,7 @@ from transformers.hf_argparser import string_to_bool
 from configuration_hierarchical import DEFAULT_ENCODER, DEFAULT_ENCODER_REVISION
 from hierarchical_clinicalbert.checkpoint_files import is_local
 from hierarchical_clinicalbert.data.arguments import DataArguments, flag
-from hierarchical_clinicalbert.errors import ArgumentParser, InputError, as_input_error, refuse_undecodable
+from hierarchical_clinicalbert.errors import ArgumentParser, InputError, as_input_error
 from hierarchical_clinicalbert.evaluation.forms import Form, direction_of
 from hierarchical_clinicalbert.evaluation.metrics import of_all_levels
 from hierarchical_clinicalbert.machine import has_bf16
@@ -247,7 +247,6 @@ def check_values(arguments: Arguments) -> None:
     """Raise InputError for a value that would fail only after hours, or be silently misread."""
     # ── Single values ────────────────────────────────────────────────────────────────────────────────────────────────
     values = {name: value for part in arguments for name, value in vars(part).items()}
-    refuse_undecodable(values)
     for name, interval in RANGES.items():
         value, (low, high) = values[name], map(float, interval[1:-1].split(","))
         if value is not None and not (low < value < high or (value == low and interval[0] == "[")):

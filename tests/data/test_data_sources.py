@@ -116,6 +116,9 @@ def test_files_may_spell_the_same_column_differently(tmp_path):
     data = load(train_file=one, test_file=other, validation_size=0)
     assert data.splits["test"]["text"][:] == ["d"]
     assert data.report["columns"] == {"text": "Text", "label": ["label"]}
+    another = csv_file(tmp_path / "3.csv", [("c", "x")], ("body", "label"))
+    with pytest.raises(InputError, match=r"1\.csv, \S+3\.csv have no column in common for --text_column: rename"):
+        load(train_file=one, test_file=another)
 
 
 def test_missing_values_are_named_by_line_and_the_text_is_not_shown(tmp_path):

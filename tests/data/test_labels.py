@@ -131,14 +131,6 @@ def test_a_long_table_with_one_label_a_row_is_merged_within_each_split(tmp_path,
     assert data.report["united_rows"] == {"train": 3, "test": 1}
 
 
-def test_a_column_that_no_text_has_is_a_class(tmp_path):
-    header = ("text", "x", "y", "never")
-    file = csv_file(tmp_path / "a.csv", [("p", 1, 0, 0), ("q", 0, 1, 0)], header)
-    data = load(train_file=file, label_column=["x", "y", "never"], problem_type=MANY, validation_size=0.0)
-    assert data.taxonomy.labels == ["never", "x", "y"]
-    assert data.report["classes_without_training_rows"] == ["never"]
-
-
 # ── Paths and names ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 

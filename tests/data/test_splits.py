@@ -9,10 +9,8 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from iterstrat.ml_stratifiers import MultilabelStratifiedShuffleSplit
 from labelled_files import MANY, SECRET, csv_file, json_lines, label_sets, load
 
-from decisions_hierarchical import ManyNodes
 from hierarchical_clinicalbert.data.report import length_report, log_report
 from hierarchical_clinicalbert.data.trained_texts import TrainedTexts, normalise_text, text_hash
 from hierarchical_clinicalbert.errors import InputError
@@ -148,16 +146,6 @@ def test_validation_texts_without_any_label_are_refused(tmp_path):
         load(**files, label_delimiter=";")
     scored = load(**files, label_delimiter=";", known=Taxonomy(["x", "y"]), trains=False)  # calibrated before
     assert scored.splits.keys() == {"validation"}
-
-
-def test_sets_of_labels_are_split_as_the_package_splits_them_closed_upwards(tmp_path):
-    has = np.random.default_rng(0).random((200, 5)) < [0.4, 0.2, 0.3, 0.1, 0.05]
-    sets = [[name for name, has_it in zip("xyzuv", row, strict=True) if has_it] for row in has]
-    data = load(train_file=json_lines(tmp_path / "a.jsonl", sets), known=TREE, validation_size=0.3)
-    marks = ManyNodes(TREE).targets([[TREE.id(label) for label in labels] for labels in sets]).numpy()
-    splitter = MultilabelStratifiedShuffleSplit(n_splits=1, test_size=60, random_state=0)
-    _, expected = next(splitter.split(np.zeros(200), marks))
-    assert sorted(data.splits["validation"]["row"]) == sorted(expected.tolist())
 
 
 def test_one_of_few_texts_is_split_off(tmp_path):

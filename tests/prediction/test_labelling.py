@@ -3,21 +3,15 @@
 import csv
 import io
 import json
-import os
-import runpy
-import subprocess
-import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pandas as pd
 import pytest
-from conftest import CLEAR, ROOT, run
+from conftest import CLEAR, run
 from datasets import concatenate_datasets
 from labelled_files import load
 
-from hierarchical_clinicalbert.data.tables import read_table
-from hierarchical_clinicalbert.reading.sources import find_sources
 from predict import main
 
 NAMES = [name for names in CLEAR.values() for name in names]
@@ -139,31 +133,6 @@ def test_the_input_of_other_predictions_is_refused(tmp_path):
     assert (done.returncode, done.stderr) == (2, "label_next.py: error: --count must be at least 1, not 0\n")
 
 
-def test_a_text_with_a_lone_carriage_return_comes_back_whole(tmp_path, monkeypatch):
-    text = "An old line\rof a second line"
-    (tmp_path / "out.jsonl").write_text('{"row": 0, "uncertainty": 0.5}\n')
-    (tmp_path / "in.dat").write_text(json.dumps({"text": text}) + "\n")
-    words = (tmp_path / "out.jsonl", "--count", 1, "--input", tmp_path / "in.dat", "--input_format", "jsonl")
-    monkeypatch.setattr(sys, "argv", ["label_next.py", *map(str, words)])
-    printed = runpy.run_path(str(ROOT / "examples" / "label_next.py"))["main"]()
-    (tmp_path / "next.csv").write_text(printed, newline="")
-    assert read_table(*find_sources(str(tmp_path / "next.csv")))["text"].tolist() == [text]
-
-
-def test_the_output_pipe_may_be_closed_early(clear_checkpoint, tmp_path):
-    predict(clear_checkpoint, tmp_path / "out.jsonl", TEXTS[:3], "--uncertainty")
-    for words in (
-        ("label_next.py", tmp_path / "out.jsonl", "--count", "2"),
-        ("label_studio.py", "config", clear_checkpoint),
-    ):
-        reader, writer = os.pipe()
-        os.close(reader)
-        line = [sys.executable, "-u", ROOT / "examples" / words[0], *words[1:]]
-        done = subprocess.run(line, stdout=writer, stderr=subprocess.PIPE, text=True)
-        os.close(writer)
-        assert (done.returncode, done.stderr) == (0, "")
-
-
 TWO_LABELS = [annotated({"data": {"text": "a secret"}}, 7, [["neoplasms"], ["general pathological conditions"]])]
 
 
@@ -171,20 +140,9 @@ TWO_LABELS = [annotated({"data": {"text": "a secret"}}, 7, [["neoplasms"], ["gen
     ("command", "content", "message"),
     [
         ("label_studio.py rows CHECKPOINT in.json", '["a secret"]', "is not an export in the format JSON"),
-        (
-            "label_studio.py rows CHECKPOINT in.json",
-            '[{"annotations": [], "data": {"a": "a secret"}}]',
-            "is not an export",
-        ),
         ("label_studio.py rows CHECKPOINT in.json", json.dumps(TWO_LABELS), "the task 7 has 2 labels"),
-        (
-            "label_studio.py rows CHECKPOINT none.json",
-            "",
-            "is not an export in the format JSON: [Errno 2] No such file",
-        ),
         ("label_studio.py config .", "", "cannot read the checkpoint .: it is not a checkpoint of this project"),
         ("label_next.py in.json --count 2", '[{"row": 0}]', "has no column uncertainty: predict with --uncertainty"),
-        ("label_next.py in.json --count 2", '[{"row": 0, "uncertainty": 1}, {"row": 1}]', "it has no uncertainty"),
         ("label_next.py in.json --count 2", '[{"row": 1, "uncertainty": "a secret"}]', "must be numbers"),
     ],
 )

@@ -70,31 +70,26 @@ def upload(bucket, folder: Path) -> None:
 def test_a_killed_run_in_a_store_writes_the_same_bytes_as_on_a_disk(bucket, clear_checkpoint, texts, tmp_path, capsys):
     upload(bucket, texts)
     before = contents(bucket)
-    for output in ("out.csv", "folder/"):
-        local = ("--model", clear_checkpoint, "--input", texts, "--output", f"{tmp_path}/{output}")
-        assert predict_here(*local) == 1
+    assert predict_here("--model", clear_checkpoint, "--input", texts, "--output", f"{tmp_path}/out/") == 1
     local = {str(file.relative_to(tmp_path)): file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
-
-    for output in ("out.csv", "folder/"):
-        words = ("--model", clear_checkpoint, "--input", f"s3://{BUCKET}/in/")
-        words += ("--output", f"s3://{BUCKET}/{output}?region=us-east-1")
-        uploaded = ("os.remove", "/part.new")  # which is deleted from the disk
-        done = complete("-c", STRIKE, ROOT / "predict.py", *uploaded, int(signal.SIGKILL), *words)
-        assert done.returncode == -signal.SIGKILL, done.stderr
-        assert [key for key in contents(bucket) if key.startswith(output)] == [f"{output}.parts/000000000.jsonl"]
-        with pytest.raises(InputError, match=rf"s3://{BUCKET}/\S+.parts was started with another probabilities"):
-            predict_here(*words, "--probabilities")
-        assert predict_here(*words) == 1
-        assert "continuing at row 1,024" in capsys.readouterr().err
-        with pytest.raises(InputError, match="already exists"):
-            predict_here(*words)
-        assert predict_here(*words, "--overwrite") == 1
+    words = ("--model", clear_checkpoint, "--input", f"s3://{BUCKET}/in/")
+    words += ("--output", f"s3://{BUCKET}/out/?region=us-east-1")
+    uploaded = ("os.remove", "/part.new")  # which is deleted from the disk
+    done = complete("-c", STRIKE, ROOT / "predict.py", *uploaded, int(signal.SIGKILL), *words)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert [key for key in contents(bucket) if key.startswith("out")] == ["out/.parts/000000000.jsonl"]
+    with pytest.raises(InputError, match=rf"s3://{BUCKET}/out/.parts was started with another probabilities"):
+        predict_here(*words, "--probabilities")
+    assert predict_here(*words) == 1
+    assert "continuing at row 1,024" in capsys.readouterr().err
     found = {key: value for key, value in contents(bucket).items() if key not in before}
     assert found.keys() == local.keys()
-    assert found["out.csv"] == local["out.csv"]
-    assert found["folder/part-00000.parquet"] == local["folder/part-00000.parquet"]
-    for key in ("out.csv.errors.jsonl", "folder/errors.jsonl"):  # which name the input's files
-        assert found[key] == local[key].replace(str(texts).encode(), f"s3://{BUCKET}/in".encode())
+    assert found["out/part-00000.parquet"] == local["out/part-00000.parquet"]
+    expected = local["out/errors.jsonl"].replace(str(texts).encode(), f"s3://{BUCKET}/in".encode())  # the input's files
+    assert found["out/errors.jsonl"] == expected
+    with pytest.raises(InputError, match="already exists"):
+        predict_here(*words)
+    assert predict_here(*words, "--overwrite") == 1
 
 
 def test_sources_are_found_and_read_as_on_a_disk(bucket, texts):

@@ -21,7 +21,7 @@ def openvino(monkeypatch) -> None:
     monkeypatch.syspath_prepend(OPTIONAL)
 
 
-@pytest.mark.parametrize("form", ["clear_checkpoint", "labels_checkpoint", "long_checkpoint"])
+@pytest.mark.parametrize("form", ["labels_checkpoint", "long_checkpoint"])
 def test_predictions_equal_those_of_torch_and_nearly_in_8_bits(openvino, form, request, texts, long_texts, tmp_path):
     file = write_csv(tmp_path / "in.csv", [{"text": text} for text in [*texts, *long_texts.values()]])
     scores = {}
@@ -41,7 +41,6 @@ def test_predictions_equal_those_of_torch_and_nearly_in_8_bits(openvino, form, r
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [
-        ("roberta", {"pad_token_id": 1}),
         ("modernbert", {"pad_token_id": 0, "cls_token_id": 1, "sep_token_id": 2, "local_attention": 8}),
         ("deberta-v2", {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}),
     ],
