@@ -25,7 +25,7 @@ from hierarchical_clinicalbert.errors import ArgumentParser, InputError, run_com
 from hierarchical_clinicalbert.prediction.input import SAMPLED_TEXTS, read_records, sample_texts
 from hierarchical_clinicalbert.prediction.model import DTYPES, Model, read_costs
 from hierarchical_clinicalbert.prediction.output import RestartableOutput
-from hierarchical_clinicalbert.prediction.rows import OUTPUTS, output_kind
+from hierarchical_clinicalbert.prediction.rows import OUTPUTS, file_name, output_kind
 from hierarchical_clinicalbert.reading.rows import FOLDER, KINDS
 from hierarchical_clinicalbert.reading.sources import find_all_sources
 
@@ -131,6 +131,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     # ── Checks that argparse cannot make ─────────────────────────────────────────────────────────────────────────────
     if output_kind(arguments.output, arguments.output_format) not in OUTPUTS:
         raise InputError(f"--output {arguments.output}: its name must end in one of {suffixes}, or in / for a folder")
+    if arguments.output_format and not file_name(arguments.output).endswith("/"):
+        raise InputError(f"--output_format is for a folder: end --output {arguments.output} in /, or leave it out")
     if arguments.output.startswith("hf://"):  # each block would be a commit
         raise InputError(f"--output {arguments.output}: write to a disk or an object store, and upload the result")
     if arguments.revision is not None and Path(arguments.model).is_dir():

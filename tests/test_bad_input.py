@@ -502,6 +502,7 @@ PREDICT = [
     (("--input", "pipe.csv"), "pipe.csv: it is not a regular file; pipe its content to standard input (-)"),
     (("--text_column", "body"), "no column 'body' (--text_column): there are 'text', 'label'"),
     (("--batch_size", "0"), "batch_size must be a whole number of at least 1, not 0"),
+    (("--output_format", "parquet"), "--output_format is for a folder"),
     (("--ray", "local", "--ray_gpus_per_actor", "-1"), "or a fraction of one, not -1"),
     (("--costs", "none.csv"), "none.csv: there is no such file"),
     (("--costs", "missing=1,inventing=2"), 'costs are "distance", or {correct leaf: {predicted leaf: cost}}'),

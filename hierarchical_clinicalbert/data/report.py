@@ -30,9 +30,10 @@ def texts_by_node(label_sets: Iterable[Iterable[int]], taxonomy: Taxonomy) -> li
 
 
 def count_by_level(taxonomy: Taxonomy, counts: Sequence[int]) -> dict[str, dict[str, int]]:
+    """Group the counts of the nodes that occur by level."""
     nodes = [*zip(taxonomy.levels, taxonomy.labels, counts, strict=True)]
     levels = range(1, taxonomy.depth + 1)
-    return {str(level): {label: count for at, label, count in nodes if at == level} for level in levels}
+    return {str(level): {label: count for at, label, count in nodes if at == level and count} for level in levels}
 
 
 def length_report(lengths: Sequence[int], max_length: int) -> dict:

@@ -284,10 +284,10 @@ def bootstrap_intervals(
 def per_class_report(
     names: list[str], labels: np.ndarray, chosen: np.ndarray, texts: np.ndarray | None = None
 ) -> tuple[list[dict], dict[str, list[float]]]:
-    """Compute one row per class with precision, recall and F1, and the intervals of micro- and macro-F1.
+    """Compute precision, recall and F1 of each class in labels or predictions, and the intervals of micro- and macro-F1.
 
-    Arguments are those of `bootstrap_intervals`. ``support`` is the number of labels, and ``f1_interval`` is None for a class that
-    does not occur. A ratio with denominator 0 is 0. Rows and intervals are empty without labels.
+    Arguments are those of `bootstrap_intervals`. ``support`` is the number of labels, and ``f1_interval`` is None for a class in no
+    resample. A ratio with denominator 0 is 0. Rows and intervals are empty without labels.
     """
     if not labels.size:
         return [], {}
@@ -301,4 +301,5 @@ def per_class_report(
         "f1": np.nan_to_num(node_f1(counts)),
         "f1_interval": [ends.tolist() if np.isfinite(ends).all() else None for ends in intervals.pop("f1").T],
     }
-    return pd.DataFrame(columns).to_dict("records"), {name: ends.tolist() for name, ends in intervals.items()}
+    rows = pd.DataFrame(columns)[counts[1:].any(axis=0)]
+    return rows.to_dict("records"), {name: ends.tolist() for name, ends in intervals.items()}

@@ -239,7 +239,7 @@ def test_labels_and_pairs_of_sets_by_hand(tmp_path):
         "labels_per_text": 7 / 5,
         "texts_without_labels": 1,
         "pairs": [{"labels": ["x", "z"], "texts": 2}, {"labels": ["x", "c"], "texts": 1}],
-        "classes": {"1": {"a": 3, "b": 4}, "2": {"x": 3, "y": 0, "z": 2, "c": 2}, "3": {"u": 1, "v": 0}},
+        "classes": {"1": {"a": 3, "b": 4}, "2": {"x": 3, "z": 2, "c": 2}, "3": {"u": 1}},
     }
     assert data.report["classes_without_training_rows"] == ["y", "v"]
 
