@@ -42,14 +42,12 @@ def texts(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def expected(clear_checkpoint, labels_checkpoint, texts, tmp_path_factory) -> dict[str, Path]:
-    """Classify the texts in one process, with both checkpoints."""
-    outputs = {}
-    for checkpoint in (clear_checkpoint, labels_checkpoint):
-        outputs[checkpoint] = tmp_path_factory.mktemp("expected") / "out.jsonl"
-        assert predict_here("--model", checkpoint, "--input", texts, "--output", outputs[checkpoint]) == 1
-        assert sum(1 for _ in outputs[checkpoint].open()) == 5_998
-    return outputs
+def expected(clear_checkpoint, texts, tmp_path_factory) -> Path:
+    """Classify the texts in one process."""
+    output = tmp_path_factory.mktemp("expected") / "out.jsonl"
+    assert predict_here("--model", clear_checkpoint, "--input", texts, "--output", output) == 1
+    assert sum(1 for _ in output.open()) == 5_998
+    return output
 
 
 @pytest.fixture(scope="module")
@@ -95,10 +93,10 @@ def scorers(cluster) -> dict[int, object]:
 
 
 def test_workers_and_a_node_are_killed_and_no_row_is_lost_or_doubled(
-    cluster, labels_checkpoint, texts, expected, tmp_path
+    cluster, clear_checkpoint, texts, expected, tmp_path
 ):
     output = tmp_path / "out.jsonl"
-    words = ("--model", labels_checkpoint, "--input", texts, "--output", output, "--ray", cluster.address)
+    words = ("--model", clear_checkpoint, "--input", texts, "--output", output, "--ray", cluster.address)
     with started(*words, log=Path(os.devnull), command="predict.py", settings=SETTINGS) as driver:
         wait_for(lambda: num_parts(output) >= 2 and scorers(cluster), driver)
         os.kill(next(iter(scorers(cluster))), signal.SIGKILL)
@@ -106,9 +104,9 @@ def test_workers_and_a_node_are_killed_and_no_row_is_lost_or_doubled(
         cluster.remove_node(next(iter(scorers(cluster).values())), allow_graceful=False)
         cluster.add_node(num_cpus=1)
         assert driver.wait() == 1
-    assert output.read_bytes() == expected[labels_checkpoint].read_bytes()
+    assert output.read_bytes() == expected.read_bytes()
     errors = Path(f"{output}.errors.jsonl")
-    assert errors.read_bytes() == Path(f"{expected[labels_checkpoint]}.errors.jsonl").read_bytes()
+    assert errors.read_bytes() == Path(f"{expected}.errors.jsonl").read_bytes()
     assert {path.name for path in tmp_path.iterdir()} == {output.name, errors.name, f"{output.name}.summary.json"}
 
 
@@ -126,9 +124,9 @@ def test_a_driver_is_killed_and_its_cluster_ends_with_it(clear_checkpoint, texts
         predict_here(*words, "--batch_size", 3)
     assert predict_here(*words) == 1
     wait_for(lambda: not [pid for pid in ray_processes if Path(f"/proc/{pid}").exists()])
-    assert (output / "part-00000.jsonl").read_bytes() == expected[clear_checkpoint].read_bytes()
+    assert (output / "part-00000.jsonl").read_bytes() == expected.read_bytes()
     problems = (output / "errors.jsonl").read_text().splitlines()
-    assert problems == Path(f"{expected[clear_checkpoint]}.errors.jsonl").read_text().splitlines()
+    assert problems == Path(f"{expected}.errors.jsonl").read_text().splitlines()
     manifest = json.loads((output / "manifest.json").read_text())
     assert [Path(file["name"]).name for file in manifest["input"]] == ["0.csv", "1.csv", "2.csv"]
     assert [file["bytes"] for file in manifest["input"]] == [file.stat().st_size for file in sorted(texts.iterdir())]
