@@ -25,10 +25,10 @@ import torch
 from matplotlib.figure import Figure
 
 from decisions_hierarchical import OnePath, SetThreshold, nonconformity
-from hierarchical_clinicalbert.evaluation import metrics, plots
+from hierarchical_clinicalbert.evaluation import plots
 from hierarchical_clinicalbert.evaluation.form import FormBase
 from hierarchical_clinicalbert.evaluation.lexical import LeafClassifier
-from hierarchical_clinicalbert.evaluation.metrics import Predictions, one_hot
+from hierarchical_clinicalbert.evaluation.metrics import ONE_PATH, Predictions, one_hot
 from hierarchical_clinicalbert.evaluation.sets import PredictedSets
 
 
@@ -49,7 +49,7 @@ def node_probabilities(decisions: OnePath, logits: np.ndarray) -> Iterator[list[
 class OnePathForm(FormBase):
     """What differs in evaluation for one path a text; its counterpart is `evaluation.many_nodes.ManyNodesForm`."""
 
-    metrics, micro_f1 = metrics.ONE_PATH, "accuracy"
+    metrics, micro_f1 = ONE_PATH, "accuracy"
     decisions_class, classifier = OnePath, LeafClassifier
     plot_titles = {"confusion_matrix_level_{level}": "Confusion matrix of the {split} rows, level {level}"}
     columns, scored = ("label", "prediction", "probability", "path"), ("Documents", "Accuracy")
