@@ -35,9 +35,8 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from configuration_hierarchical import Calibration
-from decisions_hierarchical import ManyNodes
-from hierarchical_clinicalbert.evaluation.many_nodes import ManyNodesForm, common_threshold, predict_nodes
-from hierarchical_clinicalbert.evaluation.metrics import bootstrap_intervals
+from hierarchical_clinicalbert.evaluation.many_nodes import ManyNodesForm, common_threshold
+from hierarchical_clinicalbert.evaluation.metrics import Predictions, bootstrap_intervals
 from hierarchical_clinicalbert.training.arguments import HierarchicalTrainingArguments
 from hierarchical_clinicalbert.training.model import turn_off_dropout
 from taxonomy_hierarchical import Taxonomy
@@ -258,8 +257,11 @@ def score_checkpoint(
 
 def score(tree: Taxonomy, u: np.ndarray, labels: np.ndarray, thresholds: np.ndarray | float) -> dict[str, Any]:
     """Return the scores of the predicted nodes, their bootstrap intervals over texts, and the predicted nodes, packed."""
-    scores = ManyNodesForm(tree).measure(u, labels, thresholds=thresholds)
-    chosen = predict_nodes(ManyNodes(tree), u, thresholds)
+    form = ManyNodesForm(tree)
+    scores, chosen = (
+        form.measure(u, labels, thresholds=thresholds),
+        Predictions(form, u, labels, None, thresholds).chosen,
+    )
     ends = bootstrap_intervals(labels, chosen)
     intervals = {f"{name}_interval": ends[name].tolist() for name in ("micro_f1", "macro_f1")}
     packed = base64.b64encode(zlib.compress(np.packbits(chosen).tobytes(), 9)).decode()

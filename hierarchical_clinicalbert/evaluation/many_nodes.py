@@ -26,10 +26,10 @@ from matplotlib.figure import Figure
 from scipy.special import expit, logit
 
 from decisions_hierarchical import DEFAULT_THRESHOLD, ManyNodes, SetThreshold, threshold_at
-from hierarchical_clinicalbert.evaluation import metrics, plots
+from hierarchical_clinicalbert.evaluation import plots
 from hierarchical_clinicalbert.evaluation.form import FormBase
 from hierarchical_clinicalbert.evaluation.lexical import NodeClassifier
-from hierarchical_clinicalbert.evaluation.metrics import Predictions
+from hierarchical_clinicalbert.evaluation.metrics import MANY_NODES, Predictions
 from hierarchical_clinicalbert.evaluation.sets import PredictedSets
 
 SIX_DIGITS_DOWN = Context(prec=6, rounding=ROUND_FLOOR)
@@ -38,13 +38,6 @@ STRENGTH = 20  # of the shrinkage of thresholds, in positives
 
 
 # ── Thresholds ───────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def predict_nodes(
-    decisions: ManyNodes, u: np.ndarray, thresholds: np.ndarray | list[float] | float | None
-) -> np.ndarray:
-    """Return the predicted nodes and their ancestors, (num_texts, num_nodes) bool; see `ManyNodes.predict`."""
-    return decisions.predict(torch.from_numpy(expit(u.astype(np.float64))), thresholds)[0].numpy()
 
 
 def best_threshold(scores: np.ndarray, true: np.ndarray) -> float | None:
@@ -75,7 +68,7 @@ def common_threshold(u: np.ndarray, labels: np.ndarray) -> float:
 class ManyNodesForm(FormBase):
     """What differs in evaluation for any number of nodes a text; its counterpart is `evaluation.one_path.OnePathForm`."""
 
-    metrics, micro_f1 = metrics.MANY_NODES, "micro_f1"
+    metrics, micro_f1 = MANY_NODES, "micro_f1"
     decisions_class, classifier = ManyNodes, NodeClassifier
     plot_titles = {"f1_by_frequency": "F1 of each node over its number of {split} texts"}
     columns = ("labels", "predictions", "probabilities", "paths")
@@ -189,4 +182,5 @@ class ManyNodesForm(FormBase):
     def headline(self, scores: dict[str, float], texts: str, share: Callable[[float], str]) -> str:
         """Return the scores of a split that matter most. ``texts`` names its rows."""
         correct = f"F1 {scores['micro_f1']:.2f} over all nodes of {texts}"
-        return f"{correct}, {scores['level_1_micro_f1']:.2f} at level 1" if self.tree.depth > 1 else correct
+        is_deep = self.tree.depth > 1 and "level_1_micro_f1" in scores
+        return f"{correct}, {scores['level_1_micro_f1']:.2f} at level 1" if is_deep else correct

@@ -24,10 +24,10 @@ import torch
 from matplotlib.figure import Figure
 
 from decisions_hierarchical import OnePath, SetThreshold
-from hierarchical_clinicalbert.evaluation import metrics, plots
+from hierarchical_clinicalbert.evaluation import plots
 from hierarchical_clinicalbert.evaluation.form import FormBase
 from hierarchical_clinicalbert.evaluation.lexical import LeafClassifier
-from hierarchical_clinicalbert.evaluation.metrics import Predictions, one_hot
+from hierarchical_clinicalbert.evaluation.metrics import ONE_PATH, Predictions, one_hot
 from hierarchical_clinicalbert.evaluation.sets import PredictedSets
 
 ROWS_AT_ONCE = 1024  # of prediction sets
@@ -39,7 +39,7 @@ ROWS_AT_ONCE = 1024  # of prediction sets
 class OnePathForm(FormBase):
     """What differs in evaluation for one path a text; its counterpart is `evaluation.many_nodes.ManyNodesForm`."""
 
-    metrics, micro_f1 = metrics.ONE_PATH, "accuracy"
+    metrics, micro_f1 = ONE_PATH, "accuracy"
     decisions_class, classifier = OnePath, LeafClassifier
     plot_titles = {"confusion_matrix_level_{level}": "Confusion matrix of the {split} rows, level {level}"}
     columns, scored = ("label", "prediction", "probability", "path"), ("Documents", "Accuracy")
