@@ -284,7 +284,6 @@ def test_an_invalid_text_is_named_by_its_position(classify, item, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"levels": "all"}, "levels must be True or False, not 'all'"),
         ({"top_k": 0}, "top_k must be a whole number of at least 1"),
         ({"batch_size": 0}, "batch_size must be a whole number of at least 1"),
         ({"max_length": 10_000}, "beyond the model's limit of 512 tokens"),
@@ -414,10 +413,10 @@ def test_concurrent_calls_restore_the_number_of_threads(checkpoint, classify, tm
     names = {thread.name for thread in threading.enumerate()}
     results = classify(text for text in TEXTS)
     next(results)  # a stream that is not read to its end
+    results.close()
     found = []
     thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
     thread.start()
     thread.join()
     assert [torch.get_num_threads(), *found] == [before, before]
-    results.close()
     assert not [thread for thread in threading.enumerate() if thread.name not in names]
