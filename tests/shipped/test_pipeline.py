@@ -51,11 +51,14 @@ def checkpoint(minilm, tmp_path_factory) -> str:
     torch.manual_seed(1)
     shape = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2}
     config = HierarchicalConfig(text_config=AutoConfig.from_pretrained(minilm, **shape), taxonomy=UNEVEN)
-    model = HierarchicalForSequenceClassification(config)
-    nn.init.normal_(model.heads.weight, std=0.5)
+    model, tokenizer = HierarchicalForSequenceClassification(config).eval(), AutoTokenizer.from_pretrained(minilm)
+    nn.init.normal_(model.heads.weight)
+    with torch.no_grad():  # without the part that all texts share
+        vectors = model.pool(model.encode(**tokenizer(TEXTS, padding=True, return_tensors="pt"))[0])
+        model.heads.bias.copy_(-model.heads.weight @ vectors.mean(0))
     folder = tmp_path_factory.mktemp("checkpoint")
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(minilm).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return str(folder)
 
 
