@@ -150,7 +150,6 @@ def load_encoder(config: HierarchicalConfig, **kwargs: Any) -> PreTrainedModel:
     kwargs |= {"output_loading_info": True, "trust_remote_code": False}  # None prompts at a terminal
     with quiet_loading(), as_value_error(name):
         encoder, info = AutoModel.from_pretrained(name, **kwargs)
-    encoder.vocab_size_at_load = config.text_config.vocab_size
     refuse_missing(name, encoder, info)
     check_encoder(encoder)
     return encoder
@@ -440,9 +439,6 @@ def prepare_self_contained(model: Any) -> None:
 
 def save_adapter_form(model: Any, folder: Path, state_dict: dict[str, Tensor]) -> None:
     """Write the heads, the adapter and the configuration, without the encoder."""
-    vocab_size = model.config.text_config.vocab_size
-    if vocab_size != getattr(model.encoder, "vocab_size_at_load", vocab_size):  # the new rows would be lost
-        raise ValueError("an adapter checkpoint holds no embeddings, and these were resized: train with --tuning full")
     heads, encoder = (
         {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
         for prefix in ("heads.", "encoder.")

@@ -16,7 +16,6 @@ Worth knowing:
 
 import copy
 import math
-import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -158,8 +157,6 @@ class HierarchicalTextClassificationPipeline(Pipeline):
             raise ValueError(f"{min(unknown)!r} is not an argument of this pipeline; it has {known}")
         for name, value in (("top_k", top_k), ("max_length", max_length)):
             check_number(name, value, 1)
-        if levels not in (None, True, False):
-            raise ValueError(f"levels must be True or False, not {levels!r}")
         if novelty is not None and not (isinstance(novelty, Real) and 0 <= novelty < 1):
             raise ValueError(f"novelty must be a number from 0 to below 1, not {novelty!r}")
         calibration, guarantee = self.model.config.calibration, without_none({"coverage": coverage, "recall": recall})
@@ -223,7 +220,9 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         """Yield the results of the items, in their order. Some batches are read ahead."""
         numbered = enumerate(items if isinstance(items, Iterable) else (items[i] for i in range(len(items))))
         ahead = TEXTS_AHEAD if batch_size is None else 1 if batch_size == 1 else BATCHES_AHEAD * batch_size
-        workers = self._workers()
+        uses_cores = self._uses_cpu_threads  # one thread for each core that torch uses, else one in all
+        count, start = (self._num_threads, use_one_core) if uses_cores else (1, None)
+        workers = ThreadPoolExecutor(count, initializer=start)
         try:
             waiting: deque[PendingTexts] = deque()  # computed while the next texts are read and tokenized
             while True:
@@ -234,7 +233,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
                 except Exception as error:  # raised below, after the results of the texts before it
                     read_error = error
                 if texts:
-                    alone = not waiting and self._uses_cpu_threads
+                    alone = not waiting and uses_cores
                     waiting.append(self._submit(texts, batch_size, truncation, workers, alone))
                 is_last = not texts or read_error is not None
                 while len(waiting) > (0 if is_last or ahead == 1 else 1):
@@ -245,26 +244,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
                     return
         finally:
             workers.shutdown(cancel_futures=True)
-
-    def _workers(self) -> ThreadPoolExecutor:
-        """Start the threads that compute batches: one for each core that torch uses on a CPU, else one in all."""
-        if not self._uses_cpu_threads:
-            return ThreadPoolExecutor(1)
-        count = self._num_threads
-        # after Ctrl+C, waiting threads would keep the process alive
-        ready = threading.Barrier(count + 1, timeout=30)
-
-        def start() -> None:
-            torch.get_num_threads()  # without this call, the first operation would undo the next line
-            torch.set_num_threads(1)
-            ready.wait()
-
-        workers = ThreadPoolExecutor(count)
-        for _ in range(count):
-            workers.submit(start)
-        ready.wait()
-        torch.set_num_threads(count)  # each thread has its own number; new threads start with the last one set
-        return workers
+            torch.set_num_threads(self._num_threads)  # new threads start with the last number that is set
 
     def _submit(
         self, texts: list[str], batch_size: int | None, truncation: dict, workers: Executor | None, alone: bool = True
@@ -419,6 +399,12 @@ def use_cpu_kernels(encoder: PreTrainedModel) -> None:
             f"the faster CPU kernels are off, because they do not fit torch {torch.__version__} and transformers "
             f"{transformers.__version__} ({type(error).__name__}: {error}); results are the same"
         )
+
+
+def use_one_core() -> None:
+    """Let torch use one core in this thread."""
+    torch.get_num_threads()  # without this call, the first operation would undo the next line
+    torch.set_num_threads(1)
 
 
 # ── Batches ──────────────────────────────────────────────────────────────────────────────────────────────────────────

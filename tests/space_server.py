@@ -69,11 +69,6 @@ class SpaceServer:
         """Return the contents of the files in `scratch`, by path."""
         return {path: path.read_bytes() for path in self.scratch.rglob("*") if path.is_file()}
 
-    def memory(self) -> int:
-        """Return the resident memory of the process, in bytes."""
-        status = Path(f"/proc/{self._process.pid}/status").read_text()
-        return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1])
-
     @cached_property
     def client(self) -> Client:
         """Return a client of the API."""

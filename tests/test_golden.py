@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 EXPECTED = ROOT / "tests" / "golden" / "expected.json"
 # names of time, machine, commit and hashes
-UNSTABLE = ("runtime", "per_second", "_time", "environment", "total_flos", "scored_model")
+UNSTABLE = ("runtime", "per_second", "_time", "environment", "total_flos")
 TOLERANCE, TOLERANCE_OF_COUNTS = 2e-3, 0.05
 
 

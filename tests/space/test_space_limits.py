@@ -131,19 +131,6 @@ def test_a_closed_page_keeps_no_file(space):
     wait_until(lambda: "There is no file" in space.run_file("closed"))
 
 
-def test_what_was_sent_is_not_kept_in_memory(space):
-    """Send texts of 3 MB, which are refused, in sessions of their own: their memory is used again."""
-
-    def memory_after(count: int) -> int:
-        for _ in range(count):
-            answer = space.result("classify", space.call("classify", "a" * 3 * MEGABYTE, None, False))
-            assert "at most 20,000 are accepted" in answer.text
-        return space.memory()
-
-    before, sent = memory_after(10), 60 * 3 * MEGABYTE
-    assert memory_after(60) - before < sent / 2  # the heap's own growth varies by some 30 MB from run to run
-
-
 # ── How much ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
