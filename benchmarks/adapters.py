@@ -9,13 +9,13 @@ alone. The difference of both is the cost of switching. Linux only.
 
 import argparse
 import json
-import re
 import shutil
 import statistics
 import tempfile
 import time
 from pathlib import Path
 
+import psutil
 import torch
 from harness import RESULTS, ROOT, flag_parser, run_alone, write_results
 from transformers import AutoModel
@@ -26,16 +26,12 @@ from pipeline_hierarchical import use_cpu_kernels
 TOKENS = 256
 
 
-def proportional_set_size() -> float:
-    """Return the memory of this process in MiB, with pages that are mapped several times counted once."""
-    return int(re.search(r"(?m)^Pss: +(\d+)", Path("/proc/self/smaps_rollup").read_text())[1]) / 1024
-
-
 def serve(mode: str, folders: list[Path], rounds: int) -> dict[str, float]:
     """Load checkpoints, classify one text by each, and return times in milliseconds and memory in MiB."""
     # loaded before the measurement, to import PEFT and the code of the checkpoints
     AutoModel.from_pretrained(folders[0], trust_remote_code=True, merge_adapter=False)
-    before, models, milliseconds = proportional_set_size(), [], []
+    process, models, milliseconds = psutil.Process(), [], []
+    before = process.memory_full_info().pss  # pages that are mapped several times count once
     inputs = {"input_ids": torch.arange(TOKENS)[None] % 99 + 5, "attention_mask": torch.ones(1, TOKENS).long()}
 
     def classify(model: torch.nn.Module) -> float:
@@ -55,7 +51,7 @@ def serve(mode: str, folders: list[Path], rounds: int) -> dict[str, float]:
     for model in models:  # the first forward reads weights that are mapped files
         classify(model)
     return {
-        "memory": proportional_set_size() - before,
+        "memory": (process.memory_full_info().pss - before) / 2**20,
         "load": statistics.median(milliseconds[1:]),
         "repeated": statistics.median(classify(models[0]) for _ in range(rounds * len(models))),
         "alternating": statistics.median(classify(model) for _ in range(rounds) for model in models),

@@ -8,15 +8,15 @@ processor time of the driver. The processor time of one more row bounds the rows
 and writes. Rates count the time between the first finished block and the last one. "Seconds" is the whole command.
 """
 
-import os
-import re
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import torch
 from harness import ROOT, flag_parser, print_table, processor, write_results
 from inference import make_checkpoint, read_column
@@ -24,7 +24,6 @@ from transformers import AutoConfig, BertConfig
 
 from hierarchical_clinicalbert.prediction.output import ROWS
 
-TICK = os.sysconf("SC_CLK_TCK")
 SIZE = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
 
 
@@ -55,14 +54,15 @@ def main() -> None:
 
 
 def measure(model: str, source: Path, output: Path, rows: int) -> dict:
-    """Run predict.py to its end, with a folder as its output. Return its rate, seconds and memory (Linux only)."""
+    """Run predict.py to its end, with a folder as its output. Return its rate, seconds and memory."""
     started = time.perf_counter()
     command = [sys.executable, ROOT / "predict.py", "--model", model, "--input", source, "--output", f"{output}/"]
     process = subprocess.Popen([*map(str, command), "--ray"], stderr=subprocess.DEVNULL)
-    memory, seconds, seen = 0, 0.0, [(0, started)]
+    driver, memory, seconds, seen = psutil.Process(process.pid), 0, 0.0, [(0, started)]
     while process.poll() is None:
-        memory = max(memory, peak_memory(process.pid))
-        seconds = max(seconds, processor_time(process.pid))
+        with suppress(psutil.Error):  # it has just ended
+            memory = max(memory, driver.memory_info().rss)
+            seconds = sum(driver.cpu_times()[:2])
         count = len([*Path(f"{output}/.parts").glob("0*.jsonl")])
         if count > seen[-1][0]:
             seen.append((count, time.perf_counter()))
@@ -75,20 +75,8 @@ def measure(model: str, source: Path, output: Path, rows: int) -> dict:
         "rows/s": round((last - first) * ROWS / (until - since), 1) if last > first else None,
         "seconds": round(time.perf_counter() - started, 1),
         "driver, processor seconds": round(seconds, 1),
-        "driver, peak MiB": round(memory / 1024),
+        "driver, peak MiB": round(memory / 2**20),
     }
-
-
-def peak_memory(process: int) -> int:
-    """Return the peak memory of a Linux process in kB; 0 after its end. `wait4` would include this process's own peak."""
-    match = re.search(r"^VmHWM:\s+(\d+)", Path(f"/proc/{process}/status").read_text(), re.MULTILINE)
-    return int(match[1]) if match else 0
-
-
-def processor_time(process: int) -> float:
-    """Return the processor time of a Linux process without its children; 0 after its end."""
-    fields = Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2].split()
-    return (int(fields[11]) + int(fields[12])) / TICK
 
 
 if __name__ == "__main__":

@@ -2,10 +2,9 @@
 
     python benchmarks/costs.py --model CHECKPOINT --data FOLDER
 
-CHECKPOINT is a run of OHSUMED, and FOLDER as for ``quality.py``. Test rows are predicted. Three kinds of costs are used:
+CHECKPOINT is a run of OHSUMED, and FOLDER as for ``quality.py``. Test rows are predicted. Two kinds of costs are used:
 
 - distance: the number of edges between the correct and the predicted leaf (`costs="distance"`);
-- root: 5 for a leaf under another root, 1 for another leaf under the same root (a table);
 - rarity: an error on a leaf with n of the training rows costs (largest n / n) ^ `RARITY` (a table). Thus rare leaves are predicted
   more often, as in the logit adjustment of Menon et al. (2021, "Long-tail Learning via Logit Adjustment").
 
@@ -27,7 +26,6 @@ from decisions_hierarchical import expected_costs
 from hierarchical_clinicalbert.evaluation.metrics import one_hot
 from taxonomy_hierarchical import Taxonomy
 
-OTHER_ROOT, SAME_ROOT = 5, 1
 RARITY = 0.4  # the exponent of best macro-F1 on validation rows, of those that kept the accuracy
 
 
@@ -40,23 +38,21 @@ def main() -> None:
     fitted, test = everything.split(np.arange(len(everything.labels)), count)
     decisions, tree, labels = everything.form.decisions, everything.form.tree, test.labels
     nodes = decisions.log_probs(torch.from_numpy(fitted.calibrated(test)[1])).exp()
-    tables = {"distance": distances(tree), "root": root_costs(tree)}
+    edges = distances(tree)
     report = json.loads((arguments.model / "data_report.json").read_text(encoding="utf-8"))
     trained = Task("ohsumed", arguments.data, report["split"]["seed"]).rows()["train"][1]
     rarity = rarity_costs(np.bincount(trained, minlength=tree.num_leaves))
     predictions = {
         "most probable": nodes[:, : tree.num_leaves].argmax(1).numpy(),
         "least distance": expected_costs(tree, nodes, "distance").argmin(1).numpy(),
-        "least root cost": expected_costs(tree, nodes, torch.tensor(tables["root"])).argmin(1).numpy(),
         "least rarity cost": expected_costs(tree, nodes, torch.tensor(rarity)).argmin(1).numpy(),
     }
-    rows = [score(name, leaves, predictions["most probable"], labels, tables) for name, leaves in predictions.items()]
+    rows = [score(name, leaves, predictions["most probable"], labels, edges) for name, leaves in predictions.items()]
     write_results(arguments.output, {"documents": len(labels), "rows": rows})
     columns = [("predicted leaf", "{predicted}"), ("changed", "{changed:.1%}"), ("accuracy", "{accuracy:.1%}")]
     columns += [("macro-F1", "{macro_f1:.1%}")]
     columns += [("gained (95 %)", "{macro_f1_gained[0]:+.1%} to {macro_f1_gained[1]:+.1%}")]
     columns += [("distance", "{distance:.3f}"), ("saved (95 %)", "{distance_saved[0]:.3f} to {distance_saved[1]:.3f}")]
-    columns += [("root cost", "{root:.3f}"), ("saved (95 %)", "{root_saved[0]:.3f} to {root_saved[1]:.3f}")]
     print_rows(rows, columns)
 
 
@@ -66,33 +62,23 @@ def distances(tree: Taxonomy) -> np.ndarray:
     return np.array([[len(path ^ other) for other in paths] for path in paths], dtype=float)
 
 
-def root_costs(tree: Taxonomy) -> np.ndarray:
-    """Return the costs of the kind "root", (num_leaves, num_leaves)."""
-    roots = np.array([tree.path(leaf)[0] for leaf in range(tree.num_leaves)])
-    costs = np.where(roots[:, None] == roots, float(SAME_ROOT), float(OTHER_ROOT))
-    np.fill_diagonal(costs, 0)
-    return costs
-
-
 def rarity_costs(counts: np.ndarray) -> np.ndarray:
     """Return the costs of the kind "rarity", (num_leaves, num_leaves), from the number of rows of each leaf."""
     leaf_costs = (counts.max() / np.maximum(counts, 1)) ** RARITY
     return np.where(np.eye(len(counts), dtype=bool), 0, leaf_costs[:, None])
 
 
-def score(
-    name: str, leaves: np.ndarray, most_probable: np.ndarray, labels: np.ndarray, tables: dict[str, np.ndarray]
-) -> dict:
-    """Return the scores and mean costs of predicted leaves (documents,), and what they save and gain (see above)."""
+def score(name: str, leaves: np.ndarray, most_probable: np.ndarray, labels: np.ndarray, edges: np.ndarray) -> dict:
+    """Return the scores and mean distance of predicted leaves (documents,), and what they save and gain (see above)."""
     row = {"predicted": name, "changed": (leaves != most_probable).mean(), "accuracy": (leaves == labels).mean()}
-    row["macro_f1"] = f1_score(labels, leaves, average="macro")
-    num_leaves = len(tables["root"])
-    chosen, before, correct = (one_hot(ids, num_leaves) for ids in (leaves, most_probable, labels))
-    row["macro_f1_gained"] = paired_intervals([chosen], [before], correct)["macro_f1"][1:]
-    for kind, costs in tables.items():
-        saved = costs[labels, most_probable] - costs[labels, leaves]
-        row[kind], row[f"{kind}_saved"] = costs[labels, leaves].mean(), mean_interval(saved)[1:]
-    return row
+    chosen, before, correct = (one_hot(ids, len(edges)) for ids in (leaves, most_probable, labels))
+    saved = mean_interval(edges[labels, most_probable] - edges[labels, leaves])
+    return row | {
+        "macro_f1": f1_score(labels, leaves, average="macro"),
+        "macro_f1_gained": paired_intervals([chosen], [before], correct)["macro_f1"][1:],
+        "distance": edges[labels, leaves].mean(),
+        "distance_saved": saved[1:],
+    }
 
 
 if __name__ == "__main__":

@@ -8,10 +8,7 @@ the most probable leaf whose probability reaches a threshold (Mortier et al., 20
 Coverage is the share of sets that contain the correct leaf. "leaves" is the mean number of leaves below a set, and "nodes" the mean
 number of its nodes. "Worst band" is the coverage among the texts of one band of confidence, with one threshold for all texts.
 
-The second table is for the recipes' runs of ``quality.py``, as a checkpoint is published. Thresholds for 90 % are fitted on the
-run's own validation rows, which are fewer and also selected the checkpoint. Coverage is measured on the whole test file.
-
-The third table, ``--part precisions``, compares the precisions of ``predict.py --dtype`` on one processor, on test texts: coverage
+The second table, ``--part precisions``, compares the precisions of ``predict.py --dtype`` on one processor, on test texts: coverage
 or for multi-label models recall, accuracy (micro-F1), macro-F1 and log loss. Thresholds are those of
 the checkpoint, which were fitted in float32. "Changed" counts sets that differ from those in float32. Intervals are 95 % bootstrap
 intervals over the texts, of changes for the same texts.
@@ -29,21 +26,18 @@ import pandas as pd
 import torch
 from harness import mean_interval, paired_intervals
 from quality import Task
-from scipy.stats import betabinom
 from scored import read_scores
 
 from configuration_hierarchical import Calibration, HierarchicalConfig
 from decisions_hierarchical import SetThreshold, guaranteed_threshold
 from hierarchical_clinicalbert.evaluation.forms import Form, form_of
 from hierarchical_clinicalbert.evaluation.metrics import confusion_counts, macro_f1, micro_f1, one_hot
-from hierarchical_clinicalbert.evaluation.report import MEASURED_TARGET, measured_threshold
+from hierarchical_clinicalbert.evaluation.report import measured_threshold
 from hierarchical_clinicalbert.prediction.int8 import quantize
 
 SPLITS = 100
 COVERAGES = (0.8, 0.9, 0.95)
 PRICES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 8.0)  # of a node, in leaves
-# distinct validation and test texts of the recipes' runs
-TEXTS = {"ohsumed": (336, 4043), "medical_abstracts": (346, 693)}
 PRECISIONS = {  # the dtype of operations, and whether products are in 8 bits; processors without bfloat16 have the last one
     "fp32": (torch.float32, False),
     "bf16": (torch.bfloat16, False),
@@ -70,7 +64,6 @@ def main() -> None:
     if arguments.model:
         harness.write_results(arguments.output, results)
     print_comparison(results.get("rows", []))
-    print_runs(harness.read_results(harness.RESULTS / "quality.json", {})["results"])
     print_precisions(results.get("precisions", []))
 
 
@@ -130,25 +123,6 @@ def print_comparison(rows: list[dict]) -> None:
     columns = [("coverage", "{coverage:.0%}"), ("price of a node", "{price}")]
     columns += [("measured coverage", "{held:.1%} ± {held_std:.1%}"), ("worst band", "{worst:.1%}")]
     harness.print_rows(rows, [*columns, ("leaves", "{leaves:.2f}"), ("nodes", "{nodes:.2f}")])
-
-
-def print_runs(runs: list[dict]) -> None:
-    """Print the coverage of each seed of the recipes, the mean, and the interval that holds 95 % of runs.
-
-    Over draws of n calibration texts, the coverage has the distribution Beta(k, n + 1 - k) with k = ⌈(n + 1) · coverage⌉
-    (Vovk, 2012, "Conditional validity of inductive conformal predictors"). So the number of covered test texts is beta-binomial.
-    """
-    frame = pd.DataFrame(runs)
-    recipes = frame[(frame["model"] == "qlora") & frame["task"].isin(TEXTS)]
-    rows = []
-    for task, by_task in recipes.groupby("task", sort=False):
-        coverages, (n, num_test) = by_task["set_coverage"], TEXTS[task]
-        by_seed = ", ".join(f"{value:.1%}" for value in coverages)
-        k = math.ceil((n + 1) * MEASURED_TARGET)
-        low, high = np.array(betabinom(num_test, k, n + 1 - k).interval(0.95)) / num_test
-        cells = [f"{coverages.mean():.1%}", f"{low:.1%} – {high:.1%}", f"{by_task['set_leaves'].mean():.2f}"]
-        rows.append([task, f"{MEASURED_TARGET:.0%}", by_seed, *cells])
-    harness.print_table(("recipe", "coverage", "measured coverage, by seed", "mean", "95 % interval", "leaves"), rows)
 
 
 # ── Precisions ───────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -1,44 +1,22 @@
-"""Measure the time to load a checkpoint, and to the first prediction: ``python benchmarks/loading.py [--model CHECKPOINT]``.
+"""Measure the cold start of a checkpoint beside a stock pipeline: ``python benchmarks/loading.py --model CHECKPOINT``.
 
-`AutoModel.from_pretrained` loads the adapter form, and for comparison its bare encoder, from a warm disk cache. The encoder has
-the size of BERT base: 110 M random weights. "First" is in a fresh process that has imported only torch and transformers. It
-is the time that a user waits. "Again" is the second load in that process.
-
-With ``--model`` only the cold start is measured: ``pipeline(...)`` and the class of one text, beside the stock pipeline of an
-encoder of the same architecture. "Process" is from the start of a fresh process, "pipeline" from after its imports.
-
-All variants alternate, so that load on the machine affects each. Ratios are between medians.
+Measured are ``pipeline(...)`` and the class of one text, from a warm disk cache. The stock pipeline has an encoder of the same
+architecture, with random weights. "Process" is from the start of a fresh process, which is the time that a user waits. "Pipeline" is
+from after its imports. Both alternate, so that load on the machine affects each. Ratios are between medians.
 """
 
-import json
 import os
 import statistics
 import tempfile
 from pathlib import Path
 
-import torch
-from harness import flag_parser, read_results, run_alone, write_results
-from peft import LoraConfig, inject_adapter_in_model
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel
+from harness import flag_parser, run_alone, write_results
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from checkpoint_hierarchical import load_encoder
 from configuration_hierarchical import HierarchicalConfig
-from modeling_hierarchical import HierarchicalForSequenceClassification
 
 ROUNDS = 5
 TEXT = "Resection of colon cancer in 41 patients with ulcerative colitis."
-LOAD = """
-import json, sys, time
-import torch, transformers
-from transformers import AutoModel
-transformers.utils.logging.disable_progress_bar()
-seconds = {}
-for name in ("first", "again"):
-    started = time.perf_counter()
-    AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True, **json.loads(sys.argv[2]))
-    seconds[name] = time.perf_counter() - started
-print(json.dumps(seconds))
-"""
 START = """
 import json, sys, time
 started = time.perf_counter()
@@ -52,32 +30,12 @@ print(json.dumps({"process": ended - started, "pipeline": ended - imported}))
 
 def main() -> None:
     parser = flag_parser(__doc__, "loading.json")
-    parser.add_argument("--model", type=Path, help="measure the cold start of this checkpoint")
+    parser.add_argument("--model", type=Path, required=True)
     arguments = parser.parse_args()
-    torch.manual_seed(0)
-    results = read_results(arguments.output, {})
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "HF_HOME": folder, "HF_HUB_OFFLINE": "1"}
-        if arguments.model:
-            results["cold start"] = compare(write_stock(arguments.model, Path(folder) / "stock"), environment)
-        else:
-            results |= compare(write_checkpoint(Path(folder)), environment)
+        results = compare(write_stock(arguments.model, Path(folder) / "stock"), environment)
     write_results(arguments.output, results)
-
-
-def write_checkpoint(folder: Path) -> dict[str, list]:
-    """Write an encoder and a checkpoint over it. Return the command line of each load, by name."""
-    encoder, checkpoint = folder / "encoder", folder / "checkpoint"
-    BertModel(BertConfig(), add_pooling_layer=False).save_pretrained(encoder)
-    config = HierarchicalConfig(text_config=BertConfig(), encoder_name_or_path=str(encoder))
-    model = HierarchicalForSequenceClassification(config, encoder=load_encoder(config))
-    inject_adapter_in_model(LoraConfig(r=16, target_modules=["query", "key", "value", "dense"]), model.encoder)
-    model.save_pretrained(checkpoint)
-    return {
-        "bare encoder": ["-c", LOAD, encoder, "{}"],
-        "adapter, merged": ["-c", LOAD, checkpoint, "{}"],
-        "adapter, by PEFT": ["-c", LOAD, checkpoint, json.dumps({"merge_adapter": False})],
-    }
 
 
 def write_stock(model: Path, folder: Path) -> dict[str, list]:

@@ -94,7 +94,6 @@ SHOWN = {
     "hierarchical_f1": "hierarchical F1",
     "log_loss": "log loss",
     "ece": "ECE",
-    "level_1_ece": "level-1 ECE",
 }
 MULTI_LABEL_SHOWN = {
     "micro_f1": "micro-F1",
@@ -103,7 +102,6 @@ MULTI_LABEL_SHOWN = {
     "mean_average_precision": "mean average precision",
     "log_loss": "log loss",
     "ece": "ECE",
-    "ece_by_chance": "ECE by chance",
 }
 
 
@@ -314,7 +312,7 @@ def fine_tune(task: Task, model: str, arguments: argparse.Namespace) -> tuple[Pa
     flags |= task.flags(arguments.runs, flat=model.startswith("flat")) | TRAINED[model]
     metrics = harness.train(folder, harness.ROOT / "recipes" / f"{task.name}.yaml", **flags)
     own = {name.removeprefix("test_"): value for name, value in metrics.items() if isinstance(value, int | float)}
-    return folder, {**own, "commit": metrics["environment"]["commit"]}
+    return folder, own
 
 
 def measure(labels: np.ndarray, predictions: np.ndarray, tree: Taxonomy) -> dict[str, float | list[float]]:
