@@ -114,7 +114,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--costs", help=f"minimise the expected cost of errors; the costs are {costs}")
     sample = f"estimated on at most {SAMPLED_TEXTS:,} of them"
     add("--adapt_prior", action="store_true", help=f"correct probabilities for the texts' class frequencies, {sample}")
-    add("--novelty", type=float, help="p-value up to which known rejects a node; default: 0.05")
     add("--uncertainty", action="store_true", help="also write the entropy, and the level that contributes most to it")
     dtypes = "bf16 if the machine supports it, else fp32; int8 is faster on CPUs with VNNI or AMX, and less accurate"
     add("--dtype", choices=("auto", *DTYPES), default="auto", help=f"default: auto, which is {dtypes}")

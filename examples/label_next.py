@@ -11,6 +11,7 @@ import csv
 import glob
 import heapq
 import io
+import signal
 import sys
 from collections.abc import Collection, Iterator
 from operator import itemgetter
@@ -86,6 +87,8 @@ def texts_of(
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(encoding="utf-8", newline="")  # in any locale
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # the reader, such as head, may end early
     again = "run the command again"
     advice = {"resume": again, "disk": f"make room, and {again}", "memory": again}
-    run_command("label_next.py", lambda _: print(main(), end="", flush=True), advice)
+    run_command("label_next.py", lambda _: print(main(), end=""), advice)

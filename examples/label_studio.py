@@ -10,6 +10,7 @@ Tasks that nobody labelled, or that were skipped, are left out. Of several annot
 
 import argparse
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,8 @@ def main() -> str:
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(encoding="utf-8", newline="")  # in any locale
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # the reader, such as head, may end early
     again = "run the command again"
     advice = {"resume": again, "disk": f"make room, and {again}", "memory": again}
-    run_command("label_studio.py", lambda _: print(main(), end="", flush=True), advice)
+    run_command("label_studio.py", lambda _: print(main(), end=""), advice)

@@ -114,8 +114,6 @@ def run_command(
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:
         message, code = f"stopped; {advice['resume']}", 130
-    except BrokenPipeError:  # the reader of the output, such as head, has ended
-        os._exit(0)
     except Exception as error:
         known = user_error_message(error, advice)
         if known is None or os.environ.get("HIERARCHICAL_TRACEBACK"):

@@ -145,9 +145,7 @@ def limit_memory() -> None:
     try:
         import resource
 
-        size = (
-            int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize() + MAX_MEMORY
-        )
+        size = int(Path("/proc/self/statm").read_text("ascii").split()[0]) * resource.getpagesize() + MAX_MEMORY
         resource.setrlimit(resource.RLIMIT_AS, (size, size))
     except (ImportError, OSError, ValueError):  # not Linux, or a lower limit is set
         pass

@@ -22,8 +22,6 @@ from hierarchical_clinicalbert.data.tables import read_table
 from hierarchical_clinicalbert.data.taxonomy_files import read_taxonomy
 from hierarchical_clinicalbert.prediction.input import read_records
 from hierarchical_clinicalbert.reading.sources import find_sources
-from hierarchical_clinicalbert.training.arguments import parse
-from hierarchical_clinicalbert.training.model import read_config
 from taxonomy_hierarchical import Taxonomy
 
 # text as people write it, and as they do not: quotes, separators, control characters, halves of surrogate pairs
@@ -90,16 +88,6 @@ def test_any_bytes_of_a_taxonomy_file_are_a_taxonomy_or_one_error(file, suffix, 
         assert_sound(read_taxonomy(file(f"tree{suffix}", content)))
 
 
-# ── configurations ───────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@fuzz
-@given(ODD_BYTES)
-def test_any_bytes_of_a_config_file_are_read_or_refused_in_one_line(file, content):
-    with refused_in_one_line():  # as the commands do: transformers takes any JSON for an object
-        read_config(str(file("config.json", content).parent))
-
-
 # ── data ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -128,20 +116,6 @@ def test_any_file_gives_columns_of_equal_length_and_records_with_a_text_or_a_pro
             assert (record.text is None) != (record.problem is None)
             assert record.text is None or (record.text.strip() and record.text.encode())
             json.dumps(record.id, allow_nan=False).encode()
-
-
-@fuzz
-@given(
-    st.one_of(
-        ODD_BYTES,
-        st.dictionaries(st.one_of(st.sampled_from(["seed", "lora_r", "lr_scheduler_kwargs"]), TEXT), JSON, max_size=3),
-    )
-)
-def test_any_recipe_is_parsed_or_refused_in_one_line(file, content):
-    if not isinstance(content, bytes):
-        content = yaml.safe_dump(content).encode("utf-8", "surrogatepass")
-    with refused_in_one_line():
-        parse([str(file("recipe.yaml", content))])
 
 
 # ── the pipeline ─────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -137,7 +137,7 @@ def load(arguments: Namespace, dtype: str, gpu: bool) -> Pipeline:
             raise InputError("--backend openvino needs OpenVINO: pip install openvino")
     elif dtype == "int8" and not has_int8_products():
         raise InputError("--dtype int8 needs a processor with VNNI or AMX, and a supported version of torch: give fp32")
-    named = {name: getattr(arguments, name) for name in ("batch_size", "coverage", "recall", "costs", "novelty")}
+    named = {name: getattr(arguments, name) for name in ("batch_size", "coverage", "recall", "costs")}
     # pipelines of older checkpoints lack newer arguments
     given = {name: value for name, value in named.items() if value is not None}
     try:

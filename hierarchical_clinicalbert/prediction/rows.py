@@ -21,7 +21,6 @@ from hierarchical_clinicalbert.prediction.input import InputRow
 from hierarchical_clinicalbert.prediction.summary import Summary
 from hierarchical_clinicalbert.reading.results import join_lists, rounded, to_row
 from hierarchical_clinicalbert.reading.stores import is_url
-from open_world_hierarchical import NOVELTY
 
 TASKS = ".tasks.json"
 OUTPUTS = (".jsonl", ".csv", ".parquet", TASKS)
@@ -40,7 +39,7 @@ class RowFormat:
     def __init__(self, arguments: Namespace, model: Any, version: str | None):
         config, open_world = model.config, model.heads.open_world
         self.version, self.labels = version, config.tree.labels
-        self.summary = Summary(self.labels, open_world, NOVELTY if arguments.novelty is None else arguments.novelty)
+        self.summary = Summary(self.labels, open_world)
         self.classes = [*config.id2label.values()] if arguments.probabilities else []
         self.decisions = build_decisions(config.tree, config.problem_type) if arguments.uncertainty else None
         text, number, count = pyarrow.string(), pyarrow.float64(), pyarrow.int64()

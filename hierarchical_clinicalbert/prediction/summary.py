@@ -8,7 +8,7 @@ import numpy as np
 from scipy.special import kolmogorov
 
 from hierarchical_clinicalbert.reading.results import rounded
-from open_world_hierarchical import OpenWorld
+from open_world_hierarchical import NOVELTY, OpenWorld
 
 
 class Summary:
@@ -17,11 +17,10 @@ class Summary:
     Args:
         labels: of all nodes.
         open_world: the checkpoint's, or None.
-        novelty: texts whose p-value is at most this are counted as strange.
     """
 
-    def __init__(self, labels: list[str], open_world: OpenWorld | None, novelty: float):
-        self.num_rows, self.num_truncated, self.novelty, self.num_references = 0, 0, novelty, 0
+    def __init__(self, labels: list[str], open_world: OpenWorld | None):
+        self.num_rows, self.num_truncated, self.num_references = 0, 0, 0
         self.classes: dict[str | None, float] = defaultdict(float)  # in texts; None is for texts without a label
         self.training: dict[str | None, float] = {}  # shares of the classes in the training texts
         if open_world is not None:
@@ -48,8 +47,8 @@ class Summary:
         content: dict[str, Any] = {"rows": self.num_rows, "truncated": truncated}
         if self.num_references:
             p_values = np.arange(len(self.ranks)) / (self.num_references + 1)
-            num_strange = int(np.array(self.ranks)[p_values <= self.novelty].sum())
-            content["strange"] = {"novelty": self.novelty, "rows": num_strange, "share": num_strange / total}
+            num_strange = int(np.array(self.ranks)[p_values <= NOVELTY].sum())
+            content["strange"] = {"novelty": NOVELTY, "rows": num_strange, "share": num_strange / total}
             content["kolmogorov_smirnov"] = self.kolmogorov_smirnov()
         classes: list[dict[str, Any]] = []
         for label in self.training or self.classes:

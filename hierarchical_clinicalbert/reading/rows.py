@@ -197,9 +197,8 @@ class RowReader:
         except (ValueError, RecursionError) as error:
             remedy = "; name it .jsonl if it has an object a line" if "Extra data" in str(error) else ""
             raise InputError(f"{self.name}: not JSON: {reason_of(error)}{remedy}") from error
-        records = records.get("data") if isinstance(records, dict) else records
         if not isinstance(records, list):
-            raise InputError(f'{self.name}: a JSON file must hold a list of objects, or {{"data": [...]}}')
+            raise InputError(f"{self.name}: a JSON file must hold a list of objects")
         return self._open_objects(_object_row(i, record) for i, record in enumerate(records, start=1))
 
     def _open_objects(self, rows: Iterator[Row]) -> Iterator[Row]:
