@@ -596,7 +596,7 @@ def expected_probabilities(hub, label_sets) -> np.ndarray:
 
 
 def test_training_with_several_labels_pushes_whole_checkpoints(hub, label_sets):
-    plots = ("f1_by_frequency", "reliability_diagram")
+    plots = ("f1_by_frequency", "reliability_diagram", "reliability_diagram_uncalibrated")
     shared = {name for name in ADAPTER_REPOSITORY if not name.startswith("plots/")}
     shared |= {f"plots/{name}.png" for name in plots}
     assert hub.files("alice/sets-adapter").keys() == shared
