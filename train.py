@@ -38,6 +38,7 @@ from hierarchical_clinicalbert.evaluation.report import (
     log_metrics,
     measure_sets,
     measure_strange_texts,
+    write_reliability,
     write_scores,
 )
 from hierarchical_clinicalbert.files import lock, write_json
@@ -197,6 +198,8 @@ def train(arguments: Arguments, data: LabelledSplits, resume_from: str | None, p
 
     # ── Calibrate: the lexical head and the calibration become part of the checkpoint ────────────────────────────────
     if "validation" in scored and not model.config.calibration.scales:
+        if args.should_save:
+            write_reliability(form, scored, output / "plots" / "reliability_diagram_uncalibrated.png")
         classifier = None
         if takes_steps:
             counts = token_counts(splits["train"], model.config.text_config.vocab_size)

@@ -78,10 +78,11 @@ class FormBase:
         """
         tree, rows = self.tree, []
         correct = ((p.chosen == p.true) | ~p.known).all(axis=1)
-        for true, chosen, probabilities, is_correct in zip(p.true, p.chosen, p.probabilities, correct, strict=True):
+        others = np.where(p.chosen, np.nan, p.probabilities)[:, : self.decisions.num_classes]
+        arrays = (p.true, p.chosen, p.probabilities, correct, others)
+        for true, chosen, probabilities, is_correct, of_others in zip(*arrays, strict=True):
             predicted = sorted(tree.deepest(np.flatnonzero(chosen).tolist()), key=lambda node: -probabilities[node])
-            others = np.flatnonzero(~chosen[: self.decisions.num_classes])
-            second = max(others, key=lambda node: probabilities[node], default=None)
+            second = None if np.isnan(of_others).all() else np.nanargmax(of_others)
             paths = (join_labels((tree.names[step] for step in tree.path(node)), " > ") for node in predicted)
             values = (
                 join_labels(tree.labels[node] for node in tree.deepest(np.flatnonzero(true).tolist())),

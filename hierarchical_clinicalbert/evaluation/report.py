@@ -168,6 +168,12 @@ def class_scores(split: str, p: Predictions) -> dict[str, Any]:
 # ── Show ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def write_reliability(form: Form, splits: dict[str, ScoredSplit], file: Path) -> None:
+    """Write the reliability diagram of the `reported_split`."""
+    split = splits[reported_split(splits)]
+    plots.write(plots.reliability_diagram(Predictions(form, split.logits, split.labels)), file)
+
+
 def write_scores(form: Form, splits: dict[str, ScoredSplit], thresholds: Any, folder: Path) -> dict[str, Any]:
     """Write ``<split>_predictions.csv`` of all splits, and the plots of the `reported_split`. Return its `class_scores`.
 
@@ -181,11 +187,9 @@ def write_scores(form: Form, splits: dict[str, ScoredSplit], thresholds: Any, fo
         table.to_csv(folder / f"{name}_predictions.csv", index=False, float_format="%.6f")
         if name == reported_split(splits):
             classes = class_scores(name, p)
-            figures = form.plots(p, classes.get("per_class", [])) | {
-                "reliability_diagram": plots.reliability_diagram(p)
-            }
-            for plot, figure in figures.items():
+            for plot, figure in form.plots(p, classes.get("per_class", [])).items():
                 plots.write(figure, folder / "plots" / f"{plot}.png")
+            write_reliability(form, splits, folder / "plots" / "reliability_diagram.png")
     return classes
 
 

@@ -33,6 +33,7 @@ TRAINING_SETTINGS = (
 )
 PLOTS = {
     "reliability_diagram": "Reliability diagram of the {split} rows",
+    "reliability_diagram_uncalibrated": "The same before calibration",
 }
 MIN_SUPPORT = 10  # texts of a class that the first lines name as weak: the F1 of fewer is mostly chance
 SHOWN_ROOTS = 4  # in a title

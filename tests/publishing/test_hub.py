@@ -377,7 +377,7 @@ def test_a_fresh_process_predicts_with_a_multi_label_model(hub, label_sets, tmp_
     """Predict by `AutoModel`, by both pipelines, and by the snippets of the card, over HTTP from an empty cache."""
     repo, expected_probabilities = "alice/sets", by_hand(hub, label_sets).exp().numpy()
     assert [commit.title for commit in hub.commits(repo)] == ["initial commit", "End of training"]
-    plots = ("f1_by_frequency", "precision_recall", "reliability_diagram", "reliability_diagram_uncalibrated")
+    plots = ("f1_by_frequency", "reliability_diagram", "reliability_diagram_uncalibrated")
     shared = {name for name in ADAPTER_REPOSITORY if not name.startswith("plots/")}
     assert hub.files(repo).keys() == shared | {f"plots/{name}.png" for name in plots}
     code = f"""
