@@ -24,7 +24,7 @@ from conftest import (
 )
 from forked import LIBRARIES
 from gradio_client import Client
-from hub_server import HubServer, Request
+from hub_server import HubServer
 from huggingface_hub import RepoCard
 from safetensors.torch import load, load_file, save
 from space_server import SpaceServer
@@ -78,6 +78,7 @@ def checkpoint(hub, tmp_path_factory) -> Path:
     done = run(*training_words("base/tiny", folder, output), *push, settings=hub.environment())
     assert "published as alice/trained" in done.stderr
     assert "failed" not in done.stderr
+    hub.add_repo("base/tiny", {"note.txt": b"a later commit of the encoder"})
     (output / ".env").write_text("HF_TOKEN=hf_secret")
     (output / "notes.ipynb").write_text("{}")
     (output / "optimizer.pt").write_bytes(b"pickle")
@@ -275,11 +276,6 @@ def log_probs_code(repo: str, load: str) -> str:
     return head + f"model = {load}\n" + PRINT_LOG_PROBS.format(repo=repo, texts=TEXTS)
 
 
-def base_requests(hub: HubServer, since: int) -> list[Request]:
-    """Return the successful GET requests to the encoder's repository."""
-    return [r for r in hub.requests[since:] if "base/tiny" in r.path and r.status < 400 and r.method == "GET"]
-
-
 @pytest.mark.parametrize("form", ["adapter", "merged"])
 def test_a_fresh_process_loads_the_model_in_one_call_and_runs_the_snippets_of_the_card(
     hub, published, expected, tmp_path, closed_port, form
@@ -293,9 +289,10 @@ def test_a_fresh_process_loads_the_model_in_one_call_and_runs_the_snippets_of_th
     (leaf,) = ast.literal_eval(stock)
     assert leaf == {"label": label, "score": pytest.approx(score, abs=1e-5)}
     torch.testing.assert_close(torch.tensor(json.loads(log_probs)), expected, atol=1e-4, rtol=0)
-    paths = [request.path for request in base_requests(hub, num_requests) if "/resolve/" in request.path]
-    assert sum(path.endswith(".safetensors") for path in paths) == (1 if form == "adapter" else 0)
-    commit = hub.commits("base/tiny")[-1].sha
+    requests = [request for request in hub.requests[num_requests:] if "base/tiny/resolve/" in request.path]
+    paths, downloads = ([r.path for r in some] for some in (requests, (r for r in requests if r.method == "GET")))
+    assert sum(path.endswith(".safetensors") for path in downloads) == (1 if form == "adapter" else 0)
+    commit = hub.commits("base/tiny")[0].sha
     assert {path.split("/resolve/")[1].split("/")[0] for path in paths} == ({commit} if form == "adapter" else set())
     if form == "adapter":  # after one load, without the Hub
         offline = {**hub.environment(home), "HF_ENDPOINT": f"http://127.0.0.1:{closed_port}", "HF_HUB_OFFLINE": "1"}
@@ -470,7 +467,7 @@ def test_a_published_checkpoint_is_continued_over_its_own_encoder(hub, published
     run(*line, settings=hub.environment())
     for name in ("heads.safetensors", "adapter/adapter_model.safetensors"):
         assert (output / name).read_bytes() != (checkpoint / name).read_bytes()
-    config, commit = json.loads((output / "config.json").read_text()), hub.commits("base/tiny")[-1].sha
+    config, commit = json.loads((output / "config.json").read_text()), hub.commits("base/tiny")[0].sha
     assert (config["encoder_name_or_path"], config["encoder_revision"]) == ("base/tiny", commit)
     paths = [request.path for request in hub.requests[num_requests:] if "base/tiny" in request.path]
     assert [path for path in paths if "main" in path] == []  # the encoder is read at its commit
