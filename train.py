@@ -23,7 +23,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import AutoTokenizer, EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from checkpoint_hierarchical import check_tokenizer
-from configuration_hierarchical import DEFAULT_ENCODER, HierarchicalConfig
+from configuration_hierarchical import HierarchicalConfig
 from hierarchical_clinicalbert.checkpoint_files import METRICS, is_checkpoint, read_config
 from hierarchical_clinicalbert.data.labels import resolve_labels
 from hierarchical_clinicalbert.data.report import log_report
@@ -48,7 +48,7 @@ from hierarchical_clinicalbert.training import resume
 from hierarchical_clinicalbert.training.arguments import Arguments, fit_to_data, parse
 from hierarchical_clinicalbert.training.cpu import KEPT_MEMORY
 from hierarchical_clinicalbert.training.losses import FocalLoss
-from hierarchical_clinicalbert.training.model import build_model, fetch_model, load_tokenizer, size_report
+from hierarchical_clinicalbert.training.model import build_model, fetch_model, load_tokenizer, pin_model, size_report
 from hierarchical_clinicalbert.training.prototypes import find_known_nodes, initialise_heads, set_heads
 from hierarchical_clinicalbert.training.publish import (
     check_hub,
@@ -110,9 +110,7 @@ def run(arguments: Arguments, prepare: Prepare) -> None:
     # ── Data: read, map labels to nodes, split ───────────────────────────────────────────────────────────────────────
     with args.main_process_first(desc="reading the data"):
         rows = read_rows(arguments.data, trains)  # before the Hub is asked for a checkpoint's taxonomy
-        # the default encoder, which is no checkpoint, is fetched when the data are known to be usable
-        model = arguments.model if source == DEFAULT_ENCODER else fetch_model(arguments.model)
-        folder = model.model_name_or_path
+        model, folder = pin_model(arguments.model)
         stored = read_config(folder) if is_checkpoint(folder) else None
         labelled = resolve_labels(rows, arguments.data, stored.tree if stored else None)
         data = split_rows(labelled, args.seed, resume.read_earlier_texts(folder, resume_from))
@@ -143,7 +141,7 @@ def train(arguments: Arguments, data: LabelledSplits, resume_from: str | None, p
     heads_init = resume.check_resumed_data(resume_from, data.report) if resume_from else None
 
     # ── Model: encoder, adapter, heads, tokenizer ────────────────────────────────────────────────────────────────────
-    arguments = arguments._replace(model=fetch_model(arguments.model))
+    arguments = arguments._replace(model=fetch_model(arguments.model))  # the data are known to be usable
     known = find_known_nodes(arguments.model, data.taxonomy, data.renamed)
     model = build_model(arguments.model, data.taxonomy, args.seed, data.problem_type, data.renamed, takes_steps)
     model.config.page = describe_page(args, model.config)
@@ -295,7 +293,7 @@ def score_checkpoint(arguments: Arguments, data: LabelledSplits) -> None:
         raise InputError(f"nothing to score: {problem}")
 
     # ── Checkpoint ───────────────────────────────────────────────────────────────────────────────────────────────────
-    source = arguments.model.model_name_or_path
+    source = fetch_model(arguments.model).model_name_or_path
     with as_input_error(f"cannot load the tokenizer of {source}"):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=True)
     scorer = scoring_trainer(source, args, tokenizer)

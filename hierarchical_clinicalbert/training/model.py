@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from checkpoint_hierarchical import check_tokenizer, load_encoder, special_tokens
-from configuration_hierarchical import Calibration, HierarchicalConfig
+from configuration_hierarchical import DEFAULT_ENCODER, Calibration, HierarchicalConfig
 from hierarchical_clinicalbert.checkpoint_files import (
     MODEL_FILES,
     find_snapshot,
@@ -165,6 +165,18 @@ def adapter_settings(adapter: LoraConfig) -> dict[str, Any]:
 # ── Fetch and load ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def pin_model(arguments: ModelArguments) -> tuple[ModelArguments, str]:
+    """Pin ``--model_revision`` to its commit. Return the arguments, and the folder of the initial model's config.json.
+
+    Nothing but config.json is downloaded. For the default encoder, which is no checkpoint, the second value is its id.
+    """
+    name = arguments.model_name_or_path
+    snapshot = None if name == DEFAULT_ENCODER else find_snapshot(name, arguments.model_revision)
+    if snapshot is None:
+        return arguments, name
+    return replace(arguments, model_revision=snapshot.name), str(snapshot)
+
+
 def fetch_model(arguments: ModelArguments) -> ModelArguments:
     """Pin ``--model_revision`` to a commit of the Hub. Download a checkpoint of this project and continue from its folder."""
     name = arguments.model_name_or_path
@@ -177,7 +189,7 @@ def fetch_model(arguments: ModelArguments) -> ModelArguments:
             logger.info("checkpoint: %s at %s", name, snapshot.name)
             arguments = replace(arguments, model_name_or_path=folder, model_revision=None)
     if is_checkpoint(arguments.model_name_or_path):
-        refuse_foreign_code(arguments.model_name_or_path)
+        refuse_foreign_code(arguments.model_name_or_path)  # again: only its config.json was at hand before
         require_encoder(arguments.model_name_or_path)
     return arguments
 

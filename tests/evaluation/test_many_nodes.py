@@ -54,7 +54,7 @@ def test_the_common_threshold_has_the_best_micro_f1():
 
 
 def test_a_nodes_threshold_of_best_f1_is_averaged_with_the_common_one_by_its_number_of_positives():
-    u, labels = case(FLAT, 60)
+    u, labels = case(FLAT, 300)
     u = u.round(1)  # with ties
     labels[:, 2] = 0
     common = common_threshold(u, labels)
