@@ -119,7 +119,8 @@ def train(folder: Path, *words: Any, script: Iterable[Any] = (TRAIN,), **flags: 
     """
     metrics = folder / "metrics.json"
     if not metrics.exists():
-        flags |= {"output_dir": folder, "resume_from_checkpoint": "auto"}
+        resumes = flags.get("num_train_epochs") != 0  # without steps, there is nothing to resume
+        flags |= {"output_dir": folder} | ({"resume_from_checkpoint": "auto"} if resumes else {})
         words += tuple(word for name, value in flags.items() for word in (f"--{name}", value))
         subprocess.run([sys.executable, *map(str, (*script, *words))], check=True)
     return json.loads(metrics.read_text(encoding="utf-8"))

@@ -34,8 +34,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "HF_HOME": folder, "HF_HUB_OFFLINE": "1"}
-        results = compare(write_stock(arguments.model, Path(folder) / "stock"), environment)
-    write_results(arguments.output, results)
+        write_results(arguments.output, compare(write_stock(arguments.model, Path(folder) / "stock"), environment))
 
 
 def write_stock(model: Path, folder: Path) -> dict[str, list]:
