@@ -181,7 +181,7 @@ def train(arguments: Arguments, data: LabelledSplits, resume_from: str | None, p
     if args.device.type == "cpu":
         keep_memory(*KEPT_MEMORY)
     result = trainer.train(resume_from_checkpoint=resume_from)
-    if args.should_save and result.global_step != result.metrics.get("resumed_from_step"):  # steps were taken
+    if args.should_save:
         delete_description(output)  # of a finished run that was resumed
     trainer.save_model(_internal_call=True)  # else it is pushed here, before it is measured
     trainer.accelerator.wait_for_everyone()  # all processes load it

@@ -99,7 +99,7 @@ TRAIN = [
     ((*DATA, "--output_dir", "/proc/results"), NO_FOLDER),
     ((*NOWHERE, "--output_dir", "project"), f"--output_dir project: project/README.md, {NOT_OURS}"),
     ((*NOWHERE, "--output_dir", "analysis", "--do_train", "false"), f"analysis/test_predictions.csv, {NOT_OURS}"),
-    ((*DATA, "--resume_from_checkpoint", "nowhere"), "invalid choice: 'nowhere'"),
+    ((*DATA, "--resume_from_checkpoint", "nowhere"), "cannot resume from nowhere: there is no such folder"),
     ((*DATA, "--do_train", "false"), "--do_train false needs a trained checkpoint"),
     ((*DATA, "--do_train", "false", "--label_issues"), "--label_issues lists training rows"),
 ]  # fmt: skip

@@ -152,7 +152,14 @@ def test_a_run_that_was_killed_before_its_scores_is_not_published(hub, checkpoin
         "plots/reliability_diagram_uncalibrated.png",
         int(signal.SIGKILL),
     ]
-    line = [*training_words("base/tiny", tmp_path, output), "--resume_from_checkpoint", "auto"]
+    pinned = json.loads((output / "config.json").read_text())["encoder_revision"]
+    line = [
+        *training_words("base/tiny", tmp_path, output),
+        "--resume_from_checkpoint",
+        "auto",
+        "--model_revision",
+        pinned,
+    ]
     done = complete(*strike, *line, environment=os.environ | environment, modules=LIBRARIES)
     assert done.returncode == -signal.SIGKILL, done.stderr[-4000:]
     publish = ("--model", output, "--repo_id", "alice/killed", "--dry_run")
@@ -397,7 +404,8 @@ print(json.dumps([logits.sigmoid().tolist(), own({TEXTS!r}, recall=0.9, levels=T
         nodes = {label: score for level in result["levels"] for label, score in level.items()}
         assert nodes == pytest.approx(dict(zip(labels, expected.tolist(), strict=True)), abs=1e-4)
         assert {one["label"]: one["score"] for one in flat} == pytest.approx(nodes, abs=1e-4)
-        least = threshold_at(threshold, max(nodes[label] for label in labels[: config.tree.num_leaves]))
+        confidence = torch.tensor([max(nodes[label] for label in labels[: config.tree.num_leaves])])
+        least = threshold_at(threshold, confidence).item()
         assert {one["label"] for one in result["prediction_set"]} == {label for label in nodes if nodes[label] >= least}
     predicted, held = map(ast.literal_eval, printed[0].splitlines())
     flat = ast.literal_eval(printed[1])
