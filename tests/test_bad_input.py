@@ -70,6 +70,7 @@ TRAIN = [
     (("code.yaml", *DATA), "--seed: invalid int value"),
     ((*DATA, "--focal_gama", "1"), "unknown flag --focal_gama; did you mean --focal_gamma"),
     ((*DATA, "--quantization", "4bit", "--tuning", "full"), "--tuning full"),
+    ((*DATA, "--fsdp", "full_shard", "--use_cpu", "true"), "FSDP needs GPUs; on CPUs use recipes/accelerate/ddp.yaml"),
     ((*DATA, "--max_length", "2"), "--max_length"),
     ((*DATA, "--max_steps", "0"), "--max_steps must be at least 1; leave it out to train for --num_train_epochs"),
     (("folder.csv", *DATA), "cannot read folder.csv: Is a directory"),

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from accelerate.utils import parse_flag_from_env
 from transformers import HfArgumentParser, SchedulerType, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 
@@ -261,6 +262,7 @@ def check_values(arguments: Arguments) -> None:
     model, data, _, args = arguments
     by_steps = args.eval_strategy == args.save_strategy == "steps"
     columns, delimiter = data.label_column or [], data.label_delimiter
+    fsdp = args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")  # accelerate would not shard on CPUs, and not say so
     problems = {
         "--tuning full trains every weight, and quantized weights cannot be trained: use --quantization none": (
             model.tuning == "full" and model.quantization not in (None, "none")
@@ -278,6 +280,7 @@ def check_values(arguments: Arguments) -> None:
         ),
         "--label_delimiter must not be empty": delimiter == "",
         "--label_delimiter needs one --label_column": delimiter is not None and len(columns) > 1,
+        "FSDP needs GPUs; on CPUs use recipes/accelerate/ddp.yaml": fsdp and args.device.type == "cpu",
     }
     for problem, occurs in problems.items():
         if occurs:
