@@ -45,6 +45,7 @@ logger = logging.get_logger(__name__)
 RESULT_VERSION = 2  # of the fields of a result. In version 1, they differed between the forms of label
 TOKENS_ON_CPU, TOKENS_ELSEWHERE = 2048, 32_768  # in a batch, padding included
 TEXTS_AHEAD = 512
+CHARACTERS = 2**20  # that are tokenized at once
 BATCHES_AHEAD = 32
 
 
@@ -318,13 +319,13 @@ class HierarchicalTextClassificationPipeline(Pipeline):
     ) -> tuple[list[dict[str, list[int]]], list[int]]:
         """Return the tokens of each text, truncated at its end, and how many tokens the whole text has."""
         length, rows, counts = self._length(max_length), [], []
-        for text in texts:  # one at a time: the tokenizer takes 60 times the memory of its texts
-            encoded = self._tokenizer(text, truncation=False, return_attention_mask=True, verbose=False)
-            names = [
-                name for name in self._tokenizer.model_input_names if name in encoded
-            ]  # padding adds a missing mask
-            rows.append({name: truncate(encoded[name], length, self._tokens_after) for name in names})
-            counts.append(len(encoded["input_ids"]))
+        for some in group_by_characters(texts):
+            encoded = self._tokenizer(some, truncation=False, return_attention_mask=True, verbose=False)
+            # padding adds a missing mask
+            names = [name for name in self._tokenizer.model_input_names if name in encoded]
+            for i, ids in enumerate(encoded["input_ids"]):
+                rows.append({name: truncate(encoded[name][i], length, self._tokens_after) for name in names})
+                counts.append(len(ids))
         if min(counts) <= self._tokens_before + self._tokens_after:
             raise ValueError("a text has no tokens: the model's tokenizer drops all its characters")
         return rows, counts
@@ -419,6 +420,18 @@ def batches_by_length(lengths: list[int], batch_size: int | None, tokens: int) -
         batches.append(order[:count])
         order = order[count:]
     return batches
+
+
+def group_by_characters(texts: list[str]) -> Iterator[list[str]]:
+    """Yield the texts in groups of at most `CHARACTERS` in all, or of one text: tokenizing takes 60 times the memory of a text."""
+    group, size = list[str](), 0
+    for text in texts:
+        size += len(text)
+        if group and size > CHARACTERS:
+            yield group
+            group, size = [], len(text)
+        group.append(text)
+    yield group
 
 
 def truncate(tokens: list[int], length: int, num_after: int) -> list[int]:

@@ -99,7 +99,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Make the pictures of the Space.")
     parser.add_argument("--model", type=Path, default=Path("results/quickstart"))
     model = str(parser.parse_args().model.resolve())
-    with tempfile.TemporaryDirectory() as folder, SpaceServer(model, Path(folder), fresh=True) as server:
+    with tempfile.TemporaryDirectory() as folder, SpaceServer(model, Path(folder)) as server:
         driver = start_chromium("--hide-scrollbars")
         try:
             take_pictures(Page(driver, server.address))

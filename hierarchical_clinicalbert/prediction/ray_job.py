@@ -2,12 +2,13 @@
 
 Worth knowing:
 
-1. All state is in the driver's output (`prediction.output`). If an actor or a node is lost, only its unfinished block is
+1. All state is in the driver's output (`prediction.output`). If an actor or a node is lost, only its unfinished blocks are
    repeated. A killed driver is resumed like any other run. No shared disk is needed.
 2. While blocks wait, the driver requests twice as many actors as the cluster has room for. An autoscaling cluster adds nodes for
    the pending actors.
-3. An actor has one block, and the driver holds one more, so its memory does not grow with the input. Ray could retry the
-   calls of a lost actor by itself, but only once it has room for a new actor, and others would finish without its blocks.
+3. An actor has at most two blocks: one is computed while the other is in transit. The driver holds one more, so its memory does
+   not grow with the input. Ray could retry the calls of a lost actor by itself, but only once it has room for a new actor, and
+   others would finish without its blocks.
 4. All actors must report the same model description. Otherwise the output could mix, for example, bfloat16 and float32.
 """
 
@@ -78,7 +79,7 @@ class RayJob:
         is_folder = Path(arguments.model).is_dir()
         model = os.path.abspath(arguments.model) if is_folder else arguments.model
         self._arguments = Namespace(**{**vars(arguments), "model": model, "model_folder": is_folder})
-        self._idle: list[Any] = []  # actors that have loaded the model
+        self._idle: list[Any] = []  # actors that have loaded the model, once for each block that they may still take
         self._tasks: dict[Any, tuple[Any, Block | None]] = {}  # actors by the reference of their call; no block to load
         self._waiting: deque[Block] = deque()
         self._deaths: Counter[int | None] = Counter()  # by the index of a block; None for actors that were starting
@@ -118,7 +119,7 @@ class RayJob:
         finished = None
         while True:
             while self._has_waiting_block(blocks) and self._idle:
-                actor, block = self._idle.pop(), self._waiting.popleft()
+                actor, block = self._idle.pop(0), self._waiting.popleft()
                 self._tasks[actor.predict.remote(block, prior)] = actor, block
             if finished:  # it is written while the actors compute
                 yield finished
@@ -154,26 +155,31 @@ class RayJob:
             self._idle.append(actor)
             if block is not None:
                 return block, result
+            self._idle.insert(0, actor)  # first one block for every actor, then a second one
             self._check(*result)
             del self._deaths[None]
         return None
 
     def _lose(self, actor: Any, block: Block | None, error: RayError) -> None:
-        """Remove a lost actor, and queue its block again. Raise InputError after `MAX_DEATHS` deaths."""
+        """Remove a lost actor, and queue its blocks again. Raise InputError after `MAX_DEATHS` deaths."""
         self._next_check = 0.0
         ray.kill(actor)  # it may be alive, but unreachable
-        index = None if block is None else block.index
+        self._idle = [other for other in self._idle if other is not actor]
+        calls = [call for call, (other, _) in self._tasks.items() if other is actor]
+        lost = [one for one in (block, *(self._tasks.pop(call)[1] for call in calls)) if one is not None]
+        lost.sort(key=lambda one: one.index)
+        self._waiting.extendleft(reversed(lost))
+        computed = lost[0] if lost else None  # None: it was starting
+        index = None if computed is None else computed.index
         self._deaths[index] += 1
-        is_last = self._deaths[index] >= MAX_DEATHS
-        if block is not None:
-            self._waiting.appendleft(block)
-            if is_last:
-                first, last = (
-                    f"{record.source}, line {record.line}" for record in (block.records[0], block.records[-1])
-                )
-                problem = f"{MAX_DEATHS} workers died while they classified the rows from {first}, to {last}"
-                raise InputError(f"{problem}: {one_line(error)}")
-        elif is_last and not self._idle and not self._is_computing():
+        if self._deaths[index] < MAX_DEATHS:
+            return
+        if computed is not None:
+            ends = (computed.records[0], computed.records[-1])
+            first, last = (f"{record.source}, line {record.line}" for record in ends)
+            problem = f"{MAX_DEATHS} workers died while they classified the rows from {first}, to {last}"
+            raise InputError(f"{problem}: {one_line(error)}")
+        if not self._idle and not self._is_computing():
             raise InputError(f"workers die while they load the model, {MAX_DEATHS} in a row: {one_line(error)}")
 
     def _check(self, node: str, description: dict[str, Any], rows: RowFormat) -> None:
@@ -191,7 +197,8 @@ class RayJob:
             self._next_check = time.monotonic() + POLL_SECONDS
             resources = ray.cluster_resources()
             room = min(int(resources.get(kind, 0) / number) for kind, number in self._needs.items() if number)
-            for _ in range(2 * max(room, 1) - len(self._idle) - len(self._tasks)):
+            actors = {*self._idle, *(actor for actor, _ in self._tasks.values())}
+            for _ in range(2 * max(room, 1) - len(actors)):
                 self._start()
 
     def _start(self) -> None:
