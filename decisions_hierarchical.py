@@ -403,7 +403,7 @@ class OnePath(Decisions):
         bonus = one_hot(most_probable, self.num_nodes).to(nodes)  # above any price of a leaf
         num_leaves, num_children = self.sizes()
         gain = nodes + self.sum_at_or_below(bonus) - price * (num_leaves + self.node_price) / (1 + self.node_price)
-        gain = gain.masked_fill(num_children == 1, -torch.inf)
+        gain = gain.masked_fill(num_children == 1, -torch.inf)  # the only child is named
 
         best = of_children = torch.zeros_like(gain)
         for _ in range(self.tree.depth):  # each pass reaches one level more

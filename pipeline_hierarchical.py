@@ -127,9 +127,8 @@ class HierarchicalTextClassificationPipeline(Pipeline):
             raise ValueError(f"the tokenizer's model_max_length {problem}: set it in tokenizer_config.json")
         # each core of a CPU computes its own batches, unless weights are offloaded
         self._uses_cpu_threads = self.device.type == "cpu" and not hasattr(self.model, "hf_device_map")
-        self._num_threads = (
-            torch.get_num_threads()
-        )  # later, a new thread may read the 1 that the workers of a call have set
+        # read once: later, a new thread may get the 1 that the workers of a call have set
+        self._num_threads = torch.get_num_threads()
         if self.device.type == "cpu":
             weights = [*self.model.parameters()]
             if any(getattr(weight, name, None) is not None for weight in weights for name in ("quant_state", "CB")):

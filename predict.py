@@ -139,6 +139,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if arguments.adapt_prior and "-" in arguments.input:
         raise InputError("--adapt_prior reads --input twice, and standard input can be read once: give a file")
     cpus, gpus = arguments.ray_cpus_per_actor, arguments.ray_gpus_per_actor
+    if arguments.ray is None and (cpus, gpus) != (None, None):
+        raise InputError("--ray_cpus_per_actor and --ray_gpus_per_actor need --ray")
     if cpus is not None and cpus < 1:
         raise InputError(f"--ray_cpus_per_actor must be at least 1, not {cpus}")
     if gpus is not None and not (0 <= gpus < 1 or (gpus.is_integer() and gpus > 0)):

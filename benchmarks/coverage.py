@@ -192,8 +192,8 @@ def held_shares(form: Form, sets: np.ndarray, labels: np.ndarray) -> np.ndarray:
     if labels.ndim == 2:
         true = labels == 1
         return (sets & true).sum(1) / np.where(true.any(1), true.sum(1), np.nan)
-    paths = np.array(form.tree.padded_paths)[labels]  # (num_texts, depth), padded with the id after the last node
-    return np.take_along_axis(np.pad(sets, ((0, 0), (0, 1))), paths, axis=1).any(1).astype(float)
+    held = form.decisions.held(torch.from_numpy(sets)).numpy()
+    return np.take_along_axis(held, labels[:, None], axis=1)[:, 0].astype(float)
 
 
 def log_losses(classes: np.ndarray, labels: np.ndarray, is_label: np.ndarray) -> np.ndarray:

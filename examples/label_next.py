@@ -11,7 +11,6 @@ import csv
 import glob
 import heapq
 import io
-import signal
 import sys
 from collections.abc import Collection, Iterator
 from operator import itemgetter
@@ -19,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from hierarchical_clinicalbert.errors import ArgumentParser, InputError, run_command
+from hierarchical_clinicalbert.errors import ArgumentParser, InputError, print_result
 from hierarchical_clinicalbert.prediction.input import read_records
 from hierarchical_clinicalbert.reading.rows import KINDS
 from hierarchical_clinicalbert.reading.sources import Source, find_all_sources, find_sources, open_rows
@@ -86,9 +85,4 @@ def texts_of(
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(encoding="utf-8", newline="")  # in any locale
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # the reader, such as head, may end early
-    again = "run the command again"
-    advice = {"resume": again, "disk": f"make room, and {again}", "memory": again}
-    run_command("label_next.py", lambda _: print(main(), end=""), advice)
+    print_result("label_next.py", main)

@@ -10,7 +10,6 @@ Tasks that nobody labelled, or that were skipped, are left out. Of several annot
 
 import argparse
 import json
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from configuration_hierarchical import HierarchicalConfig
 from hierarchical_clinicalbert.checkpoint_files import find_snapshot, is_checkpoint, read_config
-from hierarchical_clinicalbert.errors import ArgumentParser, InputError, as_input_error, run_command
+from hierarchical_clinicalbert.errors import ArgumentParser, InputError, as_input_error, print_result
 
 
 def configuration(config: HierarchicalConfig) -> str:
@@ -88,9 +87,4 @@ def main() -> str:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(encoding="utf-8", newline="")  # in any locale
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # the reader, such as head, may end early
-    again = "run the command again"
-    advice = {"resume": again, "disk": f"make room, and {again}", "memory": again}
-    run_command("label_studio.py", lambda _: print(main(), end=""), advice)
+    print_result("label_studio.py", main)

@@ -4,6 +4,7 @@ import argparse
 import errno
 import gc
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -123,3 +124,15 @@ def run_command(
         message, code = known, 2
     gc.collect()  # destroy the run and its progress bars now, because they write once more
     exit_with_error(name, message, code)
+
+
+def print_result(name: str, main: Callable[[], str]) -> NoReturn:
+    """Run a command that returns a text, see `run_command`, and print the text as UTF-8 in any locale."""
+
+    def show(_: list[str]) -> None:
+        sys.stdout.buffer.write(main().encode())
+
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # the reader, such as head, may end early
+    again = "run the command again"
+    run_command(name, show, {"resume": again, "disk": f"make room, and {again}", "memory": again})

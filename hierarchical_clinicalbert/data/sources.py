@@ -111,6 +111,9 @@ def find_split_sources(arguments: DataArguments, needs_rows: bool = True) -> tup
     if len(others) + bool(files) > 1:
         flags = " and ".join(f"--{name}" for name in [*others, *(f"{split}_file" for split in files)])
         raise InputError(f"{flags} contradict each other: give one source")
+    for name in ("dataset_config_name", "dataset_revision"):
+        if getattr(arguments, name) is not None and arguments.dataset_name is None:
+            raise InputError(f"--{name} needs --dataset_name")
 
     # ── Files ────────────────────────────────────────────────────────────────────────────────────────────────────────
     if files:

@@ -25,7 +25,7 @@ import torch
 from matplotlib.figure import Figure
 from scipy.special import expit, logit
 
-from decisions_hierarchical import DEFAULT_THRESHOLD, ManyNodes, SetThreshold, threshold_at
+from decisions_hierarchical import DEFAULT_THRESHOLD, ManyNodes, SetThreshold
 from hierarchical_clinicalbert.evaluation import plots
 from hierarchical_clinicalbert.evaluation.form import FormBase
 from hierarchical_clinicalbert.evaluation.lexical import NodeClassifier
@@ -145,13 +145,12 @@ class ManyNodesForm(FormBase):
         """
         has_label = (labels == 1).any(axis=1)
         logits, labels, texts = logits[has_label], labels[has_label], texts[has_label]
-        confidence = self.confidence(logits, texts)
-        of_rows = torch.tensor(confidence[texts].to_numpy())
-        sets = expit(logits.astype(np.float64)) >= threshold_at(threshold, of_rows).numpy()
+        probabilities = torch.from_numpy(expit(logits.astype(np.float64)))
+        sets = self.decisions.prediction_sets(probabilities, threshold).numpy()
         rows, nodes = np.nonzero(labels == 1)
         of_labels = pd.DataFrame({"text": texts[rows], "node": nodes, "held": sets[rows, nodes].astype(float)})
         of_texts = pd.DataFrame({"nodes": sets.sum(axis=1).astype(float)}).groupby(texts).mean()
-        return PredictedSets(self.decisions, of_labels, of_texts, confidence, "mean")
+        return PredictedSets(self.decisions, of_labels, of_texts, self.confidence(logits, texts), "mean")
 
     # ── Labels that may be wrong: see `evaluation.label_issues` ──────────────────────────────────────────────────────────
 

@@ -305,7 +305,7 @@ def _object_row(number: int, value: Any) -> Row:
     except (
         UnicodeEncodeError,
         RecursionError,
-    ) as error:  # UTF-8 has no half of a surrogate pair, for which JSON has an escape
+    ) as error:  # JSON can escape half of a surrogate pair, and UTF-8 has none
         return Row(number, {}, f"not text: {reason_of(error)}")
     return Row(number, value)
 
