@@ -302,10 +302,8 @@ def _object_row(number: int, value: Any) -> Row:
         return Row(number, {}, "not a JSON object")
     try:
         json.dumps(value, ensure_ascii=False).encode()  # visits all values, faster than Python can
-    except (
-        UnicodeEncodeError,
-        RecursionError,
-    ) as error:  # JSON can escape half of a surrogate pair, and UTF-8 has none
+    except (UnicodeEncodeError, RecursionError) as error:
+        # JSON can escape half of a surrogate pair, which UTF-8 lacks
         return Row(number, {}, f"not text: {reason_of(error)}")
     return Row(number, value)
 
