@@ -272,6 +272,10 @@ class OnePath(Decisions):
         labels = labels.to(self.parents.device)
         return self.sum_at_or_below(one_hot(labels.where(labels != IGNORED_LABEL, 0), self.num_nodes).float())
 
+    def expected_targets(self, scores: Tensor) -> Tensor:
+        """Return the expectation of `outcome_targets`, from decision scores (B, N): P(node), (B, N)."""
+        return self(scores)[0].exp()
+
     def log_likelihood(self, scores: Tensor, labels: Tensor) -> Tensor:
         """Return log P(label), (B,)."""
         return (self.outcome_targets(labels) * self.outcome_log_probs(scores)).sum(1)
@@ -521,6 +525,10 @@ class ManyNodes(Decisions):
         labels = labels.to(self.parents.device)
         known, present = labels != IGNORED_LABEL, labels.float()
         return torch.cat([present * known, (1 - present) * known], 1)
+
+    def expected_targets(self, scores: Tensor) -> Tensor:
+        """Return the expectation of `outcome_targets`, from decision scores (B, N): P(node) and 1 - P(node), (B, 2 · N)."""
+        return self.outcome_log_probs(scores).exp()
 
     def open_decisions(self, labels: Tensor) -> Tensor:
         """Return which decisions have a known outcome, (B, N): roots, and children of nodes that the text has."""

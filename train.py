@@ -64,6 +64,7 @@ from hierarchical_clinicalbert.training.score import (
     scoring_trainer,
     token_counts,
 )
+from hierarchical_clinicalbert.training.teacher import teach
 from hierarchical_clinicalbert.training.tokens import build_collator, tokenize_splits
 from hierarchical_clinicalbert.training.trainer import HierarchicalTrainer
 
@@ -113,7 +114,7 @@ def run(arguments: Arguments, prepare: Prepare) -> None:
         model, folder = pin_model(arguments.model)
         stored = read_config(folder) if is_checkpoint(folder) else None
         labelled = resolve_labels(rows, arguments.data, stored.tree if stored else None)
-        data = split_rows(labelled, args.seed, resume.read_earlier_texts(folder, resume_from))
+        data = split_rows(labelled, args.seed, resume.read_earlier_texts(folder, resume_from, arguments.loss.teacher))
     if stored and stored.problem_type != data.problem_type:
         theirs, ours = stored.problem_type, data.problem_type
         raise InputError(f"{source} is a checkpoint for {theirs}, the data are for {ours} (--problem_type)")
@@ -134,6 +135,8 @@ def run(arguments: Arguments, prepare: Prepare) -> None:
 
 def train(arguments: Arguments, data: LabelledSplits, resume_from: str | None, prepare: Prepare) -> None:
     """Train, measure and publish a model. All files go to ``--output_dir``."""
+    if arguments.loss.teacher is not None:
+        data = teach(arguments, data)
     form = form_of(data.taxonomy, data.problem_type)
     fitted = fit_to_data(arguments.training, data.splits, form, arguments.data.taxonomy is not None)
     arguments, args, output = arguments._replace(training=fitted), fitted, Path(fitted.output_dir)
@@ -245,6 +248,8 @@ def build_trainer(
         gamma=loss.focal_gamma,
         balanced=loss.class_weighting == "balanced",
         label_smoothing=args.label_smoothing_factor,
+        teacher_weight=loss.teacher_weight,
+        temperature=loss.teacher_temperature,
     )
     patience = args.early_stopping_patience if args.load_best_model_at_end else None
     return HierarchicalTrainer(

@@ -66,6 +66,12 @@ class LossArguments:
         "none", "balanced: more weight for the rarer outcomes of each decision."
     )
     consistency: float = flag(0.0, "Weight of the loss between two views of a text. 0: whole texts.")
+    teacher: str | None = flag(None, "Checkpoint to learn from, with the same taxonomy: a Hub id or a folder.")
+    teacher_weight: float = flag(0.5, "Share of the teacher's scores in the loss; the rest is the labels'.")
+    teacher_temperature: float = flag(
+        2.0, "Divisor of the scores of teacher and student: above 1, more than the best counts."
+    )
+    teacher_scores: str | None = flag(None, "File that keeps the teacher's scores, for other runs.")
 
 
 @dataclass
@@ -152,7 +158,8 @@ RANGES = {
     **dict.fromkeys(("lora_r", "lora_alpha", "per_device_train_batch_size", "per_device_eval_batch_size"), "[1, inf)"),
     **dict.fromkeys(("gradient_accumulation_steps", "save_total_limit"), "[1, inf)"),
     **dict.fromkeys(("lora_dropout", "label_smoothing_factor"), "[0, 1)"),
-    **dict.fromkeys(("learning_rate", "heads_learning_rate"), "(0, inf)"),
+    **dict.fromkeys(("learning_rate", "heads_learning_rate", "teacher_temperature"), "(0, inf)"),
+    "teacher_weight": "[0, 1]",
     **dict.fromkeys(("num_train_epochs", "focal_gamma", "consistency", "weight_decay", "max_grad_norm"), "[0, inf)"),
     **dict.fromkeys(("early_stopping_patience", "contrastive_steps", "dataloader_num_workers"), "[0, inf)"),
     **dict.fromkeys(("seed", "data_seed"), "[0, 4294967296)"),

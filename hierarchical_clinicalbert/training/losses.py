@@ -27,6 +27,8 @@ class FocalLoss(nn.Module):
     Args:
         decisions: those of the model, or equal ones.
         labels: of the training rows, as of `Decisions.targets`. Smoothing and weights use their frequencies.
+        teacher_weight: w of `forward`.
+        temperature: T of `forward`.
     """
 
     def __init__(
@@ -36,9 +38,12 @@ class FocalLoss(nn.Module):
         gamma: float = 0.0,
         balanced: bool = False,
         label_smoothing: float = 0.0,
+        teacher_weight: float = 0.0,
+        temperature: float = 1.0,
     ):
         super().__init__()
         self.decisions, self.gamma, self.label_smoothing = decisions, gamma, label_smoothing
+        self.teacher_weight, self.temperature = teacher_weight, temperature
         counts, group = decisions.count_outcomes(labels), decisions.outcome_decision
         # an only child is no decision: its p is 1 whatever the weights, and so are its loss and gradient 0
         weights = (balanced_weights(counts, group) if balanced else 1) * (torch.bincount(group)[group] > 1)
@@ -46,8 +51,27 @@ class FocalLoss(nn.Module):
         self.register_buffer("weights", weights.float())
         self.register_buffer("smoothing", decisions.smoothing(counts).float())
 
-    def forward(self, scores: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """Return the loss in nats for decision scores (B, num_nodes) and labels as of `Decisions.targets`."""
+    def forward(
+        self,
+        scores: Tensor,
+        labels: Tensor,
+        num_items_in_batch: Tensor | int | None = None,
+        teacher_scores: Tensor | None = None,
+    ) -> Tensor:
+        """Return the loss in nats for decision scores (B, num_nodes) and labels as of `Decisions.targets`.
+
+        With decision scores of a teacher, (B, num_nodes), it is  (1 - w) · L(scores, labels) + w · T² · L(scores / T, q).
+        q are the probabilities of the teacher's scores / T. T² keeps the gradient's size (Hinton et al., 2015, arXiv 1503.02531).
+        """
+        losses = self.of_texts(scores, self.decisions.outcome_targets(labels))
+        if teacher_scores is not None:
+            expected = self.decisions.expected_targets(teacher_scores / self.temperature)
+            taught = self.temperature**2 * self.of_texts(scores / self.temperature, expected)
+            losses = (1 - self.teacher_weight) * losses + self.teacher_weight * taught
+        return average_over_labels(losses, labels, num_items_in_batch)
+
+    def of_texts(self, scores: Tensor, targets: Tensor) -> Tensor:
+        """Return each text's loss, (B,), for the shares of the outcomes, (B, K)."""
         log_p = self.decisions.outcome_log_probs(scores)
         loss = -log_p
         if self.label_smoothing:
@@ -57,5 +81,4 @@ class FocalLoss(nn.Module):
         if self.gamma:
             # the floor keeps the slope of x^γ finite at x = 0 when γ < 1
             loss = loss * (-torch.expm1(log_p)).clamp(min=1e-7) ** self.gamma
-        targets = self.decisions.outcome_targets(labels)
-        return average_over_labels((targets * self.weights * loss).sum(1), labels, num_items_in_batch)
+        return (targets * self.weights * loss).sum(1)

@@ -27,7 +27,6 @@ from hierarchical_clinicalbert.checkpoint_files import (
 )
 from hierarchical_clinicalbert.data.splits import LabelledSplits
 from hierarchical_clinicalbert.data.trained_texts import (
-    NO_TRAINED_TEXTS,
     TRAINED_TEXTS,
     TrainedTexts,
     read_trained_texts,
@@ -79,14 +78,17 @@ def check_output_folder(args: HierarchicalTrainingArguments, model: str) -> None
         raise InputError(f"--output_dir {output} already holds a run: give {', or '.join(remedies)}")
 
 
-def read_earlier_texts(model: str, resume_from: str | None) -> TrainedTexts:
-    """Return the texts that the initial weights were trained on."""
+def read_earlier_texts(model: str, resume_from: str | None, teacher: str | None) -> TrainedTexts:
+    """Return the texts that the initial weights, and those of a ``--teacher``, were trained on."""
     if resume_from is not None:
         return read_trained_texts(resume_from)
-    if not is_checkpoint(model):
-        return NO_TRAINED_TEXTS
-    trained = read_trained_texts(model)
-    return TrainedTexts(earlier=trained.all, validation=trained.validation, complete=trained.complete)
+    checkpoints = [model] * is_checkpoint(model) + ([] if teacher is None else [teacher])
+    trained = [read_trained_texts(checkpoint) for checkpoint in checkpoints]
+    return TrainedTexts(
+        earlier=frozenset().union(*(one.all for one in trained)),
+        validation=frozenset().union(*(one.validation for one in trained)),
+        complete=all(one.complete for one in trained),
+    )
 
 
 def continues_run(requested: str | None, output: Path) -> bool:

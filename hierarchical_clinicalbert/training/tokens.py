@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import DatasetDict
 from torch import Tensor
 from transformers import BatchEncoding, DataCollatorWithPadding, PreTrainedTokenizerBase
@@ -77,10 +78,16 @@ class Collator(DataCollatorWithPadding):
     targets: Callable[[list], Tensor]
 
     def __call__(self, features: list[dict]) -> BatchEncoding:
-        own = {name: [row[name] for row in features] for name in ("row", "sentences", "labels") if name in features[0]}
+        own = {
+            name: [row[name] for row in features]
+            for name in ("row", "sentences", "labels", "teacher")
+            if name in features[0]
+        }
         batch = super().__call__([{name: row[name] for name in TOKEN_COLUMNS if name in row} for row in features])
         if "labels" in own:
             batch["labels"] = self.targets(own["labels"])
+        if "teacher" in own:
+            batch["teacher"] = torch.tensor(own["teacher"])
         if "row" in own:
             batch["row"] = np.array(own["row"])
         if "sentences" in own:

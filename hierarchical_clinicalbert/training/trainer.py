@@ -93,6 +93,7 @@ class HierarchicalTrainer(PublishingTrainer):
         """Compute the loss per labelled text of the accumulated batch, or in evaluation of this batch."""
         inputs = dict(inputs)
         labels, rows, sentences = inputs.pop("labels"), inputs.pop("row", None), inputs.pop("sentences", None)
+        taught = {"teacher_scores": inputs.pop("teacher")} if "teacher" in inputs else {}
         items = None
         if model.training and num_items_in_batch is not None:  # the Trainer counts the elements of labels
             items = num_items_in_batch / labels.shape[1:].numel()
@@ -101,13 +102,13 @@ class HierarchicalTrainer(PublishingTrainer):
             inputs, *pair = halves(inputs, sentences, rows.tolist(), padding, seed, step)
             outputs = model(**inputs)
             first, second = (outputs["decision_logits"][half] for half in pair)
-            losses = [self.loss_function(half, labels, num_items_in_batch=items) for half in (first, second)]
+            losses = [self.loss_function(half, labels, num_items_in_batch=items, **taught) for half in (first, second)]
             divergence = average_over_labels(self.decisions.divergence(first, second), labels, items)
             loss = sum(losses) / 2 + self.consistency * divergence
         else:
             asked = {"output_vectors": True} if self.has_vectors and not model.training else {}
             outputs = model(**inputs, **asked)
-            loss = self.loss_function(outputs["decision_logits"], labels, num_items_in_batch=items)
+            loss = self.loss_function(outputs["decision_logits"], labels, num_items_in_batch=items, **taught)
         if items is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
