@@ -100,7 +100,7 @@ def score_texts(
     folder: str, config: HierarchicalConfig, texts: list[str], args: HierarchicalTrainingArguments
 ) -> np.ndarray:
     """Return a checkpoint's decision scores of texts, (num_texts, num_nodes)."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     columns = {"text": texts, "nodes": [[]] * len(texts), "row": range(len(texts))}
     limit = config.calibration.max_length or tokenizer.model_max_length
     splits, _ = tokenize_splits(DatasetDict(test=Dataset.from_dict(columns)), tokenizer, limit)
