@@ -257,16 +257,17 @@ def check_values(arguments: Arguments) -> None:
     values = {name: value for part in arguments for name, value in vars(part).items()}
     for name, interval in RANGES.items():
         value, (low, high) = values[name], map(float, interval[1:-1].split(","))
-        if value is not None and not (low < value < high or (value == low and interval[0] == "[")):
+        bounds = [low] * (interval[0] == "[") + [high] * (interval[-1] == "]")  # that the interval includes
+        if value is not None and not (low < value < high or value in bounds):
             lower = "at least" if interval[0] == "[" else "more than"
-            upper = "" if high == float("inf") else f" and below {high:,.0f}"
+            upper = "" if high == float("inf") else f" and {'at most' if high in bounds else 'below'} {high:,.0f}"
             raise InputError(f"--{name} must be {lower} {low:,.0f}{upper}, not {value}")
     for name, default in FIXED_FLAGS.items():
         if values[name] not in (default, None):
             raise InputError(f"--{name} is not supported: it would change the scores, or how a run resumes")
 
     # ── Other problems, and whether they occur ───────────────────────────────────────────────────────────────────────
-    model, data, _, args = arguments
+    model, data, loss, args = arguments
     by_steps = args.eval_strategy == args.save_strategy == "steps"
     columns, delimiter = data.label_column or [], data.label_delimiter
     fsdp = args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")  # accelerate would not shard on CPUs, and not say so
@@ -281,6 +282,12 @@ def check_values(arguments: Arguments) -> None:
         "--max_steps must be at least 1; leave it out to train for --num_train_epochs": args.max_steps == 0,
         "--num_train_epochs 0 takes no steps: leave out --max_steps and --resume_from_checkpoint": (
             not args.num_train_epochs and (args.max_steps > 0 or args.resume_from_checkpoint is not None)
+        ),
+        "--teacher teaches in training steps: leave it out, or train with --num_train_epochs above 0": (
+            loss.teacher is not None and not (args.do_train and args.num_train_epochs)
+        ),
+        "--unlabelled_file and --teacher_scores need --teacher": (
+            loss.teacher is None and (data.unlabelled_file or loss.teacher_scores) is not None
         ),
         "--label_issues lists training rows, and --do_train false trains on none: leave it out": (
             data.label_issues and not args.do_train

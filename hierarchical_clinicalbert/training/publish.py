@@ -39,7 +39,12 @@ def run_settings(
         "heads_init": heads_init,
         "contrastive_steps": None if heads_init is None else arguments.model.contrastive_steps,
         "train_precision": arguments.training.precision,
+        "teacher_scores": None,
     }
+    if arguments.loss.teacher is None:
+        settings |= {"teacher_weight": None, "teacher_temperature": None}
+    else:
+        settings["teacher"] = Path(arguments.loss.teacher).name
     if model.has_adapter:
         return settings | adapter_settings(model.encoder.peft_config["default"])
     return settings | dict.fromkeys(("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"))

@@ -53,8 +53,11 @@ def teach(arguments: Arguments, data: LabelledSplits) -> LabelledSplits:
     config = read_config(folder)
     if config.problem_type != data.problem_type:
         raise InputError(f"--teacher {name} is for {config.problem_type}, the data are for {data.problem_type}")
-    if config.tree != data.taxonomy:
+    ours, theirs = data.taxonomy.node_of_path, config.tree.node_of_path
+    if ours.keys() != theirs.keys():
         raise InputError(f"--teacher {name} has another taxonomy than the data: give its taxonomy as --taxonomy")
+    in_our_order = [theirs[path] for path in ours]
+    our_node = {theirs[path]: node for path, node in ours.items()}
 
     # ── Texts: those of the training rows, and others that are in no split ───────────────────────────────────────────
     splits, report = DatasetDict(data.splits), dict(data.report)
@@ -85,12 +88,13 @@ def teach(arguments: Arguments, data: LabelledSplits) -> LabelledSplits:
         decisions = build_decisions(config.tree, config.problem_type)
         scores = torch.from_numpy(np.stack([stored[text_hash(key)] for key in unlabelled]))
         predicted, _ = decisions.predict(decisions(scores)[0].exp(), config.calibration.thresholds)
-        nodes = [sorted(config.tree.deepest(np.flatnonzero(row).tolist())) for row in predicted]
+        deepest = (config.tree.deepest(np.flatnonzero(row).tolist()) for row in predicted)
+        nodes = [sorted(our_node[node] for node in of_text) for of_text in deepest]
         numbers = np.arange(len(unlabelled))
         columns = {"text": [*unlabelled.values()], "nodes": nodes, "row": numbers}
         columns |= {"text_id": -1 - numbers, "moved": np.ones(len(numbers), bool)}
         rows = concatenate_datasets([rows, Dataset.from_dict(columns, FEATURES)])
-    taught = [stored[text_hash(normalise_text(text))] for text in rows["text"]]
+    taught = [stored[text_hash(normalise_text(text))][in_our_order] for text in rows["text"]]
     splits["train"] = rows.add_column("teacher", taught)
     report["teacher"] = {"checkpoint": name, "unlabelled_texts": len(unlabelled)}
     return replace(data, splits=splits, report=report)

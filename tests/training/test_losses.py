@@ -134,3 +134,29 @@ def test_divergence_is_that_of_the_distributions_over_labels(form):
         expected.append(((one - other) * (one.log() - other.log())).sum() / 2)
     torch.testing.assert_close(decisions.divergence(p, q), torch.stack(expected))
     assert not decisions.divergence(p, p).any()
+
+
+@FORMS
+def test_a_teacher_is_learnt_at_its_temperature(decisions, trained):
+    """Compare with (1 - w) · CE of the label + w · T² · CE of the teacher's leaves or nodes, with all scores divided by T."""
+
+    def outcomes(scores: Tensor) -> Tensor:
+        if isinstance(decisions, ManyNodes):
+            return torch.stack([p for p, _ in decisions_by_hand(decisions, scores, [])])
+        of_siblings = {tuple(siblings): scores[siblings].softmax(0) for siblings in TREE.decisions}
+        p = {
+            node: value
+            for siblings, values in of_siblings.items()
+            for node, value in zip(siblings, values, strict=True)
+        }
+        return torch.stack(
+            [torch.stack([p[node] for node in TREE.path(leaf)]).prod() for leaf in range(TREE.num_leaves)]
+        )
+
+    weight, temperature = 0.3, 2.5
+    loss = FocalLoss(decisions, decisions.targets(trained), teacher_weight=weight, temperature=temperature)
+    scores, teacher, nodes = drawn_scores(3), drawn_scores(3), [[0], [3], [5]]
+    pairs = zip(scores / temperature, teacher / temperature, strict=True)
+    taught = sum(-(outcomes(of_teacher) * outcomes(of_student).log()).sum() for of_student, of_teacher in pairs) / 3
+    expected = (1 - weight) * by_hand(decisions, scores, nodes, trained) + weight * temperature**2 * taught
+    torch.testing.assert_close(loss(scores, decisions.targets(nodes), teacher_scores=teacher), expected)

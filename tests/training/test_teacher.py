@@ -1,0 +1,134 @@
+"""Test that a model learns what a teacher says of the texts, and that no text of the teacher's training is scored."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CLEAR, clear_rows, read_csv, write_csv
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoTokenizer
+
+import train
+from hierarchical_clinicalbert.errors import InputError
+
+WRONG = dict(zip(CLEAR, [*CLEAR][1:] + [*CLEAR][:1], strict=True))  # a wrong label for each class
+GENERAL = "general pathological conditions"
+TREE = {"specific disease": [label for label in CLEAR if label != GENERAL], GENERAL: None}
+FORMS = pytest.mark.parametrize("teacher", ["clear_checkpoint", "labels_checkpoint"], ids=["one path", "many nodes"])
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Return a folder with training rows, all of a wrong class, test rows, and the taxonomy."""
+    wrong = [row | {"label": WRONG[row["label"]]} for row in clear_rows(1, wrong=False)]
+    for name, rows in {"train": wrong, "test": clear_rows(3, wrong=False)}.items():
+        write_csv(tmp_path / f"{name}.csv", rows)
+    (tmp_path / "tree.json").write_text(json.dumps(TREE))
+    return tmp_path
+
+
+def teach(encoder: str, teacher: str, folder: Path, *flags: object) -> list[dict[str, str]]:
+    """Train a student, and return its predictions of the test rows."""
+    words = ["--quantization", "none", "--learning_rate", "3e-3", "--max_steps", 60, "--validation_size", 0]
+    words += ["--teacher_temperature", 1]
+    words += [
+        "--taxonomy",
+        folder / "tree.json",
+        "--test_file",
+        folder / "test.csv",
+        "--output_dir",
+        folder / "results",
+    ]
+    if "labels" in Path(teacher).name:
+        words += ["--label_delimiter", ";"]
+    train.main(list(map(str, [*words, "--model_name_or_path", encoder, "--teacher", teacher, *flags])))
+    return read_csv(folder / "results" / "test_predictions.csv")
+
+
+def learnt(rows: list[dict[str, str]]) -> bool:
+    """Return whether most predictions name the correct class, and at most half as many its wrong label."""
+    named = [(row.get("prediction") or row["predictions"]).split("; ") for row in rows]
+    correct = [row.get("label") or row["labels"] for row in rows]
+    right, wrong = (sum(map(list.__contains__, named, labels)) for labels in (correct, map(WRONG.get, correct)))
+    return right > len(rows) / 2 and right > 2 * wrong
+
+
+@FORMS
+def test_a_student_learns_from_its_teacher_and_not_from_the_labels(tiny_encoder, teacher, folder, request):
+    checkpoint, scores = request.getfixturevalue(teacher), folder / "scores.safetensors"
+    flags = ["--train_file", folder / "train.csv", "--teacher_weight", 1, "--teacher_scores", scores]
+    assert learnt(teach(tiny_encoder, checkpoint, folder, *flags))
+
+    # the stored scores are the probabilities of the teacher as a user loads it
+    model = AutoModel.from_pretrained(checkpoint, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True)
+    texts = [row["text"] for row in read_csv(folder / "train.csv")]
+    with torch.inference_mode():
+        expected = model(**tokenizer(texts, padding=True, return_tensors="pt")).node_log_probs
+        found = model.heads.decisions(load_file(scores)["scores"])[0]
+    torch.testing.assert_close(found.sort(0).values, expected.sort(0).values, rtol=1e-3, atol=1e-3)
+
+
+@FORMS
+def test_a_teacher_labels_texts_that_have_none(tiny_encoder, teacher, folder, request):
+    """Train on a file of texts alone, with no weight on the teacher's scores."""
+    write_csv(folder / "texts.csv", [{"text": row["text"]} for row in clear_rows(1)])
+    flags = ["--unlabelled_file", folder / "texts.csv", "--teacher_weight", 0]
+    assert learnt(teach(tiny_encoder, request.getfixturevalue(teacher), folder, *flags))
+    report = json.loads((folder / "results" / "data_report.json").read_text())
+    assert report["teacher"]["unlabelled_texts"] == 90
+
+
+def test_other_runs_read_the_scores_of_the_file(tiny_encoder, clear_checkpoint, labels_checkpoint, folder, capsys):
+    flags = [
+        "--train_file",
+        folder / "train.csv",
+        "--teacher_scores",
+        folder / "scores",
+        "--overwrite_output_dir",
+        "true",
+    ]
+    for scored in (True, False):
+        teach(tiny_encoder, clear_checkpoint, folder, *flags, "--max_steps", 1)
+        assert ("the teacher scores 90 texts" in capsys.readouterr().err) == scored
+    with pytest.raises(InputError, match="scores of another teacher: give another file"):
+        teach(tiny_encoder, labels_checkpoint, folder, *flags, "--max_steps", 1)
+
+
+def test_texts_of_the_teachers_training_are_never_scored(tiny_encoder, clear_checkpoint, folder):
+    """Split a file off which the teacher was trained on the first half."""
+    rows = clear_rows(1) + clear_rows(4)
+    write_csv(folder / "all.csv", rows)
+    words = ["--data_path", folder / "all.csv", "--model_name_or_path", tiny_encoder, "--teacher", clear_checkpoint]
+    words += ["--max_steps", 1, "--quantization", "none", "--output_dir", folder / "results"]
+    train.main(list(map(str, words)))
+    scored = [
+        row for split in ("validation", "test") for row in read_csv(folder / "results" / f"{split}_predictions.csv")
+    ]
+    assert len(scored) == 36
+    assert {rows[int(row["row"])]["text"] for row in scored}.isdisjoint(row["text"] for row in clear_rows(1))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--teacher", "{encoder}"], "--teacher {encoder} is not a checkpoint"),
+        (
+            ["--teacher", "{clear}", "--label_delimiter", ";"],
+            "is for single_label_classification, the data are for multi",
+        ),
+        (["--teacher", "{clear}", "--taxonomy", "{folder}/other.json"], "has another taxonomy than the data"),
+        (["--teacher", "{clear}", "--num_train_epochs", "0"], "--teacher teaches in training steps"),
+        (["--unlabelled_file", "texts.csv"], "--unlabelled_file and --teacher_scores need --teacher"),
+        (["--teacher", "{clear}", "--teacher_weight", "2"], "--teacher_weight must be at least 0 and at most 1, not 2"),
+    ],
+)
+def test_a_teacher_that_cannot_teach_is_refused(flags, message, tiny_encoder, clear_checkpoint, folder):
+    (folder / "other.json").write_text(json.dumps([*CLEAR]))
+    names = {"encoder": tiny_encoder, "clear": clear_checkpoint, "folder": folder}
+    words = ["--train_file", folder / "train.csv", "--model_name_or_path", tiny_encoder, "--output_dir", folder / "out"]
+    words += ["--validation_size", 0]
+    with pytest.raises(InputError) as raised:
+        train.main([*map(str, words), *(flag.format(**names) for flag in flags)])
+    assert message.format(**names) in str(raised.value)
