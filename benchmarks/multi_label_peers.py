@@ -50,6 +50,7 @@ SVM_STRENGTHS, LOGISTIC_STRENGTHS = (0.1, 0.3, 1.0, 3.0, 10.0), (1.0, 3.0, 10.0,
 TREE_STRENGTHS = (10.0, 100.0, 1e3, 1e4)
 MAX_LEAVES = (2, 100)  # below one node of napkinXC's tree: a binary tree, or one node above all labels
 ADAPTER_RATE, HEAD_RATE = 1e-3, 3e-2
+NEVER = float(logit(1e-9))  # the logit of a node without training texts
 
 
 def maximum_below(tree: Taxonomy, scores: np.ndarray) -> np.ndarray:
@@ -96,10 +97,16 @@ def one_vs_rest(classifier: type[ClassifierMixin], strengths: tuple[float, ...],
         all_features = vectors(rows)
 
         def fit(stop_words: str | None, **settings: Any) -> Logits:
-            features = all_features[stop_words]
+            features, labels = all_features[stop_words], rows["train"][1]
             model = OneVsRestClassifier(classifier(random_state=seed, **fixed, **settings))
-            model.fit(features["train"], rows["train"][1])
-            return {split: model.decision_function(features[split]) for split in SCORED}
+            scores = {
+                split: model.fit(features["train"], labels).decision_function(features[split]) for split in SCORED
+            }
+            for (
+                of_split
+            ) in scores.values():  # scikit-learn gives nodes without training texts a score of 0, above most others
+                of_split[:, ~labels.any(0)] = NEVER
+            return scores
 
         grid = (
             {"stop_words": words, "C": strength, "class_weight": weight}
