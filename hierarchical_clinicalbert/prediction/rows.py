@@ -48,6 +48,8 @@ class RowFormat:
         self.types = {"row": count} if arguments.id_column is None else {"id": text}
         self.types |= {"label": text, "score": number, "path": texts}
         self.types |= {"labels": texts, "scores": numbers, "paths": pyarrow.list_(texts)}
+        if config.tree.descriptions:
+            self.types["descriptions"] = texts
         if open_world is not None and open_world.has_tests:
             self.types |= {"p_value": number, "known": text, "known_labels": texts}
         if (arguments.coverage, arguments.recall) != (None, None):
@@ -62,7 +64,7 @@ class RowFormat:
 
     def row(self, number: int, record: InputRow, prediction: dict[str, Any]) -> dict[str, Any]:
         """Build the row, or the task, of a record from the pipeline's prediction."""
-        row = {"id": record.id, "row": number, **to_row(prediction)}
+        row = {"id": record.id, "row": number, "descriptions": [], **to_row(prediction)}
         nodes = {label: score for level in prediction.get("levels", []) for label, score in level.items()}
         row["probabilities"] = rounded({label: nodes[label] for label in self.classes})
         if self.decisions is not None:

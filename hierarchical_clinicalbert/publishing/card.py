@@ -32,6 +32,7 @@ TRAINING_SETTINGS = (
     *("load_best_model_at_end", "seed"),
 )
 PLOTS = {
+    "training_curves": "Training curves",
     "reliability_diagram": "Reliability diagram of the {split} rows",
     "reliability_diagram_uncalibrated": "The same before calibration",
 }
@@ -171,7 +172,7 @@ def collect_facts(
     }
     best_split = "test" if "test" in scored else "validation"
     num_rows = {split: report["splits"][split]["rows"] for split in scored}
-    share = share_format(num_rows.get(best_split, 0))
+    share, digits = share_format(num_rows.get(best_split, 0)), 2 + (num_rows.get(best_split, 0) >= 1000)
     worst = sorted(metrics.get("per_class", []), key=lambda row: row["f1"])
     return facts | {
         "scores": {split: {name: scores[name] for name in table if name in scores} for split, scores in scored.items()},
@@ -180,7 +181,7 @@ def collect_facts(
         "headline": headline(form, metrics, num_rows),
         "weakest": [row for row in worst if row["support"] >= MIN_SUPPORT][:3],
         "share": share,
-        "measured": lambda metric, value: f"{value:.3f}" if metric.hub_type in NOT_SHARES else share(value),
+        "measured": lambda metric, value: f"{value:.{digits}f}" if metric.hub_type in NOT_SHARES else share(value),
         "best_split": best_split,
         "intervals": {titles[name]: ends for name, ends in metrics.get("intervals", {}).items()},
         "plots": {
@@ -201,7 +202,9 @@ def default_title(tree: Taxonomy) -> str:
 
 def example(config: HierarchicalConfig) -> str:
     """Return the text of the card's code: the publisher's first example, or one that suits the model."""
-    return next(iter(config.page.get("examples", [])), MEDICAL_EXAMPLE if config.page.get("medical") else "A text.")
+    tree, leaf = config.tree, config.tree.labels[0]
+    about_leaf = f"A text about {tree.descriptions.get(leaf, tree.names[0])}"
+    return next(iter(config.page.get("examples", [])), MEDICAL_EXAMPLE if config.page.get("medical") else about_leaf)
 
 
 def printed(result: dict[str, Any]) -> str:

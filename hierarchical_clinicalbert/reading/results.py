@@ -19,12 +19,14 @@ def check_version(classifier: Any) -> None:
 def to_row(result: dict[str, Any]) -> dict[str, Any]:
     """Build a row from a result: nodes become their labels, and numbers have six digits.
 
-    ``labels``, ``scores``, ``paths`` and ``known_labels`` are lists, and ``label``, ``score``, ``path`` and ``known`` are of the
-    first. ``levels`` are left out.
+    ``labels``, ``scores``, ``paths``, ``descriptions`` and ``known_labels`` are lists, and ``label``, ``score``, ``path`` and
+    ``known`` are of the first. There are descriptions if a node has one. ``levels`` are left out.
     """
     nodes = result["labels"]
     row = {name: result[name] for name in ("label", "score")} | {"path": names(result["path"]), "labels": names(nodes)}
     row |= {"scores": [node["score"] for node in nodes], "paths": [names(node["path"]) for node in nodes]}
+    if any("description" in node for node in nodes):
+        row["descriptions"] = [node.get("description") for node in nodes]
     row |= {name: value for name, value in result.items() if name not in (*row, "levels")}
     if "known" in row:
         row["known_labels"] = [node["known"] for node in nodes]

@@ -576,3 +576,18 @@ def test_without_native_bfloat16_the_default_is_float32(checkpoint, texts, tmp_p
     predict(checkpoint, file, tmp_path / "a.jsonl", "--probabilities")
     predict(checkpoint, file, tmp_path / "b.jsonl", "--probabilities", "--dtype", "fp32")
     assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
+
+
+def test_rows_have_the_descriptions_of_their_nodes(labels_checkpoint, tmp_path):
+    shutil.copytree(labels_checkpoint, tmp_path / "described")
+    config = json.loads((tmp_path / "described" / "config.json").read_text())
+    config["descriptions"] = {"neoplasms": "C00-D49: Neoplasms"}  # of one node, as in a taxonomy of codes and titles
+    (tmp_path / "described" / "config.json").write_text(json.dumps(config))
+    file = write_texts(tmp_path, ["carcinoma and colitis", "The weather stayed mild."])
+    for kind in ("jsonl", "parquet"):
+        assert predict(tmp_path / "described", file, tmp_path / f"out.{kind}") == 0
+    rows = read_json_lines(tmp_path / "out.jsonl")
+    assert [dict(zip(row["labels"], row["descriptions"], strict=True)) for row in rows] == [
+        {"neoplasms": "C00-D49: Neoplasms", "digestive system diseases": None}, {}
+    ]  # fmt: skip
+    assert pyarrow.parquet.read_table(tmp_path / "out.parquet").to_pylist() == rows

@@ -398,15 +398,16 @@ def test_only_plots_that_are_there_are_shown(written, tmp_path, problem_type):
     (tmp_path / "plots").mkdir()
     numbered = PngInfo()
     numbered.add_text("Description", "1: 神経; 2: *")
-    for name in ("f1_by_frequency", "confusion_matrix_level_2", "confusion_matrix_level_3"):
+    for name in ("training_curves", "f1_by_frequency", "confusion_matrix_level_2", "confusion_matrix_level_3"):
         Image.new("L", (1, 1)).save(tmp_path / "plots" / f"{name}.png", pnginfo=numbered if name[-1] in "2y" else None)
     shown = written(problem_type=problem_type)
     assert shown.count("Names that the font of the plots lacks: 1: 神経; 2: &#42;.") == 1
     images = re.findall(r"!\[(.*?)\]\(plots/(.*?)\.png\)", shown)
     if problem_type == SINGLE_LABEL:  # the taxonomy has two levels: the third is of another run
-        assert images == [("Confusion matrix of the test rows, level 2", "confusion_matrix_level_2")]
+        expected = ("Confusion matrix of the test rows, level 2", "confusion_matrix_level_2")
     else:
-        assert [name for _, name in images] == ["f1_by_frequency"]
+        expected = ("F1 of each node over its number of test texts", "f1_by_frequency")
+    assert images == [expected, ("Training curves", "training_curves")]
 
 
 def test_the_data_section_shows_rows_conflicts_lengths_and_classes(written):
