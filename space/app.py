@@ -64,9 +64,6 @@ MEDICAL_EXAMPLES = [  # where the publisher gives none; a model is less sure of 
     "We followed 212 patients after a stroke. In half of them an embolus from the heart was found, and in the others a lesion "
     "of the brain alone. Weakness, speech and memory were tested every six months, and so were rhythm and blood pressure. "
     "Whether treatment should be decided by the heart or by the brain remains open.",
-    "Blood cultures of 97 newborns with suspected sepsis were reviewed. Gram-negative organisms grew in 41. Fever was "
-    "absent in a third of them, and the white cell count was of little help. Delayed antibiotics were associated with a "
-    "longer stay in hospital. Early treatment of every newborn at risk is advised until cultures are known.",
 ]
 HIDDEN = {"show_progress": "hidden", "api_visibility": "private"}  # for events: no spinner, no endpoint
 
@@ -192,7 +189,7 @@ def file_tab(service: Service) -> None:
                     as_csv = gr.DownloadButton("Download CSV", interactive=False, elem_id="csv")
                     as_lines = gr.DownloadButton("Download JSON Lines", interactive=False, elem_id="jsonl")
                 gr.HTML(
-                    "<p class='small'>CSV, TSV, Excel, JSON, Parquet or text, with at most "
+                    "<p class='note'>CSV, TSV, Excel, JSON, Parquet or text, with at most "
                     f"{MAX_BYTES // 2**20} MB and {MAX_ROWS:,} rows. The file is deleted as soon as it is read, and downloads "
                     f"after {KEPT_SECONDS // 60} minutes. In CSV, a backslash stands wherever a spreadsheet might begin a formula.</p>"
                 )
@@ -281,10 +278,7 @@ def theme() -> gr.themes.Base:
         input_placeholder_color="*neutral_500",
         input_placeholder_color_dark="*neutral_400",
         button_primary_background_fill="#005A96",
-        button_primary_background_fill_hover="#00466F",
         button_primary_background_fill_dark="#0072B2",
-        button_primary_background_fill_hover_dark="#005A96",
-        slider_color="#0072B2",
     )
 
 

@@ -279,7 +279,7 @@ class Service:
 
     def turn_page(self, rows: list[dict[str, Any]] | None, page: str) -> list[Any]:
         """Return a page of the rows that were classified, which are kept as long as a file is. Empty the box of the page."""
-        return [views.table(self.tree, rows, int(page)) if rows and str(page).isdecimal() else gr.skip(), ""]
+        return [views.table(self.tree, rows, str(page)) if rows and page else gr.skip(), ""]
 
     def cancel_file(self, rows: list[dict[str, Any]] | None) -> list[Any]:
         """Return the outputs of a run that gradio has ended. A run with all rows is done, and stays as it is."""

@@ -32,6 +32,13 @@ SHOWN_CHARACTERS = 200  # of a row's text
 NOVELTY = 0.05  # the p-value up to which a text is shown as strange
 UNCERTAIN = 0.5  # the prediction of a row is uncertain below this probability
 PROBLEMS = 200  # most that are shown
+SORT_BUTTON = "<button type='button' data-sets='page' data-value='1 {0}'>{0}</button>"
+SORTED: dict[str, Callable[[dict[str, Any]], Any]] = {  # what the rows of a file are sorted by, under a heading
+    "line": lambda record: record["line"],
+    "text": lambda record: record["text"].casefold(),
+    "prediction": lambda record: (record["labels"], -(record["score"] or 0)),
+    "set": lambda record: len(record.get("prediction_set", [])),
+}
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#9AA5B1")
 KICKER = "<p class='kicker'>Prediction</p>"
 NOT_A_DEVICE = "Not a medical device. Not for diagnosis, treatment or any decision about a patient."
@@ -304,7 +311,7 @@ def words(text: str, explanation: Explanation, unit: Unit) -> str:
         f"<p class='note'>The probability is {percent(blank_score)} for a blank text of this length, and <b>{percent(score)}</b> "
         f"for this text. The weights of words and special tokens, in {unit.long_name}, add up to the difference, {unit.format(difference)}, with a "
         f"convergence error of {unit.format(error)}{share}.</p>{warning}"
-        f"<p class='legend'><span class='w for' style='--s:.8'>raises</span> <span class='w against' style='--s:.8'>lowers</span> "
+        f"<p class='note'><span class='w for' style='--s:.8'>raises</span> <span class='w against' style='--s:.8'>lowers</span> "
         f"the probability{' · <span class=unread>grey: not read</span>' if unread else ''}</p>"
         f"<div class='text' dir='auto' tabindex='0' aria-label='The text with the weights of its words'>{''.join(parts)}</div>"
         f"<table class='ranked'><caption>Largest weights, in {unit.name}</caption><tbody>{rows}</tbody></table>"
@@ -350,11 +357,16 @@ def summary(tree: Any, records: list[dict[str, Any]]) -> str:
     return f"<section class='panel'><ul class='counts' aria-label='Rows of each class'>{bars}</ul><p class='note'>{notes}</p></section>"
 
 
-def table(tree: Any, records: list[dict[str, Any]], page: int = 1) -> str:
-    """Render a page of the rows that were classified, and buttons to turn it."""
+def table(tree: Any, records: list[dict[str, Any]], view: str = "1 line") -> str:
+    """Render a page of the rows that were classified, and buttons to turn it and to sort. ``view`` is its number and a column."""
+    number, _, column = view.partition(" ")
+    if not number.isdecimal() or column not in SORTED:
+        number, column = "1", "line"
     pages = max(1, math.ceil(len(records) / PAGE))
-    page = min(max(page, 1), pages)
-    return grid(table_row(tree, record) for record in records[PAGE * (page - 1) : PAGE * page]) + pager(page, pages)
+    page = min(max(int(number), 1), pages)
+    shown = sorted(records, key=SORTED[column])[PAGE * (page - 1) : PAGE * page]
+    rows = (table_row(tree, record) for record in shown)
+    return grid(rows, heading=SORT_BUTTON) + pager(page, pages, column)
 
 
 def table_row(tree: Any, record: dict[str, Any]) -> dict[str, Any]:
@@ -374,15 +386,15 @@ def table_row(tree: Any, record: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def pager(page: int, pages: int) -> str:
+def pager(page: int, pages: int, column: str) -> str:
     if pages == 1:
         return ""
 
     def turn(name: str, number: int) -> str:
         disabled = "" if 1 <= number <= pages else " disabled"
-        return f"<button type='button' data-sets='page' data-value='{number}'{disabled}>{name}</button>"
+        return f"<button type='button' data-sets='page' data-value='{number} {column}'{disabled}>{name}</button>"
 
-    where = f"<span role='status'>Page {page:,} of {pages:,}</span>"
+    where = f"<span role='status'>Page {page:,} of {pages:,}, by {column}</span>"
     return (
         f"<nav class='pager' aria-label='Pages'>{turn('‹ Previous', page - 1)}{where}{turn('Next ›', page + 1)}</nav>"
     )
@@ -395,12 +407,14 @@ def problems(records: list[dict[str, Any]]) -> str:
     return grid(rows, "None.") + more
 
 
-def grid(rows: Iterable[dict[str, Any]], empty: str = "The rows that are classified are shown here.") -> str:
+def grid(
+    rows: Iterable[dict[str, Any]], empty: str = "The rows that are classified are shown here.", heading: str = "{0}"
+) -> str:
     """Render a table from cells of HTML by heading, or a note if it is empty. On a narrow page its rows are blocks."""
     rows = list(rows)
     if not rows:
         return f"<p class='note grid-empty'>{empty}</p>"
-    top = "".join(f"<th scope='col'>{head}</th>" for head in rows[0])
+    top = "".join(f"<th scope='col'>{heading.format(name)}</th>" for name in rows[0])
     cells = ("".join(f"<td data-head='{head}'>{cell}</td>" for head, cell in row.items()) for row in rows)
     body = "".join(f"<tr>{row}</tr>" for row in cells)
     return f"<table class='grid'><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
