@@ -275,9 +275,9 @@ def test_a_file_is_classified_its_pages_are_turned_and_its_downloads_parse(page,
         page.press(f"#rows .pager button:{button}-of-type")
         page.until(lambda lines=lines: [row[0] for row in page.cells("#rows")] == [*map(str, lines)])
     page.press("#rows th:nth-child(3) button")  # rows of each class together, the most probable first
-    page.until(lambda: [row[0] for row in page.cells("#rows")][0] == "4")
+    page.until(lambda: page.cells("#rows")[0][0] == "4")
     page.press("#rows th:first-child button")
-    page.until(lambda: [row[0] for row in page.cells("#rows")][0] == "2")
+    page.until(lambda: page.cells("#rows")[0][0] == "2")
     for kind, start in (("csv", "\\"), ("jsonl", "")):
         page.press(f"#{kind}")
         file = folder / f"predictions.{kind}"
