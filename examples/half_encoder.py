@@ -1,11 +1,11 @@
-"""Write an encoder that has every second layer of another one, for a student that is almost twice as fast:
+"""Write every second layer of a checkpoint's encoder as a new encoder, for a student that is almost twice as fast:
 
-    python examples/half_encoder.py ENCODER results/half
+    python examples/half_encoder.py results/mine results/half
     python train.py … --model_name_or_path results/half --teacher results/mine --output_dir results/fast
     python push_to_hub.py --model results/fast --merge --repo_id user/name
 
-ENCODER is a folder, or an id on the Hub, at its newest commit. The student learns from a checkpoint over the whole encoder. Its own
-encoder is not on the Hub, so ``--merge`` publishes it with the checkpoint.
+The adapter is merged first, and the last layer is kept. Train the student with ``--teacher``: texts that the checkpoint was trained
+on are then not scored. The new encoder is not on the Hub, so ``--merge`` publishes it with the student.
 """
 
 import argparse
@@ -16,17 +16,17 @@ from transformers import AutoModel, AutoTokenizer
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("encoder", help="encoder with the layers")
+    parser.add_argument("checkpoint", help="folder of a checkpoint that train.py wrote, or its id on the Hub")
     parser.add_argument("output", help="folder for the new encoder")
     arguments = parser.parse_args()
-    encoder = AutoModel.from_pretrained(arguments.encoder)
+    encoder = AutoModel.from_pretrained(arguments.checkpoint, trust_remote_code=True).encoder
+    num_layers = encoder.config.num_hidden_layers
     lists = {name: part for name, part in encoder.named_modules() if isinstance(part, nn.ModuleList)}
-    name, layers = next(pair for pair in lists.items() if len(pair[1]) == encoder.config.num_hidden_layers)
-    layers = layers[::2]
-    encoder.set_submodule(name, layers)
-    encoder.config.num_hidden_layers = len(layers)
+    name, layers = next(pair for pair in lists.items() if len(pair[1]) == num_layers)
+    encoder.set_submodule(name, layers[(num_layers - 1) % 2 :: 2])
+    encoder.config.num_hidden_layers = (num_layers + 1) // 2
     encoder.save_pretrained(arguments.output)
-    AutoTokenizer.from_pretrained(arguments.encoder).save_pretrained(arguments.output)
+    AutoTokenizer.from_pretrained(arguments.checkpoint, trust_remote_code=True).save_pretrained(arguments.output)
 
 
 if __name__ == "__main__":
