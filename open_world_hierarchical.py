@@ -12,7 +12,8 @@ Worth knowing:
    p-values").
 3. A leaf's test asks whether a text is like the leaf's validation texts. An inner node's test asks whether it is like a text of
    a child that training has not seen. So its validation texts are measured against the classes of the node's other children.
-4. `evaluation.open_world` fits the numbers that are stored here. No vector of a single training text is among them.
+4. `evaluation.open_world` fits the numbers that are stored here. No vector of a single training text is among them: a class that
+   one text has counts as its parent.
 5. Probabilities are calibrated for the class frequencies of the validation rows, the *prior*. `Decisions.adapt` corrects them
    for another prior. It assumes label shift: texts of one class look the same in both populations.
 6. `estimate_prior` needs no labels. `benchmarks/shift.py` measures what it gains, and that it does no harm where nothing shifted.

@@ -69,7 +69,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
     - ``label``, ``score``, ``path``: those of the first of ``labels``; None, None and [] without one;
     - ``p_value``: the share of validation texts that look at least as strange to the encoder, the text itself included;
     - ``known``: the label of the deepest node of ``path`` whose own p-value is above ``novelty``, or None. For texts like the
-      validation texts, None has a probability of at most ``novelty``. Each of ``labels`` has a ``known``, too. All are absent
+      validation texts, None has a probability of at most ``novelty`` if a node is predicted. Each of ``labels`` has a ``known``, too. All are absent
       if training had too few validation texts, and in checkpoints of earlier releases;
     - ``prediction_set``, with ``coverage`` or ``recall``: ``{"label", "score"}`` of its nodes;
     - ``expected_cost``, with ``costs``: that of the prediction;

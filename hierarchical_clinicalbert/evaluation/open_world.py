@@ -4,6 +4,7 @@ In this file ``vectors`` are those of the model's outputs, (num_texts, H + 1), t
 ``nodes`` are the labelled nodes of each text, with or without their ancestors.
 """
 
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -38,11 +39,11 @@ def fit_open_world(
     # ── Classes and their common covariance ──────────────────────────────────────────────────────────────────────────
     center = vectors.mean(0)
     offsets = (vectors - center).astype(np.float64)
-    # the share of each text in each class; the last is of texts without a label
-    deepest = [tree.deepest(labelled) or [tree.num_nodes] for labelled in nodes]
-    counts = [*map(len, deepest)]
-    rows, shares = np.repeat(range(len(nodes)), counts), np.repeat(1 / np.array(counts), counts)
-    members = csr_matrix((shares, (rows, np.concatenate(deepest))), shape=(len(nodes), tree.num_nodes + 1))
+    # the share of each text in each class
+    classes = texts_by_class(tree, nodes)
+    columns, rows = np.repeat(range(len(classes)), [*map(len, classes)]), np.array([*chain(*classes)], dtype=int)
+    shares = 1 / np.bincount(rows)[rows]
+    members = csr_matrix((shares, (rows, columns)), shape=(len(nodes), tree.num_nodes + 1))
     sizes = members.sum(axis=0).A1
     means = (members.T @ offsets) / np.maximum(sizes, 1e-12)[:, None]
     covariance, _ = ledoit_wolf(offsets - members @ means, assume_centered=True)
@@ -68,6 +69,25 @@ def fit_open_world(
     fitted.references = nn.Parameter(torch.tensor(np.concatenate(references), dtype=torch.float32), requires_grad=False)
     fitted.counts.copy_(torch.tensor([*map(len, references)]))
     return fitted
+
+
+def texts_by_class(tree: Taxonomy, nodes: list[list[int]]) -> list[list[int]]:
+    """Return the numbers of each class's texts: N + 1 lists, the last of texts without a label.
+
+    A text has the classes of its deepest labels. A label that a single text has counts as its parent: else the mean of the class,
+    which is stored, would be the vector of this text.
+    """
+    texts: list[set[int]] = [set() for _ in range(tree.num_nodes + 1)]
+    for text, labelled in enumerate(nodes):
+        for node in tree.deepest(labelled) or [tree.num_nodes]:
+            texts[node].add(text)
+    for node in reversed(tree.reading_order):  # each node after those below it
+        if len(texts[node]) == 1:
+            texts[tree.parents[node]] |= texts[node]  # a root's -1 is the last class
+            texts[node] = set()
+    if len(texts[-1]) == 1:
+        texts[-1] = set()
+    return [*map(sorted, texts)]
 
 
 def merge_texts(texts: np.ndarray, nodes: list[list[int]]) -> tuple[np.ndarray, list[list[int]]]:
