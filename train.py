@@ -265,7 +265,7 @@ def write_label_issues(form: Form, rows: Dataset, config: HierarchicalConfig, fo
     """Write ``label_issues.csv`` for tokenized training rows; return the number of rows in it."""
     counts = token_counts(rows, config.text_config.vocab_size)
     labels = form.decisions.targets(rows["labels"][:]).numpy()
-    columns = (np.array(rows[column]) for column in ("text_id", "row", "moved"))
+    columns = (np.array(rows[column]) for column in ("text_id", "row"))
     issues, file = list_label_issues(form, counts, labels, *columns), folder / resume.LABEL_ISSUES
     issues.to_csv(file, index=False, float_format="%.6f")
     known = "in a test, 65 to 79 % of such rows were labelled correctly (docs/training.md)"
@@ -285,8 +285,7 @@ def score_checkpoint(arguments: Arguments, data: LabelledSplits) -> None:
     """Score a finished checkpoint on labelled files, loaded as a user loads it."""
     args = arguments.training
     if not set(data.splits) & {"validation", "test"}:
-        before = data.report["trained_before"]
-        left_out = sum(sum(before[action].values()) for action in ("moved", "left_out"))
+        left_out = sum(data.report["trained_before"]["left_out"].values())
         problem = "give --validation_file or --test_file; to score all rows of one file, give it as --test_file"
         if left_out:
             problem = f"the checkpoint was trained or calibrated on the texts of all {left_out:,} rows; give other rows"

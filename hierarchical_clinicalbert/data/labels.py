@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from hierarchical_clinicalbert.data.arguments import DataArguments
-from hierarchical_clinicalbert.data.label_forms import Label, is_written_list
+from hierarchical_clinicalbert.data.label_forms import Label
 from hierarchical_clinicalbert.data.sources import SourceRows
 from hierarchical_clinicalbert.data.tables import read_table
 from hierarchical_clinicalbert.data.taxonomy_files import read_taxonomy
@@ -30,7 +30,6 @@ from taxonomy_hierarchical import (
 logger = logging.getLogger(__name__)
 
 CODES_AND_NAMES = ("code", "label"), ("name",)  # columns of --class_names
-WRITTEN_LIST = "the label is a list written as text: save the data as .jsonl or .parquet, or join the labels and give --label_delimiter"
 
 
 @dataclass(frozen=True)
@@ -68,8 +67,7 @@ def resolve_labels(source: SourceRows, arguments: DataArguments, taxonomy: Taxon
             try:
                 nodes[label] = find_node(taxonomy, name)
             except TaxonomyError as error:
-                problem = WRITTEN_LIST if is_written_list(label, arguments.label_delimiter) else error
-                raise InputError(f"{places[label]}: {problem}") from error
+                raise InputError(f"{places[label]}: {error}") from error
         return nodes
 
     # ── Choose the taxonomy ──────────────────────────────────────────────────────────────────────────────────────────
@@ -83,8 +81,6 @@ def resolve_labels(source: SourceRows, arguments: DataArguments, taxonomy: Taxon
             find_nodes(taxonomy)
         except InputError:
             for label, place in places.items():
-                if is_written_list(label, arguments.label_delimiter):
-                    raise InputError(f"{place}: {WRITTEN_LIST}") from None
                 if codes and not {*codes, *codes.values()}.issuperset([label] if isinstance(label, str) else label):
                     problem = "is neither a code nor a name of --class_names"
                     raise InputError(f"{place}: the label {quote_name(label)} {problem}") from None

@@ -17,7 +17,15 @@ from datasets.packaged_modules.csv.csv import CsvConfig
 from configuration_hierarchical import MULTI_LABEL, SINGLE_LABEL
 from hierarchical_clinicalbert.connection import find_hub_problem
 from hierarchical_clinicalbert.data.arguments import SHARE, DataArguments
-from hierarchical_clinicalbert.data.label_forms import Label, ManyNodesRows, OnePathRows, RowForm, read_indicator
+from hierarchical_clinicalbert.data.label_forms import (
+    WRITTEN_LIST,
+    Label,
+    ManyNodesRows,
+    OnePathRows,
+    RowForm,
+    is_written_list,
+    read_indicator,
+)
 from hierarchical_clinicalbert.data.report import SPLITS
 from hierarchical_clinicalbert.data.tables import place, read_table, refuse_rows
 from hierarchical_clinicalbert.errors import InputError, as_input_error
@@ -80,6 +88,8 @@ def read_rows(arguments: DataArguments, trains: bool = True) -> SourceRows:
     for split, table in tables.items():
         text_column, *label_columns = table
         refuse_rows(table, [text_column], map(text_problem, table[text_column]))
+        for name in label_columns:
+            refuse_rows(table, [name], (WRITTEN_LIST if is_written_list(cell) else None for cell in table[name]))
         labels = form.read(table, label_columns, arguments.label_delimiter)
         for row, label in ((row, label) for row, of_row in enumerate(labels) for label in of_row):
             if label not in places:

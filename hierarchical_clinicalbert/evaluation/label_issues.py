@@ -27,7 +27,7 @@ COLUMNS = ("row", "label", "better_label", "why", "decision", "probability_of_la
 
 
 def list_label_issues(
-    form: Form, counts: csr_matrix, labels: np.ndarray, texts: np.ndarray, rows: np.ndarray, moved: np.ndarray
+    form: Form, counts: csr_matrix, labels: np.ndarray, texts: np.ndarray, rows: np.ndarray
 ) -> pd.DataFrame:
     """List the rows whose labels may be wrong, the least probable label first, in `COLUMNS`; see docs/training.md.
 
@@ -35,14 +35,13 @@ def list_label_issues(
         counts: how often each token occurs, (num_rows, V).
         labels, texts: see `Form`.
         rows: numbers in the source, (num_rows,).
-        moved: which rows are of another file, (num_rows,). They are not listed.
     """
     scores, tree = out_of_fold(form, counts, labels, texts), form.tree
     found = [] if scores is None else [*find_issues(form, scores, labels, texts)]
     if not found:
         return pd.DataFrame(columns=COLUMNS)
     by_probability = pd.concat(found).sort_values("probability_of_label", kind="stable")
-    issues = form.rank_issues(by_probability[~moved[by_probability["index"]]], scores, labels, texts)
+    issues = form.rank_issues(by_probability, scores, labels, texts)
     index = issues["index"].to_numpy()
     targets = form.decisions.outcome_targets(torch.from_numpy(labels[index]))[:, : tree.num_nodes].numpy()
 

@@ -159,8 +159,7 @@ def collect_facts(
             and name not in ("model_name_or_path", "model_revision")  # a sentence names the encoder
         },
         "taxonomy_source": f"from {Path(origin[5:]).name}" if origin.startswith("from ") else origin,
-        "moved": list_rows(report["trained_before"]["moved"]),
-        "united": list_rows(report.get("united_rows", {})),
+        "united": list_rows(report["united_rows"]),
     }
 
     # ── Results ──────────────────────────────────────────────────────────────────────────────────────────────────────

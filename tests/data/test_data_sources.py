@@ -36,7 +36,7 @@ def test_every_format_gives_the_same_rows(tmp_path, kind):
     write_as(kind, path)
     data = load(train_file=path, validation_size=0)
     assert list(data.splits) == ["train"]
-    assert data.splits["train"].column_names == ["text", "nodes", "row", "text_id", "moved"]
+    assert data.splits["train"].column_names == ["text", "nodes", "row", "text_id"]
     assert data.splits["train"]["text"][:] == [text for text, _ in ROWS]
     assert data.splits["train"]["row"][:] == [0, 1, 2, 3]
     # leaves first, in sorted order of their paths (a/x, a/y, b), then the inner node a
