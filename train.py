@@ -38,7 +38,6 @@ from hierarchical_clinicalbert.evaluation.report import (
     log_metrics,
     measure_sets,
     measure_strange_texts,
-    write_reliability,
     write_scores,
 )
 from hierarchical_clinicalbert.files import lock, write_json
@@ -196,8 +195,6 @@ def train(arguments: Arguments, data: LabelledSplits, resume_from: str | None, p
 
     # ── Calibrate: the lexical head and the calibration become part of the checkpoint ────────────────────────────────
     if "validation" in scored and not model.config.calibration.scales:
-        if args.should_save:
-            write_reliability(form, scored, output / "plots" / "reliability_diagram_uncalibrated.png")
         classifier = None
         if takes_steps:
             counts = token_counts(splits["train"], model.config.text_config.vocab_size)
@@ -238,7 +235,7 @@ def build_trainer(
     args, loss = arguments.training, arguments.loss
     if args.fp16 and args.device.type == "cpu":  # accelerate would train in float32
         raise InputError("--fp16 needs a GPU: leave it out")
-    labels = splits["train"]["labels"][:] if "train" in splits else [[]]  # without rows, no step needs the loss
+    labels = splits["train"]["labels"][:] if "train" in splits else []  # without rows, no step needs the loss
     loss_function = FocalLoss(
         form.decisions,
         form.decisions.targets(labels),

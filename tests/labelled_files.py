@@ -48,6 +48,12 @@ def nodes_of(data, split="train"):
     return [node for (node,) in data.splits[split]["nodes"]]
 
 
+def paths_of(data):
+    """Return the names on the path to each label of the training rows, with one path a text."""
+    tree = data.taxonomy
+    return [tuple(tree.names[step] for step in tree.path(node)) for node in nodes_of(data)]
+
+
 def labels_of(data, split="train"):
     """Return the labels of a split with one path a text."""
     return [data.taxonomy.labels[node] for node in nodes_of(data, split)]

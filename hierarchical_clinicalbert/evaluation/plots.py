@@ -116,7 +116,7 @@ def _confusion_matrix(taxonomy: Taxonomy, level: int, true: np.ndarray, predicte
 
 
 def f1_by_frequency(per_class: list[dict]) -> Figure | None:
-    """Draw each class's F1 over its number of documents, from the rows of `per_class_report`; return None without any.
+    """Draw each class's F1 over its number of documents, from ``per_class`` of `report.class_scores`; return None without any.
 
     The classes with the lowest F1 and those with the most documents are named.
     """

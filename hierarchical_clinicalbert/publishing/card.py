@@ -31,10 +31,7 @@ TRAINING_SETTINGS = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "optim", "weight_decay", "label_smoothing_factor"),
     *("load_best_model_at_end", "seed"),
 )
-PLOTS = {
-    "reliability_diagram": "Reliability diagram of the {split} rows",
-    "reliability_diagram_uncalibrated": "The same before calibration",
-}
+PLOTS = {"reliability_diagram": "Reliability diagram of the {split} rows"}
 MIN_SUPPORT = 10  # texts of a class that the first lines name as weak: the F1 of fewer is mostly chance
 SHOWN_ROOTS = 4  # in a title
 NOT_SHARES = ("log_loss", "ece")  # types of metrics

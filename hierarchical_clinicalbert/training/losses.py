@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from decisions_hierarchical import Decisions, average_over_labels
+from decisions_hierarchical import Decisions, sum_per_item
 
 
 def balanced_weights(counts: Tensor, group: Tensor) -> Tensor:
@@ -18,7 +18,7 @@ def balanced_weights(counts: Tensor, group: Tensor) -> Tensor:
 
 
 class FocalLoss(nn.Module):
-    """Sum over the decisions of a text of  α · (1 - p)^γ · CE, divided by the number of labelled texts.
+    """Sum over the decisions of a text of  α · (1 - p)^γ · CE, divided by the number of texts.
 
     p is the probability of the correct outcome. CE is its cross-entropy with label smoothing ε:
     -(1 - ε) log p - ε · Σ q_k log p_k, with q of `Decisions.smoothing`. The focal factor is from Lin et al. (2017, arXiv
@@ -58,4 +58,4 @@ class FocalLoss(nn.Module):
             # the floor keeps the slope of x^γ finite at x = 0 when γ < 1
             loss = loss * (-torch.expm1(log_p)).clamp(min=1e-7) ** self.gamma
         targets = self.decisions.outcome_targets(labels)
-        return average_over_labels((targets * self.weights * loss).sum(1), labels, num_items_in_batch)
+        return sum_per_item((targets * self.weights * loss).sum(1), num_items_in_batch)

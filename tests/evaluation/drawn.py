@@ -3,8 +3,7 @@
 import numpy as np
 from scipy.special import expit, log_expit, log_softmax, logit
 
-from hierarchical_clinicalbert.evaluation.forms import Form
-from hierarchical_clinicalbert.evaluation.one_path import OnePathForm
+from hierarchical_clinicalbert.evaluation.forms import Form, OnePathForm
 from taxonomy_hierarchical import Taxonomy
 
 # a at level 1; B > c at level 2; B > D > e, f at level 3; G > h, an only child

@@ -19,9 +19,7 @@ from configuration_hierarchical import MULTI_LABEL, SINGLE_LABEL, Calibration, H
 from decisions_hierarchical import OnePath, guaranteed_threshold
 from hierarchical_clinicalbert.evaluation import calibration
 from hierarchical_clinicalbert.evaluation.calibration import calibrated_logits, fit_calibration
-from hierarchical_clinicalbert.evaluation.forms import form_of
-from hierarchical_clinicalbert.evaluation.many_nodes import ManyNodesForm
-from hierarchical_clinicalbert.evaluation.one_path import OnePathForm
+from hierarchical_clinicalbert.evaluation.forms import ManyNodesForm, OnePathForm, form_of
 from hierarchical_clinicalbert.evaluation.report import ScoredSplit, calibrate_splits
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from taxonomy_hierarchical import Taxonomy

@@ -9,10 +9,8 @@ import pytest
 from conftest import CLEAR, clear_rows, read_csv, run, write_csv
 
 from hierarchical_clinicalbert.evaluation import label_issues
-from hierarchical_clinicalbert.evaluation.forms import Form
-from hierarchical_clinicalbert.evaluation.label_issues import COLUMNS, assign_folds
-from hierarchical_clinicalbert.evaluation.many_nodes import ManyNodesForm
-from hierarchical_clinicalbert.evaluation.one_path import OnePathForm
+from hierarchical_clinicalbert.evaluation.forms import Form, ManyNodesForm, OnePathForm
+from hierarchical_clinicalbert.evaluation.label_issues import COLUMNS
 from hierarchical_clinicalbert.training.score import token_counts
 from taxonomy_hierarchical import Taxonomy
 
@@ -68,15 +66,6 @@ def test_exchanged_labels_are_first_and_the_better_label_is_the_true_one(leaves)
         part = path.index(decision) + 1 if decision else 0  # the paths differ below the decision
         assert path[:part] == other[:part]
         assert path[part] != other[part]
-
-
-def test_identical_texts_are_in_one_fold_and_classes_are_spread_evenly():
-    label_of, texts = np.repeat([0, 1, 2, 3], [100, 40, 5, 1]), np.random.default_rng(0).permutation(146)
-    fold = assign_folds(label_of[[*texts, *texts]], np.array([*texts, *texts]))
-    assert (fold[:146] == fold[146:]).all()
-    for label in range(4):
-        sizes = np.bincount(fold[:146][label_of[texts] == label], minlength=5)
-        assert sizes.max() - sizes.min() <= 1
 
 
 def test_conflicting_duplicates_are_marked(leaves):

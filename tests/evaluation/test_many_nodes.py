@@ -11,7 +11,7 @@ from drawn import TREE, A, B, D, E, F, draw_labels, logits_of
 from scipy.special import expit, logit
 from transformers import EvalPrediction
 
-from hierarchical_clinicalbert.evaluation.many_nodes import STRENGTH, ManyNodesForm, common_threshold
+from hierarchical_clinicalbert.evaluation.forms import STRENGTH, ManyNodesForm
 from taxonomy_hierarchical import Taxonomy
 
 FLAT = Taxonomy(["a", "b", "c"])
@@ -39,7 +39,7 @@ def f1(chosen: np.ndarray, true: np.ndarray) -> float:
 def test_without_true_nodes_thresholds_are_one_half():
     u, labels = case(TREE, 20)
     assert ManyNodesForm(TREE).fit_thresholds(u, np.zeros_like(labels)) == [0.5] * 8
-    assert common_threshold(u, np.zeros_like(labels)) == 0.5
+    assert ManyNodesForm(TREE).common_threshold(u, np.zeros_like(labels)) == 0.5
     assert len(ManyNodesForm(TREE).fit_thresholds(u[:1], np.ones_like(labels[:1]))) == 8
 
 
@@ -50,14 +50,14 @@ def test_the_common_threshold_has_the_best_micro_f1():
         return f1(closed(TREE, expit(u), threshold), labels)
 
     best = max(map(score, np.unique(expit(u))))
-    assert score(common_threshold(u, labels)) == pytest.approx(best)
+    assert score(ManyNodesForm(TREE).common_threshold(u, labels)) == pytest.approx(best)
 
 
 def test_a_nodes_threshold_of_best_f1_is_averaged_with_the_common_one_by_its_number_of_positives():
     u, labels = case(FLAT, 300)
     u = u.round(1)  # with ties
     labels[:, 2] = 0
-    common = common_threshold(u, labels)
+    common = ManyNodesForm(FLAT).common_threshold(u, labels)
     thresholds, positives = np.array(ManyNodesForm(FLAT).fit_thresholds(u, labels)), labels.sum(axis=0)
     assert thresholds[2] == pytest.approx(common)  # no positives, no own threshold
     for node in (0, 1):
@@ -155,7 +155,7 @@ def test_the_calibration_error_by_hand():
 
 def test_without_thresholds_the_common_one_is_taken():
     (u, labels), form = case(TREE, 100), ManyNodesForm(TREE)
-    expected = form.measure(u, labels, thresholds=common_threshold(u, labels))
+    expected = form.measure(u, labels, thresholds=form.common_threshold(u, labels))
     assert form.compute_metrics(EvalPrediction(predictions=(u, np.zeros(3)), label_ids=labels)) == expected
 
 

@@ -16,9 +16,8 @@ from drawn import TREE, A, B, C, D, E, F, G, H, draw_labels, logits_of
 from forked import LIBRARIES
 
 from hierarchical_clinicalbert.errors import InputError
-from hierarchical_clinicalbert.evaluation.many_nodes import ManyNodesForm
+from hierarchical_clinicalbert.evaluation.forms import ManyNodesForm, OnePathForm
 from hierarchical_clinicalbert.evaluation.metrics import Predictions, bootstrap_intervals, one_hot
-from hierarchical_clinicalbert.evaluation.one_path import OnePathForm
 from hierarchical_clinicalbert.evaluation.report import class_scores
 
 MODULE = Path(__file__).resolve().parents[2] / "metrics" / "hierarchical_f1"
@@ -131,18 +130,6 @@ def test_the_log_loss_adds_up_the_leaves_of_an_inner_node_and_does_not_underflow
     assert OnePathForm(TREE).measure(logits, np.array([C]))["log_loss"] == pytest.approx(800 + math.log(4))
 
 
-def test_any_label_of_a_repeated_text_counts():
-    logits = logits_for([A, C, A, A, E])
-    texts = np.array([7, 1, 1, 2, 2])
-    for labels, expected in (
-        ([A, A, C, E, E], 4 / 5),  # text 1 has the labels a and c, text 2 twice e
-        ([A, A, A, E, E], 3 / 5),  # no row labels text 1 with c
-        ([A, A, B, E, E], 2 / 4),  # an inner node is no leaf
-        ([B] * 5, None),
-    ):
-        assert OnePathForm(TREE).measure(logits, np.array(labels), texts).get("any_label_accuracy") == expected
-
-
 def test_scores_without_documents_are_left_out():
     scores = OnePathForm(TREE).measure(logits_for([E]), np.array([B]))
     assert {name: score for name, score in scores.items() if name not in ("ece", "log_loss")} == {
@@ -179,7 +166,7 @@ def test_the_calibration_error_by_hand():
 
 def report_of(form: OnePathForm | ManyNodesForm, logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     thresholds = np.full(TREE.num_nodes, 0.4)
-    return class_scores("test", Predictions(form, logits, labels, np.arange(len(labels)), thresholds))
+    return class_scores("test", Predictions(form, logits, labels, thresholds), np.arange(len(labels)))
 
 
 @FORMS

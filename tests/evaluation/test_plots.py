@@ -9,9 +9,8 @@ from drawn import TREE, A, B, C, D, E, F, H, draw_labels, logits_of
 from PIL import Image
 from scipy.special import expit, softmax
 
-from hierarchical_clinicalbert.evaluation.many_nodes import ManyNodesForm
+from hierarchical_clinicalbert.evaluation.forms import ManyNodesForm, OnePathForm
 from hierarchical_clinicalbert.evaluation.metrics import Predictions, calibration_bins
-from hierarchical_clinicalbert.evaluation.one_path import OnePathForm
 from hierarchical_clinicalbert.evaluation.plots import (
     confusion_matrices,
     f1_by_frequency,
