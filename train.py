@@ -25,7 +25,7 @@ from transformers import AutoTokenizer, EarlyStoppingCallback, PreTrainedModel, 
 from checkpoint_hierarchical import check_tokenizer
 from configuration_hierarchical import HierarchicalConfig
 from hierarchical_clinicalbert.checkpoint_files import METRICS, is_checkpoint, read_config
-from hierarchical_clinicalbert.data.labels import resolve_labels
+from hierarchical_clinicalbert.data.labels import read_class_names
 from hierarchical_clinicalbert.data.report import log_report
 from hierarchical_clinicalbert.data.sources import read_rows
 from hierarchical_clinicalbert.data.splits import LabelledSplits, split_rows
@@ -111,12 +111,12 @@ def run(arguments: Arguments, prepare: Prepare) -> None:
         rows = read_rows(arguments.data, trains)  # before the Hub is asked for a checkpoint's taxonomy
         model, folder = pin_model(arguments.model)
         stored = read_config(folder) if is_checkpoint(folder) else None
-        labelled = resolve_labels(rows, arguments.data, stored.tree if stored else None)
-        data = split_rows(labelled, args.seed, resume.read_earlier_texts(folder, resume_from))
+        earlier = resume.read_earlier_texts(folder, resume_from)
+        data = split_rows(rows, arguments.data, stored.tree if stored else None, args.seed, earlier)
     if stored and stored.problem_type != data.problem_type:
         theirs, ours = stored.problem_type, data.problem_type
         raise InputError(f"{source} is a checkpoint for {theirs}, the data are for {ours} (--problem_type)")
-    if data.renamed and stored is None:
+    if arguments.data.renamed_nodes and stored is None:
         raise InputError(f"--renamed_nodes is for the nodes of a checkpoint, which {source} is not")
 
     # ── Train or score ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -141,8 +141,9 @@ def train(arguments: Arguments, data: LabelledSplits, resume_from: str | None, p
 
     # ── Model: encoder, adapter, heads, tokenizer ────────────────────────────────────────────────────────────────────
     arguments = arguments._replace(model=fetch_model(arguments.model))  # the data are known to be usable
-    known = find_known_nodes(arguments.model, data.taxonomy, data.renamed)
-    model = build_model(arguments.model, data.taxonomy, args.seed, data.problem_type, data.renamed, takes_steps)
+    renamed = read_class_names(arguments.data.renamed_nodes, "--renamed_nodes")
+    known = find_known_nodes(arguments.model, data.taxonomy, renamed)
+    model = build_model(arguments.model, data.taxonomy, args.seed, data.problem_type, renamed, takes_steps)
     model.config.page = describe_page(args, model.config)
     if resume_from is not None:
         resume.check_model(resume_from, model)

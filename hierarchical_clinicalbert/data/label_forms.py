@@ -48,11 +48,8 @@ class OnePathRows:
         ``accuracy_ceiling`` is the accuracy on rows labelled with a leaf, if each text's most common leaf is predicted.
         """
         counts = count_labels(rows)
-        several = (
-            counts[counts.duplicated("text_id", keep=False)].groupby("text_id").agg({"nodes": list, "size": "sum"})
-        )
-        on_one_path = several["nodes"].map(lambda nodes: len(taxonomy.deepest(chain(*nodes))) == 1)
-        conflicting = several[~on_one_path.astype(bool)]
+        of_texts = counts.groupby("text_id").agg({"nodes": list, "size": "sum"})
+        conflicting = of_texts[[len(taxonomy.deepest(chain(*nodes))) > 1 for nodes in of_texts["nodes"]]]
         leaves = counts[counts["nodes"].map(max) < taxonomy.num_leaves]
         correct = int(leaves.groupby("text_id")["size"].max().sum())
         return {
@@ -98,12 +95,9 @@ class ManyNodesRows:
 
     def merge_repeats(self, rows: pd.DataFrame) -> pd.DataFrame:
         """Merge the rows of a text within a split into the first of them, with the labels of all."""
-        merged: dict[tuple, set[int]] = {}
         keys = ["split", "text_id"]
-        for *key, nodes in rows[[*keys, "nodes"]].itertuples(index=False):
-            merged.setdefault(tuple(key), set()).update(nodes)
-        rows = rows.drop_duplicates(keys, ignore_index=True)
-        return rows.assign(nodes=pd.Series([tuple(sorted(nodes)) for nodes in merged.values()], dtype=object))
+        merged = [tuple(sorted({*chain(*nodes)})) for _, nodes in rows.groupby(keys, sort=False)["nodes"]]
+        return rows.drop_duplicates(keys, ignore_index=True).assign(nodes=pd.Series(merged, dtype=object))
 
     def describe(self, rows: pd.DataFrame, taxonomy: Taxonomy) -> dict:
         """Count the labels of a split. Of a text's labels, only the deepest count."""

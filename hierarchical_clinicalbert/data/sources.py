@@ -243,16 +243,10 @@ def find_shares(arguments: DataArguments, splits: Container[str], single: bool) 
 def find_columns(sources: list[SplitSource], arguments: DataArguments) -> dict[str, list[str]]:
     """Choose the columns of each source: its text column, then its label columns, by the source's name."""
     requested: list[Any] = arguments.label_column or [None]
-    if len(set(requested)) < len(requested):
-        raise InputError(f"--label_column names a column twice: {' '.join(requested)}")
     columns = {source.name: source.columns for source in sources}
     texts = choose_columns(columns, arguments.text_column, TEXT_COLUMNS, "--text_column")
     labels = [choose_columns(columns, name, LABEL_COLUMNS, "--label_column") for name in requested]
-    chosen = {source: list(names) for source, *names in zip(columns, texts, *labels, strict=True)}
-    for text, *label_columns in chosen.values():
-        if text in label_columns:
-            raise InputError(f"the column {quote_name(text)} cannot be both --text_column and --label_column")
-    return chosen
+    return {source: list(names) for source, *names in zip(columns, texts, *labels, strict=True)}
 
 
 # ── Form of the labels ───────────────────────────────────────────────────────────────────────────────────────────────

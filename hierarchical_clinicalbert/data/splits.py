@@ -19,9 +19,11 @@ import numpy as np
 import pandas as pd
 
 from decisions_hierarchical import build_decisions
+from hierarchical_clinicalbert.data.arguments import DataArguments
 from hierarchical_clinicalbert.data.label_forms import RowForm
-from hierarchical_clinicalbert.data.labels import LabelledRows
+from hierarchical_clinicalbert.data.labels import resolve_labels
 from hierarchical_clinicalbert.data.report import SPLITS, count_by_split, describe_split, log_splits, rows_by_split
+from hierarchical_clinicalbert.data.sources import SourceRows
 from hierarchical_clinicalbert.data.trained_texts import NO_TRAINED_TEXTS, TrainedTexts, text_hash
 from hierarchical_clinicalbert.errors import InputError
 from taxonomy_hierarchical import Taxonomy
@@ -52,18 +54,24 @@ class LabelledSplits:
     report: dict  # for data_report.json
     problem_type: str  # of the configuration
     trained_texts: TrainedTexts  # texts that the initial weights were trained on
-    renamed: dict[str, str]  # new names of a checkpoint's nodes, by label
 
 
-def split_rows(labelled: LabelledRows, seed: int, trained: TrainedTexts = NO_TRAINED_TEXTS) -> LabelledSplits:
-    """Place each text in one split, and split off the splits without a source.
+def split_rows(
+    source: SourceRows,
+    arguments: DataArguments,
+    taxonomy: Taxonomy | None,
+    seed: int,
+    trained: TrainedTexts = NO_TRAINED_TEXTS,
+) -> LabelledSplits:
+    """Map the labels to nodes by `resolve_labels`, place each text in one split, and split off the splits without a source.
 
     Nothing is split off unless all texts that the checkpoint was ``trained`` on are known.
     """
-    source, taxonomy, form = labelled.source, labelled.taxonomy, labelled.source.form
+    labelled, taxonomy, origin = resolve_labels(source, arguments, taxonomy)
+    form = source.form
 
     # ── Repeated texts: trained on before, in several rows, in several splits ────────────────────────────────────────
-    rows = labelled.rows.assign(hash=[*map(text_hash, labelled.rows["text"])])
+    rows = labelled.assign(hash=[*map(text_hash, labelled["text"])])
     rows, left_out = _leave_out_trained(rows.assign(text_id=pd.factorize(rows["hash"])[0]), trained)
     counts, rows = count_by_split(rows), form.merge_repeats(rows)
     merged = {split: counts[split] - count for split, count in count_by_split(rows).items()}
@@ -84,13 +92,13 @@ def split_rows(labelled: LabelledRows, seed: int, trained: TrainedTexts = NO_TRA
     report = {
         "sources": source.sources,
         "columns": {"text": next(iter(source.columns), None), "label": source.columns[1:]},
-        "taxonomy": labelled.origin,
+        "taxonomy": origin,
         # a resumed run checks that its labels and training rows are the same
         "split": {
             "method": "by class, identical texts kept together" if shares else "as given",
             "split_off": shares,
             "seed": seed,
-            "labels_sha256": _labels_hash(labelled.rows),
+            "labels_sha256": _labels_hash(labelled),
             # another test file may leave other rows for training, since no text is in two splits
             "rows_sha256": {split: _rows_hash(part) for split, part in parts.items() if split != "test"},
         },
@@ -103,7 +111,7 @@ def split_rows(labelled: LabelledRows, seed: int, trained: TrainedTexts = NO_TRA
     splits = datasets.DatasetDict()
     for split, part in parts.items():
         splits[split] = datasets.Dataset.from_pandas(part[[*FEATURES]], features=FEATURES, preserve_index=False)
-    return LabelledSplits(splits, taxonomy, report, form.problem_type, trained, labelled.renamed)
+    return LabelledSplits(splits, taxonomy, report, form.problem_type, trained)
 
 
 def _leave_out_trained(rows: pd.DataFrame, trained: TrainedTexts) -> tuple[pd.DataFrame, dict[str, int]]:

@@ -17,10 +17,9 @@ import pandas as pd
 import torch
 from scipy.sparse import csr_matrix
 from scipy.special import softmax
-from sklearn.model_selection import GroupKFold
 
 from hierarchical_clinicalbert.evaluation.forms import Form
-from hierarchical_clinicalbert.evaluation.metrics import FOLDS
+from hierarchical_clinicalbert.evaluation.metrics import FOLDS, split_texts
 from hierarchical_clinicalbert.reading.columns import join_labels
 
 FILTER = "both"  # of cleanlab: the rows that two of its rules find
@@ -63,10 +62,8 @@ def out_of_fold(form: Form, counts: csr_matrix, labels: np.ndarray, texts: np.nd
 
     Arguments are those of the form's classifier, and ids of the texts. Return None if rows are too few to tell classes apart.
     """
-    folds, scores = min(FOLDS, len(np.unique(texts))), np.empty((len(labels), form.decisions.num_nodes))
-    if folds < 2:
-        return None
-    for fitted, scored in GroupKFold(folds, shuffle=True, random_state=0).split(labels, groups=texts):
+    scores = np.empty((len(labels), form.decisions.num_nodes))
+    for fitted, scored in split_texts(texts):
         if not form.classifier.learnable(form.decisions, labels[fitted]).size:
             return None
         classifier = form.classifier(form.decisions, counts[fitted], labels[fitted])

@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 from scipy.sparse import csr_matrix
 from sklearn.metrics import average_precision_score
+from sklearn.model_selection import GroupKFold
 
 BINS = 15  # of the calibration error
 FOLDS = 5  # of cross-validation
@@ -133,6 +134,12 @@ def calibration_bins(confidence: np.ndarray, correct: np.ndarray) -> pd.DataFram
     """
     index = np.digitize(confidence, np.arange(1, BINS) / BINS, right=True)
     return pd.DataFrame({"confidence": confidence, "correct": correct, "count": 1}, dtype=float).groupby(index).sum()
+
+
+def split_texts(texts: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return the rows to fit and to score in each of five folds of the texts, or in fewer. A single text is in both."""
+    folds, rows = min(FOLDS, len(np.unique(texts))), np.arange(len(texts))
+    return [*GroupKFold(folds, shuffle=True, random_state=0).split(rows, groups=texts)] if folds > 1 else [(rows, rows)]
 
 
 @dataclass(frozen=True)

@@ -288,7 +288,8 @@ NO_TREE = {"taxonomy": None}
         (["x", "Y"], {}, "line 2, column 'label': the label 'Y' is not in the taxonomy; did you mean 'y'"),
         ([["x"], ["x", "nope"]], {}, "line 2, column 'label': the label 'nope' is not in the taxonomy; it has 'x', 'y', "),
         ([[], []], NO_TREE, "column 'label': no row has a label"),
-        (["a/b", "a/"], NO_TREE, "line 2, .*has an empty name in its path"),
+        (["a/b", "a/"], NO_TREE, "column 'label': the labels do not make a taxonomy: an empty name at 'a'"),
+        (["a", "a"], NO_TREE, "column 'label': the labels do not make a taxonomy: .* at least two leaves; this one has 1"),
         # a list written as text
         (["x", "['a; b', 'c']"], {"label_delimiter": ";"}, LIST),
         # contradictions

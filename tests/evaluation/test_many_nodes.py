@@ -44,7 +44,7 @@ def test_without_true_nodes_thresholds_are_one_half():
 
 
 def test_the_common_threshold_has_the_best_micro_f1():
-    u, labels = case(TREE, 80)
+    u, labels = case(TREE, 20)
 
     def score(threshold: float) -> float:
         return f1(closed(TREE, expit(u), threshold), labels)
@@ -54,7 +54,7 @@ def test_the_common_threshold_has_the_best_micro_f1():
 
 
 def test_a_nodes_threshold_of_best_f1_is_averaged_with_the_common_one_by_its_number_of_positives():
-    u, labels = case(FLAT, 300)
+    u, labels = case(FLAT, 80)
     u = u.round(1)  # with ties
     labels[:, 2] = 0
     common = ManyNodesForm(FLAT).common_threshold(u, labels)
