@@ -96,8 +96,8 @@ class ManyNodesRows:
     def merge_repeats(self, rows: pd.DataFrame) -> pd.DataFrame:
         """Merge the rows of a text within a split into the first of them, with the labels of all."""
         keys = ["split", "text_id"]
-        merged = [tuple(sorted({*chain(*nodes)})) for _, nodes in rows.groupby(keys, sort=False)["nodes"]]
-        return rows.drop_duplicates(keys, ignore_index=True).assign(nodes=pd.Series(merged, dtype=object))
+        merged = rows.groupby(keys, sort=False)["nodes"].sum().map(lambda nodes: tuple(sorted({*nodes})))
+        return rows.drop_duplicates(keys, ignore_index=True).assign(nodes=merged.array)
 
     def describe(self, rows: pd.DataFrame, taxonomy: Taxonomy) -> dict:
         """Count the labels of a split. Of a text's labels, only the deepest count."""

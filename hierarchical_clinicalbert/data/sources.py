@@ -246,7 +246,10 @@ def find_columns(sources: list[SplitSource], arguments: DataArguments) -> dict[s
     columns = {source.name: source.columns for source in sources}
     texts = choose_columns(columns, arguments.text_column, TEXT_COLUMNS, "--text_column")
     labels = [choose_columns(columns, name, LABEL_COLUMNS, "--label_column") for name in requested]
-    return {source: list(names) for source, *names in zip(columns, texts, *labels, strict=True)}
+    chosen = {source: list(names) for source, *names in zip(columns, texts, *labels, strict=True)}
+    if both := next((text for text, *label_columns in chosen.values() if text in label_columns), None):
+        raise InputError(f"the column {quote_name(both)} cannot be both --text_column and --label_column")
+    return chosen
 
 
 # ── Form of the labels ───────────────────────────────────────────────────────────────────────────────────────────────

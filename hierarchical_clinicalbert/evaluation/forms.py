@@ -25,11 +25,8 @@ number for the same text, and ``thresholds`` those of `Calibration`.
 """
 
 import logging
-import math
-from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from decimal import ROUND_FLOOR, Context
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -67,6 +64,7 @@ logger = logging.getLogger(__name__)
 ROWS_AT_ONCE = 1024  # of prediction sets
 SIX_DIGITS_DOWN = Context(prec=6, rounding=ROUND_FLOOR)
 MIN_PROBABILITY = 0.1  # pairs below it are not in the calibration error: nearly all pairs have a probability near 0
+ROUNDING = 1e-9  # of sums of losses
 STRENGTH = 20  # of the shrinkage of thresholds, in positives
 
 
@@ -222,12 +220,13 @@ class OnePathForm(FormBase):
         label = torch.from_numpy(one_hot(labels, self.tree.num_nodes)).float()
         return (self.decisions.sum_to_root(label) <= label).numpy()
 
-    def decisions_of(self, labels: np.ndarray) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
-        """Yield each decision's nodes, the rows whose path takes it, and the correct node of each: one-hot."""
+    def decisions_of(self, scores: np.ndarray, labels: np.ndarray) -> Iterator[tuple[int, Any, Any, Any, np.ndarray]]:
+        """Yield each decision's parent, its choices, the rows whose path takes it, the choice that each has, and its logits."""
         targets = self.decisions.outcome_targets(torch.from_numpy(labels)).numpy()
         for nodes in self.tree.decisions:
             rows = np.flatnonzero(targets[:, nodes].any(axis=1))
-            yield nodes, rows, targets[np.ix_(rows, nodes)]
+            pairs = np.ix_(rows, nodes)
+            yield self.tree.parents[nodes[0]], np.array(nodes), rows, targets[pairs].argmax(axis=1), scores[pairs]
 
     def scored_pairs(self, p: Predictions) -> tuple[np.ndarray, np.ndarray]:
         """Return the probability of each row's predicted leaf, and whether it is correct, (num_rows,) each.
@@ -364,12 +363,13 @@ class ManyNodesForm(FormBase):
         """Return which nodes a label tells of, (num_rows, num_nodes) of bool: all."""
         return np.ones(labels.shape, dtype=bool)
 
-    def decisions_of(self, labels: np.ndarray) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
-        """Yield each decision's node, the rows in which it is open, and whether the text has the node: (num_rows, 1)."""
+    def decisions_of(self, scores: np.ndarray, labels: np.ndarray) -> Iterator[tuple[int, Any, Any, Any, np.ndarray]]:
+        """Yield each node, its choices (-1: a text lacks it), the rows in which it is open, the choice of each, and its logits."""
         is_open = self.decisions.open_decisions(torch.from_numpy(labels)).numpy()
         for node in range(self.tree.num_nodes):
             rows = np.flatnonzero(is_open[:, node])
-            yield [node], rows, labels[rows, node, None] == 1
+            logits = np.stack([np.zeros(len(rows)), scores[rows, node]], axis=1)
+            yield node, np.array([-1, node]), rows, labels[rows, node].astype(int), logits
 
     def scored_pairs(self, p: Predictions) -> tuple[np.ndarray, np.ndarray]:
         """Return the probabilities of at least 0.1, of pairs of text and node, and whether these labels are 1, (num_pairs,) each."""
@@ -406,19 +406,14 @@ class ManyNodesForm(FormBase):
         """Return one threshold of prediction sets for each recall 0.01, …, 0.99.
 
         The threshold of a recall is the greatest t with (Σ loss + 1) / (n + 1) <= 1 - recall, over the n texts with a label 1. It
-        is None where 1 / (n + 1) > 1 - recall: the recall needs more texts. The sum changes at probabilities of true nodes only,
-        and is computed in integers, so that t is exact. It is rounded down to 6 significant digits, which misses no more.
+        is None where 1 / (n + 1) > 1 - recall: the recall needs more texts. The sum changes at probabilities of true nodes only.
+        The threshold is rounded down to 6 significant digits, which misses no more.
         """
         ascending = scores.sort_values()
-        sizes, probabilities = ascending.groupby(level=0).transform("size").tolist(), ascending.tolist()
-        num_texts = scores.index.nunique()
-        # in integers, so that sums are exact: a text that misses all its s nodes costs `whole`, and each of them whole // s
-        whole = math.lcm(*{*sizes})
-        losses = list(accumulate(whole // size for size in sizes))  # at t just above each probability
-
-        # for each recall, the greatest sum of losses. The threshold is that of the first node that must not be missed
-        most = [((100 - percent) * (num_texts + 1) - 100) * whole // 100 for percent in range(1, 100)]
-        exact = [probabilities[bisect_right(losses, allowed)] if allowed >= 0 else None for allowed in most]
+        missed = (1 / ascending.groupby(level=0).transform("size")).cumsum()  # the sum of losses at t just above each
+        allowed = (100 - np.arange(1, 100)) / 100 * (scores.index.nunique() + 1) - 1
+        first_kept = np.searchsorted(missed, allowed + ROUNDING, side="right")  # the node that must not be missed
+        exact = [ascending.iloc[i] if most > -ROUNDING else None for i, most in zip(first_kept, allowed, strict=True)]
         return [None if p is None else float(SIX_DIGITS_DOWN.create_decimal_from_float(p)) for p in exact]
 
     def predict_sets(

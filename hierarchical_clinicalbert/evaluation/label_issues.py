@@ -79,13 +79,7 @@ def find_issues(form: Form, scores: np.ndarray, labels: np.ndarray, texts: np.nd
     """
     from cleanlab.filter import find_label_issues  # imported here: it takes a second
 
-    for nodes, rows, targets in form.decisions_of(labels):
-        choices, decision, given = np.array(nodes), form.tree.parents[nodes[0]], targets.argmax(axis=1)
-        logits = scores[np.ix_(rows, nodes)]
-        if len(nodes) == 1:  # a node that a text has, or lacks: -1
-            choices, decision, given = np.array([-1, *nodes]), nodes[0], targets[:, 0].astype(int)
-            logits = np.pad(logits, ((0, 0), (1, 0)))
-
+    for decision, choices, rows, given, logits in form.decisions_of(scores, labels):
         # ── Choices with enough texts, and the rows that were given one of them ──
         num_texts = np.bincount(np.unique(np.stack([given, texts[rows]]), axis=1)[0], minlength=len(choices))
         kept = np.flatnonzero(num_texts >= FOLDS)

@@ -6,7 +6,6 @@ import logging
 
 import datasets
 import pandas as pd
-import pyarrow.parquet
 import pytest
 from labelled_files import SECRET, csv_file, labels_of, load, nodes_of
 
@@ -75,14 +74,6 @@ def test_an_encoding_is_that_of_the_data_files(tmp_path):
         load(train_file=tmp_path / "rows.csv", validation_size=0)
     data = load(train_file=tmp_path / "rows.csv", validation_size=0, encoding="cp1252")
     assert sorted(data.taxonomy.labels) == ["Städte", "a"]
-
-
-def test_codes_of_many_digits_beside_missing_ones_stay_as_they_are(tmp_path):
-    codes = [900_000_000_000_207_008 + i for i in range(3)]  # as long as those of SNOMED CT
-    rows = {"text": list("abcd"), "l1": ["a", "a", "b", "b"], "l2": [codes[0], None, *codes[1:]]}
-    pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "rows.parquet")
-    data = load(train_file=tmp_path / "rows.parquet", label_column=["l1", "l2"], validation_size=0.0)
-    assert set(data.taxonomy.names) == {"a", "b", *map(str, codes)}
 
 
 # ── columns ──────────────────────────────────────────────────────────────────────────────────────────────────────────
