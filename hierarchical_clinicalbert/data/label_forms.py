@@ -5,15 +5,14 @@ node ids: with one path a text, of one id.
 """
 
 import ast
+from collections import Counter
 from itertools import chain, compress
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from iterstrat.ml_stratifiers import MultilabelStratifiedShuffleSplit
 
 from configuration_hierarchical import MULTI_LABEL, SINGLE_LABEL
-from decisions_hierarchical import ManyNodes
 from hierarchical_clinicalbert.data.tables import refuse_rows
 from taxonomy_hierarchical import Taxonomy, to_nfc
 
@@ -59,13 +58,14 @@ class OnePathRows:
             "accuracy_ceiling": correct / int(leaves["size"].sum()) if len(leaves) else 1.0,
         }
 
-    def hold_out(
-        self, rows: pd.DataFrame, taxonomy: Taxonomy, count: int, seed: int, rng: np.random.Generator
-    ) -> pd.Series:
+    def hold_out(self, rows: pd.DataFrame, taxonomy: Taxonomy, count: int, rng: np.random.Generator) -> pd.Series:
         """Return the ids of about ``count`` texts to split off, in proportion to their most common labels."""
         sizes = count_labels(rows).sort_values(["text_id", "size", "nodes"], ascending=[True, False, True])
         texts = sizes.drop_duplicates("text_id")  # with the most common label, the smallest of ties
-        return texts["text_id"][_sample(np.array([*chain(*texts["nodes"])]), count, rng)]
+        strata = np.array([*chain(*texts["nodes"])])
+        order, rank = rng.permutation(len(strata)), rng.permutation(strata.max(initial=0) + 1)
+        order = order[np.argsort(rank[strata[order]], kind="stable")]
+        return texts["text_id"].iloc[_sample(strata, np.bincount(strata)[strata], order, count)]
 
 
 class ManyNodesRows:
@@ -104,12 +104,14 @@ class ManyNodesRows:
         sizes = [len(taxonomy.deepest(nodes)) for nodes in rows["nodes"]]
         return {"labels_per_text": sum(sizes) / len(rows), "texts_without_labels": sizes.count(0)}
 
-    def hold_out(
-        self, rows: pd.DataFrame, taxonomy: Taxonomy, count: int, seed: int, rng: np.random.Generator
-    ) -> pd.Series:
-        """Return the ids of about ``count`` texts to split off, in proportion to all their labels."""
-        labels = ManyNodes(taxonomy).targets([*rows["nodes"]]).numpy()
-        return rows["text_id"].iloc[_sample_by_labels(labels, count, seed)]
+    def hold_out(self, rows: pd.DataFrame, taxonomy: Taxonomy, count: int, rng: np.random.Generator) -> pd.Series:
+        """Return the ids of about ``count`` texts to split off, in proportion to their rarest nodes, and then to all others."""
+        closed = [taxonomy.with_ancestors(nodes) or {taxonomy.num_nodes} for nodes in rows["nodes"]]
+        frequency = Counter(chain.from_iterable(closed))
+        keys = [sorted(nodes, key=lambda node: (frequency[node], node)) for nodes in closed]
+        order = sorted(rng.permutation(len(keys)).tolist(), key=keys.__getitem__)
+        strata, num_texts = np.array([(key[0], frequency[key[0]]) for key in keys]).T
+        return rows["text_id"].iloc[_sample(strata, num_texts, np.array(order), count)]
 
 
 RowForm = OnePathRows | ManyNodesRows
@@ -164,70 +166,22 @@ def count_labels(rows: pd.DataFrame) -> pd.DataFrame:
 # ── Stratified samples of texts ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def _sample(strata: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Sample ``count`` texts in proportion to their ``strata`` (N,), as a mask (N,). Each stratum keeps a text for training.
+def _sample(strata: np.ndarray, num_texts: np.ndarray, order: np.ndarray, count: int) -> np.ndarray:
+    """Sample ``count`` texts, or fewer, in proportion to their ``strata``, and return their indices. A class keeps a text.
 
-    The method is systematic sampling along the texts, sorted by stratum (Cochran, Sampling Techniques, 1977, chapter 8). If
-    at most half of the eligible texts are sampled, a text is left in each stratum of two or more. If more are sampled, the
-    first text of each stratum is excluded.
+    The method is systematic sampling along the texts in an ``order`` in which those of a stratum follow each other (Cochran,
+    Sampling Techniques, 1977, chapter 8). If at most half of the eligible texts are sampled, a text is left in each stratum of
+    two or more. If more are sampled, the first text is excluded of each stratum that has all texts of its class.
+
+    Args:
+        strata: of each text, the class whose stratum it is in, (N,).
+        num_texts: of each text, how many texts have this class, also in other strata, (N,).
     """
     # scikit-learn's StratifiedGroupKFold loops over the groups and makes equal folds only. Its train_test_split
     # refuses a class with a single text, and fewer held-out texts than classes.
-    order = _shuffled_strata(strata, rng)
-    eligible = (np.bincount(strata) > 1)[strata[order]]  # enough if at most every second text is drawn
+    eligible = num_texts[order] > 1  # enough if at most every second text is drawn
     if 2 * count > eligible.sum():
-        eligible = np.diff(strata[order], prepend=-1) == 0
-    mask = np.zeros(len(strata), dtype=bool)
-    mask[order] = _systematic(eligible, count)
-    return mask
-
-
-def _shuffled_strata(strata: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Return a random order of texts in which the texts of a stratum follow each other."""
-    order = rng.permutation(len(strata))
-    rank = rng.permutation(strata.max(initial=0) + 1)
-    return order[np.argsort(rank[strata[order]], kind="stable")]
-
-
-def _systematic(eligible: np.ndarray, count: int) -> np.ndarray:
-    """Sample ``count`` of the eligible texts at equal distances, or all, as a mask. Both masks are in the order of the strata."""
+        is_first = np.diff(strata[order], prepend=-1) != 0
+        eligible = ~(is_first & (num_texts == np.bincount(strata)[strata])[order])
     step = min(1.0, count / max(1, eligible.sum()))
-    return np.diff(np.floor(np.cumsum(eligible) * step + 0.5), prepend=0) > 0
-
-
-def _sample_by_labels(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Return the indices of about ``count`` texts, in proportion to their labels. One text stays.
-
-    Iterative stratification (Sechidis, Tsoumakas and Vlahavas, 2011, "On the Stratification of Multi-Label Data") assigns
-    the texts of the rarest remaining class first. It samples no text of a class with less than half a text to sample. So
-    texts with such a rare class are sampled systematically, by their rarest class. A class with one text keeps it for training.
-
-    ``labels`` are of `ManyNodes.targets`, (N, num_nodes).
-    """
-    num_texts, count = len(labels), min(count, len(labels) - 1)
-    if count < 1:
-        return np.arange(0)
-    # ── Texts with a rare class ──────────────────────────────────────────────────────────────────────────────────────
-    frequency = labels.sum(axis=0, dtype=np.int32)
-    rarest, least = np.empty((2, num_texts), dtype=np.int64)
-    for start in range(0, num_texts, 1024):  # all rows at once would take several times the memory of the labels
-        rows = slice(start, start + 1024)
-        of_labels = np.where(labels[rows] == 1, frequency, np.int32(num_texts))
-        rarest[rows], least[rows] = of_labels.argmin(axis=1), of_labels.min(axis=1)
-    is_rare = least < num_texts / count / 2
-    rare, others = np.flatnonzero(is_rare), np.flatnonzero(~is_rare)
-    rare = rare[_shuffled_strata(rarest[rare], np.random.default_rng(seed))]
-    sampled = rare[_systematic(frequency[rarest[rare]] > 1, round(count * is_rare.mean()))]
-
-    # ── All others ───────────────────────────────────────────────────────────────────────────────────────────────────
-    if (num_others := min(count - len(sampled), len(others))) == len(others):
-        sampled = np.concatenate([sampled, others])
-    elif num_others:
-        splitter = MultilabelStratifiedShuffleSplit(n_splits=1, test_size=num_others, random_state=seed)
-        of_others = labels[others]
-        occurring = of_others.any(axis=0)  # the splitter sums all columns once per class
-        occurring[:2] = True  # it refuses a single column
-        sampled = np.concatenate([sampled, others[next(splitter.split(others, of_others[:, occurring]))[1]]])
-    if not len(sampled):  # the splitter returns about as many as requested, possibly none
-        sampled = np.random.default_rng(seed).integers(num_texts, size=1)
-    return sampled
+    return order[np.diff(np.floor(np.cumsum(eligible) * step + 0.5), prepend=0) > 0]
