@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CLEAR
-from drawn import draw_labels, logits_of, node_log_probs
+from drawn import draw_labels, drawn, node_log_probs
 from scipy.optimize import minimize
 from scipy.sparse import csr_matrix
 from scipy.special import log_expit, log_softmax, logsumexp
@@ -30,12 +30,6 @@ ONLY = Taxonomy(
 )  # only children
 TINY = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
 FORMS = pytest.mark.parametrize("form", [OnePathForm(TREE), ManyNodesForm(TREE)], ids=["one path", "many nodes"])
-
-
-def drawn(tree: Taxonomy, rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draw leaf logits, and labels of one path for which they are correct."""
-    form, scores = OnePathForm(tree), np.random.default_rng(0).normal(scale=2, size=(rows, tree.num_nodes))
-    return logits_of(form, scores), draw_labels(form, scores, seed=1)
 
 
 # The fit
@@ -195,7 +189,7 @@ def test_sets_are_the_best_of_all_and_grow_and_nonconformity_is_the_smallest_thr
 
 
 def test_thresholds_are_the_ranks_of_split_conformal_prediction():
-    logits, labels = drawn(TREE, 9)
+    logits, labels = drawn(OnePathForm(TREE), 9)
     nodes = OnePath(TREE).log_probs(torch.from_numpy(logits)).exp()
     scores = sorted(OnePath(TREE).nonconformity(nodes, torch.from_numpy(labels)).tolist())
     # each text twice: the greater score counts
@@ -220,7 +214,7 @@ def test_thresholds_are_the_ranks_of_split_conformal_prediction():
 
 
 def test_sets_have_the_requested_coverage_if_labels_are_inner_nodes():
-    (logits, labels), form, texts = drawn(TREE, 4000), OnePathForm(TREE), np.arange(2000)
+    (logits, labels), form, texts = drawn(OnePathForm(TREE), 4000), OnePathForm(TREE), np.arange(2000)
     known, generator = labels.copy(), np.random.default_rng(2)
     inside = np.isin(labels, TREE.leaves_at_or_below[TREE.id("b")])
     known[inside & (generator.random(len(labels)) < 0.8)] = TREE.id("b")

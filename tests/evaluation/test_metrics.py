@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import sklearn.metrics
-from drawn import TREE, A, B, C, D, E, F, G, H, draw_labels, logits_of
+from drawn import FORMS, TREE, A, B, C, D, E, F, G, H, draw_labels, logits_of
 
 from hierarchical_clinicalbert.errors import InputError
 from hierarchical_clinicalbert.evaluation.forms import ManyNodesForm, OnePathForm
@@ -18,7 +18,6 @@ from hierarchical_clinicalbert.evaluation.metrics import Predictions, bootstrap_
 from hierarchical_clinicalbert.evaluation.report import class_scores
 
 MODULE = Path(__file__).resolve().parents[2] / "metrics" / "hierarchical_f1"
-FORMS = pytest.mark.parametrize("form", [OnePathForm(TREE), ManyNodesForm(TREE)], ids=["one path", "many nodes"])
 
 
 def logits_for(predictions: list[int]) -> np.ndarray:
