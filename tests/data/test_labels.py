@@ -155,6 +155,11 @@ def test_names_that_are_not_unique_need_their_path(tmp_path):
     assert labels_of(load(train_file=cased, validation_size=0)) == ["Neoplasms", "neoplasms", "flu"]
 
 
+def test_a_name_is_one_class_however_its_letters_are_composed(tmp_path):
+    rows = [("one", "caf\u00e9"), ("two", "cafe\u0301"), ("three", "tea")]
+    assert nodes_of(load(train_file=csv_file(tmp_path / "a.csv", rows), validation_size=0)) == [0, 0, 1]
+
+
 # ── The taxonomy ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
