@@ -164,7 +164,8 @@ def _split_off(
     scale = min(1.0, rows.loc[is_new, "text_id"].nunique() / max(1.0, sum(shares.values()) * num_texts))
     for split, share in shares.items():
         free = rows[is_new & (rows["split"] == "train")]
-        held_out = form.hold_out(free, taxonomy, round(share * num_texts * scale), rng)
+        count = round(share * num_texts * scale)
+        held_out = form.hold_out(free, taxonomy, count, rng) if count else free["text_id"].iloc[:0]
         if held_out.empty:
             problem = f"cannot split off {split} rows: too few of {num_texts:,} training texts can be spared"
             remedy = f"change --{split}_size, or 0 for no {split} rows, or give --{split}_file"

@@ -135,6 +135,9 @@ def test_too_few_texts_to_split_are_refused(tmp_path, flags):
         InputError, match=r"cannot split off test rows: too few of 3 .*--test_size, or 0 for no test rows"
     ):
         load(data_path=path, **flags)
+    trained = TrainedTexts(frozenset(map(text_hash, ["one", "two", "three"])))
+    with pytest.raises(InputError, match="all texts that trained the checkpoint stay"):
+        load(train_file=path, validation_size=0.5, trained=trained, **flags)
 
 
 def test_nothing_is_split_off_for_a_size_of_zero_or_where_a_file_is_given(tmp_path):
