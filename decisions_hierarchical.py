@@ -27,7 +27,6 @@ except ImportError:  # as a top-level module of the repository, not as remote co
     from configuration_hierarchical import MULTI_LABEL, SINGLE_LABEL, Calibration
     from taxonomy_hierarchical import Taxonomy, quote_name
 
-IGNORED_LABEL = -100
 ROOT_PARENT_LOGIT = 1e4  # the logit above the roots: its sigmoid is 1
 DEFAULT_THRESHOLD = 0.5  # least probability of a predicted node, before calibration
 # of naming a node in a prediction set of one path, in leaves. The least product of both sizes, on average over coverages of 80,
@@ -49,16 +48,9 @@ def segment_logsumexp(scores: Tensor, group: Tensor, num_groups: int) -> Tensor:
     return peak + total.log()
 
 
-def has_labels(labels: Tensor) -> Tensor:
-    """Return which texts have a known label: (B,), from ids (B,) or arrays (B, C)."""
-    return (labels != IGNORED_LABEL).reshape(len(labels), -1).any(1)
-
-
-def average_over_labels(values: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
-    """Sum the values (B,) of labelled texts, see `has_labels`; divide by ``num_items``, by default their number."""
-    labelled = has_labels(labels)
-    items = labelled.sum().clamp(min=1) if num_items is None else num_items
-    return torch.where(labelled, values, 0).sum() / items
+def sum_per_item(values: Tensor, num_items: Tensor | int | None) -> Tensor:
+    """Sum the values (B,) of texts, and divide by ``num_items``, by default their number."""
+    return values.sum() / (len(values) if num_items is None else num_items)
 
 
 def calibrate(scores: Any, lexical_scores: Any, lexical_weight: float | None, scales: Any, biases: Any) -> Any:
@@ -140,14 +132,13 @@ class Decisions(nn.Module):
     # ── Labels ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def loss(self, scores: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """Return the negative log-likelihood in nats of labels as of `targets`, see `average_over_labels`."""
-        log_likelihood = (self.outcome_targets(labels) * self.outcome_log_probs(scores)).sum(1)
-        return average_over_labels(-log_likelihood, labels, num_items_in_batch)
+        """Return the negative log-likelihood in nats of labels as of `targets`, see `sum_per_item`."""
+        return sum_per_item(-(self.outcome_targets(labels) * self.outcome_log_probs(scores)).sum(1), num_items_in_batch)
 
     def count_outcomes(self, labels: Tensor) -> Tensor:
-        """Sum up `outcome_targets` over the labelled texts: (K,) in float64."""
+        """Sum up `outcome_targets` over the texts: (K,) in float64."""
         # all rows at once would take several times the memory of the labels
-        return sum(self.outcome_targets(rows).double().sum(0) for rows in labels[has_labels(labels)].split(1024))
+        return sum(self.outcome_targets(rows).double().sum(0) for rows in labels.split(1024))
 
     # ── Other class frequencies ──────────────────────────────────────────────────────────────────────────────────────
 
@@ -254,10 +245,8 @@ class OnePath(Decisions):
     # ── Labels ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def targets(self, nodes: Sequence[Sequence[int]]) -> Tensor:
-        """Return the ids of the texts' nodes (B,), -100 for no node. ValueError: a text has several nodes."""
-        if any(len(ids) > 1 for ids in nodes):
-            raise ValueError("a text has several nodes, and this model is for one path a text")
-        return torch.tensor([ids[0] if len(ids) else IGNORED_LABEL for ids in nodes])
+        """Return the ids of the texts' nodes, (B,). ValueError: a text has not exactly one."""
+        return torch.tensor([node for (node,) in nodes], dtype=torch.long)
 
     @property
     def outcome_decision(self) -> Tensor:
@@ -269,8 +258,7 @@ class OnePath(Decisions):
 
     def outcome_targets(self, labels: Tensor) -> Tensor:
         """Return 1 for each node on the path to the label, and 0 elsewhere, (B, N)."""
-        labels = labels.to(self.parents.device)
-        return self.sum_at_or_below(one_hot(labels.where(labels != IGNORED_LABEL, 0), self.num_nodes).float())
+        return self.sum_at_or_below(one_hot(labels.to(self.parents.device), self.num_nodes).float())
 
     def expected_targets(self, scores: Tensor) -> Tensor:
         """Return the expectation of `outcome_targets`, from decision scores (B, N): P(node), (B, N)."""
@@ -357,10 +345,23 @@ class OnePath(Decisions):
         """
         of_leaves, least = probabilities[:, : self.num_leaves], None
         if costs is not None:
-            expected = expected_costs(self.tree, probabilities, costs)
+            expected = self.expected_costs(probabilities, costs)
             least = expected.min(1).values
             of_leaves = of_leaves.where(expected <= least[:, None] * (1 + 1e-9), -1.0)  # tied, up to rounding
         return self.outcome_targets(of_leaves.argmax(1)) > 0, least
+
+    def expected_costs(self, probabilities: Tensor, costs: "str | Tensor") -> Tensor:
+        """Return the expected cost of predicting each leaf, (B, num_leaves), from node probabilities (B, N).
+
+        The expected cost of predicting j is Σ P(i) · costs[i, j] over the correct leaf i. The leaf of least expected cost is the
+        Bayes decision (Elkan, 2001, "The Foundations of Cost-Sensitive Learning"). The distance of two leaves is the number of
+        nodes on exactly one of their paths. So the expected distance is the sum of 1 - P over the nodes on j's path, and of P
+        over all other nodes.
+        """
+        if isinstance(costs, Tensor):
+            return probabilities[:, : self.num_leaves] @ costs
+        distances = probabilities.sum(1, keepdim=True) + self.sum_to_root(1 - 2 * probabilities)
+        return distances[:, : self.num_leaves]
 
     def node_thresholds(self, thresholds: list[float] | None) -> list[float] | None:
         """Return None: leaves compete, and no node has a threshold of its own."""
@@ -521,18 +522,17 @@ class ManyNodes(Decisions):
         return torch.cat([logsigmoid(logits), logsigmoid(-logits)], 1)
 
     def outcome_targets(self, labels: Tensor) -> Tensor:
-        """Return 1 for presence, and 1 for absence, (B, 2 · N): both are 0 where the label is unknown, -100."""
-        labels = labels.to(self.parents.device)
-        known, present = labels != IGNORED_LABEL, labels.float()
-        return torch.cat([present * known, (1 - present) * known], 1)
+        """Return 1 for presence, and 1 for absence, (B, 2 · N)."""
+        present = labels.to(self.parents.device).float()
+        return torch.cat([present, 1 - present], 1)
 
     def expected_targets(self, scores: Tensor) -> Tensor:
         """Return the expectation of `outcome_targets`, from decision scores (B, N): P(node) and 1 - P(node), (B, 2 · N)."""
         return self.outcome_log_probs(scores).exp()
 
     def open_decisions(self, labels: Tensor) -> Tensor:
-        """Return which decisions have a known outcome, (B, N): roots, and children of nodes that the text has."""
-        return (labels != IGNORED_LABEL) & (self.of_parents(labels, 1) == 1)
+        """Return which decisions are open, (B, N): roots, and children of nodes that the text has."""
+        return self.of_parents(labels, 1) == 1
 
     def log_likelihood(self, scores: Tensor, labels: Tensor) -> Tensor:
         """Return log P(all nodes of the text), (B,): the sum over its open decisions. Labels are 1 or 0.
@@ -621,16 +621,20 @@ class ManyNodes(Decisions):
     ) -> tuple[Tensor, Tensor | None]:
         """Predict the nodes that reach their thresholds, or with ``costs`` of `prepare_costs` the set of least expected cost.
 
+        A predicted node is wrong with probability 1 - P, and a node that is left out is missing with probability P. Costs add
+        up over nodes, so each is decided alone: predicted if inventing · (1 - P) <= missing · P.
+
         Returns:
             The predicted nodes with their ancestors, (B, N) of bool. Then the expected cost, (B,), None without costs.
         """
-        thresholds = DEFAULT_THRESHOLD if thresholds is None else thresholds
-        least = thresholds if costs is None else cost_threshold(*costs)
+        least = DEFAULT_THRESHOLD if thresholds is None else thresholds
+        if costs is not None:
+            missing, inventing = costs
+            least = inventing / (missing + inventing)
         reached = probabilities >= torch.as_tensor(least, dtype=probabilities.dtype)
         predicted = self.sum_at_or_below(reached.float()) > 0
         if costs is None:
             return predicted, None
-        missing, inventing = costs
         return predicted, torch.where(predicted, inventing * (1 - probabilities), missing * probabilities).sum(1)
 
     def node_thresholds(self, thresholds: list[float] | None) -> list[float]:
@@ -687,31 +691,6 @@ def guaranteed_threshold(name: str, share: float, calibration: Calibration) -> S
 
 
 # ── Costs of errors ──────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def expected_costs(tree: Taxonomy, nodes: Tensor, costs: str | Tensor) -> Tensor:
-    """Return the expected cost of predicting each leaf, (B, num_leaves), from node probabilities (B, num_nodes).
-
-    The expected cost of predicting j is Σ P(i) · costs[i, j] over the correct leaf i. The leaf of least expected cost is the
-    Bayes decision (Elkan, 2001, "The Foundations of Cost-Sensitive Learning"). The distance of two leaves is the number of
-    nodes on exactly one of their paths. So the expected distance is the sum of 1 - P over the nodes on j's path, and of P
-    over all other nodes.
-    """
-    if isinstance(costs, Tensor):
-        return nodes[:, : tree.num_leaves] @ costs
-    paths = torch.tensor(tree.padded_paths[: tree.num_leaves])
-    on_path = pad(nodes, (0, 1))[:, paths].sum(2)  # (B, num_leaves); padding selects the zeros
-    return nodes.sum(1, keepdim=True) - on_path + torch.tensor(tree.levels[: tree.num_leaves]) - on_path
-
-
-def cost_threshold(missing: float, inventing: float) -> float:
-    """Return the least probability at which a multi-label model predicts a node: inventing / (missing + inventing).
-
-    A predicted node is wrong with probability 1 - P, and a node that is left out is missing with probability P. Costs add
-    up over nodes, so each is decided alone: predicted if inventing · (1 - P) <= missing · P. No node is more probable than
-    its parent, so the ancestors of a predicted node are predicted too.
-    """
-    return inventing / (missing + inventing)
 
 
 def read_cost(value: Any, what: str) -> float:

@@ -86,11 +86,11 @@ class HierarchicalTextClassificationPipeline(Pipeline):
             `OnePath.prediction_sets`. Excludes any ``max_length`` other than the validation rows had.
         recall: for multi-label models, the share of a text's correct nodes that the prediction set holds on average. Otherwise
             like ``coverage``.
-        costs: predict the leaf of least expected cost (see `expected_costs`; in a tie, the most probable). Excludes
+        costs: predict the leaf of least expected cost (see `OnePath.expected_costs`; in a tie, the most probable). Excludes
             ``top_k``. ``"distance"`` is the number of edges between correct and predicted leaf, with roots joined by a node
             above them. A table is ``{correct leaf: {predicted leaf: cost}}``. For multi-label models
             ``{"missing": a, "inventing": b}`` are the costs of each false negative and each false positive node: see
-            `cost_threshold`.
+            `ManyNodes.predict`.
         prior: how frequent the classes are in these texts, if they are not like the validation rows: a list in the order of the
             classes, as `estimate_prior` returns it, or a mapping from their labels. It corrects all probabilities, and
             ``coverage`` is then for texts with these frequencies. Excludes ``recall``.

@@ -125,11 +125,6 @@ class Taxonomy:
         return self._children.get(node, [])
 
     @cached_property
-    def padded_paths(self) -> list[list[int]]:
-        """For each node its `path`, padded with ``num_nodes`` to length ``depth``."""
-        return [[*path, *[self.num_nodes] * (self.depth - len(path))] for path in map(self.path, range(self.num_nodes))]
-
-    @cached_property
     def leaves_at_or_below(self) -> list[list[int]]:
         """For each node the ids of the leaves at or below it, in ascending order."""
         below: list[list[int]] = [[] for _ in range(self.num_nodes)]
@@ -162,9 +157,6 @@ class Taxonomy:
         while self.parents[path[-1]] >= 0:
             path.append(self.parents[path[-1]])
         return path[::-1]
-
-    def path_names(self, node: int) -> tuple[str, ...]:
-        return self._paths[node]
 
     def id(self, label: str) -> int:
         """Return the id of the node with this label or path. TaxonomyError: no node has it, or several nodes share the name."""

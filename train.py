@@ -25,7 +25,7 @@ from transformers import AutoTokenizer, EarlyStoppingCallback, PreTrainedModel, 
 from checkpoint_hierarchical import check_tokenizer
 from configuration_hierarchical import HierarchicalConfig
 from hierarchical_clinicalbert.checkpoint_files import METRICS, is_checkpoint, read_config
-from hierarchical_clinicalbert.data.labels import resolve_labels
+from hierarchical_clinicalbert.data.labels import read_class_names
 from hierarchical_clinicalbert.data.report import log_report
 from hierarchical_clinicalbert.data.sources import read_rows
 from hierarchical_clinicalbert.data.splits import LabelledSplits, split_rows
@@ -38,7 +38,6 @@ from hierarchical_clinicalbert.evaluation.report import (
     log_metrics,
     measure_sets,
     measure_strange_texts,
-    write_reliability,
     write_scores,
 )
 from hierarchical_clinicalbert.files import lock, write_json
@@ -113,12 +112,12 @@ def run(arguments: Arguments, prepare: Prepare) -> None:
         rows = read_rows(arguments.data, trains)  # before the Hub is asked for a checkpoint's taxonomy
         model, folder = pin_model(arguments.model)
         stored = read_config(folder) if is_checkpoint(folder) else None
-        labelled = resolve_labels(rows, arguments.data, stored.tree if stored else None)
-        data = split_rows(labelled, args.seed, resume.read_earlier_texts(folder, resume_from, arguments.loss.teacher))
+        earlier = resume.read_earlier_texts(folder, resume_from, arguments.loss.teacher)
+        data = split_rows(rows, arguments.data, stored.tree if stored else None, args.seed, earlier)
     if stored and stored.problem_type != data.problem_type:
         theirs, ours = stored.problem_type, data.problem_type
         raise InputError(f"{source} is a checkpoint for {theirs}, the data are for {ours} (--problem_type)")
-    if data.renamed and stored is None:
+    if arguments.data.renamed_nodes and stored is None:
         raise InputError(f"--renamed_nodes is for the nodes of a checkpoint, which {source} is not")
 
     # ── Train or score ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -145,8 +144,9 @@ def train(arguments: Arguments, data: LabelledSplits, resume_from: str | None, p
 
     # ── Model: encoder, adapter, heads, tokenizer ────────────────────────────────────────────────────────────────────
     arguments = arguments._replace(model=fetch_model(arguments.model))  # the data are known to be usable
-    known = find_known_nodes(arguments.model, data.taxonomy, data.renamed)
-    model = build_model(arguments.model, data.taxonomy, args.seed, data.problem_type, data.renamed, takes_steps)
+    renamed = read_class_names(arguments.data.renamed_nodes, "--renamed_nodes")
+    known = find_known_nodes(arguments.model, data.taxonomy, renamed)
+    model = build_model(arguments.model, data.taxonomy, args.seed, data.problem_type, renamed, takes_steps)
     model.config.page = describe_page(args, model.config)
     if resume_from is not None:
         resume.check_model(resume_from, model)
@@ -199,8 +199,6 @@ def train(arguments: Arguments, data: LabelledSplits, resume_from: str | None, p
 
     # ── Calibrate: the lexical head and the calibration become part of the checkpoint ────────────────────────────────
     if "validation" in scored and not model.config.calibration.scales:
-        if args.should_save:
-            write_reliability(form, scored, output / "plots" / "reliability_diagram_uncalibrated.png")
         classifier = None
         if takes_steps:
             counts = token_counts(splits["train"], model.config.text_config.vocab_size)
@@ -241,7 +239,7 @@ def build_trainer(
     args, loss = arguments.training, arguments.loss
     if args.fp16 and args.device.type == "cpu":  # accelerate would train in float32
         raise InputError("--fp16 needs a GPU: leave it out")
-    labels = splits["train"]["labels"][:] if "train" in splits else [[]]  # without rows, no step needs the loss
+    labels = splits["train"]["labels"][:] if "train" in splits else []  # without rows, no step needs the loss
     loss_function = FocalLoss(
         form.decisions,
         form.decisions.targets(labels),
@@ -270,7 +268,7 @@ def write_label_issues(form: Form, rows: Dataset, config: HierarchicalConfig, fo
     """Write ``label_issues.csv`` for tokenized training rows; return the number of rows in it."""
     counts = token_counts(rows, config.text_config.vocab_size)
     labels = form.decisions.targets(rows["labels"][:]).numpy()
-    columns = (np.array(rows[column]) for column in ("text_id", "row", "moved"))
+    columns = (np.array(rows[column]) for column in ("text_id", "row"))
     issues, file = list_label_issues(form, counts, labels, *columns), folder / resume.LABEL_ISSUES
     issues.to_csv(file, index=False, float_format="%.6f")
     known = "in a test, 65 to 79 % of such rows were labelled correctly (docs/training.md)"
@@ -290,8 +288,7 @@ def score_checkpoint(arguments: Arguments, data: LabelledSplits) -> None:
     """Score a finished checkpoint on labelled files, loaded as a user loads it."""
     args = arguments.training
     if not set(data.splits) & {"validation", "test"}:
-        before = data.report["trained_before"]
-        left_out = sum(sum(before[action].values()) for action in ("moved", "left_out"))
+        left_out = sum(data.report["trained_before"]["left_out"].values())
         problem = "give --validation_file or --test_file; to score all rows of one file, give it as --test_file"
         if left_out:
             problem = f"the checkpoint was trained or calibrated on the texts of all {left_out:,} rows; give other rows"

@@ -22,7 +22,6 @@ from quality import Task
 from scored import read_scores
 from sklearn.metrics import f1_score
 
-from decisions_hierarchical import expected_costs
 from hierarchical_clinicalbert.evaluation.metrics import one_hot
 from taxonomy_hierarchical import Taxonomy
 
@@ -44,8 +43,8 @@ def main() -> None:
     rarity = rarity_costs(np.bincount(trained, minlength=tree.num_leaves))
     predictions = {
         "most probable": nodes[:, : tree.num_leaves].argmax(1).numpy(),
-        "least distance": expected_costs(tree, nodes, "distance").argmin(1).numpy(),
-        "least rarity cost": expected_costs(tree, nodes, torch.tensor(rarity)).argmin(1).numpy(),
+        "least distance": decisions.expected_costs(nodes, "distance").argmin(1).numpy(),
+        "least rarity cost": decisions.expected_costs(nodes, torch.tensor(rarity)).argmin(1).numpy(),
     }
     rows = [score(name, leaves, predictions["most probable"], labels, edges) for name, leaves in predictions.items()]
     write_results(arguments.output, {"documents": len(labels), "rows": rows})

@@ -17,6 +17,7 @@ intervals over the texts, of changes for the same texts.
 import argparse
 import itertools
 import math
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,7 @@ def single_nodes(form: Form, logits: np.ndarray, labels: np.ndarray) -> tuple[np
     """
     tree, rows = form.tree, np.arange(len(labels))
     nodes = np.pad(form.decisions.log_probs(torch.tensor(logits)).exp().numpy(), ((0, 0), (0, 1)))
-    paths = np.array(tree.padded_paths)
+    paths = np.array([*zip_longest(*map(tree.path, range(tree.num_nodes)), fillvalue=tree.num_nodes)]).T
     path, of_label = paths[logits.argmax(1)], paths[labels]
     shared = ((path[:, :, None] == of_label[:, None]) & (path < tree.num_nodes)[:, :, None]).any(2).sum(1)
     on_path = nodes[rows[:, None], path]

@@ -20,7 +20,6 @@ sys.path.insert(0, str(ROOT))
 
 from decisions_hierarchical import build_decisions
 from hierarchical_clinicalbert.data.arguments import DataArguments
-from hierarchical_clinicalbert.data.labels import resolve_labels
 from hierarchical_clinicalbert.data.sources import read_rows
 from hierarchical_clinicalbert.data.splits import LabelledSplits, split_rows
 from hierarchical_clinicalbert.evaluation.metrics import node_f1
@@ -97,7 +96,7 @@ def spread(values: pd.Series, name: str) -> str:
 def load_splits(files: dict[str, Path], tree: Taxonomy | None, seed: int, **options: Any) -> LabelledSplits:
     """Return the rows of each split's file as ``train.py`` splits them. ``options`` are further `DataArguments`."""
     arguments = DataArguments(**{f"{split}_file": str(file) for split, file in files.items()}, **options)
-    return split_rows(resolve_labels(read_rows(arguments), arguments, tree), seed)
+    return split_rows(read_rows(arguments), arguments, tree, seed)
 
 
 def rows_of(data: LabelledSplits) -> dict[str, Rows]:

@@ -35,7 +35,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from configuration_hierarchical import Calibration
-from hierarchical_clinicalbert.evaluation.many_nodes import ManyNodesForm, common_threshold
+from hierarchical_clinicalbert.evaluation.forms import ManyNodesForm
 from hierarchical_clinicalbert.evaluation.metrics import Predictions, bootstrap_intervals
 from hierarchical_clinicalbert.training.arguments import HierarchicalTrainingArguments
 from hierarchical_clinicalbert.training.model import turn_off_dropout
@@ -244,7 +244,7 @@ def score_peer(name: str, tree: Taxonomy, rows: dict[str, Rows], **arguments: An
     """Train a peer, and return its scores on the test rows."""
     logits, settings = PEERS[name](tree, rows, **arguments)
     # closed upwards, as the predicted nodes are
-    threshold = common_threshold(maximum_below(tree, logits["validation"]), rows["validation"][1])
+    threshold = ManyNodesForm(tree).common_threshold(maximum_below(tree, logits["validation"]), rows["validation"][1])
     scores = score(tree, logits["test"], rows["test"][1], threshold)
     if name == "tfidf-svm":  # its logits are margins
         scores = {metric: value for metric, value in scores.items() if metric not in PROBABILITIES}
@@ -265,10 +265,7 @@ def score_checkpoint(
 def score(tree: Taxonomy, u: np.ndarray, labels: np.ndarray, thresholds: np.ndarray | float) -> dict[str, Any]:
     """Return the scores of the predicted nodes, their bootstrap intervals over texts, and the predicted nodes, packed."""
     form = ManyNodesForm(tree)
-    scores, chosen = (
-        form.measure(u, labels, thresholds=thresholds),
-        Predictions(form, u, labels, None, thresholds).chosen,
-    )
+    scores, chosen = form.measure(u, labels, thresholds), Predictions(form, u, labels, thresholds).chosen
     ends = bootstrap_intervals(labels, chosen)
     intervals = {f"{name}_interval": ends[name].tolist() for name in ("micro_f1", "macro_f1")}
     packed = base64.b64encode(zlib.compress(np.packbits(chosen).tobytes(), 9)).decode()

@@ -64,8 +64,8 @@ from sklearn.svm import LinearSVC
 
 from hierarchical_clinicalbert.data.splits import LabelledSplits
 from hierarchical_clinicalbert.data.taxonomy_files import read_taxonomy
+from hierarchical_clinicalbert.evaluation.forms import OnePathForm
 from hierarchical_clinicalbert.evaluation.metrics import bootstrap_intervals, one_hot
-from hierarchical_clinicalbert.evaluation.one_path import OnePathForm
 from hierarchical_clinicalbert.machine import has_bf16
 from taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy
 

@@ -153,7 +153,7 @@ def measure_split(fitted: Scores, measured: Scores) -> Iterator[dict[str, Any]]:
         for name, prior in priors.items():
             adapted = decisions.adapt_classes(probabilities, before, prior).numpy().clip(1e-12, 1 - 1e-12)
             corrected = LOGITS[decisions.guarantee](adapted)
-            scores = form.measure(corrected, labels, np.arange(len(labels)), thresholds)
+            scores = form.measure(corrected, labels, thresholds)
             row = {"mix": mix, "prior": name, **{metric: scores[metric] for metric in SHOWN if metric in scores}}
             row["distance"] = (prior - known).abs().sum().item() / 2
             row["corrected"] = float((prior != before).any())

@@ -6,7 +6,6 @@ import datasets
 import pandas as pd
 
 from hierarchical_clinicalbert.data.arguments import DataArguments
-from hierarchical_clinicalbert.data.labels import resolve_labels
 from hierarchical_clinicalbert.data.sources import read_rows
 from hierarchical_clinicalbert.data.splits import split_rows
 from hierarchical_clinicalbert.data.trained_texts import NO_TRAINED_TEXTS
@@ -20,7 +19,7 @@ datasets.disable_progress_bars()
 def load(seed=0, known=None, trained=NO_TRAINED_TEXTS, trains=True, **flags):
     """Read and split the rows that the flags of `DataArguments` name. ``known`` is the taxonomy of a checkpoint."""
     arguments = DataArguments(**{flag: _text(value) for flag, value in flags.items()})
-    return split_rows(resolve_labels(read_rows(arguments, trains), arguments, known), seed, trained)
+    return split_rows(read_rows(arguments, trains), arguments, known, seed, trained)
 
 
 def _text(value):
@@ -46,6 +45,12 @@ def json_lines(path, labels):
 def nodes_of(data, split="train"):
     """Return the node of each row of a split with one path a text."""
     return [node for (node,) in data.splits[split]["nodes"]]
+
+
+def paths_of(data):
+    """Return the names on the path to each label of the training rows, with one path a text."""
+    tree = data.taxonomy
+    return [tuple(tree.names[step] for step in tree.path(node)) for node in nodes_of(data)]
 
 
 def labels_of(data, split="train"):

@@ -53,7 +53,7 @@ NOWHERE = ("--train_file", "nowhere.csv", "--model_name_or_path", "no/model")  #
 NOT_OURS = "which a run would overwrite or delete, is not from a run: move it, or give another --output_dir"
 NO_FOLDER = "/proc/results (No such file" if os.geteuid() == 0 else "/proc/results (Permission denied"
 TRAIN = [
-    (("--train_file", "one_class.csv"), "the only label is 'a'; at least two are needed"),
+    (("--train_file", "one_class.csv"), "a taxonomy needs at least two leaves; this one has 1"),
     (("--train_file", "empty.csv"), "empty.csv is empty"),
     (("--train_file", "damaged.parquet"), "damaged.parquet"),
     (("--data_path", "folder.csv"), "folder.csv: it contains no file of a known format"),

@@ -58,7 +58,7 @@ def assert_sound(tree: Taxonomy) -> None:
     assert Taxonomy(json.loads(json.dumps(tree.to_nested(), sort_keys=True)), tree.separator) == tree
     for node in range(tree.num_nodes):
         assert tree.id(tree.labels[node]) == node
-        assert tree.path_names(node) == tuple(tree.names[i] for i in tree.path(node))
+        assert tree.node_of_path[tuple(tree.names[i] for i in tree.path(node))] == node
         assert bool(tree.children(node)) == (node >= tree.num_leaves)
 
 

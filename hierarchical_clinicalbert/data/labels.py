@@ -5,12 +5,11 @@ A string that does not look like a name may be a text about a patient. Error mes
 
 import json
 import logging
-from dataclasses import dataclass
 
 import pandas as pd
 
 from hierarchical_clinicalbert.data.arguments import DataArguments
-from hierarchical_clinicalbert.data.label_forms import Label, is_written_list
+from hierarchical_clinicalbert.data.label_forms import Label
 from hierarchical_clinicalbert.data.sources import SourceRows
 from hierarchical_clinicalbert.data.tables import read_table
 from hierarchical_clinicalbert.data.taxonomy_files import read_taxonomy
@@ -30,22 +29,16 @@ from taxonomy_hierarchical import (
 logger = logging.getLogger(__name__)
 
 CODES_AND_NAMES = ("code", "label"), ("name",)  # columns of --class_names
-WRITTEN_LIST = "the label is a list written as text: save the data as .jsonl or .parquet, or join the labels and give --label_delimiter"
 
 
-@dataclass(frozen=True)
-class LabelledRows:
-    """The rows of all sources, with their labels as nodes of a taxonomy."""
+def resolve_labels(
+    source: SourceRows, arguments: DataArguments, taxonomy: Taxonomy | None
+) -> tuple[pd.DataFrame, Taxonomy, str]:
+    """Choose the taxonomy, and map the labels to its nodes. ``taxonomy`` is a checkpoint's; --taxonomy replaces it.
 
-    rows: pd.DataFrame  # columns split, row, text, and nodes, ascending tuples of node ids
-    taxonomy: Taxonomy
-    origin: str  # of the taxonomy
-    source: SourceRows
-    renamed: dict[str, str]  # new names of a checkpoint's nodes, by label
-
-
-def resolve_labels(source: SourceRows, arguments: DataArguments, taxonomy: Taxonomy | None = None) -> LabelledRows:
-    """Choose the taxonomy, and map the labels to its nodes. ``taxonomy`` is a checkpoint's; --taxonomy replaces it."""
+    Returns:
+        The rows, with the columns split, row, text, and nodes: ascending tuples of node ids. The taxonomy, and where it is from.
+    """
     places = source.places
     where = f"column {quote_name(' '.join(source.columns[1:]))}"
     if not places and taxonomy is None and arguments.taxonomy is None:
@@ -55,8 +48,7 @@ def resolve_labels(source: SourceRows, arguments: DataArguments, taxonomy: Taxon
         separator = taxonomy.separator if taxonomy else "/"
     if arguments.label_delimiter is not None and arguments.label_delimiter.strip() == separator.strip():
         raise InputError(f"--label_delimiter must differ from --label_separator, which is {separator!r}")
-    codes = {} if arguments.class_names is None else read_class_names(arguments.class_names)
-    renamed = {} if arguments.renamed_nodes is None else read_class_names(arguments.renamed_nodes, "--renamed_nodes")
+    codes = read_class_names(arguments.class_names)
     names: dict[Label, Label] = {
         label: codes.get(label, label) if isinstance(label, str) else tuple(codes.get(name, name) for name in label)
         for label in places
@@ -68,8 +60,7 @@ def resolve_labels(source: SourceRows, arguments: DataArguments, taxonomy: Taxon
             try:
                 nodes[label] = find_node(taxonomy, name)
             except TaxonomyError as error:
-                problem = WRITTEN_LIST if is_written_list(label, arguments.label_delimiter) else error
-                raise InputError(f"{places[label]}: {problem}") from error
+                raise InputError(f"{places[label]}: {error}") from error
         return nodes
 
     # ── Choose the taxonomy ──────────────────────────────────────────────────────────────────────────────────────────
@@ -83,8 +74,6 @@ def resolve_labels(source: SourceRows, arguments: DataArguments, taxonomy: Taxon
             find_nodes(taxonomy)
         except InputError:
             for label, place in places.items():
-                if is_written_list(label, arguments.label_delimiter):
-                    raise InputError(f"{place}: {WRITTEN_LIST}") from None
                 if codes and not {*codes, *codes.values()}.issuperset([label] if isinstance(label, str) else label):
                     problem = "is neither a code nor a name of --class_names"
                     raise InputError(f"{place}: the label {quote_name(label)} {problem}") from None
@@ -96,7 +85,7 @@ def resolve_labels(source: SourceRows, arguments: DataArguments, taxonomy: Taxon
     nodes = find_nodes(taxonomy)
     node_ids = [tuple(sorted({nodes[label] for label in labels})) for labels in source.rows["labels"]]
     rows = source.rows.drop(columns="labels").assign(nodes=pd.Series(node_ids, dtype=object))
-    return LabelledRows(rows, taxonomy, origin, source, renamed)
+    return rows, taxonomy, origin
 
 
 def find_node(taxonomy: Taxonomy, label: Label) -> int:
@@ -121,14 +110,7 @@ def split_path(label: Label, separator: str) -> tuple[str, ...]:
 
 def build_from_labels(names: dict[Label, Label], source: SourceRows, where: str, separator: str) -> Taxonomy:
     """Build the taxonomy from the paths in the labels, in sorted order."""
-    path_of = {label: split_path(name, separator) for label, name in names.items()}
-    for label, path in path_of.items():
-        if not all(path):
-            raise InputError(f"{source.places[label]}: the label {quote_name(label)} has an empty name in its path")
-    paths = sorted({*path_of.values()})
-    if len(paths) == 1:
-        only = quote_name(separator.join(paths[0]))
-        raise InputError(f"{where}: the only label is {only}; at least two are needed")
+    paths = sorted({split_path(name, separator) for name in names.values()})
     is_text = [any(len(x) > SHOWN_CHARACTERS or len(x.split()) > SHOWN_WORDS for x in path) for path in paths]
     if 2 * sum(is_text) > len(paths) > len(source.rows) / 2:  # nothing to learn, and the model would publish the texts
         problem = f"{sum(is_text)} of {len(paths)} labels are texts, not names of classes"
@@ -144,8 +126,10 @@ def build_from_labels(names: dict[Label, Label], source: SourceRows, where: str,
         raise InputError(f"{where}: the labels do not make a taxonomy: {error}") from error
 
 
-def read_class_names(path_or_json: str, where: str = "--class_names") -> dict[str, str]:
-    """Read the names of coded labels from a JSON object, or from a table with the columns of `CODES_AND_NAMES`."""
+def read_class_names(path_or_json: str | None, where: str = "--class_names") -> dict[str, str]:
+    """Read the names of coded labels from a JSON object, or from a table with the columns of `CODES_AND_NAMES`. None: no names."""
+    if path_or_json is None:
+        return {}
     if path_or_json.lstrip().startswith("{"):
         try:
             pairs = json.loads(path_or_json, object_pairs_hook=list)

@@ -2,12 +2,13 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 
 import numpy as np
 import pandas as pd
 
+from hierarchical_clinicalbert.data.label_forms import RowForm
 from taxonomy_hierarchical import Taxonomy, list_names
 
 logger = logging.getLogger(__name__)
@@ -23,17 +24,18 @@ def rows_by_split(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     return {split: part for split in SPLITS if len(part := rows[rows["split"] == split])}
 
 
-def texts_by_node(label_sets: Iterable[Iterable[int]], taxonomy: Taxonomy) -> list[int]:
-    """Count, for each node, the texts that have it or a node below."""
-    counts = Counter(chain.from_iterable(map(taxonomy.with_ancestors, label_sets)))
-    return [counts[node] for node in range(taxonomy.num_nodes)]
+def count_by_split(rows: pd.DataFrame) -> dict[str, int]:
+    """Count the rows of each split that has any."""
+    return {split: len(part) for split, part in rows_by_split(rows).items()}
 
 
-def count_by_level(taxonomy: Taxonomy, counts: Sequence[int]) -> dict[str, dict[str, int]]:
-    """Group the counts of the nodes that occur by level."""
-    nodes = [*zip(taxonomy.levels, taxonomy.labels, counts, strict=True)]
-    levels = range(1, taxonomy.depth + 1)
-    return {str(level): {label: count for at, label, count in nodes if at == level and count} for level in levels}
+def describe_split(rows: pd.DataFrame, taxonomy: Taxonomy, form: RowForm, dropped: int) -> dict:
+    """Count the rows of a split, from which rows were ``dropped``, and the texts with each node or one below it, by level."""
+    counts = Counter(chain.from_iterable(map(taxonomy.with_ancestors, rows["nodes"])))
+    classes: dict[str, dict[str, int]] = {str(level): {} for level in range(1, taxonomy.depth + 1)}
+    for node in sorted(counts):
+        classes[str(taxonomy.levels[node])][taxonomy.labels[node]] = counts[node]
+    return {"rows": len(rows), "dropped_rows": dropped, **form.describe(rows, taxonomy), "classes": classes}
 
 
 def length_report(lengths: Sequence[int], max_length: int) -> dict:
@@ -57,13 +59,11 @@ def log_splits(report: dict) -> None:
         logger.info("split off the training texts, identical texts kept together: %s", shares)
     if dropped := list_rows({split: counts["dropped_rows"] for split, counts in report["splits"].items()}):
         logger.warning("dropped, since a later split has the texts: %s", dropped)
-    if united := list_rows(report.get("united_rows", {})):
+    if united := list_rows(report["united_rows"]):
         logger.info("merged with another row of the same text: %s", united)
-    before = report["trained_before"]
-    for action, counts in (("moved to the training rows", before["moved"]), ("left out", before["left_out"])):
-        if held_out := list_rows(counts):
-            logger.warning("%s, since the checkpoint was trained or calibrated on the texts: %s", action, held_out)
-    if before["scores"] == "unverified":
+    if left_out := list_rows(report["trained_before"]["left_out"]):
+        logger.warning("left out, since the checkpoint was trained or calibrated on the texts: %s", left_out)
+    if report["trained_before"]["scores"] == "unverified":
         logger.warning("the checkpoint's training texts are unknown: no rows are split off, and scores are unverified")
     if untrained := report["classes_without_training_rows"]:
         logger.warning("%d classes without training rows: %s", len(untrained), list_names(untrained))

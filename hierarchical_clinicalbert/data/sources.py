@@ -17,7 +17,15 @@ from datasets.packaged_modules.csv.csv import CsvConfig
 from configuration_hierarchical import MULTI_LABEL, SINGLE_LABEL
 from hierarchical_clinicalbert.connection import find_hub_problem
 from hierarchical_clinicalbert.data.arguments import SHARE, DataArguments
-from hierarchical_clinicalbert.data.label_forms import Label, ManyNodesRows, OnePathRows, RowForm, read_indicator
+from hierarchical_clinicalbert.data.label_forms import (
+    WRITTEN_LIST,
+    Label,
+    ManyNodesRows,
+    OnePathRows,
+    RowForm,
+    is_written_list,
+    read_indicator,
+)
 from hierarchical_clinicalbert.data.report import SPLITS
 from hierarchical_clinicalbert.data.tables import place, read_table, refuse_rows
 from hierarchical_clinicalbert.errors import InputError, as_input_error
@@ -80,6 +88,8 @@ def read_rows(arguments: DataArguments, trains: bool = True) -> SourceRows:
     for split, table in tables.items():
         text_column, *label_columns = table
         refuse_rows(table, [text_column], map(text_problem, table[text_column]))
+        for name in label_columns:
+            refuse_rows(table, [name], (WRITTEN_LIST if is_written_list(cell) else None for cell in table[name]))
         labels = form.read(table, label_columns, arguments.label_delimiter)
         for row, label in ((row, label) for row, of_row in enumerate(labels) for label in of_row):
             if label not in places:
@@ -243,15 +253,12 @@ def find_shares(arguments: DataArguments, splits: Container[str], single: bool) 
 def find_columns(sources: list[SplitSource], arguments: DataArguments) -> dict[str, list[str]]:
     """Choose the columns of each source: its text column, then its label columns, by the source's name."""
     requested: list[Any] = arguments.label_column or [None]
-    if len(set(requested)) < len(requested):
-        raise InputError(f"--label_column names a column twice: {' '.join(requested)}")
     columns = {source.name: source.columns for source in sources}
     texts = choose_columns(columns, arguments.text_column, TEXT_COLUMNS, "--text_column")
     labels = [choose_columns(columns, name, LABEL_COLUMNS, "--label_column") for name in requested]
     chosen = {source: list(names) for source, *names in zip(columns, texts, *labels, strict=True)}
-    for text, *label_columns in chosen.values():
-        if text in label_columns:
-            raise InputError(f"the column {quote_name(text)} cannot be both --text_column and --label_column")
+    if both := next((text for text, *label_columns in chosen.values() if text in label_columns), None):
+        raise InputError(f"the column {quote_name(both)} cannot be both --text_column and --label_column")
     return chosen
 
 

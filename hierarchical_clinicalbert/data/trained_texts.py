@@ -43,17 +43,16 @@ class TrainedTexts:
 NO_TRAINED_TEXTS = TrainedTexts()
 
 
-def normalise_text(text: str) -> str:
-    """Return a text in NFKC, without format characters, case-folded, with white space collapsed."""
+def text_hash(text: str) -> str:
+    """Return a hash of a text in NFKC, without format characters, case-folded, with white space collapsed."""
     if not text.isascii():
         for character in set(text):
             if unicodedata.category(character) == "Cf":  # byte order marks, zero-width characters, soft hyphens
                 text = text.replace(character, "")
         text = unicodedata.normalize("NFKC", text)
-    return " ".join(unicodedata.normalize("NFKC", text.casefold()).split())  # case-folding decomposes some letters
-
-
-def text_hash(normalised: str) -> str:
+    normalised = " ".join(
+        unicodedata.normalize("NFKC", text.casefold()).split()
+    )  # case-folding decomposes some letters
     return hashlib.blake2b(normalised.encode(), digest_size=16).hexdigest()
 
 
@@ -75,11 +74,10 @@ def write_trained_texts(
     folder: Path, before: TrainedTexts, texts: Iterable[str], validation_texts: Iterable[str]
 ) -> None:
     """Write hashes of the texts of this run, and of earlier runs (``before``). Call this before the first step."""
-    this_run, validation = ({text_hash(normalise_text(one)) for one in part} for part in (texts, validation_texts))
     content = {
         "complete": before.complete,
         "earlier": sorted(before.earlier),
-        "this_run": sorted(before.this_run | this_run),
-        "validation": sorted(before.validation | validation),
+        "this_run": sorted(before.this_run.union(map(text_hash, texts))),
+        "validation": sorted(before.validation.union(map(text_hash, validation_texts))),
     }
     write_json(folder / TRAINED_TEXTS, content)

@@ -21,13 +21,12 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from scipy.optimize import minimize
-from sklearn.model_selection import GroupKFold
 from torch import Tensor
 
 from configuration_hierarchical import Calibration
 from decisions_hierarchical import Decisions, calibrate
 from hierarchical_clinicalbert.evaluation.forms import Form
-from hierarchical_clinicalbert.evaluation.metrics import FOLDS
+from hierarchical_clinicalbert.evaluation.metrics import split_texts
 
 PRIOR_STD = 0.25  # standard deviation of every prior
 SCALE_BOUNDS = (0.05, 20.0)
@@ -106,11 +105,8 @@ def calibrate_out_of_fold(
     With fewer than five texts there is one fold per text. A single text is calibrated by its own fit. Returns logits
     (num_rows, num_classes), in float64.
     """
-    folds, splits = min(FOLDS, len(np.unique(texts))), [(slice(None), slice(None))]
-    if folds > 1:
-        splits = GroupKFold(folds, shuffle=True, random_state=0).split(scores, groups=texts)
     calibrated = np.empty((len(scores), form.decisions.num_classes))
-    for fitted, scored in splits:
+    for fitted, scored in split_texts(texts):
         lexical = (None, None) if lexical_scores is None else (lexical_scores[fitted], lexical_scores[scored])
         calibration = fit_calibration(form, scores[fitted], lexical[0], labels[fitted], log_prior)
         calibrated[scored] = calibrated_logits(form.decisions, calibration, scores[scored], lexical[1])

@@ -1,9 +1,471 @@
-"""Choose what differs in evaluation between the two forms of label."""
+"""What differs in evaluation between the two forms of label: `OnePathForm` and `ManyNodesForm` have the same methods.
+
+Worth knowing about one path:
+
+1. The scored prediction is the most probable leaf with its ancestors, so a predicted path always reaches a leaf.
+2. A label that is an inner node ("specific disease", child unknown) counts in all scores but the flat ones.
+3. A score without documents (no label is a leaf, or reaches the level) is left out, so no score is NaN.
+4. The thresholds of prediction sets are those of split conformal prediction (Vovk et al., 2005). The scores must be exchangeable. A
+   repeated text brings all its rows, so the score of a text is the greatest of its rows. A row labelled with an inner node counts
+   as covered if the set contains every leaf below. Leaving such rows out would select rows by their label, and the coverage of
+   the other rows would be too low.
+
+About any number of nodes:
+
+5. Each node is a decision with a score z, given its parent: P(node) = P(parent) · σ(z). It is open for a text that has the
+   parent, or if the node is a root. Only open decisions show how well z is calibrated, so z is fitted on these pairs.
+6. Each node's threshold of best F1 is shrunk towards a common one, most if the node has few positives.
+7. The guarantee is conformal risk control (Angelopoulos, Bates, Fisch, Lei and Schuster, 2022). The loss of a text is the share
+   of its true nodes that the set {P(node) >= t} misses. Texts without true nodes do not count.
+
+Thresholds must come from a model that was not fitted to their rows, hence `evaluation.calibration.calibrate_out_of_fold`.
+
+In this file ``logits`` are (num_rows, num_classes), ``labels`` the arrays of `Decisions.targets`, ``texts`` (num_rows,) the same
+number for the same text, and ``thresholds`` those of `Calibration`.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from decimal import ROUND_FLOOR, Context
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from scipy.sparse import csr_matrix
+from scipy.special import expit, logit
+from transformers import EvalPrediction
 
 from configuration_hierarchical import MULTI_LABEL, SINGLE_LABEL
-from hierarchical_clinicalbert.evaluation.many_nodes import ManyNodesForm
-from hierarchical_clinicalbert.evaluation.one_path import OnePathForm
+from decisions_hierarchical import DEFAULT_THRESHOLD, ManyNodes, OnePath, SetThreshold
+from hierarchical_clinicalbert.errors import InputError
+from hierarchical_clinicalbert.evaluation import plots
+from hierarchical_clinicalbert.evaluation.lexical import (
+    MAX_WEIGHTS,
+    LeafClassifier,
+    LexicalClassifier,
+    NodeClassifier,
+)
+from hierarchical_clinicalbert.evaluation.metrics import (
+    MANY_NODES,
+    ONE_PATH,
+    Metric,
+    Predictions,
+    of_all_levels,
+    one_hot,
+)
+from hierarchical_clinicalbert.evaluation.sets import PredictedSets, choose_bands, split_by_band
+from hierarchical_clinicalbert.reading.columns import join_labels
 from taxonomy_hierarchical import Taxonomy
+
+logger = logging.getLogger(__name__)
+
+ROWS_AT_ONCE = 1024  # of prediction sets
+SIX_DIGITS_DOWN = Context(prec=6, rounding=ROUND_FLOOR)
+MIN_PROBABILITY = 0.1  # pairs below it are not in the calibration error: nearly all pairs have a probability near 0
+ROUNDING = 1e-9  # of sums of losses
+STRENGTH = 20  # of the shrinkage of thresholds, in positives
+
+
+# ── What both forms share ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class FormBase:
+    """The base class of `OnePathForm` and `ManyNodesForm`.
+
+    Attributes:
+        metrics: the table of metrics.
+        micro_f1: the name of the F1 over all pairs of row and class.
+        plot_titles: titles of the form's plots, by file name.
+        columns: names of the first columns of `prediction_table`.
+        scored: what `scored_pairs` are, and their share that is correct.
+    """
+
+    metrics: dict[str, Metric]
+    micro_f1: str
+    plot_titles: dict[str, str]
+    columns: tuple[str, str, str, str]
+    scored: tuple[str, str]
+    decisions_class: Any
+    classifier: Any  # a subclass of LexicalClassifier
+    set_scores: Any  # what `thresholds_of` reads of each text
+    thresholds_of: Any
+
+    def __init__(self, tree: Taxonomy):
+        self.tree, self.decisions = tree, self.decisions_class(tree)
+
+    # ── Metrics and tables ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def measure(self, logits: np.ndarray, labels: np.ndarray, thresholds: Any = None) -> dict[str, float]:
+        """Compute all metrics that the rows define. InputError: the logits are not finite."""
+        infinite = ~np.isfinite(logits).all(axis=1)
+        if infinite.any():
+            where = f"{infinite.sum()} of {len(logits)} documents"
+            raise InputError(f"the model's logits are not finite for {where}: training diverged; lower --learning_rate")
+        predictions = Predictions(self, logits, labels, thresholds)
+        metrics = of_all_levels(self.metrics, self.tree.depth)
+        measured = {name: metric.compute(predictions) for name, metric in metrics.items()}
+        return {name: float(value) for name, value in measured.items() if value is not None}
+
+    def compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        """Compute the metrics for a Trainer. Predictions are logits, or a tuple that begins with them."""
+        logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+        return self.measure(logits, prediction.label_ids)
+
+    def class_probabilities(self, logits: np.ndarray) -> np.ndarray:
+        """Return the probabilities of the classes, (num_rows, num_classes), in float64."""
+        log_probs = self.decisions.log_probs(torch.tensor(logits, dtype=torch.float64))
+        return log_probs[:, : self.decisions.num_classes].exp().numpy()
+
+    def prediction_table(self, p: Predictions) -> pd.DataFrame:
+        """Return a table of each row's deepest labels, and its deepest predicted nodes, most probable first.
+
+        The second choice is the most probable of the classes that are not predicted.
+        """
+        tree, rows = self.tree, []
+        correct = ((p.chosen == p.true) | ~p.known).all(axis=1)
+        others = np.where(p.chosen, np.nan, p.probabilities)[:, : self.decisions.num_classes]
+        arrays = (p.true, p.chosen, p.probabilities, correct, others)
+        for true, chosen, probabilities, is_correct, of_others in zip(*arrays, strict=True):
+            predicted = sorted(tree.deepest(np.flatnonzero(chosen).tolist()), key=lambda node: -probabilities[node])
+            second = None if np.isnan(of_others).all() else np.nanargmax(of_others)
+            paths = (join_labels((tree.names[step] for step in tree.path(node)), " > ") for node in predicted)
+            values = (
+                join_labels(tree.labels[node] for node in tree.deepest(np.flatnonzero(true).tolist())),
+                join_labels(tree.labels[node] for node in predicted),
+                "; ".join(f"{probabilities[node]:.6f}" for node in predicted),
+                join_labels(paths),
+            )
+            row = dict(zip(self.columns, values, strict=True)) | {
+                "correct": is_correct,
+                "second_choice": "" if second is None else tree.labels[second],
+                "second_probability": np.nan if second is None else probabilities[second],
+            }
+            rows.append(row)
+        return pd.DataFrame(rows)
+
+    # ── Thresholds and prediction sets ───────────────────────────────────────────────────────────────────────────────
+
+    def common_threshold(self, logits: np.ndarray, labels: np.ndarray) -> float | None:
+        """Return the best threshold of predicted nodes on these rows; None if the most probable leaf is predicted."""
+        return None
+
+    def fit_thresholds(self, logits: np.ndarray, labels: np.ndarray) -> list[float] | None:
+        """Return the thresholds of predicted nodes; None if the most probable leaf is predicted."""
+        return None
+
+    def confidence(self, logits: np.ndarray, texts: np.ndarray) -> pd.Series:
+        """Return the probability of each text's most probable leaf, by text."""
+        of_leaves = self.class_probabilities(logits)[:, : self.tree.num_leaves]
+        return pd.Series(of_leaves.max(axis=1)).groupby(texts).first()
+
+    def fit_sets(self, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray) -> dict[str, Any]:
+        """Return the fields of `Calibration` for prediction sets, from logits whose calibration was fitted to other texts.
+
+        ``set_thresholds`` are for the shares 0.01, …, 0.99. An entry is one threshold for each band if the bands of `choose_bands`
+        all have enough texts (Mondrian conformal prediction: Vovk et al., 2005), else one for all texts.
+        """
+        scores, confidence = self.set_scores(logits, labels, texts), self.confidence(logits, texts)
+        bands, thresholds = choose_bands(self, logits, labels, texts), self.thresholds_of(scores)
+        if bands:
+            by_band = map(self.thresholds_of, split_by_band(scores, confidence, bands))
+            thresholds = [
+                common if None in of_bands else of_bands for common, *of_bands in zip(thresholds, *by_band, strict=True)
+            ]
+        fields = {"set_thresholds": thresholds, "set_bands": bands or None, "num_texts": scores.index.nunique()}
+        return fields | self.scores_to_store(scores, labels, texts)
+
+    def scores_to_store(self, scores: pd.Series, labels: np.ndarray, texts: np.ndarray) -> dict[str, Any]:
+        """Return the fields of `Calibration` that thresholds for other class frequencies are computed from, if any."""
+        return {}
+
+    # ── Lexical head ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def fit_classifier(
+        self, counts: csr_matrix, labels: np.ndarray, wanted: bool | None = None
+    ) -> LexicalClassifier | None:
+        """Fit the lexical classifier on the training rows; return None if it is not wanted, or there is nothing to tell apart.
+
+        By default it is wanted if it has at most `MAX_WEIGHTS` weights.
+        """
+        if wanted is False:
+            return None
+        vocab_size, num_classes = counts.shape[1], self.decisions.num_classes
+        if wanted is None and vocab_size * num_classes > MAX_WEIGHTS:
+            size = f"{vocab_size:,} tokens times {num_classes:,} classes"
+            logger.info("no lexical head: it would have %s weights; --lexical_head true adds it", size)
+            return None
+        if not self.classifier.learnable(self.decisions, labels).size:
+            logger.info("no lexical head: the training rows do not tell any two classes apart")
+            return None
+        return self.classifier(self.decisions, counts, labels)
+
+
+# ── One path a text ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class OnePathForm(FormBase):
+    """Each text has one label, so ``labels`` are node ids, (num_rows,), and ``logits`` those of leaves."""
+
+    metrics, micro_f1 = ONE_PATH, "accuracy"
+    decisions_class, classifier = OnePath, LeafClassifier
+    plot_titles = {"confusion_matrix_level_{level}": "Confusion matrix of the {split} rows, level {level}"}
+    columns, scored = ("label", "prediction", "probability", "path"), ("Documents", "Accuracy")
+
+    # ── Labels and decisions ─────────────────────────────────────────────────────────────────────────────────────────
+
+    def known_nodes(self, labels: np.ndarray) -> np.ndarray:
+        """Return which nodes a label tells of, (num_rows, num_nodes) of bool: all but those below it."""
+        label = torch.from_numpy(one_hot(labels, self.tree.num_nodes)).float()
+        return (self.decisions.sum_to_root(label) <= label).numpy()
+
+    def decisions_of(self, scores: np.ndarray, labels: np.ndarray) -> Iterator[tuple[int, Any, Any, Any, np.ndarray]]:
+        """Yield each decision's parent, its choices, the rows whose path takes it, the choice that each has, and its logits."""
+        targets = self.decisions.outcome_targets(torch.from_numpy(labels)).numpy()
+        for nodes in self.tree.decisions:
+            rows = np.flatnonzero(targets[:, nodes].any(axis=1))
+            pairs = np.ix_(rows, nodes)
+            yield self.tree.parents[nodes[0]], np.array(nodes), rows, targets[pairs].argmax(axis=1), scores[pairs]
+
+    def scored_pairs(self, p: Predictions) -> tuple[np.ndarray, np.ndarray]:
+        """Return the probability of each row's predicted leaf, and whether it is correct, (num_rows,) each.
+
+        If the label is an inner node, a prediction below it scores P(prediction given label), because the true leaf is unknown.
+        Leaving such rows out would select rows by their label, and make correct probabilities look wrong.
+        """
+        rows, leaf = np.arange(len(p.labels)), p.chosen[:, : p.num_leaves].argmax(axis=1)
+        given_label = p.log_probs[rows, leaf] - p.log_probs[rows, p.labels]
+        correct = np.where(p.known[rows, leaf], p.true[rows, leaf], np.exp(np.minimum(given_label, 0)))
+        return p.probabilities[rows, leaf], correct
+
+    # ── Prediction sets ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    def set_scores(self, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray) -> pd.Series:
+        """Return the nonconformity score of each text, by text: the greatest of its rows."""
+        rows = zip(
+            torch.from_numpy(logits).split(ROWS_AT_ONCE), torch.from_numpy(labels).split(ROWS_AT_ONCE), strict=True
+        )
+        scores = [self.decisions.nonconformity(self.decisions.log_probs(u.double()).exp(), ids) for u, ids in rows]
+        return pd.Series(torch.cat(scores).numpy()).groupby(texts).max()
+
+    def thresholds_of(self, scores: pd.Series) -> list[float | None]:
+        """Return one threshold of prediction sets for each coverage 0.01, …, 0.99; None where it needs more texts."""
+        ordered, thresholds = np.sort(scores), list[float | None]()
+        for percent in range(1, 100):
+            rank = -(-(len(ordered) + 1) * percent // 100)  # ⌈(n + 1) · coverage⌉ in integers
+            thresholds.append(float(ordered[rank - 1]) if rank <= len(ordered) else None)
+        return thresholds
+
+    def scores_to_store(self, scores: pd.Series, labels: np.ndarray, texts: np.ndarray) -> dict[str, Any]:
+        """Return the fields of `Calibration` that thresholds for other class frequencies are computed from."""
+        of_texts = pd.Series(labels).groupby(texts).agg(list)
+        return {"set_scores": scores.tolist(), "set_labels": of_texts[scores.index].tolist()}
+
+    def predict_sets(
+        self, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray, threshold: SetThreshold
+    ) -> PredictedSets:
+        """Predict sets. A set holds a label if it contains all leaves at or below it, and a text must have all its labels held.
+
+        Sizes are the numbers of ``leaves`` and of ``nodes`` that a set names, and ``single_leaf``, whether it is one leaf.
+        """
+        decisions, held, sizes = self.decisions, list[torch.Tensor](), list[torch.Tensor]()
+        for rows in torch.from_numpy(logits).split(ROWS_AT_ONCE):
+            sets = decisions.prediction_sets(decisions.log_probs(rows.double()).exp(), threshold)
+            held.append(decisions.held(sets))
+            num_leaves = held[-1][:, : self.tree.num_leaves].sum(1)
+            sizes.append(torch.stack([num_leaves, sets.sum(1), num_leaves == 1], dim=1))
+        holds_label = np.take_along_axis(torch.cat(held).numpy(), labels[:, None], axis=1)[:, 0]
+        of_labels = pd.DataFrame({"text": texts, "node": labels, "held": holds_label.astype(float)})
+        by_row = pd.DataFrame(torch.cat(sizes).double().numpy(), columns=["leaves", "nodes", "single_leaf"])
+        of_texts = by_row.groupby(texts).mean()
+        return PredictedSets(self.decisions, of_labels, of_texts, self.confidence(logits, texts), "min")
+
+    # ── Labels that may be wrong: see `evaluation.label_issues` ──────────────────────────────────────────────────────────
+
+    def rank_issues(
+        self, found: pd.DataFrame, scores: np.ndarray, labels: np.ndarray, texts: np.ndarray
+    ) -> pd.DataFrame:
+        """Return one line per row of `evaluation.label_issues.find_issues`, by ``probability_of_label``.
+
+        Columns:
+            index: of the row.
+            decision: the decision in which the row's label is least probable.
+            better: the suggested label, in a list. It is the decision's best other choice. If the row's label is a leaf, and a
+                leaf below this choice is more probable, it is the most probable such leaf.
+            why: whether another row of the text contradicts the label.
+        """
+        tree, listed = self.tree, found.drop_duplicates("index").reset_index(drop=True)
+        index, better = listed["index"].to_numpy(), listed["better"].to_numpy(copy=True)
+        probabilities = self.decisions(torch.from_numpy(scores[index]))[0].exp().numpy()
+        given = np.take_along_axis(probabilities, labels[index, None], axis=1)[:, 0]
+        for place in np.flatnonzero(labels[index] < tree.num_leaves):
+            leaves = tree.leaves_at_or_below[better[place]]
+            best = leaves[probabilities[place, leaves].argmax()]
+            if probabilities[place, best] > given[place]:
+                better[place] = best
+        nodes_of = pd.Series(labels).groupby(texts).agg(set)
+        contradicted = [len(tree.deepest(nodes)) > 1 for nodes in nodes_of[texts[index]]]
+        columns = {
+            "better": better[:, None].tolist(),
+            "why": np.where(contradicted, "conflicting duplicate", "unlikely label"),
+            "probability_of_label": given,
+            "probability_of_better_label": np.take_along_axis(probabilities, better[:, None], axis=1)[:, 0],
+        }
+        return listed.assign(**columns).sort_values("probability_of_label", kind="stable")
+
+    # ── What a reader sees ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def plots(self, p: Predictions, per_class: list[dict]) -> dict[str, Figure | None]:
+        """Draw the figures of a split, by file name."""
+        return plots.confusion_matrices(self.tree, p.logits, p.labels)
+
+    def headline(self, scores: dict[str, float], texts: str, share: Callable[[float], str]) -> str:
+        """Return the scores of a split that matter most. ``texts`` names its rows, ``share`` formats a share."""
+        parts = [f"{share(scores['accuracy'])} of {texts} are classified correctly"] if "accuracy" in scores else []
+        if self.tree.depth > 1 and "level_1_accuracy" in scores:
+            whose = "" if parts else f"of {texts} "
+            parts.append(f"{share(scores['level_1_accuracy'])} {whose}are in the right branch")
+        return ", ".join(parts)
+
+
+# ── Any number of nodes a text ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def best_threshold(scores: np.ndarray, true: np.ndarray) -> float | None:
+    """Return the greatest threshold of best F1: halfway between two scores, or half a unit beyond the first or last one.
+
+    ``scores`` and ``true`` are (num_pairs,). None: no pair is true.
+    """
+    if not true.any():
+        return None
+    order = np.argsort(-scores)
+    padded = np.concatenate([[scores[order[0]] + 1], scores[order], [scores[order[-1]] - 1]])
+    true_positives = np.concatenate([[0], np.cumsum(true[order])])
+    f1 = 2 * true_positives / (np.arange(len(true_positives)) + true_positives[-1])
+    f1[padded[:-1] == padded[1:]] = -1  # no threshold separates equal scores
+    best = np.argmax(f1)
+    return float(padded[best] + padded[best + 1]) / 2
+
+
+class ManyNodesForm(FormBase):
+    """``labels`` are 1 or 0, (num_rows, num_nodes): a text with a node has its ancestors too. ``logits`` are of all nodes."""
+
+    metrics, micro_f1 = MANY_NODES, "micro_f1"
+    decisions_class, classifier = ManyNodes, NodeClassifier
+    plot_titles = {"f1_by_frequency": "F1 of each node over its number of {split} texts"}
+    columns = ("labels", "predictions", "probabilities", "paths")
+    scored = ("Pairs of document and node", "Share of correct pairs")
+
+    # ── Labels and decisions ─────────────────────────────────────────────────────────────────────────────────────────
+
+    def known_nodes(self, labels: np.ndarray) -> np.ndarray:
+        """Return which nodes a label tells of, (num_rows, num_nodes) of bool: all."""
+        return np.ones(labels.shape, dtype=bool)
+
+    def decisions_of(self, scores: np.ndarray, labels: np.ndarray) -> Iterator[tuple[int, Any, Any, Any, np.ndarray]]:
+        """Yield each node, its choices (-1: a text lacks it), the rows in which it is open, the choice of each, and its logits."""
+        is_open = self.decisions.open_decisions(torch.from_numpy(labels)).numpy()
+        for node in range(self.tree.num_nodes):
+            rows = np.flatnonzero(is_open[:, node])
+            logits = np.stack([np.zeros(len(rows)), scores[rows, node]], axis=1)
+            yield node, np.array([-1, node]), rows, labels[rows, node].astype(int), logits
+
+    def scored_pairs(self, p: Predictions) -> tuple[np.ndarray, np.ndarray]:
+        """Return the probabilities of at least 0.1, of pairs of text and node, and whether these labels are 1, (num_pairs,) each."""
+        probable = p.probabilities >= MIN_PROBABILITY
+        return p.probabilities[probable], p.true[probable]
+
+    # ── Thresholds and prediction sets ───────────────────────────────────────────────────────────────────────────────
+
+    def common_threshold(self, logits: np.ndarray, labels: np.ndarray) -> float:
+        """Return the threshold for all nodes with the best micro-F1, a probability; 0.5 if no label is 1."""
+        threshold = best_threshold(logits.ravel(), labels.ravel() == 1)
+        return DEFAULT_THRESHOLD if threshold is None else float(expit(threshold))
+
+    def fit_thresholds(self, logits: np.ndarray, labels: np.ndarray) -> list[float]:
+        """Fit one threshold per node, a probability; 0.5 for all if no label is 1.
+
+        A node's own threshold has its best F1. The common threshold has the best micro-F1. The result is their weighted mean in
+        logits. The weights are the node's number of positives, and `STRENGTH`. The logits must be calibrated by parameters that
+        were fitted to other texts.
+        """
+        true, common = labels == 1, logit(self.common_threshold(logits, labels))
+        positives, thresholds = true.sum(axis=0), np.full(self.tree.num_nodes, common)
+        for node in np.flatnonzero(positives):
+            own = best_threshold(logits[:, node], true[:, node])
+            thresholds[node] = np.average([own, common], weights=[positives[node], STRENGTH])
+        return expit(thresholds).tolist()
+
+    def set_scores(self, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray) -> pd.Series:
+        """Return the probability of each node that a text has, by text."""
+        rows, nodes = np.nonzero(labels == 1)
+        return pd.Series(expit(logits[rows, nodes].astype(np.float64)), texts[rows])
+
+    def thresholds_of(self, scores: pd.Series) -> list[float | None]:
+        """Return one threshold of prediction sets for each recall 0.01, …, 0.99.
+
+        The threshold of a recall is the greatest t with (Σ loss + 1) / (n + 1) <= 1 - recall, over the n texts with a label 1. It
+        is None where 1 / (n + 1) > 1 - recall: the recall needs more texts. The sum changes at probabilities of true nodes only.
+        The threshold is rounded down to 6 significant digits, which misses no more.
+        """
+        ascending = scores.sort_values()
+        missed = (1 / ascending.groupby(level=0).transform("size")).cumsum()  # the sum of losses at t just above each
+        allowed = (100 - np.arange(1, 100)) / 100 * (scores.index.nunique() + 1) - 1
+        first_kept = np.searchsorted(missed, allowed + ROUNDING, side="right")  # the node that must not be missed
+        exact = [ascending.iloc[i] if most > -ROUNDING else None for i, most in zip(first_kept, allowed, strict=True)]
+        return [None if p is None else float(SIX_DIGITS_DOWN.create_decimal_from_float(p)) for p in exact]
+
+    def predict_sets(
+        self, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray, threshold: SetThreshold
+    ) -> PredictedSets:
+        """Predict sets for the texts with a label 1. A text counts for the share of its nodes that the set holds.
+
+        The size is the number of ``nodes`` in a set.
+        """
+        has_label = (labels == 1).any(axis=1)
+        logits, labels, texts = logits[has_label], labels[has_label], texts[has_label]
+        probabilities = torch.from_numpy(expit(logits.astype(np.float64)))
+        sets = self.decisions.prediction_sets(probabilities, threshold).numpy()
+        rows, nodes = np.nonzero(labels == 1)
+        of_labels = pd.DataFrame({"text": texts[rows], "node": nodes, "held": sets[rows, nodes].astype(float)})
+        of_texts = pd.DataFrame({"nodes": sets.sum(axis=1).astype(float)}).groupby(texts).mean()
+        return PredictedSets(self.decisions, of_labels, of_texts, self.confidence(logits, texts), "mean")
+
+    # ── Labels that may be wrong: see `evaluation.label_issues` ──────────────────────────────────────────────────────────
+
+    def rank_issues(
+        self, found: pd.DataFrame, scores: np.ndarray, labels: np.ndarray, texts: np.ndarray
+    ) -> pd.DataFrame:
+        """Return one line per row of `evaluation.label_issues.find_issues`, by ``probability_of_label``.
+
+        Columns:
+            index: of the row.
+            decision: the node whose label is least probable, given its parent.
+            better: the nodes of the text with those that are missing, and without those that are unlikely and the nodes below.
+            why: whether the text should have the node of the decision.
+        """
+        listed = found.drop_duplicates("index").reset_index(drop=True)
+        wrong = found.groupby("index")["decision"].agg(set)[listed["index"]]
+        pairs = zip(labels[listed["index"]] == 1, wrong, strict=True)
+        changed = [{*np.flatnonzero(given).tolist()} ^ nodes for given, nodes in pairs]
+        better = [{node for node in nodes if nodes.issuperset(self.tree.path(node))} for nodes in changed]
+        return listed.assign(why=np.where(listed["better"] < 0, "unlikely label", "missing label"), better=better)
+
+    # ── What a reader sees ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def plots(self, p: Predictions, per_class: list[dict]) -> dict[str, Figure | None]:
+        """Draw the figures of a split, by file name."""
+        return {"f1_by_frequency": plots.f1_by_frequency(per_class)}
+
+    def headline(self, scores: dict[str, float], texts: str, share: Callable[[float], str]) -> str:
+        """Return the scores of a split that matter most. ``texts`` names its rows."""
+        correct = f"F1 {scores['micro_f1']:.2f} over all nodes of {texts}"
+        is_deep = self.tree.depth > 1 and "level_1_micro_f1" in scores
+        return f"{correct}, {scores['level_1_micro_f1']:.2f} at level 1" if is_deep else correct
+
+
+# ── The choice ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 Form = OnePathForm | ManyNodesForm
 FORMS: dict[str, type[Form]] = {SINGLE_LABEL: OnePathForm, MULTI_LABEL: ManyNodesForm}

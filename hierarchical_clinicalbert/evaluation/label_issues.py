@@ -19,7 +19,7 @@ from scipy.sparse import csr_matrix
 from scipy.special import softmax
 
 from hierarchical_clinicalbert.evaluation.forms import Form
-from hierarchical_clinicalbert.evaluation.metrics import FOLDS
+from hierarchical_clinicalbert.evaluation.metrics import FOLDS, split_texts
 from hierarchical_clinicalbert.reading.columns import join_labels
 
 FILTER = "both"  # of cleanlab: the rows that two of its rules find
@@ -27,7 +27,7 @@ COLUMNS = ("row", "label", "better_label", "why", "decision", "probability_of_la
 
 
 def list_label_issues(
-    form: Form, counts: csr_matrix, labels: np.ndarray, texts: np.ndarray, rows: np.ndarray, moved: np.ndarray
+    form: Form, counts: csr_matrix, labels: np.ndarray, texts: np.ndarray, rows: np.ndarray
 ) -> pd.DataFrame:
     """List the rows whose labels may be wrong, the least probable label first, in `COLUMNS`; see docs/training.md.
 
@@ -35,14 +35,13 @@ def list_label_issues(
         counts: how often each token occurs, (num_rows, V).
         labels, texts: see `Form`.
         rows: numbers in the source, (num_rows,).
-        moved: which rows are of another file, (num_rows,). They are not listed.
     """
     scores, tree = out_of_fold(form, counts, labels, texts), form.tree
     found = [] if scores is None else [*find_issues(form, scores, labels, texts)]
     if not found:
         return pd.DataFrame(columns=COLUMNS)
     by_probability = pd.concat(found).sort_values("probability_of_label", kind="stable")
-    issues = form.rank_issues(by_probability[~moved[by_probability["index"]]], scores, labels, texts)
+    issues = form.rank_issues(by_probability, scores, labels, texts)
     index = issues["index"].to_numpy()
     targets = form.decisions.outcome_targets(torch.from_numpy(labels[index]))[:, : tree.num_nodes].numpy()
 
@@ -63,24 +62,13 @@ def out_of_fold(form: Form, counts: csr_matrix, labels: np.ndarray, texts: np.nd
 
     Arguments are those of the form's classifier, and ids of the texts. Return None if rows are too few to tell classes apart.
     """
-    fold = assign_folds(labels, texts)
     scores = np.empty((len(labels), form.decisions.num_nodes))
-    for held_out in np.unique(fold):
-        fitted, scored = fold != held_out, fold == held_out
+    for fitted, scored in split_texts(texts):
         if not form.classifier.learnable(form.decisions, labels[fitted]).size:
             return None
         classifier = form.classifier(form.decisions, counts[fitted], labels[fitted])
         scores[scored] = classifier.decision_scores(counts[scored]) + classifier.removed_prior
     return scores
-
-
-def assign_folds(labels: np.ndarray, texts: np.ndarray) -> np.ndarray:
-    """Assign each row a fold, (num_rows,). Texts are sorted by label and assigned in turn, to spread each class evenly."""
-    _, first, text_of = np.unique(texts, return_index=True, return_inverse=True)
-    _, classes = np.unique(labels[first], axis=0, return_inverse=True)
-    shuffled = np.random.default_rng(0).permutation(len(first))
-    order = shuffled[np.argsort(classes[shuffled], kind="stable")]
-    return (np.argsort(order) % FOLDS)[text_of]
 
 
 def find_issues(form: Form, scores: np.ndarray, labels: np.ndarray, texts: np.ndarray) -> Iterator[pd.DataFrame]:
@@ -91,13 +79,7 @@ def find_issues(form: Form, scores: np.ndarray, labels: np.ndarray, texts: np.nd
     """
     from cleanlab.filter import find_label_issues  # imported here: it takes a second
 
-    for nodes, rows, targets in form.decisions_of(labels):
-        choices, decision, given = np.array(nodes), form.tree.parents[nodes[0]], targets.argmax(axis=1)
-        logits = scores[np.ix_(rows, nodes)]
-        if len(nodes) == 1:  # a node that a text has, or lacks: -1
-            choices, decision, given = np.array([-1, *nodes]), nodes[0], targets[:, 0].astype(int)
-            logits = np.pad(logits, ((0, 0), (1, 0)))
-
+    for decision, choices, rows, given, logits in form.decisions_of(scores, labels):
         # ── Choices with enough texts, and the rows that were given one of them ──
         num_texts = np.bincount(np.unique(np.stack([given, texts[rows]]), axis=1)[0], minlength=len(choices))
         kept = np.flatnonzero(num_texts >= FOLDS)

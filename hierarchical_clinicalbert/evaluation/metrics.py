@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 from scipy.sparse import csr_matrix
 from sklearn.metrics import average_precision_score
+from sklearn.model_selection import GroupKFold
 
 BINS = 15  # of the calibration error
 FOLDS = 5  # of cross-validation
@@ -27,18 +28,15 @@ class Predictions:
     Attributes:
         form: an `evaluation.forms.Form`.
         logits: (num_rows, num_classes) in float64.
-        labels, texts: see `evaluation.form.FormBase`.
+        labels: the arrays of `Decisions.targets`.
         log_probs, probabilities: of all nodes, (num_rows, num_nodes) in float64.
         true, chosen: the labelled and the predicted nodes, with their ancestors, (num_rows, num_nodes) of bool.
         known: the nodes that the label says to be present or absent, (num_rows, num_nodes) of bool.
         counts: the `confusion_counts` of all known nodes.
     """
 
-    def __init__(
-        self, form: Any, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray | None = None, thresholds: Any = None
-    ):
+    def __init__(self, form: Any, logits: np.ndarray, labels: np.ndarray, thresholds: Any = None):
         decisions, self.form, self.labels = form.decisions, form, labels
-        self.texts: Any = texts
         self.num_leaves, self.levels = decisions.num_leaves, np.array(form.tree.levels)
         self.logits = logits.astype(np.float64)
         self.log_probs = decisions.log_probs(torch.from_numpy(self.logits)).numpy()
@@ -50,11 +48,18 @@ class Predictions:
         self.chosen = decisions.predict(torch.from_numpy(self.probabilities), thresholds)[0].numpy()
         self.counts = confusion_counts(self.true, self.chosen & self.known)
 
-    def count(self, nodes: Any) -> np.ndarray | None:
-        """Return the `confusion_counts` of some nodes, over the rows in which all of them are known; None without a label."""
+    def score(self, nodes: Any, score: Callable[[np.ndarray], float]) -> float | None:
+        """Return a score of the counts of some nodes, over the rows in which all of them are known; None without a label."""
         rows = self.known[:, nodes].all(axis=1)
         counts = confusion_counts(self.true[rows][:, nodes], self.chosen[rows][:, nodes])
-        return counts if counts[2].any() else None
+        return score(counts) if counts[2].any() else None
+
+    def of_leaves(self, score: Callable[[np.ndarray], float]) -> float | None:
+        return self.score(slice(self.num_leaves), score)
+
+    def of_level(self, level: int, score: Callable[[np.ndarray], float]) -> float | None:
+        """Return a score of a level's nodes. A leaf above the level counts as "no node at this level"."""
+        return self.score(self.levels == level, score)
 
 
 # ── F1 from counts ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -98,33 +103,10 @@ def one_hot(ids: np.ndarray, num_classes: int) -> np.ndarray:
 # ── Metrics ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def of_leaves(p: Predictions, score: Callable[[np.ndarray], float]) -> float | None:
-    """Compute a score of the leaves' counts."""
-    counts = p.count(slice(p.num_leaves))
-    return None if counts is None else score(counts)
-
-
-def of_level(p: Predictions, level: int, score: Callable[[np.ndarray], float]) -> float | None:
-    """Compute a score of the counts of a level's nodes. A leaf above the level counts as "no node at this level"."""
-    counts = p.count(p.levels == level)
-    return None if counts is None else score(counts)
-
-
 def level_accuracy(p: Predictions, level: int) -> float | None:
     """Compute the share of the rows whose true path reaches the level with the same node in the predicted path."""
     shared, _, true = p.counts[:, p.levels == level].sum(axis=1)
     return shared / true if true else None
-
-
-def any_label_accuracy(p: Predictions) -> float | None:
-    """Compute the share of rows whose predicted leaf is the label of any row with the same text."""
-    rows = p.true[:, : p.num_leaves].any(axis=1)
-    if p.texts is None or not rows.any():
-        return None
-    _, text_of = np.unique(p.texts[rows], return_inverse=True)
-    true = np.zeros((text_of.max() + 1, p.num_leaves), dtype=bool)
-    np.logical_or.at(true, text_of, p.true[rows, : p.num_leaves])
-    return (true[text_of] & p.chosen[rows, : p.num_leaves]).any(axis=1).mean()
 
 
 def example_f1(p: Predictions) -> float:
@@ -154,6 +136,12 @@ def calibration_bins(confidence: np.ndarray, correct: np.ndarray) -> pd.DataFram
     return pd.DataFrame({"confidence": confidence, "correct": correct, "count": 1}, dtype=float).groupby(index).sum()
 
 
+def split_texts(texts: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return the rows to fit and to score in each of five folds of the texts, or in fewer. A single text is in both."""
+    folds, rows = min(FOLDS, len(np.unique(texts))), np.arange(len(texts))
+    return [*GroupKFold(folds, shuffle=True, random_state=0).split(rows, groups=texts)] if folds > 1 else [(rows, rows)]
+
+
 @dataclass(frozen=True)
 class Metric:
     """A row of a form's table of metrics.
@@ -176,13 +164,10 @@ class Metric:
 
 ECE = Metric(expected_calibration_error, "expected calibration error", "ece", direction=-1, is_key=True)
 ONE_PATH = {
-    "accuracy": Metric(partial(of_leaves, score=micro_f1), "accuracy", "accuracy", is_key=True),
-    "any_label_accuracy": Metric(
-        any_label_accuracy, "accuracy, counting any label of a repeated text as correct", "accuracy"
-    ),
+    "accuracy": Metric(lambda p: p.of_leaves(micro_f1), "accuracy", "accuracy", is_key=True),
     # over the leaves that occur as label or prediction
-    "macro_f1": Metric(partial(of_leaves, score=macro_f1), "macro F1", "f1", is_key=True),
-    "weighted_f1": Metric(partial(of_leaves, score=weighted_f1), "weighted F1", "f1"),
+    "macro_f1": Metric(lambda p: p.of_leaves(macro_f1), "macro F1", "f1", is_key=True),
+    "weighted_f1": Metric(lambda p: p.of_leaves(weighted_f1), "weighted F1", "f1"),
     # over the nodes of all paths (Kiritchenko, Matwin and Famili, 2005)
     "hierarchical_precision": Metric(
         lambda p: p.counts[0].sum() / p.counts[1].sum(), "hierarchical precision", "precision"
@@ -199,15 +184,15 @@ ONE_PATH = {
     ),
     "ece": ECE,
     "level_{}_accuracy": Metric(level_accuracy, "accuracy", "accuracy"),
-    "level_{}_macro_f1": Metric(partial(of_level, score=macro_f1), "macro F1", "f1"),
+    "level_{}_macro_f1": Metric(lambda p, level: p.of_level(level, macro_f1), "macro F1", "f1"),
 }
 MANY_NODES = {
     # with closed sets, micro-F1 is the hierarchical F1 (Kiritchenko, Matwin and Famili, 2005)
     "micro_f1": Metric(lambda p: micro_f1(p.counts), "micro F1", "f1", is_key=True),
     # over the nodes that occur in labels or predictions
     "macro_f1": Metric(lambda p: macro_f1(p.counts), "macro F1", "f1", is_key=True),
-    "leaf_micro_f1": Metric(partial(of_leaves, score=micro_f1), "micro F1 of the leaves", "f1"),
-    "leaf_macro_f1": Metric(partial(of_leaves, score=macro_f1), "macro F1 of the leaves", "f1"),
+    "leaf_micro_f1": Metric(lambda p: p.of_leaves(micro_f1), "micro F1 of the leaves", "f1"),
+    "leaf_macro_f1": Metric(lambda p: p.of_leaves(macro_f1), "macro F1 of the leaves", "f1"),
     "example_f1": Metric(example_f1, "example-based F1", "f1"),
     "mean_average_precision": Metric(
         mean_average_precision, "mean average precision", "mean_average_precision", is_key=True
@@ -222,7 +207,7 @@ MANY_NODES = {
     ),
     # a model without probable nodes has no calibration error, so it cannot select a checkpoint
     "ece": replace(ECE, direction=0),
-    "level_{}_micro_f1": Metric(partial(of_level, score=micro_f1), "micro F1", "f1"),
+    "level_{}_micro_f1": Metric(lambda p, level: p.of_level(level, micro_f1), "micro F1", "f1"),
 }
 
 
@@ -248,7 +233,7 @@ def scores_by_split(metrics: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {split: scores for split, scores in splits.items() if "log_loss" in scores}
 
 
-# ── Intervals, and the report of classes ─────────────────────────────────────────────────────────────────────────────
+# ── Intervals ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def bootstrap_intervals(
@@ -279,27 +264,3 @@ def bootstrap_intervals(
     samples = {"micro_f1": micro, "macro_f1": macro, "f1": np.array([node_f1(counts) for counts in resampled])}
     with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # for classes in no resample
         return {name: np.nanpercentile(values, (2.5, 97.5), axis=0) for name, values in samples.items()}
-
-
-def per_class_report(
-    names: list[str], labels: np.ndarray, chosen: np.ndarray, texts: np.ndarray | None = None
-) -> tuple[list[dict], dict[str, list[float]]]:
-    """Compute precision, recall and F1 of each class in labels or predictions, and the intervals of micro- and macro-F1.
-
-    Arguments are those of `bootstrap_intervals`. ``support`` is the number of labels, and ``f1_interval`` is None for a class in no
-    resample. A ratio with denominator 0 is 0. Rows and intervals are empty without labels.
-    """
-    if not labels.size:
-        return [], {}
-    counts, intervals = confusion_counts(labels, chosen), bootstrap_intervals(labels, chosen, texts)
-    precision, recall = counts[0] / np.maximum(counts[1:], 1)
-    columns = {
-        "label": names,
-        "support": counts[2],
-        "precision": precision,
-        "recall": recall,
-        "f1": np.nan_to_num(node_f1(counts)),
-        "f1_interval": [ends.tolist() if np.isfinite(ends).all() else None for ends in intervals.pop("f1").T],
-    }
-    rows = pd.DataFrame(columns)[counts[1:].any(axis=0)]
-    return rows.to_dict("records"), {name: ends.tolist() for name, ends in intervals.items()}

@@ -116,25 +116,25 @@ def _confusion_matrix(taxonomy: Taxonomy, level: int, true: np.ndarray, predicte
 
 
 def f1_by_frequency(per_class: list[dict]) -> Figure | None:
-    """Draw each class's F1 over its number of documents, from the rows of `per_class_report`; return None without any.
+    """Draw each class's F1 over its number of documents, from ``per_class`` of `report.class_scores`; return None without any.
 
     The classes with the lowest F1 and those with the most documents are named.
     """
-    rows = [row for row in per_class if row["support"]]
-    if not rows:
+    rows = pd.DataFrame([row for row in per_class if row["support"]])
+    if rows.empty:
         return None
-    support, f1 = (np.array([row[key] for row in rows]) for key in ("support", "f1"))
-    ends = np.array([row["f1_interval"] or (row["f1"], row["f1"]) for row in rows]).T
+    pairs = zip(rows["f1_interval"], rows["f1"], strict=True)
+    ends = np.array([interval or (f1, f1) for interval, f1 in pairs]).T
     figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.subplots()
-    axes.errorbar(support, f1, np.abs(ends - f1), fmt=".", ecolor="lightgray", markersize=9)
-    ranks = [sorted(rows, key=key)[:NAMED] for key in (lambda row: row["f1"], lambda row: -row["support"])]
-    named = [row for row in rows if any(row in rank for rank in ranks)]
-    names, legend = show_names([row["label"] for row in named])
+    axes.errorbar(
+        rows["support"], rows["f1"], np.abs(ends - rows["f1"].array), fmt=".", ecolor="lightgray", markersize=9
+    )
+    named = rows.loc[rows.nsmallest(NAMED, "f1").index.union(rows.nlargest(NAMED, "support").index)]
+    names, legend = show_names([*named["label"]])
     figure.set_label(legend)
-    for name, row in zip(names, named, strict=True):
-        beside = {"xytext": (5, 3), "textcoords": "offset points", "fontsize": 7}
-        axes.annotate(name, (row["support"], row["f1"]), **beside)
+    for name, place in zip(names, named[["support", "f1"]].to_numpy(), strict=True):
+        axes.annotate(name, place, xytext=(5, 3), textcoords="offset points", fontsize=7)
     axes.set(xscale="log", xlabel="Documents of the class", ylabel="F1, with 95 % intervals", ylim=(-0.02, 1.02))
     _grid(axes)
     figure.suptitle(f"F1 by frequency: {len(rows)} classes")

@@ -28,7 +28,14 @@ from hierarchical_clinicalbert.evaluation import plots
 from hierarchical_clinicalbert.evaluation.calibration import calibrate_out_of_fold, calibrated_logits, fit_calibration
 from hierarchical_clinicalbert.evaluation.forms import Form
 from hierarchical_clinicalbert.evaluation.lexical import LexicalClassifier
-from hierarchical_clinicalbert.evaluation.metrics import PREFIXES, Predictions, per_class_report, scores_by_split
+from hierarchical_clinicalbert.evaluation.metrics import (
+    PREFIXES,
+    Predictions,
+    bootstrap_intervals,
+    confusion_counts,
+    node_f1,
+    scores_by_split,
+)
 from hierarchical_clinicalbert.evaluation.open_world import measure_novelty
 from hierarchical_clinicalbert.evaluation.sets import MEASURED_TARGET
 from open_world_hierarchical import OpenWorld
@@ -110,7 +117,7 @@ def measure(form: Form, splits: dict[str, ScoredSplit], thresholds: Any) -> dict
     """Compute each split's metrics, ``eval_…`` and ``test_…``."""
     metrics = {}
     for name, split in splits.items():
-        measured = form.measure(split.logits, split.labels, split.texts, thresholds)
+        measured = form.measure(split.logits, split.labels, thresholds)
         metrics |= {f"{PREFIXES[name]}_{metric}": value for metric, value in measured.items()}
     return metrics
 
@@ -155,23 +162,36 @@ def reported_split(splits: dict[str, Any]) -> str:
     return "test" if "test" in splits else "validation"
 
 
-def class_scores(split: str, p: Predictions) -> dict[str, Any]:
-    """Compute scores and 95 % intervals of the classes for metrics.json. Rows with unknown classes below the label do not count."""
+def class_scores(split: str, p: Predictions, texts: np.ndarray) -> dict[str, Any]:
+    """Compute scores and 95 % intervals for metrics.json. Rows with unknown classes below the label do not count.
+
+    Returns:
+        ``per_class``, of each class in labels or predictions; ``support`` is its number of labels, and ``f1_interval`` is None if
+        it is in no resample. A ratio with denominator 0 is 0. Then ``intervals``, of micro- and macro-F1 by their names in
+        metrics.json. Nothing, without labels and predictions.
+    """
     form, classes = p.form, p.form.decisions.num_classes
     rows = p.known[:, :classes].all(axis=1)
-    outcomes = p.true[rows, :classes], p.chosen[rows, :classes], p.texts[rows]
-    per_class, intervals = per_class_report(form.tree.labels[:classes], *outcomes)
-    ends = {f"{PREFIXES[split]}_{key.replace('micro_f1', form.micro_f1)}": pair for key, pair in intervals.items()}
-    return {"per_class": per_class, "intervals": ends} if per_class else {}
+    true, chosen = p.true[rows, :classes], p.chosen[rows, :classes]
+    if not (true | chosen).any():
+        return {}
+    counts, intervals = confusion_counts(true, chosen), bootstrap_intervals(true, chosen, texts[rows])
+    precision, recall = counts[0] / np.maximum(counts[1:], 1)
+    columns = {
+        "label": form.tree.labels[:classes],
+        "support": counts[2],
+        "precision": precision,
+        "recall": recall,
+        "f1": np.nan_to_num(node_f1(counts)),
+        "f1_interval": [ends.tolist() if np.isfinite(ends).all() else None for ends in intervals.pop("f1").T],
+    }
+    per_class = pd.DataFrame(columns)[counts[1:].any(axis=0)].to_dict("records")
+    names = {"micro_f1": form.micro_f1, "macro_f1": "macro_f1"}
+    ends = {f"{PREFIXES[split]}_{names[name]}": pair.tolist() for name, pair in intervals.items()}
+    return {"per_class": per_class, "intervals": ends}
 
 
 # ── Show ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def write_reliability(form: Form, splits: dict[str, ScoredSplit], file: Path) -> None:
-    """Write the reliability diagram of the `reported_split`."""
-    split = splits[reported_split(splits)]
-    plots.write(plots.reliability_diagram(Predictions(form, split.logits, split.labels)), file)
 
 
 def write_scores(form: Form, splits: dict[str, ScoredSplit], thresholds: Any, folder: Path) -> dict[str, Any]:
@@ -181,15 +201,15 @@ def write_scores(form: Form, splits: dict[str, ScoredSplit], thresholds: Any, fo
     """
     classes: dict[str, Any] = {}
     for name, split in splits.items():
-        p = Predictions(form, split.logits, split.labels, split.texts, thresholds)
+        p = Predictions(form, split.logits, split.labels, thresholds)
         rows = pd.DataFrame({"row": split.rows, "text_id": split.texts})
         table = rows.join(form.prediction_table(p)).sort_values("row", kind="stable")
         table.to_csv(folder / f"{name}_predictions.csv", index=False, float_format="%.6f")
         if name == reported_split(splits):
-            classes = class_scores(name, p)
-            for plot, figure in form.plots(p, classes.get("per_class", [])).items():
+            classes = class_scores(name, p, split.texts)
+            figures = form.plots(p, classes.get("per_class", []))
+            for plot, figure in (figures | {"reliability_diagram": plots.reliability_diagram(p)}).items():
                 plots.write(figure, folder / "plots" / f"{plot}.png")
-            write_reliability(form, splits, folder / "plots" / "reliability_diagram.png")
     return classes
 
 

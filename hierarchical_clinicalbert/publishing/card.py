@@ -31,11 +31,7 @@ TRAINING_SETTINGS = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "optim", "weight_decay", "label_smoothing_factor"),
     *("load_best_model_at_end", "seed"),
 )
-PLOTS = {
-    "training_curves": "Training curves",
-    "reliability_diagram": "Reliability diagram of the {split} rows",
-    "reliability_diagram_uncalibrated": "The same before calibration",
-}
+PLOTS = {"training_curves": "Training curves", "reliability_diagram": "Reliability diagram of the {split} rows"}
 MIN_SUPPORT = 10  # texts of a class that the first lines name as weak: the F1 of fewer is mostly chance
 SHOWN_ROOTS = 4  # in a title
 NOT_SHARES = ("log_loss", "ece")  # types of metrics
@@ -160,8 +156,7 @@ def collect_facts(
             and name not in ("model_name_or_path", "model_revision")  # a sentence names the encoder
         },
         "taxonomy_source": f"from {Path(origin[5:]).name}" if origin.startswith("from ") else origin,
-        "moved": list_rows(report["trained_before"]["moved"]),
-        "united": list_rows(report.get("united_rows", {})),
+        "united": list_rows(report["united_rows"]),
     }
 
     # ── Results ──────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from decisions_hierarchical import Decisions, average_over_labels
+from decisions_hierarchical import Decisions, sum_per_item
 
 
 def balanced_weights(counts: Tensor, group: Tensor) -> Tensor:
@@ -18,7 +18,7 @@ def balanced_weights(counts: Tensor, group: Tensor) -> Tensor:
 
 
 class FocalLoss(nn.Module):
-    """Sum over the decisions of a text of  α · (1 - p)^γ · CE, divided by the number of labelled texts.
+    """Sum over the decisions of a text of  α · (1 - p)^γ · CE, divided by the number of texts.
 
     p is the probability of the correct outcome. CE is its cross-entropy with label smoothing ε:
     -(1 - ε) log p - ε · Σ q_k log p_k, with q of `Decisions.smoothing`. The focal factor is from Lin et al. (2017, arXiv
@@ -68,7 +68,7 @@ class FocalLoss(nn.Module):
             expected = self.decisions.expected_targets(teacher_scores / self.temperature)
             taught = self.temperature**2 * self.of_texts(scores / self.temperature, expected)
             losses = (1 - self.teacher_weight) * losses + self.teacher_weight * taught
-        return average_over_labels(losses, labels, num_items_in_batch)
+        return sum_per_item(losses, num_items_in_batch)
 
     def of_texts(self, scores: Tensor, targets: Tensor) -> Tensor:
         """Return each text's loss, (B,), for the shares of the outcomes, (B, K)."""

@@ -24,7 +24,7 @@ from decisions_hierarchical import build_decisions
 from hierarchical_clinicalbert.checkpoint_files import MODEL_FILES, is_checkpoint, list_files, read_config
 from hierarchical_clinicalbert.data.sources import read_unlabelled
 from hierarchical_clinicalbert.data.splits import FEATURES, LabelledSplits
-from hierarchical_clinicalbert.data.trained_texts import normalise_text, text_hash
+from hierarchical_clinicalbert.data.trained_texts import text_hash
 from hierarchical_clinicalbert.errors import InputError, as_input_error
 from hierarchical_clinicalbert.files import sha256
 from hierarchical_clinicalbert.training.arguments import Arguments, HierarchicalTrainingArguments, ModelArguments
@@ -66,15 +66,15 @@ def teach(arguments: Arguments, data: LabelledSplits) -> LabelledSplits:
     if arguments.data.unlabelled_file is not None:
         texts, source = read_unlabelled(arguments.data.unlabelled_file, arguments.data)
         report["sources"] = [*report["sources"], source]
-        known = {normalise_text(text) for split in splits.values() for text in split["text"]}
-        unlabelled = {key: text for text in texts if (key := normalise_text(text)) not in known}
+        known = {text_hash(text) for split in splits.values() for text in split["text"]}
+        unlabelled = {key: text for text in texts if (key := text_hash(text)) not in known}
         logger.info("unlabelled texts: %d of %d are in no split, and new", len(unlabelled), len(texts))
 
     # ── Scores, from the file and the teacher ────────────────────────────────────────────────────────────────────────
     weights = ",".join(sha256(Path(folder, file) for file in list_files(Path(folder), MODEL_FILES)).values())
     file = None if arguments.loss.teacher_scores is None else Path(arguments.loss.teacher_scores)
     stored = {} if file is None else read_scores(file, weights)
-    text_of = {text_hash(normalise_text(text)): text for text in [*labelled, *unlabelled.values()]}
+    text_of = {text_hash(text): text for text in labelled} | unlabelled
     missing = {key: text for key, text in text_of.items() if key not in stored}
     if missing:
         logger.info("the teacher scores %d texts", len(missing))
@@ -86,15 +86,15 @@ def teach(arguments: Arguments, data: LabelledSplits) -> LabelledSplits:
     # ── Training rows ────────────────────────────────────────────────────────────────────────────────────────────────
     if unlabelled:
         decisions = build_decisions(config.tree, config.problem_type)
-        scores = torch.from_numpy(np.stack([stored[text_hash(key)] for key in unlabelled]))
+        scores = torch.from_numpy(np.stack([stored[key] for key in unlabelled]))
         predicted, _ = decisions.predict(decisions(scores)[0].exp(), config.calibration.thresholds)
         deepest = (config.tree.deepest(np.flatnonzero(row).tolist()) for row in predicted)
         nodes = [sorted(our_node[node] for node in of_text) for of_text in deepest]
         numbers = np.arange(len(unlabelled))
         columns = {"text": [*unlabelled.values()], "nodes": nodes, "row": numbers}
-        columns |= {"text_id": -1 - numbers, "moved": np.ones(len(numbers), bool)}
-        rows = concatenate_datasets([rows, Dataset.from_dict(columns, FEATURES)])
-    taught = [stored[text_hash(normalise_text(text))][in_our_order] for text in rows["text"]]
+        added = Dataset.from_dict(columns | {"text_id": -1 - numbers}, FEATURES)  # numbers that no other text has
+        rows = concatenate_datasets([rows, added])
+    taught = [stored[text_hash(text)][in_our_order] for text in rows["text"]]
     splits["train"] = rows.add_column("teacher", taught)
     report["teacher"] = {"checkpoint": name, "unlabelled_texts": len(unlabelled)}
     return replace(data, splits=splits, report=report)
@@ -105,7 +105,7 @@ def score_texts(
 ) -> np.ndarray:
     """Return a checkpoint's decision scores of texts, (num_texts, num_nodes)."""
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    columns = {"text": texts, "nodes": [[]] * len(texts), "row": range(len(texts))}
+    columns = {"text": texts, "nodes": [[0]] * len(texts), "row": range(len(texts))}
     limit = config.calibration.max_length or tokenizer.model_max_length
     splits, _ = tokenize_splits(DatasetDict(test=Dataset.from_dict(columns)), tokenizer, limit)
     trainer = scoring_trainer(folder, args, tokenizer)

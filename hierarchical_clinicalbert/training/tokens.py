@@ -27,7 +27,7 @@ def tokenize_splits(
     """Set the tokenizer's limit to ``max_length``, tokenize texts up to this limit, and measure them by `length_report`.
 
     The columns are those of `TOKEN_COLUMNS` that the tokenizer has, ``length`` (of ``input_ids``), ``labels`` (lists of node
-    ids), ``row``, ``text_id`` and ``moved``. If asked for, training rows have ``sentences``, see
+    ids), ``row`` and ``text_id``. If asked for, training rows have ``sentences``, see
     `training.views.sentence_numbers`. The other splits are sorted by length, to reduce padding. Nothing is padded.
     """
     tokenizer.model_max_length = max_length

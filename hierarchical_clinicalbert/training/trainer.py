@@ -2,7 +2,7 @@
 
 Worth knowing:
 
-1. The loss is divided by the number of labelled texts in the accumulated batch, over all devices. So the gradient does not
+1. The loss is divided by the number of texts in the accumulated batch, over all devices. So the gradient does not
    depend on how the batch is split. DDP averages gradients, so the loss is multiplied by the number of processes.
 2. The Trainer resumes and restores the best model by root-level file names. The adapter form has its own loader here.
 3. No ``training_args.bin`` is written, because it is a pickle and can contain a token.
@@ -23,7 +23,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainingArguments, t
 from transformers.trainer_utils import TrainOutput
 
 from checkpoint_hierarchical import ADAPTER_FILES, load_heads_and_adapter
-from decisions_hierarchical import average_over_labels
+from decisions_hierarchical import sum_per_item
 from hierarchical_clinicalbert.errors import InputError, as_input_error
 from hierarchical_clinicalbert.publishing.trainer import PublishingTrainer
 from hierarchical_clinicalbert.training.callbacks import LogLines, ProgressBar, ResumedRun, refuse_infinite
@@ -90,7 +90,7 @@ class HierarchicalTrainer(PublishingTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor | tuple[Tensor, Any]:
-        """Compute the loss per labelled text of the accumulated batch, or in evaluation of this batch."""
+        """Compute the loss per text of the accumulated batch, or in evaluation of this batch."""
         inputs = dict(inputs)
         labels, rows, sentences = inputs.pop("labels"), inputs.pop("row", None), inputs.pop("sentences", None)
         taught = {"teacher_scores": inputs.pop("teacher")} if "teacher" in inputs else {}
@@ -103,7 +103,7 @@ class HierarchicalTrainer(PublishingTrainer):
             outputs = model(**inputs)
             first, second = (outputs["decision_logits"][half] for half in pair)
             losses = [self.loss_function(half, labels, num_items_in_batch=items, **taught) for half in (first, second)]
-            divergence = average_over_labels(self.decisions.divergence(first, second), labels, items)
+            divergence = sum_per_item(self.decisions.divergence(first, second), items)
             loss = sum(losses) / 2 + self.consistency * divergence
         else:
             asked = {"output_vectors": True} if self.has_vectors and not model.training else {}

@@ -1,4 +1,4 @@
-"""Hierarchical precision, recall and F1, as a module of the `evaluate` library.
+"""Hierarchical precision, recall and F1, as a module of the `evaluate` library; README.md has the formulas.
 
 Worth knowing:
 
@@ -14,29 +14,6 @@ import datasets
 import evaluate
 import numpy as np
 
-_DESCRIPTION = """\
-Micro-averaged hierarchical precision, recall and F1 over documents that each have one predicted and one true node of a
-taxonomy. With P and T the predicted and the true node and all their ancestors (a virtual root above the roots is not
-counted): hP = sum |P & T| / sum |P|, hR = sum |P & T| / sum |T|, hF = 2 hP hR / (hP + hR).
-"""
-
-_CITATION = """\
-@inproceedings{kiritchenko2005functional,
-  title = {Functional annotation of genes using hierarchical text categorization},
-  author = {Kiritchenko, Svetlana and Matwin, Stan and Famili, A. Fazel},
-  booktitle = {Proceedings of the BioLINK SIG: Linking Literature, Information and Knowledge for Biology},
-  year = {2005}
-}
-@article{silla2011survey,
-  title = {A survey of hierarchical classification across different application domains},
-  author = {Silla, Carlos N. and Freitas, Alex A.},
-  journal = {Data Mining and Knowledge Discovery},
-  volume = {22},
-  pages = {31--72},
-  year = {2011}
-}
-"""
-
 _KWARGS_DESCRIPTION = """
 Args:
     predictions (`list` of `int`): the predicted node of each document.
@@ -48,11 +25,6 @@ Returns:
 
 Raises:
     ValueError: no documents, an id that is not a node, or parents that form a cycle.
-
-Examples:
-    >>> metric = evaluate.load("metrics/hierarchical_f1", keep_in_memory=True)
-    >>> metric.compute(predictions=[0, 2], references=[1, 2], parents=[3, 3, -1, -1])
-    {'hierarchical_precision': 0.66..., 'hierarchical_recall': 0.66..., 'hierarchical_f1': 0.66...}
 """
 
 
@@ -61,8 +33,8 @@ class HierarchicalF1(evaluate.Metric):
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation=_CITATION,
+            description=__doc__,
+            citation="S. Kiritchenko, S. Matwin, A. F. Famili: Functional annotation of genes using hierarchical text categorization, 2005",
             inputs_description=_KWARGS_DESCRIPTION,
             features=datasets.Features({"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}),
             format="numpy",

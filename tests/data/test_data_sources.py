@@ -6,7 +6,6 @@ import logging
 
 import datasets
 import pandas as pd
-import pyarrow.parquet
 import pytest
 from labelled_files import SECRET, csv_file, labels_of, load, nodes_of
 
@@ -36,7 +35,7 @@ def test_every_format_gives_the_same_rows(tmp_path, kind):
     write_as(kind, path)
     data = load(train_file=path, validation_size=0)
     assert list(data.splits) == ["train"]
-    assert data.splits["train"].column_names == ["text", "nodes", "row", "text_id", "moved"]
+    assert data.splits["train"].column_names == ["text", "nodes", "row", "text_id"]
     assert data.splits["train"]["text"][:] == [text for text, _ in ROWS]
     assert data.splits["train"]["row"][:] == [0, 1, 2, 3]
     # leaves first, in sorted order of their paths (a/x, a/y, b), then the inner node a
@@ -77,14 +76,6 @@ def test_an_encoding_is_that_of_the_data_files(tmp_path):
     assert sorted(data.taxonomy.labels) == ["Städte", "a"]
 
 
-def test_codes_of_many_digits_beside_missing_ones_stay_as_they_are(tmp_path):
-    codes = [900_000_000_000_207_008 + i for i in range(3)]  # as long as those of SNOMED CT
-    rows = {"text": list("abcd"), "l1": ["a", "a", "b", "b"], "l2": [codes[0], None, *codes[1:]]}
-    pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "rows.parquet")
-    data = load(train_file=tmp_path / "rows.parquet", label_column=["l1", "l2"], validation_size=0.0)
-    assert set(data.taxonomy.names) == {"a", "b", *map(str, codes)}
-
-
 # ── columns ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -100,12 +91,10 @@ def test_columns_are_found_in_order_of_preference_and_logged(tmp_path, caplog):
     assert requested.splits["train"]["text"][:] == ["title", "title"]
 
 
-def test_label_columns_that_are_not_there_or_named_twice_are_refused(tmp_path):
+def test_a_label_column_that_is_not_there_is_refused(tmp_path):
     path = csv_file(tmp_path / "a.csv", [("one", "x"), ("two", "y")], ("notes", "diagnosis"))
     with pytest.raises(InputError, match=r"no column called .*--label_column: there are 'notes', 'diagnosis'"):
         load(train_file=path, text_column="notes")
-    with pytest.raises(InputError, match="names a column twice"):
-        load(train_file=path, text_column="notes", label_column=["diagnosis", "diagnosis"])
 
 
 def test_files_may_spell_the_same_column_differently(tmp_path):

@@ -1,15 +1,16 @@
 """Draw labels for which decision scores are correct, in both forms of label."""
 
 import numpy as np
+import pytest
 from scipy.special import expit, log_expit, log_softmax, logit
 
-from hierarchical_clinicalbert.evaluation.forms import Form
-from hierarchical_clinicalbert.evaluation.one_path import OnePathForm
+from hierarchical_clinicalbert.evaluation.forms import Form, ManyNodesForm, OnePathForm
 from taxonomy_hierarchical import Taxonomy
 
 # a at level 1; B > c at level 2; B > D > e, f at level 3; G > h, an only child
 TREE = Taxonomy(["a", {"B": ["c", {"D": ["e", "f"]}]}, {"G": ["h"]}])
 A, C, E, F, H, B, D, G = range(8)
+FORMS = pytest.mark.parametrize("form", [OnePathForm(TREE), ManyNodesForm(TREE)], ids=["one path", "many nodes"])
 
 
 def node_log_probs(form: Form, scores: np.ndarray) -> np.ndarray:
@@ -35,3 +36,9 @@ def draw_labels(form: Form, scores: np.ndarray, seed: int = 0) -> np.ndarray:
         return (leaves + generator.gumbel(size=leaves.shape)).argmax(axis=1)
     has = generator.random(scores.shape) < expit(scores)
     return np.column_stack([has[:, tree.path(node)].all(axis=1) for node in range(tree.num_nodes)]).astype(np.int8)
+
+
+def drawn(form: Form, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draw logits, and labels for which they are correct."""
+    scores = np.random.default_rng(0).normal(-0.5, 1.5, (rows, form.tree.num_nodes))
+    return logits_of(form, scores), draw_labels(form, scores, seed=1)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CLEAR
-from drawn import draw_labels, logits_of, node_log_probs
+from drawn import draw_labels, drawn, node_log_probs
 from scipy.optimize import minimize
 from scipy.sparse import csr_matrix
 from scipy.special import log_expit, log_softmax, logsumexp
@@ -19,9 +19,7 @@ from configuration_hierarchical import MULTI_LABEL, SINGLE_LABEL, Calibration, H
 from decisions_hierarchical import OnePath, guaranteed_threshold
 from hierarchical_clinicalbert.evaluation import calibration
 from hierarchical_clinicalbert.evaluation.calibration import calibrated_logits, fit_calibration
-from hierarchical_clinicalbert.evaluation.forms import form_of
-from hierarchical_clinicalbert.evaluation.many_nodes import ManyNodesForm
-from hierarchical_clinicalbert.evaluation.one_path import OnePathForm
+from hierarchical_clinicalbert.evaluation.forms import ManyNodesForm, OnePathForm, form_of
 from hierarchical_clinicalbert.evaluation.report import ScoredSplit, calibrate_splits
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from taxonomy_hierarchical import Taxonomy
@@ -32,12 +30,6 @@ ONLY = Taxonomy(
 )  # only children
 TINY = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
 FORMS = pytest.mark.parametrize("form", [OnePathForm(TREE), ManyNodesForm(TREE)], ids=["one path", "many nodes"])
-
-
-def drawn(tree: Taxonomy, rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draw leaf logits, and labels of one path for which they are correct."""
-    form, scores = OnePathForm(tree), np.random.default_rng(0).normal(scale=2, size=(rows, tree.num_nodes))
-    return logits_of(form, scores), draw_labels(form, scores, seed=1)
 
 
 # The fit
@@ -102,11 +94,11 @@ def test_the_prior_of_the_classes_counts_once():
 
 @FORMS
 def test_validation_rows_are_scored_by_a_calibration_that_has_not_seen_their_text(form):
-    scores = np.random.default_rng(1).normal(scale=2, size=(120, TREE.num_nodes))
-    labels, texts = draw_labels(form, scores), np.arange(120) // 2  # each text twice
+    scores = np.random.default_rng(1).normal(scale=2, size=(60, TREE.num_nodes))
+    labels, texts = draw_labels(form, scores), np.arange(60) // 2  # each text twice
 
     def logits_of_splits(labels: np.ndarray, rows: slice = slice(None)) -> dict[str, np.ndarray]:
-        split = ScoredSplit(scores[rows], scores[rows], labels[rows], texts[rows], texts[rows], csr_matrix((120, 1)))
+        split = ScoredSplit(scores[rows], scores[rows], labels[rows], texts[rows], texts[rows], csr_matrix((60, 1)))
         _, calibrated, _ = calibrate_splits(form, {"validation": split, "test": split}, None)
         return {name: split.logits for name, split in calibrated.items()}
 
@@ -117,7 +109,7 @@ def test_validation_rows_are_scored_by_a_calibration_that_has_not_seen_their_tex
     again = logits_of_splits(other_labels)["validation"]
     np.testing.assert_array_equal(logits["validation"][:2], again[:2])
     # four fifths: the first text took part in their fits
-    assert (logits["validation"] != again).any(axis=1).sum() == 96
+    assert (logits["validation"] != again).any(axis=1).sum() == 48
     # test rows, and a single validation text, are scored by the calibration of all validation rows
     fitted = fit_calibration(form, scores, None, labels)
     np.testing.assert_array_equal(logits["test"], calibrated_logits(form.decisions, fitted, scores, None))
@@ -197,7 +189,7 @@ def test_sets_are_the_best_of_all_and_grow_and_nonconformity_is_the_smallest_thr
 
 
 def test_thresholds_are_the_ranks_of_split_conformal_prediction():
-    logits, labels = drawn(TREE, 9)
+    logits, labels = drawn(OnePathForm(TREE), 9)
     nodes = OnePath(TREE).log_probs(torch.from_numpy(logits)).exp()
     scores = sorted(OnePath(TREE).nonconformity(nodes, torch.from_numpy(labels)).tolist())
     # each text twice: the greater score counts
@@ -222,7 +214,7 @@ def test_thresholds_are_the_ranks_of_split_conformal_prediction():
 
 
 def test_sets_have_the_requested_coverage_if_labels_are_inner_nodes():
-    (logits, labels), form, texts = drawn(TREE, 4000), OnePathForm(TREE), np.arange(2000)
+    (logits, labels), form, texts = drawn(OnePathForm(TREE), 4000), OnePathForm(TREE), np.arange(2000)
     known, generator = labels.copy(), np.random.default_rng(2)
     inside = np.isin(labels, TREE.leaves_at_or_below[TREE.id("b")])
     known[inside & (generator.random(len(labels)) < 0.8)] = TREE.id("b")

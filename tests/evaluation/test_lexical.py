@@ -15,9 +15,8 @@ from transformers import AutoModel
 from configuration_hierarchical import Calibration, HierarchicalConfig
 from decisions_hierarchical import ManyNodes, OnePath
 from hierarchical_clinicalbert.evaluation import lexical
-from hierarchical_clinicalbert.evaluation.many_nodes import ManyNodesForm
+from hierarchical_clinicalbert.evaluation.forms import ManyNodesForm, OnePathForm
 from hierarchical_clinicalbert.evaluation.metrics import one_hot
-from hierarchical_clinicalbert.evaluation.one_path import OnePathForm
 from hierarchical_clinicalbert.training.score import token_counts
 from modeling_hierarchical import HierarchicalForSequenceClassification, LexicalHead
 from taxonomy_hierarchical import Taxonomy

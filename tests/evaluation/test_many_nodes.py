@@ -7,20 +7,14 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import sklearn.metrics
-from drawn import TREE, A, B, D, E, F, draw_labels, logits_of
+from drawn import TREE, A, B, D, E, F, drawn
 from scipy.special import expit, logit
 from transformers import EvalPrediction
 
-from hierarchical_clinicalbert.evaluation.many_nodes import STRENGTH, ManyNodesForm, common_threshold
+from hierarchical_clinicalbert.evaluation.forms import STRENGTH, ManyNodesForm
 from taxonomy_hierarchical import Taxonomy
 
 FLAT = Taxonomy(["a", "b", "c"])
-
-
-def case(tree: Taxonomy, rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draw logits of all nodes, and labels for which they are correct."""
-    form, scores = ManyNodesForm(tree), np.random.default_rng(0).normal(-0.5, 1.5, (rows, tree.num_nodes))
-    return logits_of(form, scores), draw_labels(form, scores, seed=1)
 
 
 def closed(tree: Taxonomy, probabilities: np.ndarray, thresholds: np.ndarray | float) -> np.ndarray:
@@ -37,27 +31,27 @@ def f1(chosen: np.ndarray, true: np.ndarray) -> float:
 
 
 def test_without_true_nodes_thresholds_are_one_half():
-    u, labels = case(TREE, 20)
+    u, labels = drawn(ManyNodesForm(TREE), 20)
     assert ManyNodesForm(TREE).fit_thresholds(u, np.zeros_like(labels)) == [0.5] * 8
-    assert common_threshold(u, np.zeros_like(labels)) == 0.5
+    assert ManyNodesForm(TREE).common_threshold(u, np.zeros_like(labels)) == 0.5
     assert len(ManyNodesForm(TREE).fit_thresholds(u[:1], np.ones_like(labels[:1]))) == 8
 
 
 def test_the_common_threshold_has_the_best_micro_f1():
-    u, labels = case(TREE, 80)
+    u, labels = drawn(ManyNodesForm(TREE), 20)
 
     def score(threshold: float) -> float:
         return f1(closed(TREE, expit(u), threshold), labels)
 
     best = max(map(score, np.unique(expit(u))))
-    assert score(common_threshold(u, labels)) == pytest.approx(best)
+    assert score(ManyNodesForm(TREE).common_threshold(u, labels)) == pytest.approx(best)
 
 
 def test_a_nodes_threshold_of_best_f1_is_averaged_with_the_common_one_by_its_number_of_positives():
-    u, labels = case(FLAT, 300)
+    u, labels = drawn(ManyNodesForm(FLAT), 80)
     u = u.round(1)  # with ties
     labels[:, 2] = 0
-    common = common_threshold(u, labels)
+    common = ManyNodesForm(FLAT).common_threshold(u, labels)
     thresholds, positives = np.array(ManyNodesForm(FLAT).fit_thresholds(u, labels)), labels.sum(axis=0)
     assert thresholds[2] == pytest.approx(common)  # no positives, no own threshold
     for node in (0, 1):
@@ -83,7 +77,7 @@ def recall_scores(u: np.ndarray, labels: np.ndarray, threshold: float) -> dict[s
 @pytest.mark.parametrize("rows", [1, 9, 40])
 def test_recall_thresholds_against_their_definition(rows):
     """Compare with the greatest t of (Σ loss + 1) / (n + 1) <= 1 - recall in exact arithmetic, rounded down to 6 digits."""
-    u, labels = case(TREE, 100)
+    u, labels = drawn(ManyNodesForm(TREE), 100)
     u, labels = u[:rows].round(), labels[:rows]  # with ties
     thresholds = recall_thresholds(u, labels)
     texts = [[float(x) for x in row[true == 1]] for row, true in zip(expit(u), labels, strict=True) if true.any()]
@@ -116,7 +110,7 @@ def test_the_recall_of_sets_is_the_mean_share_of_each_texts_nodes():
 
 def test_metrics_against_scikit_learn():
     tree = TREE
-    u, labels = case(tree, 300)
+    u, labels = drawn(ManyNodesForm(tree), 300)
     thresholds = np.random.default_rng(1).uniform(0.1, 0.6, tree.num_nodes)
     form, u = ManyNodesForm(tree), u.astype(np.float32)
     metrics = form.measure(u, labels.astype(np.float32), thresholds=thresholds)
@@ -154,8 +148,8 @@ def test_the_calibration_error_by_hand():
 
 
 def test_without_thresholds_the_common_one_is_taken():
-    (u, labels), form = case(TREE, 100), ManyNodesForm(TREE)
-    expected = form.measure(u, labels, thresholds=common_threshold(u, labels))
+    (u, labels), form = drawn(ManyNodesForm(TREE), 100), ManyNodesForm(TREE)
+    expected = form.measure(u, labels, thresholds=form.common_threshold(u, labels))
     assert form.compute_metrics(EvalPrediction(predictions=(u, np.zeros(3)), label_ids=labels)) == expected
 
 

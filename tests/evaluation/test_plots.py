@@ -5,13 +5,12 @@ import warnings
 import numpy as np
 import pytest
 import sklearn.metrics
-from drawn import TREE, A, B, C, D, E, F, H, draw_labels, logits_of
+from drawn import FORMS, TREE, A, B, C, D, E, F, H, drawn
 from PIL import Image
 from scipy.special import expit, softmax
 
-from hierarchical_clinicalbert.evaluation.many_nodes import ManyNodesForm
+from hierarchical_clinicalbert.evaluation.forms import ManyNodesForm, OnePathForm
 from hierarchical_clinicalbert.evaluation.metrics import Predictions, calibration_bins
-from hierarchical_clinicalbert.evaluation.one_path import OnePathForm
 from hierarchical_clinicalbert.evaluation.plots import (
     confusion_matrices,
     f1_by_frequency,
@@ -21,14 +20,6 @@ from hierarchical_clinicalbert.evaluation.plots import (
     write,
 )
 from taxonomy_hierarchical import Taxonomy
-
-FORMS = pytest.mark.parametrize("form", [OnePathForm(TREE), ManyNodesForm(TREE)], ids=["one path", "many nodes"])
-
-
-def drawn(form, rows: int = 200) -> tuple[np.ndarray, np.ndarray]:
-    """Draw logits and labels."""
-    scores = np.random.default_rng(0).normal(-0.5, 1.5, (rows, form.tree.num_nodes))
-    return logits_of(form, scores), draw_labels(form, scores)
 
 
 def matrix_of(figure) -> tuple[list[str], np.ndarray]:
@@ -121,7 +112,7 @@ def test_class_names_are_shortened_in_the_middle_and_dollars_are_not_mathematics
 @FORMS
 def test_the_reliability_diagram_holds_the_bins_and_the_error(form):
     """With one path a text, it is of the predicted leaves. With many nodes, it is of all pairs that are not improbable."""
-    logits, labels = drawn(form)
+    logits, labels = drawn(form, 200)
     if isinstance(form, ManyNodesForm):
         pairs = expit(logits) >= 0.1
         probabilities, correct = expit(logits[pairs]), labels[pairs] == 1

@@ -8,8 +8,7 @@ from scipy.special import log_softmax
 
 from configuration_hierarchical import Calibration, HierarchicalConfig
 from decisions_hierarchical import ManyNodes, OnePath, guaranteed_threshold
-from hierarchical_clinicalbert.evaluation.many_nodes import ManyNodesForm
-from hierarchical_clinicalbert.evaluation.one_path import OnePathForm
+from hierarchical_clinicalbert.evaluation.forms import ManyNodesForm, OnePathForm
 from hierarchical_clinicalbert.evaluation.report import ScoredSplit, measure_sets
 from taxonomy_hierarchical import Taxonomy
 

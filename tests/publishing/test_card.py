@@ -17,7 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from configuration_hierarchical import MULTI_LABEL, SINGLE_LABEL, Calibration, HierarchicalConfig
 from hierarchical_clinicalbert.data.label_forms import ManyNodesRows, OnePathRows
-from hierarchical_clinicalbert.data.report import length_report
+from hierarchical_clinicalbert.data.report import describe_split, length_report
 from hierarchical_clinicalbert.evaluation.forms import form_of
 from hierarchical_clinicalbert.publishing import card
 from hierarchical_clinicalbert.training.publish import describe_environment
@@ -75,7 +75,7 @@ def make_report(config: HierarchicalConfig, sources: dict[str, str] | None = Non
         if config.is_multi_label:
             nodes, texts = [(1, 3), (1, 3), (1,), (), (), (1,), (1,), ()], range(8)
         part = pd.DataFrame({"text_id": [100_000 * number + text for text in texts], "nodes": nodes, "split": split})
-        splits[split] = form.describe(part, tree, number)
+        splits[split] = describe_split(part, tree, form, number)
     return {
         "sources": [
             {"split": split, "name": name, "dataset": None, "sha256": {Path(name).name: "ab" * 32}}
@@ -86,9 +86,9 @@ def make_report(config: HierarchicalConfig, sources: dict[str, str] | None = Non
         "split": {"method": "as given", "split_off": {}, "seed": 42},
         "splits": splits,
         "classes_without_training_rows": [tree.labels[0]],
-        "trained_before": {"scores": "verified", "moved": {}},
+        "trained_before": {"scores": "verified", "left_out": {}},
         "lengths": {split: length_report([10, 20, 300], 256) for split in SPLITS},
-        **({"united_rows": {"train": 7, "validation": 0, "test": 1}} if config.is_multi_label else {}),
+        "united_rows": {"train": 7, "validation": 0, "test": 1} if config.is_multi_label else {},
         **changes,
     }
 
@@ -99,7 +99,7 @@ def make_metrics(config: HierarchicalConfig) -> dict:
     labels, metrics = form.decisions.targets([[i % tree.num_nodes] for i in range(40)]).numpy(), {}
     for prefix in ("uncalibrated_eval", "uncalibrated_test", "eval", "test"):
         logits = generator.normal(size=(40, form.decisions.num_classes))
-        scores = {"loss": 0.5, "runtime": 2.0, **form.measure(logits, labels, np.arange(40) // 2)}
+        scores = {"loss": 0.5, "runtime": 2.0, **form.measure(logits, labels)}
         metrics |= {f"{prefix}_{name}": value for name, value in scores.items()}
     classes = tree.labels[: form.decisions.num_classes]
     row = {"precision": 0.5, "recall": 0.25, "f1": 1 / 3, "support": 20, "f1_interval": [0.2, 0.4]}
@@ -422,10 +422,9 @@ def test_the_data_section_shows_rows_conflicts_lengths_and_classes(written):
     assert "so expect no correct predictions: general pathological conditions." in limits
     assert "256 tokens; the model does not see the rest. Truncated: 1 train texts, 1 validation texts, 1 test" in limits
     split_off = {"method": "by class", "split_off": {"test": 0.1}, "seed": 7}
-    before = {"scores": "unverified", "moved": {"train": 0, "test": 1200}}
+    before = {"scores": "unverified", "left_out": {}}
     text = written(report=make_report(make_config(), split=split_off, trained_before=before))
     assert "0.1 for test; seed 7" in section(text, "Data")
-    assert "An earlier run was trained on the texts of 1,200 test rows." in text
     assert "**These scores are unverified**" in text
     assert {r.metric_name.split(" ")[1] for r in ModelCard(text).data.eval_results} == {"(unverified)"}
 

@@ -42,7 +42,7 @@ ADAPTER_REPOSITORY = {
     *("heads.safetensors", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"),
     *("tokenizer.json", "tokenizer_config.json"),
     *(f"plots/confusion_matrix_level_{level}.png" for level in (1, 2)),
-    *("plots/reliability_diagram.png", "plots/reliability_diagram_uncalibrated.png", "plots/training_curves.png"),
+    *("plots/reliability_diagram.png", "plots/training_curves.png"),
 }
 MERGED_REPOSITORY = {
     *(name for name in ADAPTER_REPOSITORY if not name.startswith("adapter/") and name != "heads.safetensors"),
@@ -142,14 +142,14 @@ def test_only_the_files_of_the_checkpoint_are_published_and_nothing_of_this_mach
 
 
 def test_a_run_that_was_killed_before_its_scores_is_not_published(hub, checkpoint, tmp_path):
-    """Resume a finished run, and kill it when the model is saved, and not yet calibrated."""
+    """Resume a finished run, and kill it when the model is saved, and not yet described."""
     output, environment = shutil.copytree(checkpoint, tmp_path / "results"), hub.environment(token="hf_alice")
     strike = [
         "-c",
         STRIKE,
         ROOT / "train.py",
         "open",
-        "plots/reliability_diagram_uncalibrated.png",
+        "validation_predictions.csv",
         int(signal.SIGKILL),
     ]
     pinned = json.loads((output / "config.json").read_text())["encoder_revision"]
@@ -381,7 +381,7 @@ def test_a_fresh_process_predicts_with_a_multi_label_model(hub, label_sets, tmp_
     """Predict by `AutoModel`, by both pipelines, and by the snippets of the card, over HTTP from an empty cache."""
     repo, expected_probabilities = "alice/sets", by_hand(hub, label_sets).exp().numpy()
     assert [commit.title for commit in hub.commits(repo)] == ["initial commit", "End of training"]
-    plots = ("f1_by_frequency", "reliability_diagram", "reliability_diagram_uncalibrated")
+    plots = ("f1_by_frequency", "reliability_diagram")
     shared = {name for name in ADAPTER_REPOSITORY if not name.startswith("plots/")}
     assert hub.files(repo).keys() == shared | {f"plots/{name}.png" for name in plots}
     code = f"""

@@ -201,7 +201,7 @@ def test_with_costs_the_leaf_of_least_expected_cost_is_predicted(kind, checkpoin
 
 def test_of_leaves_with_equal_costs_the_most_probable_is_predicted(classify):
     """Use costs of zero for errors below one root."""
-    root_of = {label: UNEVEN.path_names(leaf)[0] for leaf, label in enumerate(LEAVES)}
+    root_of = {label: UNEVEN.names[UNEVEN.path(leaf)[0]] for leaf, label in enumerate(LEAVES)}
     costs = {one: {other: float(root_of[one] != root_of[other]) for other in LEAVES} for one in LEAVES}
     texts = [f"{text} {number}" for number in range(8) for text in TEXTS]
     results, ranked = classify(texts, costs=costs, levels=True), classify(texts, top_k=len(LEAVES))
