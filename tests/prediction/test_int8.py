@@ -14,15 +14,6 @@ from hierarchical_clinicalbert.prediction.int8 import Int8Linear, has_int8_produ
 pytestmark = pytest.mark.skipif(not has_int8_products(), reason="this processor has no 8-bit products")
 
 
-def test_the_largest_numbers_do_not_overflow_and_zeros_stay_zeros():
-    layer = nn.Linear(4096, 2, bias=False)
-    layer.weight.data = torch.stack([torch.full((4096,), 3.0), torch.zeros(4096)])
-    tokens = torch.stack([torch.full((4096,), 1e3), torch.full((4096,), -1e3), torch.zeros(4096)])
-    with torch.inference_mode():
-        found = Int8Linear(layer)(tokens)
-    torch.testing.assert_close(found, torch.tensor([[1.2288e7, 0], [-1.2288e7, 0], [0, 0]]))
-
-
 def test_a_token_is_rounded_alone_and_every_linear_layer_is_replaced():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Sequential(nn.Linear(64, 32)))

@@ -1,16 +1,11 @@
-"""Test files, patterns, .gz, standard input, and the package alone, as it is copied into the Space."""
+"""Test files, patterns, .gz, and standard input."""
 
 import glob
 import gzip
-import json
 import os
-import shutil
-import subprocess
-import sys
 
 import datasets
 import pytest
-from conftest import ROOT
 
 from hierarchical_clinicalbert.data.tables import read_table
 from hierarchical_clinicalbert.prediction.input import read_records
@@ -158,25 +153,3 @@ def test_a_file_reports_progress(tmp_path):
         assert shares == sorted(shares)
         assert shares[len(shares) // 2] == pytest.approx(0.5, abs=0.1)
         assert shares[-1] == 1
-
-
-def test_the_package_alone_reads_files_and_standard_input(tmp_path):
-    """Run it without the rest of the repository, as in the Space, which holds a copy."""
-    for name in ("taxonomy_hierarchical.py", "hierarchical_clinicalbert/__init__.py"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        shutil.copy(ROOT / name, tmp_path / name)
-    shutil.copytree(ROOT / "hierarchical_clinicalbert/reading", tmp_path / "hierarchical_clinicalbert/reading")
-    (tmp_path / "app.py").write_text("""
-import json, sys
-from hierarchical_clinicalbert.reading.columns import TEXT_COLUMNS, find_column
-from hierarchical_clinicalbert.reading.sources import Source, open_rows
-with open_rows(Source("-", "csv")) as rows:
-    found = [find_column(rows.columns, None, TEXT_COLUMNS)] + [(row.line, row.values, rows.done()) for row in rows.read()]
-print(json.dumps([found, [name for name in ("pyarrow", "pandas", "torch") if name in sys.modules]]))
-""")
-    done = subprocess.run([sys.executable, "app.py"], input=CSV, capture_output=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr.decode()
-    assert json.loads(done.stdout) == [
-        ["text", [2, {"text": "a", "id": "1"}, None], [4, {"text": "b", "id": "2"}, None]],
-        [],
-    ]

@@ -168,18 +168,6 @@ def test_a_text_unlike_the_training_texts_has_no_bold_class():
         assert f"Unlike the known texts of <bdi>b</bdi>{more}" in shown
 
 
-def test_of_the_card_the_opening_and_the_plots_are_shown(clear_checkpoint):
-    card = (Path(clear_checkpoint) / "README.md").read_text()
-    opening = views.card_opening(card)
-    assert opening.endswith("and a person should check important results.")
-    assert re.search(r"(?m)^\*\*.* of .* texts", opening)  # the headline
-    assert not re.search(r"(?m)^#|^---|<!--|\|", opening)
-    asked: list[str] = []
-    shown = views.card_plots(card, lambda name: asked.append(name) or b"PNG")
-    assert asked == re.findall(r"\((plots/.*?)\)", card)
-    assert shown.count("<img src='data:image/png;base64,UE5H' alt='") == len(asked) > 0
-
-
 def test_the_page_is_that_of_the_model_and_its_folder_is_private(clear_checkpoint, tmp_path):
     """Title, placeholder, warning and examples come from config.json; by default, a medical model has examples of its own.
 

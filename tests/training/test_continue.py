@@ -10,7 +10,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from conftest import DIVERGES, interrupt, read_csv, same_weights, write_csv
+from conftest import DIVERGES, ROOT, STRIKE, complete, read_csv, same_weights, write_csv
 
 import push_to_hub
 import train
@@ -132,7 +132,8 @@ def test_rows_of_given_files_that_were_trained_on_become_training_rows(words, fi
 def test_a_killed_run_has_recorded_its_training_texts(place, words, first, second, tiny_encoder, tmp_path):
     output = tmp_path / "killed"
     line = [*words, "--model_name_or_path", tiny_encoder, "--data_path", place / "700.csv", "--output_dir", output]
-    interrupt(signal.SIGKILL, *line, log=tmp_path / "log", until=output / "checkpoint-2" / "trainer_state.json")
+    moment = ("open", "checkpoint-4/trainer_state.json", int(signal.SIGKILL))
+    assert complete("-c", STRIKE, ROOT / "train.py", *moment, *line).returncode == -signal.SIGKILL
     known, (checkpoint, *_) = trained_on(first, 700), sorted(output.glob("checkpoint-*"))
     words = [*words, "--model_name_or_path", checkpoint, "--data_path", place / "800.csv"]
     run(*words, "--output_dir", tmp_path / "next")
