@@ -40,6 +40,7 @@ FILES: dict[str, str] = {
     "there.jsonl.parts/000000000.jsonl": "[]",
     "folder.csv/inside": "",
     "empty.csv": "",
+    "ragged.csv": "text,label\na,b\nc\n",
     "kept.jsonl": "kept\n",
     "project/README.md": "A project of the user.\n",
     "analysis/test_predictions.csv": "row,label\n",
@@ -53,6 +54,7 @@ NO_FOLDER = "/proc/results (No such file" if os.geteuid() == 0 else "/proc/resul
 TRAIN = [
     (("--train_file", "one_class.csv"), "the only label is 'a'; at least two are needed"),
     (("--train_file", "empty.csv"), "empty.csv is empty"),
+    (("--train_file", "ragged.csv"), "ragged.csv, line 3: 1 fields, where the header has 2"),
     (("--data_path", "folder.csv"), "folder.csv: it contains no file of a known format"),
     ((), "no data"),
     (("--data_path", "good.csv", *DATA), "--data_path and --train_file contradict"),
@@ -608,18 +610,30 @@ def test_a_failed_download_is_reported_in_one_line_without_the_token(place):
     assert holding == []
 
 
-def test_a_run_with_hostile_names_writes_only_its_folder_and_leaks_no_token(place):
+# runs a command in a locale whose encoding is not UTF-8
+IN_C = """
+import locale, runpy, sys
+locale.setlocale(locale.LC_CTYPE, "C")
+assert locale.getencoding() != "utf-8"
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_with_hostile_names_and_in_any_locale_a_run_writes_utf_8_into_its_folder_and_leaks_no_token(place):
     """Class names may appear in plots, the card and tables, but not in paths. A token may appear nowhere."""
     tokens = ("hf_" + "inheritance" * 3, "hf_" + "argument" * 4)
     names = ("../../../escaped", "/etc/escaped", "<script>alert(1)</script> 心臓病", "=cmd|'/C calc'!A0")
     lines = [f'text number {i},"{names[i % 4]}"\n' for i in range(64)]
-    (place / "hostile.csv").write_text("text,label\n" + "".join(lines), encoding="utf-8")
+    (place / "hostile.csv").write_text("text,Étiquette\n" + "".join(lines), encoding="utf-8")
     before = {path for path in place.rglob("*") if path.is_file()}
-    done = run(
-        "--train_file", "hostile.csv", "--model_name_or_path", "encoder", "--output_dir", "results", "--label_separator", "|||",
-        "--hub_token", tokens[1], "--max_steps", 1, "--eval_strategy", "steps", "--eval_steps", 1, "--save_strategy", "steps",
-        "--save_steps", 1, "--report_to", "tensorboard", cwd=place, settings={"HF_TOKEN": tokens[0]},
-    )  # fmt: skip
+    words = ("--train_file", "hostile.csv", "--label_column", "Étiquette", "--label_separator", "|||", "--max_steps", 1)
+    words += ("--model_name_or_path", "encoder", "--output_dir", "results", "--hub_token", tokens[1])
+    words += ("--eval_strategy", "steps", "--eval_steps", 1, "--save_strategy", "steps", "--save_steps", 1)
+    words += ("--report_to", "tensorboard")
+    settings = os.environ | {"HF_TOKEN": tokens[0]}
+    done = complete("-c", IN_C, ROOT / "train.py", *words, cwd=place, environment=settings)
+    assert done.returncode == 0, done.stderr[-4000:]
     written = {path for path in place.rglob("*") if path.is_file()} - before
     assert {path.relative_to(place).parts[0] for path in written} == {"results"}
     assert "心臓病" in (place / "results" / "README.md").read_text(encoding="utf-8")
@@ -627,6 +641,12 @@ def test_a_run_with_hostile_names_writes_only_its_folder_and_leaks_no_token(plac
     for path in written:
         assert not any(token.encode() in path.read_bytes() for token in tokens), path
     assert not any(token in done.stdout + done.stderr for token in tokens)
+
+    words = ("--model", "results", "--input", "hostile.csv", "--output", "out.jsonl", "--dtype", "fp32")
+    done = complete("-c", IN_C, ROOT / "predict.py", *words, cwd=place)
+    assert done.returncode == 0, done.stderr[-4000:]
+    rows = [json.loads(line) for line in (place / "out.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert {row["label"] for row in rows} <= {*names}
 
 
 def test_a_full_disk_leaves_no_partial_output(place, small_disk):

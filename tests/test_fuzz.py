@@ -4,9 +4,7 @@ Each test draws a few dozen inputs, the same in each run. ``FUZZ_EXAMPLES=20000 
 inputs.
 """
 
-import csv
 import gzip
-import io
 import json
 from pathlib import Path
 
@@ -61,19 +59,6 @@ def assert_sound(tree: Taxonomy) -> None:
 
 
 # ── taxonomies ───────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@fuzz
-@given(st.lists(st.tuples(st.one_of(st.just(""), NAMES), NAMES), max_size=12))
-def test_any_rows_are_a_taxonomy_with_their_parents_or_one_error(file, rows):
-    table = io.StringIO(newline="")
-    csv.writer(table).writerows([("parent", "child"), *rows])
-    with refused_in_one_line():
-        taxonomy = read_taxonomy(file("tree.csv", table.getvalue().encode()))
-        assert_sound(taxonomy)
-        for parent, child in rows:
-            above = taxonomy.parents[taxonomy.names.index(child.strip())]
-            assert (taxonomy.names[above] if above >= 0 else "") == parent.strip()
 
 
 @fuzz

@@ -244,15 +244,6 @@ def test_a_killed_run_does_not_read_the_files_that_it_left(checkpoint, texts, tm
     assert (folder / "out/part-00000.jsonl").read_bytes() == (tmp_path / "out/part-00000.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize(("group_bytes", "sizes"), [(2**26, [2098]), (1, [1023, 1024, 51])])
-def test_a_parquet_file_has_few_row_groups(checkpoint, long_input, unbroken, tmp_path, monkeypatch, group_bytes, sizes):
-    monkeypatch.setattr("hierarchical_clinicalbert.prediction.rows.ROW_GROUP_BYTES", group_bytes)
-    predict(checkpoint, long_input, tmp_path / "out.parquet")
-    file = pyarrow.parquet.ParquetFile(tmp_path / "out.parquet")
-    assert [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)] == sizes
-    assert file.read(["label"]).to_pylist() == [{"label": row["label"]} for row in read_json_lines(unbroken)]
-
-
 def test_a_killed_run_refuses_another_input_and_a_damaged_part(checkpoint, long_input, unbroken, texts, tmp_path):
     given = (checkpoint, long_input, tmp_path / "out.jsonl")
     with kill_before_the_blocks_are_joined():

@@ -352,16 +352,3 @@ def test_a_damaged_file_gives_rows_or_one_line(kind, damage, at):
     at %= len(content)
     with refused_in_one_line():
         read(content[:at] + damage + content[at + len(damage) :], kind)
-
-
-def test_an_error_of_the_stream_is_named():
-    class Lost(Plain):
-        def read(self, size: int = -1) -> bytes:
-            content = super().read(size)
-            if not content:
-                raise TimeoutError(110, "Connection timed out")
-            return content
-
-    rows = RowReader(Lost(b"text\n" + b"a\n" * 50_000), "csv", "s3://bucket/a.csv").read()
-    with pytest.raises(InputError, match=r"cannot read s3://bucket/a\.csv: Connection timed out"):
-        list(rows)

@@ -7,7 +7,6 @@ import os
 import datasets
 import pytest
 
-from hierarchical_clinicalbert.data.tables import read_table
 from hierarchical_clinicalbert.prediction.input import read_records
 from hierarchical_clinicalbert.reading.rows import InputError
 from hierarchical_clinicalbert.reading.sources import Source, find_all_sources, find_sources, kind_of, open_rows
@@ -121,27 +120,6 @@ def test_a_folder_saved_by_datasets_is_refused(tmp_path):
     for name in ("one", "splits", "splits/train"):
         with pytest.raises(InputError, match=f"{name} was saved by `datasets`: write it as Parquet"):
             find_sources(str(tmp_path / name))
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.csv", b"text,id\na,1\nb\nc\n", "a.csv, line 3: 1 fields, where the header has 2"),
-        ("a.json", b'[{"a": 1}, 2]', "a.json, row 2: not a JSON object"),
-        ("a.csv", b"text\n", "a.csv has no rows"),
-        ("a.csv.gz", gzip.compress(os.urandom(3000))[:-500], "a.csv.gz is not UTF-8 text, or is damaged"),
-    ],
-)
-def test_a_table_that_cannot_be_read_is_one_line(tmp_path, monkeypatch, name, content, message):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError) as refused:
-        read_table(find_sources(name)[0])
-    assert str(refused.value).startswith(message)
-    assert "\n" not in str(refused.value)
-    (tmp_path / name).unlink()
-    with pytest.raises(InputError, match=f"cannot read {name}: No such file or directory"):
-        read_table(Source(name, "csv"))
 
 
 def test_a_file_reports_progress(tmp_path):

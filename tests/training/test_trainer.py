@@ -4,7 +4,7 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, DataCollatorWithPadding, TrainingArguments
+from transformers import AutoTokenizer
 
 from configuration_hierarchical import MULTI_LABEL, SINGLE_LABEL, HierarchicalConfig
 from decisions_hierarchical import Decisions, OnePath
@@ -149,15 +149,6 @@ def test_the_loss_of_halves_is_that_of_each_and_their_disagreement(tmp_path, tok
     model.eval()  # where texts are whole
     evaluated = ours.compute_loss(model, inputs)
     torch.testing.assert_close(evaluated, function(model(**whole).decision_logits, labels))
-
-
-def test_it_trains_in_a_script_with_the_arguments_of_transformers(tmp_path, tokenizer):
-    columns, settings = rows().to_dict(), TrainingArguments(str(tmp_path), use_cpu=True, max_steps=1, report_to="none")
-    given = {name: columns[name] for name in ("input_ids", "attention_mask")}
-    data = Dataset.from_dict(given | {"labels": [node for (node,) in columns["labels"]]})
-    collator = DataCollatorWithPadding(tokenizer)
-    HierarchicalTrainer(model=tiny_model(), args=settings, train_dataset=data, data_collator=collator).train()
-    assert (tmp_path / "checkpoint-1" / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(
