@@ -37,7 +37,6 @@ FILES: dict[str, str] = {
     "list_key.yaml": "? [a, b]\n: c\nd: \n",
     "null.yaml": "save_total_limit:\n",
     "header.jsonl": "\n\n",
-    "there.jsonl.parts/000000000.jsonl": "[]",
     "folder.csv/inside": "",
     "empty.csv": "",
     "ragged.csv": "text,label\na,b\nc\n",
@@ -478,10 +477,6 @@ def test_each_command_refuses_code_of_another_repository(foreign_hub, place, doo
 PREDICT = [
     (("--input", "header.jsonl"), "--input header.jsonl has no rows"),
     (("--output", "good.csv/out.jsonl"), "cannot write to the folder good.csv (File exists)"),
-    (
-        ("--output", "there.jsonl"),
-        "there.jsonl.parts/000000000.jsonl is damaged: delete it, and run the same command again",
-    ),
     (("--model", "good.csv"), "cannot load the model good.csv"),
     (("--coverage", "nan"), "coverage must be a number above 0 and at most 0.99, not nan"),
     (("--input", "-"), "--input_format"),

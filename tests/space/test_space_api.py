@@ -84,11 +84,6 @@ def test_a_refusal_says_why(form, given, message):
         form.client.predict(*words, api_name=name)
 
 
-def test_a_recall_that_needs_more_texts_is_refused(labels_space):
-    message = "Recall 0.97 needs 33 labelled validation texts, and the checkpoint was calibrated on fewer"
-    assert message in labels_space.result("classify", labels_space.call("classify", "Epilepsy", 0.97, False)).text
-
-
 def test_the_prediction_depends_only_on_the_characters_read(space, texts):
     long, whole = " ".join(texts), "A study of ulcers. \n"
     result = space.client.predict(long, api_name="/classify")
