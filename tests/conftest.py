@@ -29,7 +29,7 @@ import pytest
 import torch
 import transformers
 from forked import COMMANDS, LIBRARIES, Process, Server
-from hub_server import SHARED_HOME
+from hub_server import SHARED_HOME, HubServer
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer, BertConfig, BertModel
 
@@ -41,9 +41,19 @@ CORPUS = ROOT / "examples" / "corpus"
 # flags of a run whose loss is not finite after the first step, and that saves nothing
 DIVERGES = ("--learning_rate", "1e30", "--warmup_steps", 0, "--max_grad_norm", 0, "--save_strategy", "no")
 
-LONGEST = ("test_ray_train.py", "test_distributed.py", "test_ray.py", "test_notebook.py")
+LONGEST = ("test_distributed.py", "test_ray.py", "test_notebook.py")
 READ_AT_IMPORT = ("HF_ENDPOINT", "HF_HOME", "HF_HUB_", "HOME", "OMP_")  # prefixes of variables that libraries read
 SERVERS: dict[tuple, Server] = {}  # by the arguments of `Server`
+RAY = {  # variables that Ray reads
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_raylet_start_wait_time_s": "300",  # on a busy machine, Ray starts slowly
+    "RAY_worker_niceness": "0",  # otherwise Ray's workers have a lower priority than all other tests
+    # no processes that nobody uses, and no waiting between checks
+    "RAY_prestart_worker_first_driver": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_health_check_period_ms": "300",  # a killed node is found dead after five failed checks
+}
 
 
 def server(modules: tuple[str, ...], variables: tuple[tuple[str, str], ...] = ()) -> Server:
@@ -91,21 +101,6 @@ def started(
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-
-
-def interrupt(number: int, *words: object, log: Path, until: Path | str, code: int | None = None) -> str:
-    """Send train.py a signal at a condition (see `started`), and return its output up to its end.
-
-    Args:
-        number: the number of the signal.
-        code: the expected exit code. By default, the signal must end the process.
-    """
-    with started(*words, log=log, until=until) as process:
-        process.send_signal(number)
-        process.wait()
-    output = log.read_text()
-    assert process.returncode == (-number if code is None else code), output[-4000:]
-    return output
 
 
 # runs a command that sends itself a signal before a Python audit event with a path that has a given ending
@@ -202,6 +197,15 @@ def run_outside(code: str, folder, settings: dict[str, str] | None = None, fresh
     done = complete("-c", code, cwd=folder, environment=environment, modules=None if fresh else LIBRARIES)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def close(value):
+    """Return a JSON value with approximate numbers, because batches of other shapes are rounded differently."""
+    if isinstance(value, dict):
+        return {name: close(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [close(one) for one in value]
+    return pytest.approx(value, abs=1e-5) if isinstance(value, float) else value
 
 
 def read_csv(path) -> list[dict[str, str]]:
@@ -410,6 +414,31 @@ def without_p_values(checkpoint: str, folder: Path) -> str:
 
 
 @pytest.fixture(scope="session")
+def cluster() -> Iterator:
+    """Start a cluster of Ray with two nodes of one core. Tests that remove nodes add others."""
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in RAY.items():
+            patch.setenv(name, value)
+        one = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        for _ in range(2):
+            one.add_node(num_cpus=1)
+        yield one
+        one.shutdown()
+
+
+@pytest.fixture(scope="session")
+def hub() -> Iterator[HubServer]:
+    """Serve a Hub with users who may and may not write. Each file of tests adds repositories with names of its own."""
+    with HubServer() as one:
+        one.add_user("alice", "hf_alice")
+        one.add_user("reader", "hf_reader", role="read")
+        yield one
+
+
+@pytest.fixture(scope="session")
 def plain_checkpoint(clear_checkpoint, tmp_path_factory) -> str:
     """Return the folder of a single-path checkpoint without p-values."""
     return without_p_values(clear_checkpoint, tmp_path_factory.mktemp("plain") / "results")
@@ -441,6 +470,13 @@ def long_space(long_checkpoint, tmp_path_factory) -> Iterator:
     folder = without_p_values(long_checkpoint, tmp_path_factory.mktemp("plain") / "results")
     with SpaceServer(folder, tmp_path_factory.mktemp("space")) as started:
         yield started
+
+
+@pytest.fixture
+def openvino(monkeypatch):
+    """Return the package, which `make test` puts into a folder of its own."""
+    monkeypatch.syspath_prepend(ROOT / ".venv" / "optional")
+    return pytest.importorskip("openvino")
 
 
 @pytest.fixture
@@ -499,6 +535,12 @@ def clear_rows(offset: int, wrong: bool = True) -> list[dict[str, str]]:
         for row, other in zip(rows[::6], rows[18::6] + rows[:18:6], strict=True):
             row["label"] = other["label"]
     return rows
+
+
+def unclear_texts(count: int) -> list[str]:
+    """Return texts that name two diseases each."""
+    names = [name for names in CLEAR.values() for name in names]
+    return [f"We treated {i} patients with {names[i % 7]} or {names[i * 3 % 30]}." for i in range(count)]
 
 
 def train_clear(model: object, folder: Path, *flags: object) -> str:

@@ -24,6 +24,7 @@ from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARIES = (  # these read no variable that a test sets, unlike transformers, datasets and huggingface_hub
+    "fastapi",
     "matplotlib.figure",
     "pandas",
     "pyarrow.dataset",
@@ -34,6 +35,7 @@ LIBRARIES = (  # these read no variable that a test sets, unlike transformers, d
     "sklearn.metrics",
     "torch._dynamo",
     "torch.distributed.tensor",
+    "uvicorn",
 )
 COMMANDS = (*LIBRARIES, "train", "predict", "push_to_hub")
 

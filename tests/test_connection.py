@@ -26,13 +26,11 @@ PREDICT = ("--input", "rows.csv", "--output", "out.csv", "--dtype", "fp32", "--m
 
 
 @pytest.fixture(scope="module")
-def hub(tmp_path_factory) -> Iterator[HubServer]:
+def hub(hub, tmp_path_factory) -> HubServer:
     """Serve an encoder, and a checkpoint of another taxonomy than `ROWS`."""
-    with HubServer() as hub:
-        hub.add_user("alice", "hf_alice")
-        hub.add_repo("base/tiny", ROOT / "tests" / "checkpoint" / "encoder")
-        hub.add_repo("alice/checkpoint", copy_checkpoint("self_contained", tmp_path_factory.mktemp("hub") / "model"))
-        yield hub
+    hub.add_repo("base/small", ROOT / "tests" / "checkpoint" / "encoder")
+    hub.add_repo("alice/checkpoint", copy_checkpoint("self_contained", tmp_path_factory.mktemp("hub") / "model"))
+    return hub
 
 
 @pytest.fixture(scope="module")
@@ -104,11 +102,10 @@ def test_without_a_hub_each_command_says_what_to_do(place, unreachable):
 def test_the_advice_brings_an_encoder_to_a_machine_without_a_hub(hub, place, unreachable):
     folder = copy_checkpoint("adapter_form", place / "adapter")
     config = json.loads((folder / "config.json").read_text())
-    commit = hub.add_repo("base/tiny", {})
-    config |= {"encoder_name_or_path": "base/tiny", "encoder_revision": commit}
+    config |= {"encoder_name_or_path": "base/small", "encoder_revision": hub.commits("base/small")[-1].sha}
     (folder / "config.json").write_text(json.dumps(config))
     message = refusal(*PREDICT, "adapter", command="predict.py", settings=unreachable)
-    assert "cannot load the encoder base/tiny: there is no such folder, the connection to " in message
+    assert "cannot load the encoder base/small: there is no such folder, the connection to " in message
     command, cache = re.search("run `hf (.+) FOLDER` and copy the content of FOLDER to (.+)$", message).groups()
     line = [Path(sys.executable).parent / "hf", *shlex.split(command), "brought"]
     subprocess.run(line, env=os.environ | hub.environment(place / "connected"), check=True, capture_output=True)

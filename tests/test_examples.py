@@ -1,26 +1,8 @@
-"""Check the synthetic corpus, and the script that classifies texts."""
+"""Check the scripts that classify texts and halve an encoder."""
 
-from pathlib import Path
-
-import pandas as pd
 import torch
 from conftest import run, untrained_model
 from transformers import AutoConfig, AutoModel, AutoTokenizer, BertModel, pipeline
-
-from hierarchical_clinicalbert.data.taxonomy_files import read_taxonomy
-from taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy
-
-EXAMPLES = Path(__file__).parent.parent / "examples"
-
-
-def test_no_text_occurs_twice_and_every_leaf_is_in_every_split():
-    taxonomy = read_taxonomy(EXAMPLES / "taxonomy.yaml")
-    assert taxonomy == Taxonomy(DEFAULT_TAXONOMY)
-    corpus = [pd.read_csv(EXAMPLES / "corpus" / f"{split}.csv") for split in ("train", "validation", "test")]
-    assert pd.concat([pd.read_csv(EXAMPLES / "unseen.csv"), *corpus])["text"].is_unique
-    for rows in corpus:
-        ids = rows["label"].map(taxonomy.id)  # raises on a label that is not in the taxonomy
-        assert {*ids} >= {*range(taxonomy.num_leaves)}
 
 
 def test_the_script_prints_a_path_for_each_predicted_label(labels_checkpoint, tmp_path):

@@ -4,19 +4,15 @@ Each test draws a few dozen inputs, the same in each run. ``FUZZ_EXAMPLES=20000 
 inputs.
 """
 
-import csv
 import gzip
-import io
 import json
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import copy_checkpoint
 from fuzzing import fuzz, refused_in_one_line
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import pipeline
 
 from hierarchical_clinicalbert.data.tables import read_table
 from hierarchical_clinicalbert.data.taxonomy_files import read_taxonomy
@@ -66,19 +62,6 @@ def assert_sound(tree: Taxonomy) -> None:
 
 
 @fuzz
-@given(st.lists(st.tuples(st.one_of(st.just(""), NAMES), NAMES), max_size=12))
-def test_any_rows_are_a_taxonomy_with_their_parents_or_one_error(file, rows):
-    table = io.StringIO(newline="")
-    csv.writer(table).writerows([("parent", "child"), *rows])
-    with refused_in_one_line():
-        taxonomy = read_taxonomy(file("tree.csv", table.getvalue().encode()))
-        assert_sound(taxonomy)
-        for parent, child in rows:
-            above = taxonomy.parents[taxonomy.names.index(child.strip())]
-            assert (taxonomy.names[above] if above >= 0 else "") == parent.strip()
-
-
-@fuzz
 @given(st.sampled_from([".yaml", ".json", ".csv", ".txt"]), st.one_of(ODD_BYTES, JSON, TREES))
 def test_any_bytes_of_a_taxonomy_file_are_a_taxonomy_or_one_error(file, suffix, content):
     if not isinstance(content, bytes):
@@ -116,39 +99,3 @@ def test_any_file_gives_columns_of_equal_length_and_records_with_a_text_or_a_pro
             assert (record.text is None) != (record.problem is None)
             assert record.text is None or (record.text.strip() and record.text.encode())
             json.dumps(record.id, allow_nan=False).encode()
-
-
-# ── the pipeline ─────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.fixture(scope="module")
-def classify(tmp_path_factory):
-    folder = copy_checkpoint("self_contained", tmp_path_factory.mktemp("fuzz") / "checkpoint")
-    return pipeline("hierarchical-text-classification", model=str(folder), trust_remote_code=True)
-
-
-@fuzz
-@given(
-    st.one_of(JSON, st.lists(TEXT, max_size=5), st.binary(max_size=9), st.lists(st.fixed_dictionaries({"text": TEXT}))),
-    st.fixed_dictionaries(
-        {},
-        optional={
-            "top_k": st.one_of(st.integers(-1, 6), SCALARS),
-            "max_length": st.one_of(st.integers(0, 40), SCALARS),
-            "coverage": st.one_of(st.floats(0, 1), SCALARS),
-            "batch_size": st.one_of(st.integers(0, 4), SCALARS),
-            "levels": st.one_of(st.booleans(), SCALARS),
-        },
-    ),
-)
-def test_any_input_of_the_pipeline_is_classified_or_refused_in_one_line(classify, inputs, arguments):
-    try:
-        found = classify(inputs, **arguments)
-    except ValueError as error:
-        assert "\n" not in str(error)  # noqa: PT017
-        return
-    assert not isinstance(inputs, list) or len(found) == len(inputs)
-    for result in found if isinstance(inputs, list) else [found]:
-        assert 0 <= result["score"] <= 1
-        assert 0 < result["tokens_read"] <= result["tokens"]
-        assert "levels" not in result or sum(result["levels"][0].values()) == pytest.approx(1, abs=1e-4)

@@ -1,14 +1,12 @@
 """Texts longer than the encoder's window, through all doors: cut, encoded and pooled by hand."""
 
 import json
-import shutil
-from pathlib import Path
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
-from conftest import predict_here, train_clear, write_csv
+from conftest import predict_here, write_csv
 from torch.nn.utils.rnn import pad_sequence
 from torch.onnx import export
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
@@ -197,19 +195,3 @@ def test_all_doors_read_the_last_words_of_a_long_text(long_checkpoint, long_text
     assert [(row["label"], row["tokens_read"]) for row in rows] == list(zip(labels, num_tokens.tolist(), strict=True))
     for row, scores in zip(rows, expected, strict=True):
         assert [row["probabilities"][named[i]] for i in named] == pytest.approx(scores.tolist(), abs=1e-5)
-
-
-def test_a_checkpoint_from_before_windows_gets_them_when_it_is_continued(clear_checkpoint, long_texts, tmp_path):
-    before = shutil.copytree(clear_checkpoint, tmp_path / "before")
-    config = json.loads((before / "config.json").read_text())
-    tokens = {name: config.pop(name) for name in ("tokens_before", "tokens_after")}
-    (before / "config.json").write_text(json.dumps(config))
-    text = long_texts["neoplasms"]
-    classify = pipeline("hierarchical-text-classification", model=str(before), trust_remote_code=True)
-    assert classify(text)["tokens_read"] == 128  # as before
-
-    continued = train_clear(before, tmp_path, "--max_length", 3072)
-    config = json.loads(Path(continued, "config.json").read_text())
-    assert {name: config[name] for name in tokens} == tokens
-    classify = pipeline("hierarchical-text-classification", model=continued, trust_remote_code=True)
-    assert not classify(text)["truncated"]

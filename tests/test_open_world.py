@@ -15,7 +15,7 @@ from test_long_texts import padded, small_model, texts_of
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from configuration_hierarchical import MULTI_LABEL, SINGLE_LABEL, Calibration
-from hierarchical_clinicalbert.evaluation.open_world import MIN_REFERENCES, fit_open_world, measure_novelty, merge_texts
+from hierarchical_clinicalbert.evaluation.open_world import MIN_REFERENCES, fit_open_world, measure_novelty
 from open_world_hierarchical import NoveltyTests, OpenWorld
 from taxonomy_hierarchical import Taxonomy
 
@@ -44,27 +44,6 @@ def training(count: int, seed: int) -> tuple[np.ndarray, list[list[int]]]:
 @pytest.fixture(scope="module")
 def fitted() -> OpenWorld:
     return fit_open_world(TREE, *training(400, 1), *drawn(150, 3))
-
-
-def test_a_p_value_is_a_count_of_validation_texts(fitted):
-    (vectors, nodes), (some, _) = drawn(150, 3), drawn(30, 7)
-    distances = fitted.distances(torch.from_numpy(vectors[:, :-1]))[:, : TREE.num_nodes].numpy()
-    tests, a = NoveltyTests(fitted), TREE.id("a")
-    for strangeness in fitted(torch.from_numpy(some)):
-        values = strangeness.tolist()
-        least = distances.min(1) + fitted.energy_weight.item() * vectors[:, -1]
-        assert tests.p_value(values) == pytest.approx((1 + (least >= values[-1] - 1e-4).sum()) / 151, abs=1e-9)
-        of_leaf = [row[node] for row, (node,) in zip(distances, nodes, strict=True) if node == TREE.id("c")]
-        count = sum(value >= values[TREE.id("c")] - 1e-4 for value in of_leaf)
-        assert tests.p_value(values, TREE.id("c")) == pytest.approx((1 + count) / (1 + len(of_leaf)))
-        # at an inner node, a text is measured against the other children, as if its own had not been seen
-        others = [
-            min(row[child] for child in TREE.children(a) if child != node)
-            for row, (node,) in zip(distances, nodes, strict=True)
-            if TREE.parents[node] == a
-        ]
-        count = sum(value >= values[a] - 1e-4 for value in others)
-        assert tests.p_value(values, a) == pytest.approx((1 + count) / (1 + len(others)))
 
 
 def test_a_text_of_an_unseen_child_is_strange_and_its_parent_is_known(fitted):
@@ -187,16 +166,6 @@ def test_a_loaded_checkpoint_has_the_p_values_of_the_saved_one(
     strangeness = open_world(loaded(**inputs, output_vectors=True).vectors)[0, -1]
     count = (open_world.references >= strangeness - 1e-3).sum().item()
     assert classify("A study of ulcers.")["p_value"] == pytest.approx((1 + count) / 51)
-
-
-def test_another_taxonomy_or_calibration_removes_what_was_learnt(tiny_encoder, fitted):
-    model = untrained_model(tiny_encoder, TREE)
-    model.set_calibration(Calibration(), None, OpenWorld(TREE, 64, 50))
-    model.add_nodes(Taxonomy({"a": ["b", "z"]}))
-    assert not model.heads.open_world.has_tests
-    model.set_calibration(Calibration())
-    assert model.heads.open_world is None
-    assert "open_world" not in model.config.to_dict()
 
 
 # ── train.py, the pipeline and predict.py ────────────────────────────────────────────────────────────────────────────

@@ -30,24 +30,11 @@ print(json.dumps({name: module.__file__ for name, module in sys.modules.items() 
 def test_pip_installs_the_library_and_the_shipped_files_alone_and_all_can_be_imported(tmp_path):
     source = tmp_path / "source"
     shutil.copytree(ROOT / "hierarchical_clinicalbert", source / "hierarchical_clinicalbert")
-    for file in (
-        *ROOT.glob("*.py"),
-        *(ROOT / name for name in ("pyproject.toml", "requirements.txt", "README.md", "LICENSE")),
-    ):
-        shutil.copy(file, source)
-    build = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "--wheel-dir",
-        tmp_path,
-        source,
-    ]
-    subprocess.run(build, check=True)
+    for pattern in ("*.py", "pyproject.toml", "requirements.txt", "README.md", "LICENSE"):
+        for file in ROOT.glob(pattern):
+            shutil.copy(file, source)
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*build, "--wheel-dir", tmp_path, source], check=True)
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if ".dist-info/" not in name]

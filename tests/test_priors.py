@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import CLEAR, ROOT, STRIKE, complete, predict_here
+from conftest import ROOT, STRIKE, complete, predict_here, unclear_texts
 from scipy.optimize import minimize
 from scipy.special import expit, log_softmax, logit, softmax
 from transformers import pipeline
@@ -142,11 +142,6 @@ def test_frequencies_are_scaled_and_mappings_are_by_label():
 @pytest.fixture(scope="module")
 def classify(clear_checkpoint):
     return pipeline("hierarchical-text-classification", model=clear_checkpoint, trust_remote_code=True)
-
-
-def unclear_texts(count: int) -> list[str]:
-    names = [name for names in CLEAR.values() for name in names]
-    return [f"We treated {i} patients with {names[i % 7]} or {names[i * 3 % 30]}." for i in range(count)]
 
 
 def leaves_of(classify, results) -> np.ndarray:

@@ -7,27 +7,11 @@ import shlex
 import numpy as np
 import pytest
 import torch
-from conftest import CLEAR, CORPUS, ROOT, clear_rows, predict_here, read_csv, run, train_label_sets, write_csv
+from conftest import CLEAR, CORPUS, ROOT, predict_here, read_csv, run, train_label_sets, write_csv
 from sklearn.metrics import accuracy_score, f1_score, log_loss
-from transformers import AutoConfig, AutoModel, AutoTokenizer, pipeline
+from transformers import AutoModel, AutoTokenizer, pipeline
 
 from hierarchical_clinicalbert.errors import InputError
-
-
-def test_a_checkpoint_is_scored_at_its_own_length(tiny_encoder, tmp_path):
-    config = AutoConfig.from_pretrained(tiny_encoder, max_position_embeddings=1024)
-    AutoModel.from_config(config).save_pretrained(tmp_path / "encoder")
-    names = {"model_input_names": ["input_ids"]}  # as of many tokenizers: no attention mask, which padding needs
-    AutoTokenizer.from_pretrained(tiny_encoder, **names).save_pretrained(tmp_path / "encoder")
-    padding = "the patient was seen in the clinic again " * 80  # 640 tokens, then what tells the class
-    rows = [{**row, "text": padding + row["text"]} for row in clear_rows(1)[::9]]
-    data = ("--validation_size", 0, "--test_file", write_csv(tmp_path / "test.csv", rows))
-    train = ("--train_file", write_csv(tmp_path / "train.csv", clear_rows(0)), *data, "--max_length", 1024)
-    run(*train, "--model_name_or_path", tmp_path / "encoder", "--output_dir", tmp_path / "run", "--max_steps", 2)
-    words = ("--do_train", "false", "--do_predict", "--model_name_or_path", tmp_path / "run")
-    run(*words, *data, "--output_dir", tmp_path / "scores")
-    one, other = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("run", "scores"))
-    assert other["test_log_loss"] == pytest.approx(one["test_log_loss"], abs=1e-6)
 
 
 def test_the_log_names_columns_precision_sizes_scores_and_the_next_commands(quickstart_run):

@@ -122,17 +122,6 @@ def test_the_rows_to_label_next_are_the_least_certain(output, clear_checkpoint, 
     assert [row["text"] for row in printed] == [TEXTS[row] for row in best["row"]]
 
 
-def test_the_input_of_other_predictions_is_refused(tmp_path):
-    (tmp_path / "out.jsonl").write_text('{"row": 0, "uncertainty": 0.5}\n')
-    (tmp_path / "in.txt").write_text("one text\nanother\n")
-    words = (tmp_path / "out.jsonl", "--count", 1, "--input", tmp_path / "in.txt")
-    done = run(*words, command="examples/label_next.py", check=False)
-    expected = "--input has 2 rows with a text, and there are 1 predictions: give the input of these predictions\n"
-    assert (done.returncode, done.stderr, done.stdout) == (2, f"label_next.py: error: {expected}", "")
-    done = run(tmp_path / "out.jsonl", "--count", 0, command="examples/label_next.py", check=False)
-    assert (done.returncode, done.stderr) == (2, "label_next.py: error: --count must be at least 1, not 0\n")
-
-
 TWO_LABELS = [annotated({"data": {"text": "a secret"}}, 7, [["neoplasms"], ["general pathological conditions"]])]
 
 
@@ -144,10 +133,17 @@ TWO_LABELS = [annotated({"data": {"text": "a secret"}}, 7, [["neoplasms"], ["gen
         ("label_studio.py config .", "", "cannot read the checkpoint .: it is not a checkpoint of this project"),
         ("label_next.py in.json --count 2", '[{"row": 0}]', "has no column uncertainty: predict with --uncertainty"),
         ("label_next.py in.json --count 2", '[{"row": 1, "uncertainty": "a secret"}]', "must be numbers"),
+        ("label_next.py in.json --count 0", "[]", "--count must be at least 1, not 0"),
+        (
+            "label_next.py in.json --count 1 --input in.txt",
+            '[{"row": 0, "uncertainty": 0.5}]',
+            "--input has 2 rows with a text, and there are 1 predictions: give the input of these predictions",
+        ),
     ],
 )
 def test_an_invalid_file_is_reported_in_one_line(command, content, message, clear_checkpoint, tmp_path):
     (tmp_path / "in.json").write_text(content)
+    (tmp_path / "in.txt").write_text("one text\nanother\n")
     name, *words = command.replace("CHECKPOINT", clear_checkpoint).split()
     done = run(*words, command=f"examples/{name}", check=False, cwd=tmp_path)
     (line,) = done.stderr.strip().splitlines()

@@ -101,11 +101,6 @@ def test_sources_are_found_and_read_as_on_a_disk(bucket, texts):
         records = list(read_records(find_sources(f"s3://{BUCKET}/{name}"), None, None))
         assert [record.text for record in records[:1300]] == table
         assert (len(records), records[-1].done) == (count, 1)
-    for key in ("odd/.a.csv", "odd/a%20b.csv", "odd/a b.csv"):
-        bucket.put_object(Key=key, Body=b"text\na\n")
-    for pattern, names in (("odd/*.csv", ["a b.csv", "a%20b.csv"]), ("odd/a%20b.csv", ["a%20b.csv"])):
-        found = [source.name for source in find_sources(f"s3://{BUCKET}/{pattern}")]
-        assert found == [f"s3://{BUCKET}/odd/{name}" for name in names]
     for key in ("notes/a.txt", "notes/flu/b.txt", "notes/_x.txt"):
         bucket.put_object(Key=key, Body=key.encode())
     records = read_records(find_sources(f"s3://{BUCKET}/notes"), None, "id")

@@ -10,15 +10,7 @@ from transformers import AutoConfig, AutoModel
 
 from hierarchical_clinicalbert.errors import InputError
 
-OPTIONAL = ROOT / ".venv" / "optional"  # see the Makefile
 SMALL = {"vocab_size": 99, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 96}
-
-
-@pytest.fixture
-def openvino(monkeypatch) -> None:
-    if not (OPTIONAL / "openvino").exists():
-        pytest.skip("openvino is not in .venv/optional, where make test puts it")
-    monkeypatch.syspath_prepend(OPTIONAL)
 
 
 def test_predictions_equal_those_of_torch_and_nearly_in_8_bits(openvino, long_checkpoint, texts, long_texts, tmp_path):

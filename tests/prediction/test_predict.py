@@ -10,29 +10,23 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from datetime import datetime
-from decimal import Decimal
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pyarrow
 import pyarrow.parquet
 import pytest
 from conftest import ROOT, STRIKE, complete, copy_checkpoint, predict_here, read_csv, run, run_outside, server
 from forked import COMMANDS, Process
 from labelled_files import load
-from safetensors.torch import load_file, save_file
 from scipy.stats import entropy
 from transformers import pipeline
 
 from configuration_hierarchical import HierarchicalConfig
 from hierarchical_clinicalbert.errors import InputError
-from hierarchical_clinicalbert.prediction.input import read_records
 from hierarchical_clinicalbert.prediction.int8 import has_int8_products
 from hierarchical_clinicalbert.prediction.output import RestartableOutput
-from hierarchical_clinicalbert.reading.sources import find_sources
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from taxonomy_hierarchical import Taxonomy
 
@@ -250,15 +244,6 @@ def test_a_killed_run_does_not_read_the_files_that_it_left(checkpoint, texts, tm
     assert (folder / "out/part-00000.jsonl").read_bytes() == (tmp_path / "out/part-00000.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize(("group_bytes", "sizes"), [(2**26, [2098]), (1, [1023, 1024, 51])])
-def test_a_parquet_file_has_few_row_groups(checkpoint, long_input, unbroken, tmp_path, monkeypatch, group_bytes, sizes):
-    monkeypatch.setattr("hierarchical_clinicalbert.prediction.rows.ROW_GROUP_BYTES", group_bytes)
-    predict(checkpoint, long_input, tmp_path / "out.parquet")
-    file = pyarrow.parquet.ParquetFile(tmp_path / "out.parquet")
-    assert [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)] == sizes
-    assert file.read(["label"]).to_pylist() == [{"label": row["label"]} for row in read_json_lines(unbroken)]
-
-
 def test_a_killed_run_refuses_another_input_and_a_damaged_part(checkpoint, long_input, unbroken, texts, tmp_path):
     given = (checkpoint, long_input, tmp_path / "out.jsonl")
     with kill_before_the_blocks_are_joined():
@@ -275,16 +260,6 @@ def test_a_killed_run_refuses_another_input_and_a_damaged_part(checkpoint, long_
     part.unlink()
     assert predict(*given) == 1
     assert_same_files(tmp_path / "out.jsonl", unbroken)
-
-
-def test_a_run_that_was_killed_while_it_deleted_its_blocks_is_complete(checkpoint, texts, tmp_path):
-    given = (checkpoint, write_texts(tmp_path, texts[:2]), tmp_path / "out.jsonl")
-    with kill_before_the_blocks_are_joined():
-        predict(*given)
-    given[-1].write_text("whole\n")
-    with pytest.raises(InputError, match="already exists: give another --output, or --overwrite"):
-        predict(*given)
-    assert {path.name for path in tmp_path.iterdir()} == {"in.csv", "out.jsonl"}
 
 
 def test_unneeded_modules_are_not_imported(tmp_path):
@@ -324,38 +299,6 @@ def test_without_a_readable_row_the_output_is_empty_and_all_rows_are_listed(outp
     write_texts(tmp_path, texts[:2])
     assert predict(*given, "--overwrite") == 0
     assert not errors.exists()  # an error of an earlier run is not taken for one of this run
-
-
-@pytest.mark.parametrize(
-    ("ids", "expected"),
-    [
-        ([datetime(2024, 2, 3, 4, 5), None], ["2024-02-03 04:05:00", None]),
-        ([Decimal("1.50")], ["1.50"]),
-        ([1.5, float("nan"), float("-inf")], [1.5, None, "-inf"]),
-    ],
-)
-def test_ids_become_json_values(ids, expected, tmp_path):
-    table = pyarrow.table({"id": pyarrow.array(ids, from_pandas=False), "text": ["A study of ulcers."] * len(ids)})
-    pyarrow.parquet.write_table(table, tmp_path / "in.parquet")
-    records = list(read_records(find_sources(str(tmp_path / "in.parquet")), None, "id"))
-    assert [record.problem or record.id for record in records] == expected
-
-
-def test_two_versions_of_an_encoder_are_not_mixed(checkpoint, texts, tmp_path):
-    model, encoder = tmp_path / "model", tmp_path / "encoder"
-    shutil.copytree(checkpoint, model)
-    config = json.loads((model / "config.json").read_text())
-    shutil.copytree(config["encoder_name_or_path"], encoder)
-    (model / "config.json").write_text(json.dumps(config | {"encoder_name_or_path": str(encoder)}))
-    given = (model, write_texts(tmp_path, texts[:2]), tmp_path / "out.jsonl")
-    with kill_before_the_blocks_are_joined():
-        predict(*given)
-    weights = load_file(encoder / "model.safetensors")
-    save_file(
-        {name: weight * 1.01 for name, weight in weights.items()}, encoder / "model.safetensors", {"format": "pt"}
-    )
-    with pytest.raises(InputError, match="started with another fingerprint"):
-        predict(*given)
 
 
 @pytest.mark.parametrize(
@@ -399,15 +342,6 @@ def test_files_of_another_program_are_not_overwritten(theirs, output, checkpoint
         with pytest.raises(InputError, match=f": another program wrote {tmp_path / theirs}: give another name$"):
             predict(checkpoint, file, f"{tmp_path}/{output}", *more)
     assert (tmp_path / theirs).read_bytes() == b"theirs"
-
-
-def test_names_of_files_may_be_urls_or_no_utf_8(checkpoint, texts, tmp_path):
-    name, output = tmp_path / os.fsdecode(b"caf\xe9.csv"), tmp_path / "out"
-    pd.DataFrame({"text": [texts[0], ""]}).to_csv(name, index=False)
-    assert predict_here("--model", checkpoint, "--input", name, "--output", f"file://{output}/") == 1
-    assert json.loads((output / "manifest.json").read_text())["input"][0]["name"] == f"{tmp_path}/caf\\xe9.csv"
-    assert read_json_lines(output / "errors.jsonl")[0]["source"] == f"{tmp_path}/caf\\xe9.csv"
-    assert len(pd.read_parquet(output / "part-00000.parquet")) == 1
 
 
 def test_empty_texts_and_files_do_not_affect_other_rows(checkpoint, texts, tmp_path):

@@ -249,32 +249,6 @@ def test_no_path_of_the_machine_is_written(written, tmp_path):
 # ── snippets and renaming ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@FORMS
-def test_three_snippets_use_what_the_checkpoint_has(written, problem_type):
-    for model_id, calibrated, metrics in ((None, True, None), ("me/model", False, {})):
-        config = make_config(problem_type=problem_type, calibrated=calibrated)
-        text = written(config, metrics=metrics, model_id=model_id)
-        code = snippets(text)
-        assert len(code) == 3
-        assert all(f'"{model_id or card.MODEL_PLACEHOLDER}"' in snippet for snippet in code)
-        assert (card.PLACEHOLDER_NOTE in text) == (model_id is None)
-        assert ("recall=0.9" in code[0]) == (calibrated and problem_type == MULTI_LABEL)
-        assert ("top_k=None" in code[1]) == (problem_type == MULTI_LABEL)
-
-
-@FORMS
-def test_a_renamed_card_is_the_card_of_that_model(written, problem_type):
-    draft, final = written(problem_type=problem_type), written(problem_type=problem_type, model_id="me/model")
-
-    def rename(text: str, model_id: str, merged: bool = False) -> str:
-        return card.update_for_publishing(text, model_id, merged, [])
-
-    assert ModelCard(rename(draft, "me/model")).data.to_dict() == ModelCard(final).data.to_dict()
-    assert ModelCard(rename(draft, "me/model")).text == ModelCard(final).text
-    assert rename(rename(draft, "a/b.c"), "me/model") == rename(draft, "me/model")
-    assert rename(rename(draft, "me/model", True), "me/model", True) == rename(draft, "me/model", True)
-
-
 def test_renaming_keeps_what_was_written_by_hand(written):
     config = make_config(["old/model", "old/model-2"])
     text = written(config, metrics=make_metrics(config), model_id="old/model")
@@ -383,13 +357,6 @@ def test_scores_and_guarantees_on_rows_that_selected_the_checkpoint_are_called_o
         assert f"| load_best_model_at_end | {chosen} |" in text
     test_only = {name: value for name, value in METRICS[problem_type].items() if not name.startswith("eval_")}
     assert sentence not in written(problem_type=problem_type, metrics=test_only)
-
-
-def test_a_multi_label_model_without_calibration_has_the_threshold_one_half(written):
-    test_only = {name: value for name, value in METRICS[MULTI_LABEL].items() if re.match("test_(?!set_)", name)}
-    config = make_config(problem_type=MULTI_LABEL, calibrated=False)
-    shown = section(written(config, metrics=test_only), "Results")
-    assert "The pipeline predicts the nodes of probability 0.5 or more." in shown
 
 
 @FORMS

@@ -14,15 +14,14 @@ import onnx_ir
 import onnxruntime
 import pytest
 import torch
-from conftest import CLEAR, CORPUS, ROOT, read_csv, run, run_outside, untrained_model
-from hub_server import HubServer
+from conftest import CLEAR, CORPUS, ROOT, close, read_csv, run, run_outside, untrained_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, pipeline
 
 from hierarchical_clinicalbert.checkpoint_files import ONNX_FILE, QUANTIZED_ONNX_FILE
 from hierarchical_clinicalbert.errors import InputError
-from hierarchical_clinicalbert.publishing.export import export_onnx
+from hierarchical_clinicalbert.publishing.export import Logits, export_onnx
 from taxonomy_hierarchical import Taxonomy
 
 TEXTS = [f"We treated {name} and compared it with {names[0]}." for names in CLEAR.values() for name in names]
@@ -31,7 +30,7 @@ FORMS = ("one_path", "several_labels")
 
 
 @pytest.fixture(scope="module")
-def published(labels_checkpoint, long_checkpoint, tmp_path_factory) -> dict[str, Path]:
+def published(hub, labels_checkpoint, long_checkpoint, tmp_path_factory) -> dict[str, Path]:
     """Publish a single-path checkpoint for long texts, and a multi-label one. Return folders with the published files, by form."""
     folder = tmp_path_factory.mktemp("engines")
     shutil.copytree(labels_checkpoint, folder / "labels")
@@ -39,14 +38,14 @@ def published(labels_checkpoint, long_checkpoint, tmp_path_factory) -> dict[str,
     # pad on the right, as train.py sets it; this checkpoint, made by hand, pads as the encoder's tokenizer does
     tokenizer = AutoTokenizer.from_pretrained(folder / "labels", padding_side="right", trust_remote_code=True)
     tokenizer.save_pretrained(folder / "labels")
-    with HubServer() as hub:
-        hub.add_user("alice", "hf_alice")
-        sources = (("one_path", long_checkpoint, ["--merge"]), ("several_labels", folder / "labels", []))
-        for i, (form, checkpoint, flags) in enumerate(sources):
-            words = ["--model", checkpoint, "--repo_id", f"alice/{i}", "--onnx", *flags]
-            done = run(*words, command="push_to_hub.py", settings=hub.environment(token="hf_alice"))
-            assert "axis name" not in done.stderr  # in warnings of the exporter
-            hub.write(f"alice/{i}", folder / form)
+    for form, checkpoint, flags in (
+        ("one_path", long_checkpoint, ["--merge"]),
+        ("several_labels", folder / "labels", []),
+    ):
+        words = ["--model", checkpoint, "--repo_id", f"alice/{form}", "--onnx", *flags]
+        done = run(*words, command="push_to_hub.py", settings=hub.environment(token="hf_alice"))
+        assert "axis name" not in done.stderr  # in warnings of the exporter
+        hub.write(f"alice/{form}", folder / form)
     return {form: folder / form for form in FORMS}
 
 
@@ -117,18 +116,15 @@ def served_softmax(logits: np.ndarray) -> np.ndarray:
         return powers / powers.sum(dtype=np.float32)
 
 
-def test_the_softmax_of_text_embeddings_inference_stays_finite_for_improbable_leaves(tiny_encoder, tmp_path):
+def test_the_softmax_of_text_embeddings_inference_stays_finite_for_improbable_leaves(tiny_encoder):
     tree = Taxonomy({"a": {"b": ["c", "d"], "e": None}, "f": None})
     model = untrained_model(tiny_encoder, tree)
     with torch.no_grad():  # P(c) is about exp(-60), P(d) about exp(-180)
         model.heads.bias.copy_(torch.tensor([{"b": -60.0, "d": -120.0}.get(name, 0.0) for name in tree.names]))
-    model.save_pretrained(tmp_path)
-    tokenizer = AutoTokenizer.from_pretrained(tiny_encoder, model_max_length=128, padding_side="right")
-    tokenizer.save_pretrained(tmp_path)
-    inputs = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    inputs = AutoTokenizer.from_pretrained(tiny_encoder)(TEXTS, padding=True, return_tensors="pt")
     with torch.inference_mode():
         expected = model(**inputs).logits.double().exp().numpy()
-    logits = run_onnx(export_onnx(tmp_path, tmp_path)[ONNX_FILE], {name: ids.numpy() for name, ids in inputs.items()})
+        logits = Logits(model, [*inputs])(*inputs.values()).numpy()  # what is exported
     assert expected.min() < 1e-70
     for row, exact in zip(logits, expected, strict=True):
         np.testing.assert_allclose(served_softmax(row), exact, rtol=1e-3, atol=1e-30)
@@ -176,27 +172,14 @@ def test_text_embeddings_inference_gives_the_probabilities_of_the_pipeline(publi
 # OpenVINO
 
 
-def test_openvino_gives_the_labels_of_the_pipeline(published, tmp_path):
-    form, optional = "one_path", ROOT / ".venv" / "optional"  # see the Makefile
-    if not (optional / "openvino").exists():
-        pytest.skip("openvino is not in .venv/optional, where make test puts it")
-    texts = [row["text"] for row in read_csv(CORPUS / "test.csv")]
-    tokenizer = AutoTokenizer.from_pretrained(published[form], trust_remote_code=True)
-    np.savez(tmp_path / "inputs.npz", **tokenizer(texts, padding=True, truncation=True, return_tensors="np"))
-    code = f"""
-import json
-import numpy as np
-import openvino
-core = openvino.Core()
-precision = {{"INFERENCE_PRECISION_HINT": "f32"}}
-model = core.compile_model(core.read_model({str(published[form] / "onnx" / "model.onnx")!r}), "CPU", precision)
-names = {{one.any_name for one in model.inputs}}
-inputs = {{name: ids for name, ids in np.load("inputs.npz").items() if name in names}}
-print(json.dumps(model(inputs)["logits"].tolist()))
-"""
-    logits = np.array(run_outside(code, tmp_path, {"PYTHONPATH": str(optional)}, fresh=True))
-    found, expected = LINK[form](logits), probabilities(published[form], texts)
-    np.testing.assert_allclose(found, expected, atol=1e-4)
+def test_openvino_gives_the_labels_of_the_pipeline(openvino, published):
+    folder, texts = published["one_path"], [row["text"] for row in read_csv(CORPUS / "test.csv")]
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    inputs = tokenizer(texts, padding=True, truncation=True, return_tensors="np")
+    core = openvino.Core()
+    model = core.compile_model(core.read_model(folder / ONNX_FILE), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    logits = model({one.any_name: inputs[one.any_name] for one in model.inputs})["logits"]
+    np.testing.assert_allclose(softmax(logits), probabilities(folder, texts), atol=1e-4)
 
 
 # Inference Endpoints
@@ -238,15 +221,6 @@ def test_an_endpoint_answers_as_the_pipeline(published, long_texts, form):
     assert form != "one_path" or answers[0][-1]["label"] == next(iter(long_texts))
     assert text == close(classify(published[form], texts[:1])[0])
     assert texts_without == close([text])
-
-
-def close(value):
-    """Return the value with approximate numbers, because batches of other shapes are rounded differently."""
-    if isinstance(value, dict):
-        return {name: close(one) for name, one in value.items()}
-    if isinstance(value, list):
-        return [close(one) for one in value]
-    return pytest.approx(value, abs=1e-5) if isinstance(value, float) else value
 
 
 def test_a_bad_request_is_refused_in_one_line_without_its_text(published):

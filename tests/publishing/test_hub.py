@@ -2,27 +2,13 @@
 
 import ast
 import json
-import os
 import shutil
-import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import (
-    CORPUS,
-    ROOT,
-    STRIKE,
-    complete,
-    read_csv,
-    run,
-    run_outside,
-    snippets,
-    train_label_sets,
-    write_csv,
-)
-from forked import LIBRARIES
+from conftest import CORPUS, ROOT, first_rows, read_csv, run, run_outside, snippets, train_label_sets, write_csv
 from gradio_client import Client
 from hub_server import HubServer
 from huggingface_hub import RepoCard
@@ -48,24 +34,19 @@ MERGED_REPOSITORY = {
     *(name for name in ADAPTER_REPOSITORY if not name.startswith("adapter/") and name != "heads.safetensors"),
     "model.safetensors",
 }
-ENGINE_FILES = {"onnx/model.onnx", "onnx/model_quantized.onnx", "sentence_bert_config.json"}  # by --onnx
 TEXTS = ["Chest pain after exercise, and narrowed coronary arteries.", "A tumour of the liver was removed."]
 
 
 @pytest.fixture(scope="module")
-def hub(tiny_encoder):
-    """Serve a Hub that holds the encoder, with users who may and may not write."""
-    with HubServer() as hub:
-        hub.add_user("alice", "hf_alice")
-        hub.add_user("reader", "hf_reader", role="read")
-        hub.add_repo("base/tiny", Path(tiny_encoder))
-        yield hub
+def hub(hub, tiny_encoder) -> HubServer:
+    """Serve a Hub that holds the encoder."""
+    hub.add_repo("base/tiny", Path(tiny_encoder))
+    return hub
 
 
 def training_words(tiny: str, data: Path, output: Path) -> list[object]:
     flags: list[object] = [ROOT / "recipes" / "quickstart.yaml", "--model_name_or_path", tiny, "--output_dir", output]
-    for split, count in (("train", 48), ("validation", 20), ("test", 20)):
-        flags += [f"--{split}_file", write_csv(data / f"{split}.csv", read_csv(CORPUS / f"{split}.csv")[:count])]
+    flags += first_rows("corpus", data, 48, 20, 20)
     return [*flags, "--num_train_epochs", 2, "--per_device_train_batch_size", 16]
 
 
@@ -139,32 +120,6 @@ def test_only_the_files_of_the_checkpoint_are_published_and_nothing_of_this_mach
     for repo in published.values():
         for name, content in hub.files(repo).items():
             assert not any(secret.encode() in content for secret in secrets), (repo, name)
-
-
-def test_a_run_that_was_killed_before_its_scores_is_not_published(hub, checkpoint, tmp_path):
-    """Resume a finished run, and kill it when the model is saved, and not yet described."""
-    output, environment = shutil.copytree(checkpoint, tmp_path / "results"), hub.environment(token="hf_alice")
-    strike = [
-        "-c",
-        STRIKE,
-        ROOT / "train.py",
-        "open",
-        "validation_predictions.csv",
-        int(signal.SIGKILL),
-    ]
-    pinned = json.loads((output / "config.json").read_text())["encoder_revision"]
-    line = [
-        *training_words("base/tiny", tmp_path, output),
-        "--resume_from_checkpoint",
-        "auto",
-        "--model_revision",
-        pinned,
-    ]
-    done = complete(*strike, *line, environment=os.environ | environment, modules=LIBRARIES)
-    assert done.returncode == -signal.SIGKILL, done.stderr[-4000:]
-    publish = ("--model", output, "--repo_id", "alice/killed", "--dry_run")
-    refused = run(*publish, command="push_to_hub.py", check=False, settings=environment)
-    assert f"{output} is not a complete checkpoint: README.md is missing" in refused.stderr
 
 
 def test_publishing_again_makes_no_commit_and_a_change_makes_one(hub, checkpoint, tmp_path):
@@ -266,8 +221,10 @@ def test_a_failed_push_leaves_the_repository_unchanged(hub, checkpoint):
 
 # loading
 
-PRINT_LOG_PROBS = """
-import torch
+LOG_PROBS = """
+import json, torch
+from transformers import AutoModel, AutoTokenizer
+model = AutoModel.from_pretrained({repo!r}, trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained({repo!r}, trust_remote_code=True)
 rows = []
 with torch.no_grad():
@@ -278,17 +235,12 @@ print(json.dumps(rows))
 """
 
 
-def log_probs_code(repo: str, load: str) -> str:
-    head = "import json\nfrom transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer\n"
-    return head + f"model = {load}\n" + PRINT_LOG_PROBS.format(repo=repo, texts=TEXTS)
-
-
 @pytest.mark.parametrize("form", ["adapter", "merged"])
 def test_a_fresh_process_loads_the_model_in_one_call_and_runs_the_snippets_of_the_card(
     hub, published, expected, tmp_path, closed_port, form
 ):
     repo, num_requests, home = published[form], len(hub.requests), tmp_path / "home"
-    load = log_probs_code(repo, f"AutoModel.from_pretrained({repo!r}, trust_remote_code=True)")
+    load = LOG_PROBS.format(repo=repo, texts=TEXTS)
     code = snippets(hub.files(repo)["README.md"].decode())
     own, stock, _, log_probs = run_snippets([*code, load], tmp_path, hub.environment(home))
     ((label, score),), *sets = map(ast.literal_eval, own.splitlines())
@@ -307,21 +259,6 @@ def test_a_fresh_process_loads_the_model_in_one_call_and_runs_the_snippets_of_th
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
-def other_taxonomy(files: dict[str, bytes]) -> dict[str, bytes]:
-    config = json.loads(files["config.json"])
-    config.pop("id2label")
-    calibration = {"lexical_weight": config["calibration"]["lexical_weight"]}
-    changed = {**config, "taxonomy": ["a", "b", "c"], "calibration": calibration}
-    return {**files, "config.json": json.dumps(changed).encode()}
-
-
-def other_settings(file: str, **changes: object):
-    def change(files: dict[str, bytes]) -> dict[str, bytes]:
-        return {**files, file: json.dumps({**json.loads(files[file]), **changes}).encode()}
-
-    return change
-
-
 def test_an_encoder_without_safetensors_is_loaded_in_4_bits_without_asking_for_a_conversion(
     hub, tiny_encoder, published, expected, tmp_path
 ):
@@ -329,8 +266,9 @@ def test_an_encoder_without_safetensors_is_loaded_in_4_bits_without_asking_for_a
     torch.save(load_file(f"{tiny_encoder}/model.safetensors"), tmp_path / "pytorch_model.bin")
     files = {name: data for name, data in hub.files("base/tiny").items() if name != "model.safetensors"}
     commit = hub.add_repo("base/bin", {**files, "pytorch_model.bin": (tmp_path / "pytorch_model.bin").read_bytes()})
-    moved = other_settings("config.json", encoder_name_or_path="base/bin", encoder_revision=commit)
-    hub.add_repo("alice/over-bin", moved(hub.files("alice/adapter")))
+    files = hub.files("alice/adapter")
+    config = json.loads(files["config.json"]) | {"encoder_name_or_path": "base/bin", "encoder_revision": commit}
+    hub.add_repo("alice/over-bin", {**files, "config.json": json.dumps(config).encode()})
     num_requests = len(hub.requests)
     code = f"""
 import json, os
@@ -422,7 +360,7 @@ def test_a_published_checkpoint_is_scored_as_the_folder_was(hub, published, chec
     """Score the requested commit, although the branch has changed."""
     repo = "alice/scored"
     commit = hub.add_repo(repo, hub.files(published["adapter"]))
-    hub.add_repo(repo, other_taxonomy(hub.files(repo)))
+    hub.add_repo(repo, {"config.json": b"{}"})
     num_requests = len(hub.requests)
     line = ["--model_name_or_path", repo, "--model_revision", commit, "--do_train", "false"]
     line += ["--test_file", checkpoint.parent / "test.csv", "--output_dir", tmp_path / "scores"]
@@ -448,16 +386,12 @@ def test_files_are_classified_at_the_revision_that_is_given_and_the_manifest_nam
     weights["heads.bias"] = weights["heads.bias"].flip(0) + 1
     second = hub.add_repo("alice/pinned", {"model.safetensors": save(weights, {"format": "pt"})})
     (tmp_path / "in.csv").write_text("\n".join(["text", *(f'"{text}"' for text in TEXTS)]) + "\n")
-    code = f"""
-import json, sys
-sys.path.insert(0, {str(ROOT)!r})
-from predict import main
-words = ["--model", "alice/pinned", "--input", "in.csv", "--dtype", "fp32", "--probabilities", "--output_format", "jsonl"]
-print(json.dumps([main([*words, "--revision", one, "--output", one + "/"]) for one in ({first!r}, "main")]))
-"""
-    assert run_outside(code, tmp_path, hub.environment(tmp_path / "home")) == [0, 0]
+    words = ("--model", "alice/pinned", "--input", "in.csv", "--dtype", "fp32", "--probabilities")
+    words += ("--output_format", "jsonl", "--revision")
     found = []
     for revision, commit in ((first, first), ("main", second)):
+        line = (*words, revision, "--output", f"{revision}/")
+        run(*line, command="predict.py", cwd=tmp_path, settings=hub.environment())
         manifest = json.loads((tmp_path / revision / "manifest.json").read_text())
         assert (manifest["model"], manifest["commit"]) == ("alice/pinned", commit)
         lines = (tmp_path / revision / "part-00000.jsonl").read_text().splitlines()

@@ -1,18 +1,12 @@
-"""Test files, patterns, .gz, standard input, and the package alone, as it is copied into the Space."""
+"""Test files, patterns, .gz, and standard input."""
 
 import glob
 import gzip
-import json
 import os
-import shutil
-import subprocess
-import sys
 
 import datasets
 import pytest
-from conftest import ROOT
 
-from hierarchical_clinicalbert.data.tables import read_table
 from hierarchical_clinicalbert.prediction.input import read_records
 from hierarchical_clinicalbert.reading.rows import InputError
 from hierarchical_clinicalbert.reading.sources import Source, find_all_sources, find_sources, kind_of, open_rows
@@ -128,27 +122,6 @@ def test_a_folder_saved_by_datasets_is_refused(tmp_path):
             find_sources(str(tmp_path / name))
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.csv", b"text,id\na,1\nb\nc\n", "a.csv, line 3: 1 fields, where the header has 2"),
-        ("a.json", b'[{"a": 1}, 2]', "a.json, row 2: not a JSON object"),
-        ("a.csv", b"text\n", "a.csv has no rows"),
-        ("a.csv.gz", gzip.compress(os.urandom(3000))[:-500], "a.csv.gz is not UTF-8 text, or is damaged"),
-    ],
-)
-def test_a_table_that_cannot_be_read_is_one_line(tmp_path, monkeypatch, name, content, message):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError) as refused:
-        read_table(find_sources(name)[0])
-    assert str(refused.value).startswith(message)
-    assert "\n" not in str(refused.value)
-    (tmp_path / name).unlink()
-    with pytest.raises(InputError, match=f"cannot read {name}: No such file or directory"):
-        read_table(Source(name, "csv"))
-
-
 def test_a_file_reports_progress(tmp_path):
     content = b"text\n" + b"".join(os.urandom(50).hex().encode() + b"\n" for _ in range(20_000))
     for name, written in (("a.csv", content), ("a.csv.gz", gzip.compress(content))):
@@ -158,25 +131,3 @@ def test_a_file_reports_progress(tmp_path):
         assert shares == sorted(shares)
         assert shares[len(shares) // 2] == pytest.approx(0.5, abs=0.1)
         assert shares[-1] == 1
-
-
-def test_the_package_alone_reads_files_and_standard_input(tmp_path):
-    """Run it without the rest of the repository, as in the Space, which holds a copy."""
-    for name in ("taxonomy_hierarchical.py", "hierarchical_clinicalbert/__init__.py"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        shutil.copy(ROOT / name, tmp_path / name)
-    shutil.copytree(ROOT / "hierarchical_clinicalbert/reading", tmp_path / "hierarchical_clinicalbert/reading")
-    (tmp_path / "app.py").write_text("""
-import json, sys
-from hierarchical_clinicalbert.reading.columns import TEXT_COLUMNS, find_column
-from hierarchical_clinicalbert.reading.sources import Source, open_rows
-with open_rows(Source("-", "csv")) as rows:
-    found = [find_column(rows.columns, None, TEXT_COLUMNS)] + [(row.line, row.values, rows.done()) for row in rows.read()]
-print(json.dumps([found, [name for name in ("pyarrow", "pandas", "torch") if name in sys.modules]]))
-""")
-    done = subprocess.run([sys.executable, "app.py"], input=CSV, capture_output=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr.decode()
-    assert json.loads(done.stdout) == [
-        ["text", [2, {"text": "a", "id": "1"}, None], [4, {"text": "b", "id": "2"}, None]],
-        [],
-    ]

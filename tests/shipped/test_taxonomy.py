@@ -64,19 +64,6 @@ def test_nested_forms_that_are_no_taxonomy_are_refused_by_name(tree, message):
         Taxonomy(tree)
 
 
-def chain(levels):
-    tree = ["left", "right"]
-    for i in range(levels - 1):
-        tree = [{f"n{i}": tree}]
-    return tree
-
-
-def test_sixteen_levels_are_supported_and_seventeen_are_refused():
-    assert Taxonomy(chain(16)).depth == 16
-    with pytest.raises(TaxonomyError, match="level 17"):
-        Taxonomy(chain(17))
-
-
 def test_the_configuration_round_trips_through_json_with_the_order_of_its_classes(tmp_path):
     tree = Taxonomy({"z": ["b", "a"], "y": {"m": ["k", "j"], "c": None}})
     config = HierarchicalConfig(

@@ -26,18 +26,15 @@ HOSTILE = (
 )
 
 
-def start_chromium(*flags: str) -> webdriver.Chrome:
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", *flags):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    return webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-
-
 @pytest.fixture(scope="module")
 def chromium(tmp_path_factory):
-    driver = start_chromium(f"--user-data-dir={tmp_path_factory.mktemp('profile')}")
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"):
+        options.add_argument(flag)
+    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('profile')}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
     yield driver
     driver.quit()
 
@@ -332,6 +329,7 @@ def test_nothing_is_wider_than_the_page_and_the_model_is_described(page, width, 
     assert fits()
     page.tab("About the model")
     page.until(lambda: page.all("#plots img"))
+    assert "a person should check important results" in page.text("#card")
     assert "README.md in the folder" in page.text("#card")
     assert fits()
 

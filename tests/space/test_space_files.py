@@ -8,7 +8,7 @@ import sys
 
 import pyarrow as pa
 import pytest
-from conftest import ROOT, parquet, run_outside, sheet, xlsx
+from conftest import ROOT, parquet, run_outside, sheet
 
 sys.path.insert(0, str(ROOT / "space"))
 
@@ -38,20 +38,6 @@ def test_the_column_of_texts_is_the_requested_one_or_the_one_with_the_most_chara
     assert (dotted.text, struct.problem) == ("dotted", "the value is not text but dict")
     with pytest.raises(Refused, match="no such column"):
         read_table(b"a,b\n1,2\n", "csv", "c")
-
-
-def test_files_within_the_limits_are_read():
-    texts = [f"text {i} " + "x" * 150 for i in range(10_000)]
-    assert [row.text for row in read_table(xlsx([["text"], *[[text] for text in texts]]), "xlsx").rows] == texts
-    vectors = pa.array([[0.5] * 384] * 3000, pa.list_(pa.float32()))
-    for columns in ({"text": pa.array(texts).dictionary_encode()}, {"a": texts[:3000], "vector": vectors}):
-        rows = read_table(parquet(columns), "parquet").rows
-        assert [row.text for row in rows] == texts[: len(next(iter(columns.values())))]
-
-
-def test_a_row_that_cannot_be_read_is_listed_with_the_reason():
-    rows = read_table(b"text,id\na\nb,2\n", "csv").rows
-    assert [(row.text, row.problem) for row in rows] == [(None, "1 fields, where the header has 2"), ("b", None)]
 
 
 # ── Hostile files ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -136,12 +122,4 @@ def test_no_cell_of_a_download_is_a_formula_wherever_a_spreadsheet_splits_it(spa
     marked = re.compile(FORMULA.pattern.replace("(?=", r"(\\) (?="), re.VERBOSE)
     rows = csv.DictReader(io.StringIO(download, newline=""))
     assert [marked.sub(lambda match: match[0][:-1], row["text"]) for row in rows] == texts
-
-
-def test_lists_in_a_download_come_back():
-    rows = [{"labels": labels} for labels in (["a", "b"], ["ulcers; other", "burns"])]
-    cells = [row["labels"] for row in csv.DictReader(io.StringIO(to_csv(rows)))]
-    assert cells == ["a; b", '["ulcers; other", "burns"]']  # a label with ";" must not be read back as two
-    (row,) = csv.DictReader(io.StringIO(to_csv([{"path": ["a", "b"], "paths": [["a", "b"], ["c > d", "e"]]}])))
-    assert row == {"path": "a > b", "paths": 'a > b; ["c > d", "e"]'}
     assert "\\=x" in to_csv([{"labels": ["a", "=x"]}])

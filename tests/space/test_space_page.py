@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, clear_rows, run_outside
+from conftest import ROOT, clear_rows, run, run_outside
 from packaging.requirements import Requirement
 
 sys.path.insert(0, str(ROOT / "space"))
@@ -168,18 +168,6 @@ def test_a_text_unlike_the_training_texts_has_no_bold_class():
         assert f"Unlike the known texts of <bdi>b</bdi>{more}" in shown
 
 
-def test_of_the_card_the_opening_and_the_plots_are_shown(clear_checkpoint):
-    card = (Path(clear_checkpoint) / "README.md").read_text()
-    opening = views.card_opening(card)
-    assert opening.endswith("and a person should check important results.")
-    assert re.search(r"(?m)^\*\*.* of .* texts", opening)  # the headline
-    assert not re.search(r"(?m)^#|^---|<!--|\|", opening)
-    asked: list[str] = []
-    shown = views.card_plots(card, lambda name: asked.append(name) or b"PNG")
-    assert asked == re.findall(r"\((plots/.*?)\)", card)
-    assert shown.count("<img src='data:image/png;base64,UE5H' alt='") == len(asked) > 0
-
-
 def test_the_page_is_that_of_the_model_and_its_folder_is_private(clear_checkpoint, tmp_path):
     """Title, placeholder, warning and examples come from config.json; by default, a medical model has examples of its own.
 
@@ -246,8 +234,8 @@ def GPU(function):
 
 
 @pytest.fixture(scope="module")
-def shown(clear_checkpoint, tmp_path_factory) -> list:
-    """Return the number of calls of a GPU that `ZERO_GPU` lends, and parts of the page, from one process."""
+def shown(clear_checkpoint, uncalibrated_run, tmp_path_factory) -> list:
+    """Return the number of calls of a GPU that `ZERO_GPU` lends, and parts of pages, from one process."""
     folder = tmp_path_factory.mktemp("zerogpu")
     (folder / "spaces.py").write_text(ZERO_GPU)
     code = f"""
@@ -257,7 +245,11 @@ import spaces, app
 service = app.Service(app.load({clear_checkpoint!r}, None))
 pages = [service.show_result("", 0.9)[1], service.show_result("Angina.", 2)[1], service.show_words("Angina.", "neoplasms")]
 lent, texts = spaces.lent, ("Zebras walk by the lake 4711 4712 4713.", {clear_rows(2)[0]["text"]!r})
-print(json.dumps([lent, *pages, *(service.show_result(text, 0.9)[1:3] for text in texts)]))
+other = app.load({str(uncalibrated_run[0])!r}, None)
+blocks = app.build(other, {str(uncalibrated_run[0])!r}).blocks.values()
+without = [[block.get_config() for block in blocks], app.Service(other).show_result("Angina.", 0.9)[1]]
+results = [service.show_result(text, 0.9)[1:3] for text in texts]
+print(json.dumps([lent, *pages, without, *results], default=str))
 """
     return run_outside(code, folder, {"HF_HUB_OFFLINE": "1"})
 
@@ -270,6 +262,17 @@ def test_where_zerogpu_is_its_decorator_is_used(shown):
     assert "Angina" in words
 
 
+def test_without_calibration_there_are_predictions_and_no_sets(shown):
+    blocks, result = shown[4]
+    sliders = [block for block in blocks if "coverage" in str(block.get("elem_id"))]
+    assert len(sliders) == 2
+    for slider in sliders:
+        assert slider["interactive"] is False
+        assert "Not available: this model was trained without validation rows" in slider["info"]
+    assert "class='class'" in result
+    assert "coverage needs one that was trained with validation rows" in result
+
+
 def test_in_the_tree_of_a_strange_text_no_node_is_marked(shown):
     *_, (strange, tree), (usual, usual_tree) = shown
     assert "Unlike the texts this model was trained on" in strange
@@ -279,41 +282,12 @@ def test_in_the_tree_of_a_strange_text_no_node_is_marked(shown):
     assert re.search("✓.*◆", usual_tree)
 
 
-START = """
-import contextlib, io, json, sys
-sys.path.insert(0, {space!r})
-import app, gradio
-results = app.load.__globals__["check_version"].__globals__
-found = []
-for model, fault in {starts!r}:
-    sys.argv = ["app.py", "--model", model]
-    exec(fault)
-    with contextlib.redirect_stderr(io.StringIO()) as errors:
-        try:
-            app.main()
-        except SystemExit as error:
-            found.append([error.code, errors.getvalue()])
-print(json.dumps(found))
-"""
-
-
-def test_a_space_that_cannot_start_says_why_in_one_line(tiny_encoder, clear_checkpoint, tmp_path):
-    """Start with what is no checkpoint, with a damaged one, and with a gradio whose memory cannot be limited."""
-    (tmp_path / "torn").mkdir()
-    (tmp_path / "torn" / "config.json").write_text('{"model_type": ')
-    cases = [
-        (tiny_encoder, "", f"cannot load the model {tiny_encoder}: it is not a checkpoint of this project"),
-        (str(tmp_path / "torn"), "", f"cannot load the model {tmp_path / 'torn'}: .*config.json"),
-        (clear_checkpoint, "results['RESULT_VERSION'] = 3", "returns results of version 2"),
-        (
-            clear_checkpoint,
-            "results['RESULT_VERSION'] = 2; del gradio.queueing.AsyncQueue",
-            "gradio 6.31, .*'AsyncQueue'",
-        ),
-    ]
-    code = START.format(space=str(SPACE), starts=[case[:2] for case in cases])
-    found = run_outside(code, tmp_path, {"HF_HUB_OFFLINE": "1"})
-    for (exit_code, stderr), (_, _, message) in zip(found, cases, strict=True):
-        assert exit_code == 2
-        assert "Traceback" not in stderr
-        assert re.match(f"app.py: error: .*{message}", stderr.strip().splitlines()[-1])
+def test_a_space_that_cannot_start_says_why_in_one_line(tiny_encoder, tmp_path):
+    """Start with what is no checkpoint, and with a damaged one."""
+    (tmp_path / "config.json").write_text('{"model_type": ')
+    for model, problem in ((tiny_encoder, "it is not a checkpoint of this project"), (tmp_path, "config.json")):
+        done = run("--model", model, command="space/app.py", check=False)
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
+        message = f"app.py: error: cannot load the model {re.escape(str(model))}: .*{problem}"
+        assert re.match(message, done.stderr.splitlines()[-1])

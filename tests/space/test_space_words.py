@@ -1,9 +1,6 @@
 """Test the weights of words: against brute force, by their sum, and beside classification."""
 
-import math
-import re
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -87,34 +84,6 @@ def test_weights_are_the_integral_of_the_gradient_word_by_word(kind, request, te
         blank_score = model(input_ids=blank, attention_mask=mask)["node_log_probs"][0, node].exp().item()
     assert explanation["blank_score"] == pytest.approx(blank_score, abs=1e-6)
     assert all(text[word["start"] : word["end"]] == word["word"] for word in explanation["words"])
-
-
-@pytest.mark.parametrize(
-    ("checkpoint", "unit"), [("clear_checkpoint", float), ("labels_checkpoint", lambda p: math.log(p / (1 - p)))]
-)
-def test_weights_add_up_and_the_pieces_of_a_word_are_one_word(checkpoint, unit, request, texts):
-    """For one path a text, weights are differences of probability; for several labels, of log-odds."""
-    classifier = load(request.getfixturevalue(checkpoint))
-    explainer = Explainer(classifier)
-    for text in ("Outcomes of epilepsy after hypertension.", texts[0][:300].rpartition(" ")[0]):
-        for node in ("nervous system diseases", "specific disease"):
-            explanation = explainer.explain(text, node)
-            difference = unit(explanation["score"]) - unit(explanation["blank_score"])
-            assert total_weight(explanation) == pytest.approx(difference, abs=1e-3)
-            assert abs(explanation["error"]) < 0.02
-            words = [word["word"] for word in explanation["words"] if word["word"].isalpha()]
-            assert words == re.findall(r"[A-Za-z]+", re.sub(r"\w*\d\w*", "", text))
-            levels = classifier(text, levels=True)["levels"]
-            assert explanation["score"] == pytest.approx({**levels[0], **levels[1]}[node], abs=1e-5)
-
-
-def test_explaining_does_not_affect_concurrent_classification(classifier, texts):
-    explainer, before = Explainer(classifier), classifier(texts[0])["score"]
-    with ThreadPoolExecutor(1) as pool:
-        explained = pool.submit(explainer.explain, texts[0], "neoplasms")
-        while not explained.done():
-            assert classifier(texts[0])["score"] == pytest.approx(before, abs=1e-6)
-    assert explained.result()["words"]
 
 
 def test_a_model_in_half_precision_and_without_a_lexical_head_is_explained_as_in_full(clear_checkpoint, texts):

@@ -66,11 +66,3 @@ def test_log_and_card_say_what_was_done_and_a_resumed_or_continued_run_does_not_
     before, after = (load_file(folder / "heads.safetensors") for folder in (first, second))
     for name in ("weight", "bias"):
         torch.testing.assert_close(after[name], before[name], atol=1e-6, rtol=0)
-
-
-def test_there_are_no_steps_for_one_class_of_two_texts(tiny_encoder, tmp_path, caplog):
-    trainer = trainer_of(tiny_encoder, tmp_path)
-    rows = tokenized(trainer).select([0, *range(1, len(ROWS), 6)])
-    with caplog.at_level("INFO"):
-        assert initialise_heads(trainer, rows, ModelArguments(tiny_encoder, contrastive_steps=2)) == "prototypes"
-    assert "no contrastive steps: they need two classes with two training texts each" in caplog.text

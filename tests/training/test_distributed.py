@@ -1,12 +1,15 @@
-"""Compare training in two processes, by accelerate and gloo, with one process of the same effective batch size."""
+"""Compare training in two processes, by accelerate and by Ray, with one process of the same effective batch size."""
 
 import json
+import os
+import re
+import signal
 import sys
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, first_rows, free_port, read_csv, run, started
+from conftest import ROOT, first_rows, free_port, read_csv, run, same_weights, started
 from transformers import AutoTokenizer
 
 from hierarchical_clinicalbert.data.taxonomy_files import read_taxonomy
@@ -18,53 +21,60 @@ RECIPES = ROOT / "recipes" / "accelerate"
 ACCELERATE = Path(sys.executable).with_name("accelerate")
 
 
-def run_two_processes(
-    *words: object, folder: Path, launches: bool = False, settings: dict[str, str] | None = None
-) -> tuple[list[int | None], list[str]]:
-    """Run train.py in two processes. Return their exit codes and logs.
-
-    The processes have the environment variables that a launcher sets. If it ``launches``, two `accelerate launch` commands
-    start one process each, as on two machines.
-    """
-    address, port = "127.0.0.1", str(free_port())
-    group = {"WORLD_SIZE": "2", "MASTER_ADDR": address, "MASTER_PORT": port, "OMP_NUM_THREADS": "1"} | (settings or {})
+def launch_two_processes(*words: object, folder: Path) -> tuple[list[int | None], list[str]]:
+    """Run train.py by two `accelerate launch` commands, as on two machines. Return their exit codes and logs."""
     machines = ["launch", "--config_file", RECIPES / "ddp.yaml", "--num_processes", 2, "--num_machines", 2]
-    machines += ["--main_process_ip", address, "--main_process_port", port, "--machine_rank"]
+    machines += ["--main_process_ip", "127.0.0.1", "--main_process_port", free_port(), "--machine_rank"]
     logs, processes = [folder / f"{rank}.log" for rank in range(2)], []
     with ExitStack() as stack:
         for rank, log in enumerate(logs):
-            if launches:
-                one = started(*machines, rank, ROOT / "train.py", *words, log=log, command=ACCELERATE)
-            else:
-                one = started(*words, log=log, settings=group | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-            processes.append(stack.enter_context(one))
+            line = (*machines, rank, ROOT / "train.py", *words)
+            processes.append(stack.enter_context(started(*line, log=log, command=ACCELERATE)))
         codes = [process.wait() for process in processes]
     return codes, [log.read_text() for log in logs]
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_encoder, tmp_path_factory) -> tuple[Path, Path]:
-    """Train the same run in one process and in two. The 37 scored rows cannot be divided evenly. Return the folders.
+def words(tiny_encoder, tmp_path_factory) -> list[object]:
+    """Return the flags of a run that continues a checkpoint, up to the texts of a step.
 
-    They continue a checkpoint without dropout, because dropout masks depend on the number of processes.
+    It has no dropout, because dropout masks depend on the number of processes. The 37 scored rows cannot be divided evenly.
     """
-    folder = tmp_path_factory.mktemp("distributed")
+    folder = tmp_path_factory.mktemp("model")
     tree = read_taxonomy(ROOT / "examples" / "taxonomy.yaml")
     model = build_model(ModelArguments(tiny_encoder), tree, seed=0, problem_type="multi_label_classification")
     model.config.head_dropout = 0.0
-    model.save_pretrained(folder / "model")
-    AutoTokenizer.from_pretrained(tiny_encoder).save_pretrained(folder / "model")
-    words: list = [ROOT / "recipes" / "multi_label.yaml", "--model_name_or_path", folder / "model", "--max_length", 64]
-    words += first_rows("multi_label", folder, 160, 37, 37)
-    words += ["--max_steps", STEPS, "--logging_steps", 1, "--consistency", 1, "--per_device_eval_batch_size", 8]
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_encoder).save_pretrained(folder)
+    given: list = [ROOT / "recipes" / "multi_label.yaml", "--model_name_or_path", folder, "--max_length", 64]
+    given += first_rows("multi_label", tmp_path_factory.mktemp("rows"), 160, 37, 37)
+    given += ["--max_steps", STEPS, "--logging_steps", 1, "--consistency", 1, "--per_device_eval_batch_size", 8]
     for name in ("save", "eval"):
-        words += [f"--{name}_strategy", "steps", f"--{name}_steps", 4]
-    words += ["--use_cpu", "true", "--per_device_train_batch_size"]
+        given += [f"--{name}_strategy", "steps", f"--{name}_steps", 4]
+    return [*given, "--use_cpu", "true", "--per_device_train_batch_size"]
+
+
+@pytest.fixture(scope="module")
+def runs(words, tmp_path_factory) -> tuple[Path, Path]:
+    """Train the same run in one process and in two. Return the folders."""
+    folder = tmp_path_factory.mktemp("distributed")
     run(*words, 16, "--output_dir", folder / "one")
-    codes, logs = run_two_processes(*words, 8, "--output_dir", folder / "two", folder=folder, launches=True)
+    codes, logs = launch_two_processes(*words, 8, "--output_dir", folder / "two", folder=folder)
     assert codes == [0, 0], "\n".join(log[-4000:] for log in logs)
     assert "".join(logs).count("checkpoint, metrics and plots are in") == 1  # only the first process logs
     return folder / "one", folder / "two"
+
+
+def test_after_a_killed_worker_of_ray_the_weights_are_those_of_an_unbroken_run(cluster, words, runs, tmp_path):
+    broken, log = tmp_path / "broken", tmp_path / "log"
+    line = ["--workers", 2, "--address", cluster.address, "--", *words, 8, "--output_dir", broken]
+    saved = broken / "checkpoint-4" / "trainer_state.json"
+    with started(*line, log=log, until=saved, command="examples/ray_train.py") as process:
+        os.kill(int(re.findall(r"RayTrainWorker pid=(\d+)", log.read_text())[0]), signal.SIGKILL)
+        assert process.wait() == 0, log.read_text()[-4000:]
+    assert re.search(r"worker \d failed", log.read_text())
+    assert json.loads((broken / "metrics.json").read_text())["resumed_from_step"] >= 4
+    assert same_weights(runs[1], broken)
 
 
 def test_losses_and_evaluations_are_those_of_one_process_with_the_same_effective_batch(runs):

@@ -23,6 +23,7 @@ from conftest import (
     write_csv,
 )
 
+import push_to_hub
 import train
 from hierarchical_clinicalbert.errors import InputError
 from hierarchical_clinicalbert.training.resume import find_checkpoint, find_resume_problem, list_checkpoints
@@ -118,18 +119,15 @@ def test_early_stopping_is_the_same_after_an_interruption(words, tmp_path):
     whole = tmp_path / "whole"
     run(*line, "--output_dir", whole)
     assert [folder.name for folder in list_checkpoints(whole)] == [f"checkpoint-{step}" for step in (2, 4, 6, 8)]
-    for step, patience, last in ((6, 4, 10), (8, 3, 8)):
-        output = tmp_path / str(step)
-        for kept in (2, step):  # the best one, and the last one
-            shutil.copytree(whole / f"checkpoint-{kept}", output / f"checkpoint-{kept}")
-        flags = ["--resume_from_checkpoint", "auto", "--early_stopping_patience", patience]
-        done = run(*line, *flags, "--output_dir", output)
-        assert list_checkpoints(output)[-1].name == f"checkpoint-{last}"
-        assert ("nothing left to train" in done.stderr) == (step == 8)
-        assert same_weights(whole, output)
+    output = tmp_path / "resumed"
+    for kept in (2, 6):  # the best one, and the last one
+        shutil.copytree(whole / f"checkpoint-{kept}", output / f"checkpoint-{kept}")
+    run(*line, "--output_dir", output, "--resume_from_checkpoint", "auto")
+    assert list_checkpoints(output)[-1].name == "checkpoint-8"
+    assert same_weights(whole, output)
 
 
-def test_overwriting_deletes_the_checkpoints_and_results_of_the_former_run(words, run_folder):
+def test_overwriting_deletes_the_checkpoints_and_results_of_the_former_run_and_keeps_its_card(words, run_folder):
     kept = {run_folder / "notes.txt", run_folder / "checkpoint-best" / "heads.safetensors", run_folder / "mine.csv"}
     gone = {run_folder / name for name in ("plots/old.png", "test_predictions.csv", "label_issues.csv", "metrics.json")}
     for path in kept | gone:
@@ -141,20 +139,15 @@ def test_overwriting_deletes_the_checkpoints_and_results_of_the_former_run(words
     assert list_checkpoints(run_folder) == before
     plot = run_folder / "plots" / "old.png"
     assert all(path.exists() for path in (kept | gone) - {plot})  # it goes on, and writes its scores again
+    card = run_folder / "README.md"
+    card.write_text(edited := card.read_text() + "\nOur data\n")
     refused("lower --learning_rate", *line, *DIVERGES)
+    assert not card.exists()
+    assert edited in [former.read_text() for former in run_folder.glob("README.previous-*.md")]
     assert list_checkpoints(run_folder) == []
     assert all(path.exists() for path in kept)
     assert not any(path.exists() for path in gone)
     assert not (run_folder / "test_predictions.csv").exists()
-
-
-def test_the_card_of_an_overwritten_run_is_kept(words, run_folder):
-    card = run_folder / "README.md"
-    card.write_text(card.read_text() + "\nOur data\n")
-    edited = card.read_text()
-    run(*words, "--output_dir", run_folder, "--overwrite_output_dir", "true", "--max_steps", 2)
-    assert "Our data" not in card.read_text()
-    assert (run_folder / "README.previous-1.md").read_text() == edited
 
 
 RESUME, OVERWRITE = ("--resume_from_checkpoint", "auto"), ("--overwrite_output_dir", "true")
@@ -234,9 +227,16 @@ def test_a_run_is_not_resumed_with_other_settings_or_data(words, run_folder, tin
 
 
 def test_a_resumed_run_takes_the_learning_rate_weight_decay_and_steps_that_it_is_given(words, run_folder):
+    """Kill the run first when its model is saved and not yet calibrated: it cannot be published then."""
     line = [*words, "--output_dir", run_folder, "--resume_from_checkpoint", "auto", "--max_steps", 14]
     # its rows are given, and stay the same
-    run(*line, "--learning_rate", 3e-5, "--weight_decay", 0.5, "--seed", 5, "--save_steps", 3)
+    line += ["--learning_rate", 3e-5, "--weight_decay", 0.5, "--seed", 5, "--save_steps", 3]
+    moment = ("open", "plots/reliability_diagram_uncalibrated.png", int(signal.SIGKILL))
+    done = complete("-c", STRIKE, ROOT / "train.py", *moment, *line)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-4000:]
+    with pytest.raises(InputError, match=r"is not a complete checkpoint: README\.md is missing"):
+        push_to_hub.main(["--model", str(run_folder), "--repo_id", "alice/killed", "--dry_run"])
+    run(*line)
     before, last = list_checkpoints(run_folder)
     assert (before.name, last.name) == ("checkpoint-12", "checkpoint-14")
     scheduler = torch.load(last / "scheduler.pt", weights_only=True)

@@ -43,11 +43,6 @@ def test_each_token_knows_its_sentence(tokenizer):
         assert numbers == [NO_SENTENCE, *by_hand, NO_SENTENCE]
 
 
-def test_sentences_end_without_white_space_in_chinese_and_japanese():
-    text = "肝硬変の患者。腹水あり！"  # seven characters, then five
-    assert sentence_numbers(text, range(len(text) + 1)) == [NO_SENTENCE] + 7 * [0] + 5 * [1]
-
-
 def find_halves(ids, parts):
     """Return the sentences of each half, given the tokens of both, each truncated at 55 % of the text's tokens; else None."""
     numbers, limit = range(len(ids)), int(0.55 * sum(map(len, ids)))
