@@ -15,7 +15,7 @@ from test_long_texts import padded, small_model, texts_of
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from configuration_hierarchical import MULTI_LABEL, SINGLE_LABEL, Calibration
-from hierarchical_clinicalbert.evaluation.open_world import MIN_REFERENCES, fit_open_world, measure_novelty
+from hierarchical_clinicalbert.evaluation.open_world import MIN_REFERENCES, fit_open_world, measure_novelty, merge_texts
 from open_world_hierarchical import NoveltyTests, OpenWorld
 from taxonomy_hierarchical import Taxonomy
 
