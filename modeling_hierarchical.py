@@ -94,9 +94,8 @@ class LexicalHead(nn.Module):
             "weight": ((num_classes, vocab_size) if num_entries is None else (num_entries,), torch.float32),
             "bias": ((num_classes,), torch.float32),
         }
-        if num_entries is None:
-            self.classes = self.counts = None
-        else:
+        self.register_parameter("classes", None)
+        if num_entries is not None:
             shapes |= {"classes": ((num_entries,), torch.int32), "counts": ((vocab_size,), torch.int32)}
         for name, (shape, kind) in shapes.items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=kind), requires_grad=False))

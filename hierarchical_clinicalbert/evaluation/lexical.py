@@ -135,15 +135,15 @@ class NodeClassifier(LexicalClassifier):
     def __init__(self, decisions: ManyNodes, counts: csr_matrix, labels: np.ndarray):
         super().__init__(decisions, counts, labels)
         is_open = decisions.open_decisions(torch.from_numpy(labels)).numpy()
-        self.removed_prior = decisions.initial_biases(decisions.count_outcomes(torch.from_numpy(labels))).numpy()
-        self.classes = self.learnable(decisions, labels)
+        prior = decisions.initial_biases(decisions.count_outcomes(torch.from_numpy(labels))).numpy()
+        self.removed_prior, self.classes = prior, self.learnable(decisions, labels)
 
         def fit() -> Iterator[np.ndarray]:
             for node in self.classes:
                 rows = is_open[:, node]
                 model = LogisticRegression(C=REGULARISATION, max_iter=1000)
                 model.fit(self.documents[rows], labels[rows, node] == 1)
-                self.bias[node] = model.intercept_[0] - self.removed_prior[node]
+                self.bias[node] = model.intercept_[0] - prior[node]
                 yield model.coef_[0]
 
         self.set_weights(fit())
