@@ -10,7 +10,7 @@ from scipy.sparse import csr_matrix
 from transformers import EvalPrediction
 
 from hierarchical_clinicalbert.errors import InputError
-from hierarchical_clinicalbert.evaluation.lexical import MAX_FITTED, MIN_ROWS, LexicalClassifier
+from hierarchical_clinicalbert.evaluation.lexical import DEFAULT_SIZE, LexicalClassifier
 from hierarchical_clinicalbert.evaluation.metrics import Metric, Predictions, of_all_levels
 from hierarchical_clinicalbert.evaluation.sets import choose_bands, split_by_band
 from hierarchical_clinicalbert.reading.columns import join_labels
@@ -140,17 +140,16 @@ class FormBase:
     ) -> LexicalClassifier | None:
         """Fit the lexical classifier on the training rows; return None if it is not wanted, or there is nothing to tell apart.
 
-        By default it is wanted if at most `MAX_FITTED` weights are fitted.
+        By default it is wanted up to `DEFAULT_SIZE`.
         """
         if wanted is False:
             return None
-        num_classes = len(self.classifier.learnable(self.decisions, labels))
-        if not num_classes:
-            logger.info("no lexical head: the training rows do not tell any two classes apart")
+        vocab_size, num_classes = counts.shape[1], self.decisions.num_classes
+        if wanted is None and vocab_size * num_classes > DEFAULT_SIZE:
+            size = f"{vocab_size:,} tokens and {num_classes:,} classes"
+            logger.info("no lexical head: by default there is none for %s; --lexical_head true adds it", size)
             return None
-        num_tokens = np.count_nonzero((counts > 0).sum(axis=0).A1 >= MIN_ROWS)
-        if wanted is None and num_tokens * num_classes > MAX_FITTED:
-            size = f"{num_tokens:,} tokens times {num_classes:,} classes"
-            logger.info("no lexical head: it would be fitted with %s weights; --lexical_head true adds it", size)
+        if not self.classifier.learnable(self.decisions, labels).size:
+            logger.info("no lexical head: the training rows do not tell any two classes apart")
             return None
         return self.classifier(self.decisions, counts, labels)

@@ -25,7 +25,7 @@ from hierarchical_clinicalbert.evaluation.metrics import one_hot
 
 MIN_ROWS = 2  # a token in fewer training rows is ignored
 REGULARISATION = 50.0  # C of scikit-learn: weak, since the documents are vectors of length 1
-MAX_FITTED = 2**24  # weights that are fitted by default: with one path a text, the fit takes 3 GB
+DEFAULT_SIZE = 2**24  # tokens times classes: beyond it, what the head gains is not measured, and its fit takes long
 MAX_WEIGHTS = 2**23  # 64 MiB with their places: of more, each class keeps equally many, the largest
 
 

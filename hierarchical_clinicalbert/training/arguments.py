@@ -53,7 +53,9 @@ class ModelArguments:
         None, f"Initial heads. Default: prototypes, from texts and class names, below {FEW_ROWS} rows per class."
     )
     contrastive_steps: int = flag(0, "Steps of contrastive training, before heads are initialised.")
-    lexical_head: bool | None = flag(None, "Add a linear classifier over the tokens. Default: true up to 2^24 weights.")
+    lexical_head: bool | None = flag(
+        None, "Add a linear classifier over the tokens. Default: true up to 2^24 tokens times classes."
+    )
 
 
 @dataclass
