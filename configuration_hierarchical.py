@@ -31,7 +31,8 @@ SINGLE_LABEL, MULTI_LABEL = "single_label_classification", "multi_label_classifi
 ENCODER_FIELDS = ("hidden_size", "num_hidden_layers", "max_position_embeddings", "pad_token_id")
 # ENCODER_FIELDS repeat text_config, and a stored attn_implementation can name a repository of unpinned code
 NOT_READ = (*ENCODER_FIELDS, "attn_implementation", "_attn_implementation", "format_version")
-IF_GIVEN = ("window", "tokens_before", "tokens_after", "page", "open_world")  # fields that are stored if they are given
+# fields that are stored if they are given
+IF_GIVEN = ("window", "tokens_before", "tokens_after", "page", "open_world", "lexical_entries")
 LISTS = (list, tuple)
 PAGE = {"title": str, "medical": bool, "examples": list}  # what ``page`` may hold
 DEFAULT_ENCODER = "emilyalsentzer/Bio_ClinicalBERT"
@@ -128,11 +129,12 @@ class HierarchicalConfig(PretrainedConfig):
         descriptions: phrases that describe nodes, by label; not every node needs one.
         encoder_name_or_path, encoder_revision: Hub id and commit of the encoder's weights, or a folder and None.
         adapter_subfolder: subfolder of the checkpoint with a PEFT adapter; None in the self-contained form.
-        pooling: ``"mean"`` over the tokens that are not padding; ``"cls"``, the first token; or ``"label_attention"``, a
-            weighted mean for each node.
+        pooling: ``"mean"`` over the tokens that are not padding; ``"cls"``, the first token; ``"label_attention"``, a
+            weighted mean for each node; or ``"family_attention"``, one for the leaves below each inner node.
         head_dropout: dropout probability before the heads.
         initializer_range: standard deviation of new head weights.
         lexical_vocab_size: the number of token ids of the lexical head. None without one.
+        lexical_entries: the number of its weights that are not 0. None if all weights are stored, as in earlier releases.
         window: the longest input of the encoder, in tokens; a longer text is read in several windows. By default the encoder's
             number of positions.
         tokens_before, tokens_after: ids of the special tokens that the tokenizer puts before and after a text. Without them, a
@@ -165,6 +167,7 @@ class HierarchicalConfig(PretrainedConfig):
         head_dropout: float = 0.0,
         initializer_range: float = 0.02,
         lexical_vocab_size: int | None = None,
+        lexical_entries: int | None = None,
         window: int | None = None,
         tokens_before: list[int] | None = None,
         tokens_after: list[int] | None = None,
@@ -175,8 +178,8 @@ class HierarchicalConfig(PretrainedConfig):
         **kwargs,
     ):
         tree = read_tree(taxonomy, label_separator, descriptions)
-        if pooling not in ("mean", "cls", "label_attention"):
-            raise ValueError(f"pooling must be 'mean', 'cls' or 'label_attention', not {pooling!r}")
+        if pooling not in (poolings := ("mean", "cls", "label_attention", "family_attention")):
+            raise ValueError(f"pooling must be one of {', '.join(poolings)}, not {pooling!r}")
         self.text_config = text_config if isinstance(text_config, PretrainedConfig) else encoder_config(text_config)
         if getattr(self.text_config, "attention_type", None) == "block_sparse":
             # block-sparse BigBird switches to full attention permanently at its first short text
@@ -188,7 +191,7 @@ class HierarchicalConfig(PretrainedConfig):
         self.calibration = read_calibration(calibration)
         if open_world is not None and (type(open_world) is not int or open_world < 0):
             raise ValueError(f"open_world must be a number of references, not {open_world!r}")
-        self.lexical_vocab_size, self.open_world = lexical_vocab_size, open_world
+        self.lexical_vocab_size, self.lexical_entries, self.open_world = lexical_vocab_size, lexical_entries, open_world
         self.window, self.tokens_before, self.tokens_after = window, tokens_before, tokens_after
         self.page = page or {}
         for name, value in self.page.items():

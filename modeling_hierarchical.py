@@ -51,7 +51,9 @@ if TYPE_CHECKING:  # never runs, but makes transformers fetch the file, which `s
 
 
 TOKENS_AT_ONCE = 4096  # of several windows in one call of the encoder, twice as many in training: they bound its memory
-SCORES_AT_ONCE = 2**26  # of label attention: more are computed in chunks of nodes
+SCORES_AT_ONCE = 2**22  # numbers of label attention: more are computed in chunks of nodes
+ENTRIES_AT_ONCE = 2**26  # of the lexical head, times texts: texts beyond them are scored in parts
+FAMILY_WIDTH = 16  # nodes that are scored together from one vector of a text
 NEW_LENGTH = 2.5  # of the weights of classes that are added without training, see benchmarks/LOG.md
 
 
@@ -76,24 +78,88 @@ class LexicalHead(nn.Module):
     Token weights are TF-IDF, (1 + log count) · idf, and a text's vector has length 1, as in scikit-learn's
     `TfidfTransformer` with ``sublinear_tf``. `evaluation.lexical` multiplies ``idf`` by the variance of the token's
     log-odds over the classes. It fits the head after training, without backpropagation.
+
+    Attributes:
+        idf, bias: (V,) and (num_classes,).
+        weight: the weights that are not 0, for one token after the other, (num_entries,). Checkpoints of earlier releases hold all
+            weights, (num_classes, V).
+        classes: the class of each weight, (num_entries,). None if all weights are stored.
+        counts: the number of weights of each token, (V,). None if all weights are stored.
     """
 
-    def __init__(self, vocab_size: int, num_classes: int):
+    def __init__(self, vocab_size: int, num_classes: int, num_entries: int | None = None):
         super().__init__()
-        self.idf = nn.Parameter(torch.empty(vocab_size, dtype=torch.float32), requires_grad=False)
-        self.weight = nn.Parameter(torch.empty(num_classes, vocab_size, dtype=torch.float32), requires_grad=False)
-        self.bias = nn.Parameter(torch.empty(num_classes, dtype=torch.float32), requires_grad=False)
+        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "idf": ((vocab_size,), torch.float32),
+            "weight": ((num_classes, vocab_size) if num_entries is None else (num_entries,), torch.float32),
+            "bias": ((num_classes,), torch.float32),
+        }
+        self.register_parameter("classes", None)
+        if num_entries is not None:
+            shapes |= {"classes": ((num_entries,), torch.int32), "counts": ((vocab_size,), torch.int32)}
+        for name, (shape, kind) in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=kind), requires_grad=False))
+
+    @classmethod
+    def of_weights(cls, idf: Tensor, weight: Tensor, bias: Tensor) -> "LexicalHead":
+        """Build a head from weights of all classes and tokens, (num_classes, V), dense or sparse."""
+        entries = weight.T.to_sparse().coalesce()
+        tokens, classes = entries.indices()
+        head = cls(len(idf), len(bias), len(classes))
+        counts = torch.bincount(tokens, minlength=len(idf))
+        head.load_state_dict(
+            {"idf": idf, "weight": entries.values(), "bias": bias, "classes": classes, "counts": counts}
+        )
+        return head
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the arguments of `of_weights`, where ``weight`` is sparse, or dense if all weights are stored."""
+        weight = self.weight
+        if self.classes is not None:
+            tokens = torch.repeat_interleave(torch.arange(len(self.idf), device=weight.device), self.counts.long())
+            places = torch.stack([self.classes.long(), tokens])
+            weight = torch.sparse_coo_tensor(places, weight, (len(self.bias), len(self.idf)), check_invariants=True)
+        return {"idf": self.idf, "weight": weight, "bias": self.bias}
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Return scores (B, num_classes) of token ids and a mask (B, T). Ids beyond the vocabulary are ignored."""
-        input_ids = input_ids.to(self.idf.device)
-        counted = input_ids < len(self.idf)
+        input_ids, vocab_size = input_ids.to(self.idf.device), len(self.idf)
+        counted = input_ids < vocab_size
         if attention_mask is not None:
             counted = counted & attention_mask.to(counted.device).bool()
-        zeros = torch.zeros(input_ids.shape[0], len(self.idf), device=self.idf.device)
-        counts = zeros.scatter_add(1, input_ids.where(counted, 0), counted.float())
-        tfidf = torch.where(counts > 0, 1 + counts.clamp(min=1).log(), 0) * self.idf.float()
-        return nn.functional.linear(nn.functional.normalize(tfidf), self.weight.float(), self.bias.float())
+
+        # ── TF-IDF of each text's distinct tokens, at the first of equal ids; 0 elsewhere ────────────────────────────
+        ids = input_ids.where(counted, vocab_size).sort(1).values
+        is_first = nn.functional.pad(ids[:, 1:] != ids[:, :-1], (1, 0), value=True)
+        group = is_first.long().cumsum(1) - 1
+        ones = torch.ones_like(ids, dtype=torch.float32)
+        counts = torch.zeros_like(ones).scatter_add(1, group, ones).gather(1, group)
+        is_token = is_first & (ids < vocab_size)
+        ids = ids.where(is_token, 0)
+        tfidf = nn.functional.normalize((1 + counts.log()) * self.idf[ids].float() * is_token)
+
+        # ── Product with the weights ─────────────────────────────────────────────────────────────────────────────────
+        if self.classes is None:
+            vectors = torch.zeros(len(ids), vocab_size, device=ids.device).scatter_add(1, ids, tfidf)
+            return nn.functional.linear(vectors, self.weight.float(), self.bias.float())
+        if torch.compiler.is_exporting():
+            return self.add_up(ids, tfidf)
+        step = max(1, ENTRIES_AT_ONCE // max(1, len(self.weight)))
+        return torch.cat([self.add_up(*part) for part in zip(ids.split(step), tfidf.split(step), strict=True)])
+
+    def add_up(self, ids: Tensor, tfidf: Tensor) -> Tensor:
+        """Return scores (B, num_classes) from token ids and their TF-IDF (B, T), by the weights of these tokens alone."""
+        num_texts, length = ids.shape
+        ids, values = ids.flatten(), tfidf.flatten()
+        # loading in another dtype makes whole numbers of a checkpoint float32
+        of_tokens = self.counts.long()
+        counts = of_tokens[ids] * (values != 0)
+        source = torch.repeat_interleave(torch.arange(num_texts * length, device=ids.device), counts)
+        number = torch.arange(source.shape[0], device=ids.device) - (counts.cumsum(0) - counts)[source]
+        entry = (of_tokens.cumsum(0) - of_tokens)[ids[source]] + number
+        target = source // length * len(self.bias) + self.classes[entry].long()
+        scores = self.bias.float().repeat(num_texts)
+        return scores.scatter_add(0, target, values[source] * self.weight[entry].float()).view(num_texts, -1)
 
 
 # ── Windows ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -170,7 +236,7 @@ class HierarchicalHeads(nn.Module):
     A node's score is linear in the text's vector. With label attention, each node has its own vector of the text: a weighted
     mean of the token vectors h. The weights are softmax(h · q / √hidden_size) over the tokens, for the node's query q
     (Mullenbach et al., 2018, "Explainable prediction of medical codes from clinical text"). Queries start at 0, which is mean
-    pooling.
+    pooling. With family attention, the leaves below a parent share its query, so there are fewer weighted means to compute.
 
     With one path a text, an inner node adds its inclusive value, the logsumexp of its children's scores (the nested logit:
     McFadden, 1978, "Modelling the choice of residential location"). Without the inner nodes' own weights this is a flat
@@ -189,12 +255,19 @@ class HierarchicalHeads(nn.Module):
         # weights and calibration are float32, whatever the default dtype is
         self.weight = nn.Parameter(torch.empty(self.num_nodes, config.hidden_size, dtype=torch.float32))
         self.bias = nn.Parameter(torch.empty(self.num_nodes, dtype=torch.float32))
-        self.query = nn.Parameter(torch.empty_like(self.weight)) if config.pooling == "label_attention" else None
+        self.query = None
+        if config.pooling in ("label_attention", "family_attention"):
+            self.blocks = self.query_blocks(config.pooling == "family_attention")
+            num_queries = 1 + max(self.blocks["query_of"])
+            self.query = nn.Parameter(torch.empty(num_queries, config.hidden_size, dtype=torch.float32))
+            for name, values in self.blocks.items():
+                self.register_buffer(name, torch.tensor(values), persistent=False)
         for name in ("scale", "shift"):
             self.register_buffer(name, torch.empty(self.num_nodes, dtype=torch.float32), persistent=False)
         self.lexical = None
         if config.lexical_vocab_size is not None:
-            self.lexical = LexicalHead(config.lexical_vocab_size, self.decisions.num_classes)
+            sizes = config.lexical_vocab_size, self.decisions.num_classes, config.lexical_entries
+            self.lexical = LexicalHead(*sizes)
         self.open_world = None
         if config.open_world is not None:
             self.open_world = OpenWorld(config.tree, config.hidden_size, config.open_world)
@@ -205,39 +278,76 @@ class HierarchicalHeads(nn.Module):
         self.decisions.fill_tree_buffers()
         self.scale.copy_(torch.tensor(calibration.scales or [1.0] * self.num_nodes))
         self.shift.copy_(torch.tensor(calibration.biases or [0.0] * self.num_nodes))
+        if self.query is not None:
+            for name, values in self.blocks.items():
+                self.get_buffer(name).copy_(torch.tensor(values))
 
-    def attend(self, tokens: Tokens, nodes: slice) -> Tensor:
-        """Score the tokens of texts by label attention, for some nodes: (B, nodes)."""
-        vectors = tokens.vectors
+    # ── Label attention ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    def query_blocks(self, shared: bool) -> dict[str, list]:
+        """Divide the nodes into K blocks of at most `FAMILY_WIDTH` nodes with the same query.
+
+        Args:
+            shared: whether a leaf has the query of its parent.
+
+        Returns:
+            ``query_of``, the number of each node's query, (N,). ``block_query``, that of each block, (K,). ``block_nodes``, the nodes
+            of each block, padded with the first, (K, width). ``block_place``, where each node is among these, (N,).
+        """
+        tree = self.decisions.tree
+        families: dict[int, list[int]] = {}  # by the node that has the query
+        for node, parent in enumerate(tree.parents):
+            owner = parent if shared and node < tree.num_leaves and parent >= 0 else node
+            families.setdefault(owner, []).append(node)
+        blocks = [
+            (query, nodes[start : start + FAMILY_WIDTH])
+            for query, nodes in enumerate(families.values())
+            for start in range(0, len(nodes), FAMILY_WIDTH)
+        ]
+        width = max(len(nodes) for _, nodes in blocks)
+        padded = [nodes + nodes[:1] * (width - len(nodes)) for _, nodes in blocks]
+        query_of = {node: query for query, nodes in blocks for node in nodes}
+        place = {node: i for i, node in enumerate(chain.from_iterable(padded))}
+        return {
+            "query_of": [query_of[node] for node in range(self.num_nodes)],
+            "block_query": [query for query, _ in blocks],
+            "block_nodes": padded,
+            "block_place": [place[node] for node in range(self.num_nodes)],
+        }
+
+    def attend(self, tokens: Tokens, blocks: slice) -> Tensor:
+        """Score the tokens of texts by label attention, without biases, for some blocks of nodes: (B, blocks · width)."""
         query: Any = self.query
-        attention = nn.functional.linear(vectors, query[nodes]) / vectors.shape[-1] ** 0.5  # (K, W, nodes)
+        vectors, query = tokens.vectors, query[self.block_query[blocks]]
+        attention = nn.functional.linear(vectors, query) / vectors.shape[-1] ** 0.5  # (K, W, blocks)
         if tokens.mask is not None:
             padding = tokens.mask.to(vectors.device).unsqueeze(-1) == 0
             attention = attention.masked_fill(padding, torch.finfo(attention.dtype).min)
-        values = nn.functional.linear(vectors, self.weight[nodes])
         if tokens.text_of is None:
-            return (attention.softmax(1) * values).sum(1).float() + self.bias[nodes]
-        # a softmax over the tokens of all windows of a text
-        index = tokens.text_of[:, None].expand(-1, attention.shape[2])
-        peak = attention.new_full((tokens.num_texts, attention.shape[2]), -torch.inf)
-        peak = peak.scatter_reduce(0, index, attention.detach().amax(1), "amax")
-        weights = (attention - peak[tokens.text_of][:, None]).exp()
-        sums, totals = (tokens.sum_over_texts(part.sum(1)) for part in (weights * values, weights))
-        return (sums / totals).float() + self.bias[nodes]
+            means = attention.softmax(1).transpose(1, 2) @ vectors  # (B, blocks, H)
+        else:  # a softmax over the tokens of all windows of a text
+            index = tokens.text_of[:, None].expand(-1, attention.shape[2])
+            peak = attention.new_full((tokens.num_texts, attention.shape[2]), -torch.inf)
+            peak = peak.scatter_reduce(0, index, attention.detach().amax(1), "amax")
+            weights = (attention - peak[tokens.text_of][:, None]).exp()
+            sums = tokens.sum_over_texts((weights.transpose(1, 2) @ vectors).flatten(1))
+            means = sums.unflatten(1, (-1, vectors.shape[2])) / tokens.sum_over_texts(weights.sum(1))[..., None]
+        scores = means.transpose(0, 1) @ self.weight[self.block_nodes[blocks]].transpose(1, 2)  # (blocks, B, width)
+        return scores.transpose(0, 1).flatten(1)
 
     def own_scores(self, vectors: Tensor | Tokens) -> Tensor:
         """Score vectors of texts (B, H), or with label attention their tokens, without the lexical head: (B, num_nodes)."""
         if isinstance(vectors, Tensor):
             return nn.functional.linear(self.dropout(vectors.to(self.weight.dtype)), self.weight, self.bias).float()
         tokens = vectors._replace(vectors=self.dropout(vectors.vectors.to(self.weight.dtype)))
-        if (
-            torch.compiler.is_exporting()
-            or (size := tokens.vectors.shape[:2].numel()) * self.num_nodes <= SCORES_AT_ONCE
-        ):
-            return self.attend(tokens, slice(None))
-        step = max(1, SCORES_AT_ONCE // size)
-        parts = [slice(start, start + step) for start in range(0, self.num_nodes, step)]
-        return torch.cat([self.attend(tokens, part) for part in parts], 1)
+        if torch.compiler.is_exporting():
+            scores = self.attend(tokens, slice(None))
+        else:
+            num_rows, *sizes = tokens.vectors.shape
+            step = max(1, SCORES_AT_ONCE // (num_rows * max(sizes)))
+            starts = range(0, len(self.block_query), step)
+            scores = torch.cat([self.attend(tokens, slice(start, start + step)) for start in starts], 1)
+        return scores[:, self.block_place].float() + self.bias
 
     # ── Nodes without training ───────────────────────────────────────────────────────────────────────────────────────
 
@@ -248,9 +358,11 @@ class HierarchicalHeads(nn.Module):
         A node below other ancestors keeps the log-odds of its leaves: its own score makes up for what the ancestors pass down.
         """
         tree, new_ids, old_ids = self.decisions.tree, [*known], [*known.values()]
-        for values, old_values in zip(self.parameters(), old.parameters(), strict=True):
-            values[new_ids] = old_values[old_ids]
-        if self.query is not None:  # each node has its own vector of a text
+        self.weight[new_ids], self.bias[new_ids] = old.weight[old_ids], old.bias[old_ids]
+        if self.query is not None and old.query is not None:  # nodes have their own vectors of a text
+            query_of, old_query_of = self.blocks["query_of"], old.blocks["query_of"]
+            taken = {query_of[node]: old_query_of[old_id] for node, old_id in sorted(known.items())}
+            self.query[[*taken]] = old.query[[*taken.values()]]
             return
         own = torch.cat([old.weight, old.bias[:, None]], 1)
         passed = nn.functional.pad(old.decisions.passed_down(own.T), (0, 1)).T  # -1 selects the padding
@@ -263,8 +375,11 @@ class HierarchicalHeads(nn.Module):
                 heads[i, -1] += math.log(len(leaves))
         self.weight[new_ids], self.bias[new_ids] = heads[:, :-1], heads[:, -1]
 
-    def sources(self, old: Decisions, known: dict[int, int]) -> list[list[int]]:
-        """Return the classes of another taxonomy that each class stands for: itself, those that were below it, or its relatives."""
+    def shares(self, old: Decisions, known: dict[int, int]) -> Tensor:
+        """Return the share of each class of another taxonomy in each class, sparse, (num_classes, its num_classes).
+
+        A class is the mean of the classes that it stands for: itself, those that were below it, or its relatives.
+        """
 
         def classes(node: int) -> list[int]:
             return [known[node]] if known[node] < old.num_classes else old.tree.leaves_at_or_below[known[node]]
@@ -273,11 +388,12 @@ class HierarchicalHeads(nn.Module):
         def of_relatives(parent: int) -> list[int]:
             return [*chain.from_iterable(map(classes, self.decisions.relatives(parent, known)))]
 
-        parents = self.decisions.tree.parents
-        return [
-            classes(node) if node in known else of_relatives(parents[node])
-            for node in range(self.decisions.num_classes)
-        ]
+        parents, num_classes = self.decisions.tree.parents, self.decisions.num_classes
+        sources = [classes(node) if node in known else of_relatives(parents[node]) for node in range(num_classes)]
+        places = [(node, source) for node, of_node in enumerate(sources) for source in of_node]
+        values = [1 / len(of_node) for of_node in sources for _ in of_node]
+        size, indices = (num_classes, old.num_classes), torch.tensor(places, dtype=torch.long).view(-1, 2).T
+        return torch.sparse_coo_tensor(indices, torch.tensor(values), size, check_invariants=True)
 
     @torch.no_grad()
     def place(self, vectors: Mapping[int, Tensor], known: Container[int], open_world: OpenWorld | None) -> None:
@@ -550,16 +666,16 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
     ) -> None:
         """Set the calibration, the lexical head that it weights or None, and what measures how strange texts are or None.
 
-        The lexical head is given by ``idf`` (V,), ``weight`` (num_classes, V) and ``bias`` (num_classes,).
+        The lexical head is given by the arguments of `LexicalHead.of_weights`.
         """
-        self.config.calibration, self.heads.lexical, self.config.lexical_vocab_size = calibration, None, None
+        self.config.calibration, self.heads.lexical = calibration, None
+        self.config.lexical_vocab_size = self.config.lexical_entries = None
         self.heads.open_world = None if open_world is None else open_world.to(self.heads.weight.device)
         self.config.open_world = None if open_world is None else len(open_world.references)
         if lexical is not None:
-            head = LexicalHead(len(lexical["idf"]), self.heads.decisions.num_classes)
-            head.load_state_dict(lexical)
+            head = LexicalHead.of_weights(**lexical)
             self.heads.lexical = head.to(self.heads.weight.device)
-            self.config.lexical_vocab_size = len(head.idf)
+            self.config.lexical_vocab_size, self.config.lexical_entries = len(head.idf), len(head.weight)
         self.heads.fill_buffers()
 
     def add_nodes(
@@ -584,7 +700,7 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         tree = read_tree(taxonomy, self.config.label_separator)
         old, old_heads, calibration = self.config.tree, self.heads, self.config.calibration
         known = tree.known_nodes(old, renamed)
-        lexical = None if old_heads.lexical is None else old_heads.lexical.state_dict()
+        lexical = None if old_heads.lexical is None else old_heads.lexical.weights()
         open_world = old_heads.open_world
         self.set_calibration(Calibration())
         self.config.set_taxonomy(tree)
@@ -592,9 +708,9 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         self._init_weights(self.heads)  # initialize_weights() would draw a new adapter as well
         self.heads.take_over(old_heads, known)
         if lexical is not None:
-            sources = self.heads.sources(old_heads.decisions, known)
-            for name in ("weight", "bias"):
-                lexical[name] = torch.stack([lexical[name][nodes].mean(0) for nodes in sources])
+            shares = self.heads.shares(old_heads.decisions, known).to(lexical["bias"])
+            lexical["weight"] = torch.sparse.mm(shares, lexical["weight"])
+            lexical["bias"] = torch.mv(shares, lexical["bias"])
         if known == dict(enumerate(range(old.num_nodes))) and tree.parents == old.parents:  # only names differ
             if open_world is not None:
                 open_world.tree = tree

@@ -4,9 +4,8 @@
     python benchmarks/inference.py --encoder ENCODER [--texts ohsumed/test.csv] [--model CHECKPOINT]
 
 - Peers: the stock ``pipeline("text-classification")`` in float32, 32 texts a batch, and in bfloat16; ONNX Runtime in float32
-  and with dynamic int8 weights; torch.compile in bfloat16, or in float32 on
-  processors without bfloat16 products; OpenVINO in float32, in bfloat16, in static int8 by NNCF, calibrated on
-  `CALIBRATION_TEXTS` texts, and in dynamic int8, where each token is rounded in groups of `GROUP` numbers. ONNX Runtime uses
+  and with dynamic int8 weights; torch.compile in bfloat16, or in float32 on processors without bfloat16 products; OpenVINO in
+  float32, in bfloat16, in static int8 by NNCF, calibrated on `CALIBRATION_TEXTS` texts, and in dynamic int8. ONNX Runtime uses
   the batches by length of this project's pipeline. torch.compile and OpenVINO run the encoder inside it.
 - This project: ``pipeline("hierarchical-text-classification")`` in float32, bfloat16 and int8.
 - Processors without bfloat16 products leave out bfloat16.
@@ -37,13 +36,14 @@ import numpy as np
 import pandas as pd
 import torch
 import transformers
+from heads import add_lexical_head
 from scipy.special import softmax
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, PreTrainedTokenizerBase, pipeline
 from transformers.modeling_outputs import BaseModelOutput
 
 from checkpoint_hierarchical import load_encoder
-from configuration_hierarchical import Calibration, HierarchicalConfig
+from configuration_hierarchical import HierarchicalConfig
 from hierarchical_clinicalbert.checkpoint_files import ONNX_FILE, QUANTIZED_ONNX_FILE
 from hierarchical_clinicalbert.machine import has_bf16, keep_memory
 from hierarchical_clinicalbert.prediction.int8 import quantize
@@ -62,6 +62,7 @@ FASTEST_FLOAT = "bf16" if has_bf16(cpu=True) and not LIMITED_ISA else "fp32"
 DTYPES = [dtype for dtype in TYPES if dtype != "bf16" or FASTEST_FLOAT == "bf16"]
 OPENVINO_DTYPES = [*(dtype for dtype in DTYPES if dtype != "int8"), *OPENVINO_INT8]
 TAXONOMY = {f"group {i}": [f"class {i}.{j}" for j in range(5)] for i in range(5)}
+Peer = tuple[Callable, Callable[[list[str]], np.ndarray]]
 
 
 def main() -> None:
@@ -104,9 +105,7 @@ def make_checkpoint(encoder: str, folder: Path, config: BertConfig | None = None
     whole = HierarchicalConfig(text_config=text_config, taxonomy=Taxonomy(TAXONOMY), encoder_name_or_path=encoder)
     model = HierarchicalForSequenceClassification(whole, encoder=None if config else load_encoder(whole))
     torch.nn.init.normal_(model.heads.weight, std=0.3)
-    size, leaves = len(tokenizer), whole.tree.num_leaves
-    lexical = {"idf": torch.rand(size), "weight": torch.randn(leaves, size), "bias": torch.zeros(leaves)}
-    model.set_calibration(Calibration(lexical_weight=1.0), lexical)
+    add_lexical_head(model)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
@@ -197,9 +196,6 @@ def compiled(model: str):
     return classify
 
 
-Peer = tuple[Callable, Callable[[list[str]], np.ndarray]]
-
-
 def peers(model: str, scratch: Path, texts: list[str]) -> dict[str, Peer]:
     """Return for each peer the function to time, and one that returns leaf probabilities, (num_texts, num_leaves)."""
     tree = ours(model, "fp32").tree
@@ -280,19 +276,18 @@ def latency(model: str, texts: list[str], arguments: argparse.Namespace, scratch
     """Measure the latency of single texts, with alternating peers."""
     export_onnx(Path(model), scratch)
     all_peers = {
-        "stock pipeline, fp32": stock(model, "fp32"),
+        "stock pipeline, fp32": partial(stock(model, "fp32"), truncation=True),
         "ONNX Runtime, int8": runtime(model, scratch / QUANTIZED_ONNX_FILE),
         **{f"OpenVINO, {dtype}": openvino(model, dtype, texts, "LATENCY") for dtype in OPENVINO_DTYPES},
         **{f"this project, {dtype}": ours(model, dtype) for dtype in DTYPES},
     }
-    flags = {"stock pipeline, fp32": {"truncation": True}}
     seconds: dict[str, list[float]] = {name: [] for name in all_peers}
     for text in texts[:60]:
         for name, call in all_peers.items():
             input_ = [text] if name.startswith("ONNX") else text
             time.sleep(0.1)  # the threads of ONNX Runtime spin for some time, and would slow down the next peer
             started = time.perf_counter()
-            call(input_, **flags.get(name, {}))
+            call(input_)
             seconds[name].append(time.perf_counter() - started)
     return [
         {
@@ -323,12 +318,7 @@ def accuracy(model: str, texts: list[str], arguments: argparse.Namespace, scratc
     return rows
 
 
-PARTS = {
-    "throughput": throughput,
-    "base_size": base_size,
-    "latency": latency,
-    "accuracy": accuracy,
-}
+PARTS = {part.__name__: part for part in (throughput, base_size, latency, accuracy)}
 
 if __name__ == "__main__":
     main()

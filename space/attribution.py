@@ -14,8 +14,8 @@ Worth knowing:
    The error of an interval is known, because its integral is a difference of two values (captum's convergence delta).
 5. The gradients run on a copy of the model that shares its weights. So hooks on the copy do not affect the model, which
    classifies at the same time.
-6. The TF-IDF values come from the lexical head itself, as gradients by its weights. So the formula is implemented in the
-   checkpoint only.
+6. A text of one token has a vector of length 1, so the lexical head's score of such a text tells the token's weight. So the
+   weights need not be stored as a table.
 """
 
 import copy
@@ -28,7 +28,6 @@ from typing import TypedDict
 import torch
 from captum.attr import LayerIntegratedGradients
 from torch import Tensor, nn
-from torch.func import functional_call
 from transformers import BatchEncoding, Pipeline
 
 # captum warns of layers that may depend on each other; these do not
@@ -104,7 +103,8 @@ class IntegrationPath:
                 values = [tfidf(head, ids, mask, self.tokens) for ids in (inputs["input_ids"], blank_ids)]  # (U,)
                 known = self.tokens.clamp(max=len(head.idf) - 1)
                 self.first_scores = head(blank_ids, mask)  # (1, L), for L leaves or nodes
-                self.lexical_span = head.weight[:, known].float() * (values[0] - values[1])  # (L, U)
+                weights = head(known[:, None], None) - head.bias.float()  # (U, L)
+                self.lexical_span = weights.T * (values[0] - values[1])  # (L, U)
 
     def __call__(self, position: Tensor) -> Tensor:
         """Compute values (B, num_nodes) at positions (B, 1) between 0 and 1."""
@@ -124,12 +124,11 @@ class IntegrationPath:
 
 
 def tfidf(head: nn.Module, ids: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
-    """Return the TF-IDF values (U,) of tokens (U,) in a text (1, T): a score of the lexical head changes by them with its weights."""
-    with torch.enable_grad():
-        weight = torch.zeros_like(head.weight[:1], dtype=torch.float32).requires_grad_()
-        score = functional_call(head, {"weight": weight, "bias": weight.new_zeros(1)}, (ids, mask))
-        (values,) = torch.autograd.grad(score.sum(), weight)  # (1, V)
-    return torch.nn.functional.pad(values[0], (0, 1))[tokens.clamp(max=len(head.idf))]  # 0 beyond the vocabulary
+    """Return the values that a lexical head reads of distinct tokens (U,), which include all of a text (1, T): (U,)."""
+    counts = ((tokens[:, None] == ids) & mask.bool()).sum(1)
+    idf = torch.nn.functional.pad(head.idf.float(), (0, 1))[tokens.clamp(max=len(head.idf))]  # 0 beyond the vocabulary
+    values = torch.where(counts > 0, 1 + counts.clamp(min=1).log(), 0) * idf
+    return torch.nn.functional.normalize(values, dim=0)
 
 
 class Explainer:

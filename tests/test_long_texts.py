@@ -12,7 +12,7 @@ from torch.onnx import export
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from checkpoint_hierarchical import special_tokens
-from configuration_hierarchical import HierarchicalConfig
+from configuration_hierarchical import Calibration, HierarchicalConfig
 from hierarchical_clinicalbert.publishing.export import Logits
 from modeling_hierarchical import TOKENS_AT_ONCE, HierarchicalForSequenceClassification
 
@@ -32,7 +32,7 @@ ENCODERS = {
     "deberta-v2": {**SMALL, "relative_attention": True, "position_buckets": 8, "pos_att_type": ["p2c", "c2p"]},
     "modernbert": SMALL | SPECIAL,
 }
-POOLINGS = ["mean", "cls", "label_attention"]
+POOLINGS = ["mean", "cls", "label_attention", "family_attention"]
 LENGTHS = [7, 16, 17, 40, 63]  # of texts, special tokens included
 TREE = {"a": None, "b": ["c", "d"]}
 
@@ -73,8 +73,8 @@ def by_hand(model: HierarchicalForSequenceClassification, text: list[int]) -> to
         windows = [[START, *part, END] for part in parts]
     hidden = [model.encoder(torch.tensor([window])).last_hidden_state[0] for window in windows]
     tokens, heads = torch.cat(hidden), model.heads
-    if model.config.pooling == "label_attention":
-        weights = (tokens @ heads.query.T / tokens.shape[1] ** 0.5).softmax(0)
+    if heads.query is not None:
+        weights = (tokens @ heads.query[heads.query_of].T / tokens.shape[1] ** 0.5).softmax(0)
         scores = (weights * (tokens @ heads.weight.T)).sum(0) + heads.bias
     else:
         first = torch.stack([one[0] for one in hidden])
@@ -139,16 +139,23 @@ def test_gradients_are_those_of_one_call_of_the_encoder(pooling, monkeypatch):
 
 @torch.no_grad()
 def test_label_attention_over_many_nodes_is_computed_in_parts(monkeypatch):
-    model, batch = small_model(pooling="label_attention"), padded(texts_of(LENGTHS))
-    expected = model(**batch).logits
+    batch = padded(texts_of(LENGTHS))
+    expected = small_model(pooling="family_attention")(**batch).logits
+    monkeypatch.setattr("modeling_hierarchical.FAMILY_WIDTH", 2)
     monkeypatch.setattr("modeling_hierarchical.SCORES_AT_ONCE", 1)
-    torch.testing.assert_close(model(**batch).logits, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(small_model(pooling="family_attention")(**batch).logits, expected, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
 def test_an_exported_graph_reads_texts_of_any_length(tmp_path):
-    """Export label attention. The graphs of the other poolings are in tests/publishing/test_engines.py."""
-    model, names = small_model(pooling="label_attention"), ["input_ids", "attention_mask"]
+    """Export family attention and a lexical head. Graphs of the other poolings are in tests/publishing/test_engines.py."""
+    model, names = small_model(pooling="family_attention"), ["input_ids", "attention_mask"]
+    lexical = {
+        "idf": torch.rand(100),
+        "weight": torch.randn(3, 100) * (torch.rand(3, 100) < 0.5),
+        "bias": torch.randn(3),
+    }
+    model.set_calibration(Calibration(lexical_weight=1.0), lexical)
     model.encoder.set_attn_implementation("eager")
     shapes = (tuple({0: "batch", 1: "length"} for _ in names),)
     example = tuple(padded(texts_of([5, 9, 7]))[name] for name in names)

@@ -42,7 +42,7 @@ from decisions_hierarchical import DEFAULT_THRESHOLD, ManyNodes, OnePath, SetThr
 from hierarchical_clinicalbert.errors import InputError
 from hierarchical_clinicalbert.evaluation import plots
 from hierarchical_clinicalbert.evaluation.lexical import (
-    MAX_WEIGHTS,
+    DEFAULT_SIZE,
     LeafClassifier,
     LexicalClassifier,
     NodeClassifier,
@@ -187,14 +187,14 @@ class FormBase:
     ) -> LexicalClassifier | None:
         """Fit the lexical classifier on the training rows; return None if it is not wanted, or there is nothing to tell apart.
 
-        By default it is wanted if it has at most `MAX_WEIGHTS` weights.
+        By default it is wanted up to `DEFAULT_SIZE`.
         """
         if wanted is False:
             return None
         vocab_size, num_classes = counts.shape[1], self.decisions.num_classes
-        if wanted is None and vocab_size * num_classes > MAX_WEIGHTS:
-            size = f"{vocab_size:,} tokens times {num_classes:,} classes"
-            logger.info("no lexical head: it would have %s weights; --lexical_head true adds it", size)
+        if wanted is None and vocab_size * num_classes > DEFAULT_SIZE:
+            size = f"{vocab_size:,} tokens and {num_classes:,} classes"
+            logger.info("no lexical head: by default there is none for %s; --lexical_head true adds it", size)
             return None
         if not self.classifier.learnable(self.decisions, labels).size:
             logger.info("no lexical head: the training rows do not tell any two classes apart")

@@ -10,9 +10,11 @@ Worth knowing:
    classifier per decision, as in HiClass, was tried on OHSUMED and was less accurate, for parents too.
 """
 
+from collections.abc import Iterable, Iterator
+
 import numpy as np
 import torch
-from scipy.sparse import csr_matrix
+from scipy.sparse import csc_matrix, csr_matrix
 from scipy.special import logsumexp
 from sklearn.feature_extraction.text import TfidfTransformer
 from sklearn.linear_model import LogisticRegression
@@ -23,22 +25,23 @@ from hierarchical_clinicalbert.evaluation.metrics import one_hot
 
 MIN_ROWS = 2  # a token in fewer training rows is ignored
 REGULARISATION = 50.0  # C of scikit-learn: weak, since the documents are vectors of length 1
-MAX_WEIGHTS = 2**24  # 64 MiB
+DEFAULT_SIZE = 2**24  # tokens times classes: beyond it, what the head gains is not measured, and its fit takes long
+MAX_WEIGHTS = 2**23  # 64 MiB with their places: of more, each class keeps equally many, the largest
 
 
 class LexicalClassifier:
     """Logistic regression over TF-IDF: base class of `LeafClassifier` and `NodeClassifier`.
 
     Attributes:
-        weight: the weights of the classes and tokens that are fitted, (C, T). All others are 0.
-        classes, tokens: the ids of these classes (C,) and tokens (T,). L-BFGS keeps some 25 arrays like ``weight``, so with
-            thousands of classes an array (num_classes, V) would take too much memory.
+        classes, tokens: the ids of the classes and tokens that are fitted, (C,) and (T,). Other weights are 0. L-BFGS keeps some 25
+            arrays (C, T), so with thousands of classes (num_classes, V) would take too much memory.
+        weight: the weights, sparse, (num_classes, V).
         bias: (num_classes,).
         log_prior: what the decision scores of the classifier hold of the classes' frequencies, (num_nodes,) or 0.
         removed_prior: what they lack of these frequencies, (num_nodes,) or 0.
     """
 
-    weight: np.ndarray
+    weight: csc_matrix
     classes: np.ndarray
     log_prior: np.ndarray | float = 0.0
     removed_prior: np.ndarray | float = 0.0
@@ -54,21 +57,35 @@ class LexicalClassifier:
         self.bias = np.zeros(decisions.num_classes)
         self.documents = self.tfidf.transform(counts)[:, self.tokens]
 
+    def set_weights(self, fitted: Iterable[np.ndarray]) -> None:
+        """Set the weights of the fitted classes, (T,) each. Beyond `MAX_WEIGHTS` of all classes, the smallest become 0.
+
+        DiSMEC (Babbar and Schölkopf, 2017, "DiSMEC: distributed sparse machines for extreme multi-label classification") also
+        leaves out weights close to 0.
+        """
+        limit = max(1, MAX_WEIGHTS // len(self.classes))
+        entries: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        for node, weights in zip(self.classes, fitted, strict=True):
+            largest = np.argsort(-np.abs(weights))[:limit]
+            largest = largest[weights[largest] != 0]
+            entries.append((weights[largest], np.full(len(largest), node), self.tokens[largest]))
+        values, classes, tokens = map(np.concatenate, zip(*entries, strict=True))
+        self.weight = csc_matrix((values, (classes, tokens)), shape=(len(self.bias), len(self.tfidf.idf_)))
+
     def scores(self, counts: csr_matrix) -> np.ndarray:
         """Return scores of the classes, (num_rows, num_classes)."""
-        scores = np.tile(self.bias, (counts.shape[0], 1))
-        scores[:, self.classes] += self.tfidf.transform(counts)[:, self.tokens] @ self.weight.T
-        return scores
+        return (self.tfidf.transform(counts) @ self.weight.T).toarray() + self.bias
 
     def decision_scores(self, counts: csr_matrix) -> np.ndarray:
         """Return decision scores, (num_rows, num_nodes)."""
         return self.decisions.of_classes(torch.from_numpy(self.scores(counts))).numpy()
 
     def weights(self) -> dict[str, Tensor]:
-        """Return the weights of the equivalent `LexicalHead`."""
-        weight = torch.zeros(len(self.bias), len(self.tfidf.idf_))
-        weight[self.classes[:, None], self.tokens] = torch.from_numpy(self.weight).float()
-        return {"idf": torch.tensor(self.tfidf.idf_).float(), "weight": weight, "bias": torch.tensor(self.bias).float()}
+        """Return the weights of the equivalent `LexicalHead`, for its `of_weights`."""
+        entries = self.weight.tocoo()
+        weight = torch.sparse_coo_tensor(np.stack(entries.coords), entries.data, entries.shape, check_invariants=True)
+        idf, bias = torch.tensor(self.tfidf.idf_), torch.tensor(self.bias)
+        return {"idf": idf.float(), "weight": weight.float(), "bias": bias.float()}
 
 
 class LeafClassifier(LexicalClassifier):
@@ -92,7 +109,8 @@ class LeafClassifier(LexicalClassifier):
         if len(model.classes_) == 2:  # scikit-learn has one row: the difference between the classes
             factors = np.array([[-0.5], [0.5]])
             coefficients, intercepts = factors * coefficients, (factors * intercepts).ravel()
-        self.weight, self.bias[self.classes] = coefficients, intercepts
+        self.bias[self.classes] = intercepts
+        self.set_weights(coefficients)
         if len(unseen := np.setdiff1d(np.arange(len(self.bias)), self.classes)):
             # a leaf of bias b has odds of exp(b - total) against the leaves with training documents
             total = logsumexp(self.documents @ coefficients.T + intercepts, axis=1)
@@ -117,14 +135,18 @@ class NodeClassifier(LexicalClassifier):
     def __init__(self, decisions: ManyNodes, counts: csr_matrix, labels: np.ndarray):
         super().__init__(decisions, counts, labels)
         is_open = decisions.open_decisions(torch.from_numpy(labels)).numpy()
-        self.removed_prior = decisions.initial_biases(decisions.count_outcomes(torch.from_numpy(labels))).numpy()
-        self.classes = self.learnable(decisions, labels)
-        self.weight = np.empty((len(self.classes), len(self.tokens)))
-        for weight, node in zip(self.weight, self.classes, strict=True):
-            rows = is_open[:, node]
-            model = LogisticRegression(C=REGULARISATION, max_iter=1000)
-            model.fit(self.documents[rows], labels[rows, node] == 1)
-            weight[:], self.bias[node] = model.coef_[0], model.intercept_[0] - self.removed_prior[node]
+        prior = decisions.initial_biases(decisions.count_outcomes(torch.from_numpy(labels))).numpy()
+        self.removed_prior, self.classes = prior, self.learnable(decisions, labels)
+
+        def fit() -> Iterator[np.ndarray]:
+            for node in self.classes:
+                rows = is_open[:, node]
+                model = LogisticRegression(C=REGULARISATION, max_iter=1000)
+                model.fit(self.documents[rows], labels[rows, node] == 1)
+                self.bias[node] = model.intercept_[0] - prior[node]
+                yield model.coef_[0]
+
+        self.set_weights(fit())
 
     @staticmethod
     def learnable(decisions: ManyNodes, labels: np.ndarray) -> np.ndarray:

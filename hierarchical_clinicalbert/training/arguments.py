@@ -44,15 +44,18 @@ class ModelArguments:
     lora_alpha: int = flag(32, "The adapter's output is scaled by lora_alpha / lora_r.")
     lora_dropout: float = flag(0.0, "Dropout on the adapter's input.")
     lora_target_modules: list[str] = flag(["all-linear"], "Names of the adapted layers, such as query value.")
-    pooling: Literal["mean", "cls", "label_attention"] = flag(
+    pooling: Literal["mean", "cls", "label_attention", "family_attention"] = flag(
         "mean",
-        "mean: of the token vectors; cls: the first token's vector; label_attention: a weighted mean for each node.",
+        "mean: of the token vectors; cls: the first token's vector; label_attention: a weighted mean for each node; "
+        "family_attention: one for the leaves below each inner node.",
     )
     heads_init: Literal["prototypes", "random"] | None = flag(
         None, f"Initial heads. Default: prototypes, from texts and class names, below {FEW_ROWS} rows per class."
     )
     contrastive_steps: int = flag(0, "Steps of contrastive training, before heads are initialised.")
-    lexical_head: bool | None = flag(None, "Add a linear classifier over the tokens. Default: true up to 2^24 weights.")
+    lexical_head: bool | None = flag(
+        None, "Add a linear classifier over the tokens. Default: true up to 2^24 tokens times classes."
+    )
 
 
 @dataclass

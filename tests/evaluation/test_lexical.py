@@ -90,8 +90,7 @@ def test_the_head_is_scikit_learns_logistic_regression_over_weighted_tf_idf(leav
         [train, rows(50, seed=2).map(lambda _: {"labels": TREE.id("b")}).cast(train.features)]
     )
     classifier = classifier_of(with_inner)
-    ours = LexicalHead(VOCABULARY, TREE.num_leaves)
-    ours.load_state_dict(classifier.weights())
+    ours = LexicalHead.of_weights(**classifier.weights())
     scores = ours(**padded(unseen["input_ids"]))
     np.testing.assert_allclose(scores[:, :leaves].softmax(1).numpy(), model.predict_proba(asked), atol=2e-3)
     np.testing.assert_allclose(classifier.scores(token_counts(unseen, VOCABULARY)), scores.numpy(), atol=1e-4)
@@ -116,8 +115,7 @@ def test_each_node_has_scikit_learns_logistic_regression_over_its_open_rows():
         model = LogisticRegression(C=50, max_iter=1000).fit(given[is_open], truth)
         prior = math.log((truth.sum() + 0.5) / ((1 - truth).sum() + 0.5))
         np.testing.assert_allclose(scores[:, node], model.decision_function(asked) - prior, atol=0.05)
-    ours = LexicalHead(VOCABULARY, TREE.num_nodes)
-    ours.load_state_dict(classifier.weights())
+    ours = LexicalHead.of_weights(**classifier.weights())
     np.testing.assert_allclose(ours(**padded(unseen["input_ids"])).numpy(), scores, atol=1e-4)
 
 
@@ -162,12 +160,34 @@ def test_a_model_with_a_lexical_head_comes_back_the_same_and_can_lose_it(model, 
 
 
 def test_a_text_alone_is_scored_as_in_a_batch_and_tokens_beyond_the_vocabulary_count_for_nothing():
-    ours = LexicalHead(VOCABULARY, TREE.num_leaves)
-    ours.load_state_dict(classifier_of(rows(300)).weights())
+    weights = classifier_of(rows(300)).weights()
+    ours, earlier = LexicalHead.of_weights(**weights), LexicalHead(VOCABULARY, TREE.num_leaves)
+    earlier.load_state_dict(weights | {"weight": weights["weight"].to_dense()})  # as earlier releases stored it
     ids = [[5, 9, 9], [3] * 12, [11]]
     together = ours(**padded(ids))
+    torch.testing.assert_close(earlier(**padded(ids)), together)
     for i, tokens in enumerate(ids):
         torch.testing.assert_close(ours(torch.tensor([[*tokens, VOCABULARY + 3]]), None)[0], together[i])
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_beyond_a_number_of_weights_each_class_keeps_the_largest(several, monkeypatch):
+    decisions = (ManyNodes if several else OnePath)(TREE)
+    classifier, train = lexical.NodeClassifier if several else lexical.LeafClassifier, rows(300, several=several)
+    counts, labels = token_counts(train, VOCABULARY), np.array(train["labels"])
+    full = classifier(decisions, counts, labels)
+    monkeypatch.setattr(lexical, "MAX_WEIGHTS", 7 * len(full.classes) + 1)
+    kept = classifier(decisions, counts, labels)
+    least = -np.sort(-np.abs(full.weight.toarray()), axis=1)[:, [6]]
+    expected = np.where(np.abs(full.weight.toarray()) >= least, full.weight.toarray(), 0)
+    np.testing.assert_array_equal(kept.weight.toarray(), expected)
+    np.testing.assert_array_equal(kept.bias, full.bias)
+    head = LexicalHead.of_weights(**kept.weights())
+    unseen = rows(5, seed=1)
+    scores = kept.scores(token_counts(unseen, VOCABULARY))
+    np.testing.assert_allclose(head(**padded(unseen["input_ids"])), scores, atol=1e-4)
+    monkeypatch.setattr("modeling_hierarchical.ENTRIES_AT_ONCE", 1)
+    np.testing.assert_allclose(head(**padded(unseen["input_ids"])), scores, atol=1e-4)
 
 
 @pytest.mark.parametrize("several", [False, True])

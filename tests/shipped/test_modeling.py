@@ -268,7 +268,7 @@ def test_big_bird_predicts_a_long_text_equally_before_and_after_a_short_one():
     [
         ({"page": {"title": 1}}, "page holds title .*, not title: 1"),
         ({"page": {"logo": "x"}}, "not logo: 'x'"),
-        ({"pooling": "max"}, "pooling must be 'mean', 'cls' or 'label_attention'"),
+        ({"pooling": "max"}, "pooling must be one of mean, cls, label_attention, family_attention"),
         ({"calibration": {"scales": [1.0, 1.0]}}, r"calibration: scales must be a list of \d numbers"),
         ({"calibration": {"set_thresholds": [0.5]}}, "calibration: set_thresholds must be a list of 99 numbers"),
         ({"calibration": {"temperatures": [1.0]}}, "calibration has unknown fields: .*'temperatures'"),

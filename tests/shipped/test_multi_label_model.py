@@ -59,7 +59,8 @@ def by_hand(model, texts, tokenizer, **windows) -> np.ndarray:
             hidden = model.encoder(**inputs).last_hidden_state[0].mean(0)
         count = torch.bincount(inputs["input_ids"][0], minlength=len(model.heads.lexical.idf)).double()
         tfidf = torch.where(count > 0, 1 + count.clamp(min=1).log(), 0) * model.heads.lexical.idf
-        words = model.heads.lexical.weight.double() @ (tfidf / tfidf.norm()) + model.heads.lexical.bias
+        weight = model.heads.lexical.weights()["weight"].to_dense()
+        words = weight.double() @ (tfidf / tfidf.norm()) + model.heads.lexical.bias
         own = model.heads.weight.double() @ hidden.double() + model.heads.bias
         z = torch.linspace(0.8, 1.2, TREE.num_nodes) * (own + 0.7 * words) + torch.linspace(-0.5, 0.5, TREE.num_nodes)
         p = torch.sigmoid(z.detach()).tolist()

@@ -26,9 +26,11 @@ def classifier(clear_checkpoint):
 def attention_classifier(labels_checkpoint):
     """Return a multi-label classifier with label attention."""
     classifier = load(labels_checkpoint)
-    classifier.model.config.pooling = "label_attention"
-    queries = torch.randn(classifier.model.heads.weight.shape, generator=torch.Generator().manual_seed(0))
-    classifier.model.heads.query = torch.nn.Parameter(queries)
+    model = classifier.model
+    model.config.pooling = "label_attention"
+    queries = torch.randn(model.heads.weight.shape, generator=torch.Generator().manual_seed(0))
+    weights, model.heads = model.heads.state_dict(), type(model.heads)(model.config).eval()
+    model.heads.load_state_dict(weights | {"query": queries})
     return classifier
 
 
@@ -48,6 +50,7 @@ def test_weights_are_the_integral_of_the_gradient_word_by_word(kind, request, te
     blank = torch.full_like(ids, tokenizer.pad_token_id)
     blank[0, 0], blank[0, -1] = ids[0, 0], ids[0, -1]
     embed, head = model.get_input_embeddings(), model.heads.lexical
+    weight = head.weights()["weight"].to_dense()
 
     def weighed(tokens):  # TF-IDF as its docstring has it
         counts = torch.bincount(tokens[0], minlength=len(head.idf)).float()
@@ -63,7 +66,7 @@ def test_weights_are_the_integral_of_the_gradient_word_by_word(kind, request, te
         masks = mask.expand(len(part), -1)
         states, _ = model.encode(None, masks, x)
         with monkeypatch.context() as patched:
-            patched.setattr(head, "forward", lambda ids, mask, s=s: s @ head.weight.T + head.bias)
+            patched.setattr(head, "forward", lambda ids, mask, s=s: s @ weight.T + head.bias)
             scores, _ = model.heads(states if model.heads.query is not None else model.pool(states), ids, mask)
             log_probs, logits = model.heads.decisions(scores)
             values = logits if model.config.is_multi_label else log_probs.exp()

@@ -93,12 +93,12 @@ def test_a_new_leaf_changes_known_nodes_only_by_its_share():
     stored = grown.config.calibration
     assert (stored.set_thresholds, stored.num_texts) == (None, None)
     assert stored.scales == [0.5 + decision / 4 for decision in tree.decision_of]
-    old, new = model.heads.lexical, grown.heads.lexical
-    means = [
-        (part[model.config.label2id["c"]] + part[model.config.label2id["d"]]) / 2 for part in (old.weight, old.bias)
-    ]
-    torch.testing.assert_close(new.weight[tree.id("new")], means[0])
-    torch.testing.assert_close(new.bias[tree.id("new")], means[1])
+    old, new = (one.heads.lexical.weights() for one in (model, grown))
+    for name in ("weight", "bias"):
+        before, after = old[name].to_dense(), new[name].to_dense()
+        mean = (before[model.config.label2id["c"]] + before[model.config.label2id["d"]]) / 2
+        torch.testing.assert_close(after[tree.id("new")], mean)
+        torch.testing.assert_close(after[tree.id("c")], before[model.config.label2id["c"]])
 
 
 def test_a_new_head_is_the_one_worked_by_hand():
@@ -178,6 +178,19 @@ def test_with_several_labels_known_nodes_keep_their_probabilities():
     assert (after["new"] <= after["b"]).all()
     assert model.config.calibration.thresholds == [0.3] * 10
     assert model.config.calibration.set_thresholds is None
+
+
+def test_with_family_attention_known_nodes_keep_their_queries():
+    config = HierarchicalConfig(text_config=SMALL, taxonomy=TREE, problem_type=MULTI_LABEL, pooling="family_attention")
+    model = HierarchicalForSequenceClassification(config).eval()
+    for weight in (model.heads.weight, model.heads.query):
+        torch.nn.init.normal_(weight)
+    before = outputs(model)["p"]
+    nested = {"f": ["g", "new", "h"], "a": {"b": ["d", "c"], "e": None, "x": ["y"]}, "i": None}
+    assert model.add_nodes(nested) == (["new", "y", "x"], [])
+    after = outputs(model)["p"]
+    for label, p in before.items():
+        np.testing.assert_allclose(after[label], p, rtol=1e-4)
 
 
 def test_new_classes_need_vectors_and_known_classes_beside_them():
