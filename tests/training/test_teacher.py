@@ -30,7 +30,7 @@ def folder(tmp_path) -> Path:
 
 def teach(encoder: str, teacher: str, folder: Path, *flags: object) -> list[dict[str, str]]:
     """Train a student, and return its predictions of the test rows."""
-    words = ["--quantization", "none", "--learning_rate", "3e-3", "--max_steps", 60, "--validation_size", 0]
+    words = ["--quantization", "none", "--learning_rate", "3e-3", "--max_steps", 120, "--validation_size", 0]
     words += ["--teacher_temperature", 1]
     words += [
         "--taxonomy",
@@ -67,7 +67,8 @@ def test_a_student_learns_from_its_teacher_and_not_from_the_labels(tiny_encoder,
     with torch.inference_mode():
         expected = model(**tokenizer(texts, padding=True, return_tensors="pt")).node_log_probs
         found = model.heads.decisions(load_file(scores)["scores"])[0]
-    torch.testing.assert_close(found.sort(0).values, expected.sort(0).values, rtol=1e-3, atol=1e-3)
+    # it is scored as the pipeline does, on some processors in bfloat16
+    torch.testing.assert_close(found.sort(0).values, expected.sort(0).values, rtol=0, atol=0.1)
 
 
 @FORMS
