@@ -98,15 +98,11 @@ def one_vs_rest(classifier: type[ClassifierMixin], strengths: tuple[float, ...],
 
         def fit(stop_words: str | None, **settings: Any) -> Logits:
             features, labels = all_features[stop_words], rows["train"][1]
-            model = OneVsRestClassifier(classifier(random_state=seed, **fixed, **settings))
-            scores = {
-                split: model.fit(features["train"], labels).decision_function(features[split]) for split in SCORED
-            }
-            for (
-                of_split
-            ) in scores.values():  # scikit-learn gives nodes without training texts a score of 0, above most others
-                of_split[:, ~labels.any(0)] = NEVER
-            return scores
+            model = OneVsRestClassifier(classifier(random_state=seed, **fixed, **settings)).fit(
+                features["train"], labels
+            )
+            has_texts = labels.any(0)  # scikit-learn gives other nodes a score of 0, above most of those with texts
+            return {split: np.where(has_texts, model.decision_function(features[split]), NEVER) for split in SCORED}
 
         grid = (
             {"stop_words": words, "C": strength, "class_weight": weight}
