@@ -202,7 +202,7 @@ def test_the_sample_is_the_same_each_time_and_from_the_whole_input():
 
 
 def test_a_file_is_corrected_by_its_own_frequencies_also_after_a_kill(classify, clear_checkpoint, tmp_path):
-    texts, file, output = unclear_texts(1500), tmp_path / "in.csv", tmp_path / "out.jsonl"
+    texts, file, output = unclear_texts(1100), tmp_path / "in.csv", tmp_path / "out.jsonl"
     pd.DataFrame({"text": texts}).to_csv(file, index=False)
     words = ("--model", clear_checkpoint, "--input", file, "--output", output, "--adapt_prior", "--dtype", "fp32")
     done = complete("-c", STRIKE, ROOT / "predict.py", "os.rename", "/000000001.jsonl", int(signal.SIGKILL), *words)
