@@ -41,7 +41,7 @@ class DataArguments:
     )
     renamed_nodes: str | None = flag(None, "New names of the checkpoint's nodes: like --class_names.")
     label_separator: str | None = flag(
-        None, "Separator between the names in the path of a label. Default: the checkpoint's, for an encoder '/'."
+        None, "Separator of the names in a label's path. Default: the checkpoint's, else '/'."
     )
     class_names: str | None = flag(None, "Names of coded labels: table with columns code and name, or JSON object.")
     max_length: int | None = flag(

@@ -45,16 +45,14 @@ class ModelArguments:
     lora_dropout: float = flag(0.0, "Dropout on the adapter's input.")
     lora_target_modules: list[str] = flag(["all-linear"], "Names of the adapted layers, such as query value.")
     pooling: Literal["mean", "cls", "label_attention", "family_attention"] = flag(
-        "mean",
-        "mean: of the token vectors; cls: the first token's vector; label_attention: a weighted mean for each node; "
-        "family_attention: one for the leaves below each inner node.",
+        "mean", "Mean of the token vectors, the first one, or means weighted for each node or family of leaves."
     )
     heads_init: Literal["prototypes", "random"] | None = flag(
-        None, f"Initial heads. Default: prototypes, from texts and class names, below {FEW_ROWS} rows per class."
+        None, f"Initial heads. Default: prototypes, of texts and names, below {FEW_ROWS} rows a class."
     )
     contrastive_steps: int = flag(0, "Steps of contrastive training, before heads are initialised.")
     lexical_head: bool | None = flag(
-        None, "Add a linear classifier over the tokens. Default: true up to 2^24 tokens times classes."
+        None, "Linear classifier over the tokens. Default: true to 2^24 tokens times classes."
     )
 
 
@@ -70,10 +68,8 @@ class LossArguments:
     )
     consistency: float = flag(0.0, "Weight of the loss between two views of a text. 0: whole texts.")
     teacher: str | None = flag(None, "Checkpoint to learn from, with the same taxonomy: a Hub id or a folder.")
-    teacher_weight: float = flag(0.5, "Share of the teacher's scores in the loss; the rest is the labels'.")
-    teacher_temperature: float = flag(
-        2.0, "Divisor of the scores of teacher and student: above 1, more than the best counts."
-    )
+    teacher_weight: float = flag(0.5, "Share of the teacher in the loss. The rest is the labels'.")
+    teacher_temperature: float = flag(2.0, "Divisor of the scores of both in that share.")
     teacher_scores: str | None = flag(None, "File that keeps the teacher's scores, for other runs.")
 
 

@@ -227,11 +227,11 @@ def test_a_run_is_not_resumed_with_other_settings_or_data(words, run_folder, tin
 
 
 def test_a_resumed_run_takes_the_learning_rate_weight_decay_and_steps_that_it_is_given(words, run_folder):
-    """Kill the run first when its model is saved and not yet calibrated: it cannot be published then."""
+    """Kill the run first when its model is saved and not yet described: it cannot be published then."""
     line = [*words, "--output_dir", run_folder, "--resume_from_checkpoint", "auto", "--max_steps", 14]
     # its rows are given, and stay the same
     line += ["--learning_rate", 3e-5, "--weight_decay", 0.5, "--seed", 5, "--save_steps", 3]
-    moment = ("open", "plots/reliability_diagram_uncalibrated.png", int(signal.SIGKILL))
+    moment = ("open", "validation_predictions.csv", int(signal.SIGKILL))
     done = complete("-c", STRIKE, ROOT / "train.py", *moment, *line)
     assert done.returncode == -signal.SIGKILL, done.stderr[-4000:]
     with pytest.raises(InputError, match=r"is not a complete checkpoint: README\.md is missing"):
