@@ -257,8 +257,9 @@ class OnePath(Decisions):
         return scores - segment_logsumexp(scores, self.decision_of, self.num_decisions)[:, self.decision_of]
 
     def outcome_targets(self, labels: Tensor) -> Tensor:
-        """Return 1 for each node on the path to the label, and 0 elsewhere, (B, N)."""
-        return self.sum_at_or_below(one_hot(labels.to(self.parents.device), self.num_nodes).float())
+        """Return 1 for each node on the path to the label, and 0 elsewhere, (B, N). For a label of -100, all are 0."""
+        labels = labels.to(self.parents.device)[:, None]
+        return self.sum_at_or_below((labels == torch.arange(self.num_nodes, device=labels.device)).float())
 
     def expected_targets(self, scores: Tensor) -> Tensor:
         """Return the expectation of `outcome_targets`, from decision scores (B, N): P(node), (B, N)."""
@@ -522,9 +523,9 @@ class ManyNodes(Decisions):
         return torch.cat([logsigmoid(logits), logsigmoid(-logits)], 1)
 
     def outcome_targets(self, labels: Tensor) -> Tensor:
-        """Return 1 for presence, and 1 for absence, (B, 2 · N)."""
-        present = labels.to(self.parents.device).float()
-        return torch.cat([present, 1 - present], 1)
+        """Return 1 for presence, and 1 for absence, (B, 2 · N). Both are 0 where the label is -100."""
+        labels = labels.to(self.parents.device)
+        return torch.cat([labels == 1, labels == 0], 1).float()
 
     def expected_targets(self, scores: Tensor) -> Tensor:
         """Return the expectation of `outcome_targets`, from decision scores (B, N): P(node) and 1 - P(node), (B, 2 · N)."""

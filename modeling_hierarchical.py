@@ -613,7 +613,7 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
             inputs_embeds: (B, T, H), instead of ``input_ids``, which only a lexical head then reads.
             labels: (B,), ids of leaves or inner nodes. The loss is their negative log-likelihood in nats. For multi-label
                 models (B, num_nodes): 1 for the text's nodes and their ancestors, else 0. The loss is the binary
-                cross-entropy of the probabilities, summed over a text's nodes.
+                cross-entropy of the probabilities, summed over a text's nodes. Labels of -100 add nothing.
             num_items_in_batch: divisor of the summed loss, by default the number of texts.
             output_vectors: whether to return ``vectors``, which `OpenWorld` reads.
             kwargs: for the encoder, such as ``output_hidden_states`` and ``output_attentions``.

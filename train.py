@@ -266,6 +266,7 @@ def build_trainer(
 
 def write_label_issues(form: Form, rows: Dataset, config: HierarchicalConfig, folder: Path) -> int:
     """Write ``label_issues.csv`` for tokenized training rows; return the number of rows in it."""
+    rows = rows.select(np.flatnonzero(np.array(rows["text_id"]) >= 0))  # without those that a teacher labelled
     counts = token_counts(rows, config.text_config.vocab_size)
     labels = form.decisions.targets(rows["labels"][:]).numpy()
     columns = (np.array(rows[column]) for column in ("text_id", "row"))

@@ -97,13 +97,15 @@ class FormBase:
 
     # ── Metrics and tables ───────────────────────────────────────────────────────────────────────────────────────────
 
-    def measure(self, logits: np.ndarray, labels: np.ndarray, thresholds: Any = None) -> dict[str, float]:
+    def measure(
+        self, logits: np.ndarray, labels: np.ndarray, thresholds: Any = None, texts: np.ndarray | None = None
+    ) -> dict[str, float]:
         """Compute all metrics that the rows define. InputError: the logits are not finite."""
         infinite = ~np.isfinite(logits).all(axis=1)
         if infinite.any():
             where = f"{infinite.sum()} of {len(logits)} documents"
             raise InputError(f"the model's logits are not finite for {where}: training diverged; lower --learning_rate")
-        predictions = Predictions(self, logits, labels, thresholds)
+        predictions = Predictions(self, logits, labels, thresholds, texts)
         metrics = of_all_levels(self.metrics, self.tree.depth)
         measured = {name: metric.compute(predictions) for name, metric in metrics.items()}
         return {name: float(value) for name, value in measured.items() if value is not None}

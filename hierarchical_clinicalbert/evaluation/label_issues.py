@@ -19,7 +19,7 @@ from scipy.sparse import csr_matrix
 from scipy.special import softmax
 
 from hierarchical_clinicalbert.evaluation.forms import Form
-from hierarchical_clinicalbert.evaluation.metrics import FOLDS, split_texts
+from hierarchical_clinicalbert.evaluation.metrics import FOLDS
 from hierarchical_clinicalbert.reading.columns import join_labels
 
 FILTER = "both"  # of cleanlab: the rows that two of its rules find
@@ -62,13 +62,24 @@ def out_of_fold(form: Form, counts: csr_matrix, labels: np.ndarray, texts: np.nd
 
     Arguments are those of the form's classifier, and ids of the texts. Return None if rows are too few to tell classes apart.
     """
+    fold = assign_folds(labels, texts)
     scores = np.empty((len(labels), form.decisions.num_nodes))
-    for fitted, scored in split_texts(texts):
+    for held_out in np.unique(fold):
+        fitted, scored = fold != held_out, fold == held_out
         if not form.classifier.learnable(form.decisions, labels[fitted]).size:
             return None
         classifier = form.classifier(form.decisions, counts[fitted], labels[fitted])
         scores[scored] = classifier.decision_scores(counts[scored]) + classifier.removed_prior
     return scores
+
+
+def assign_folds(labels: np.ndarray, texts: np.ndarray) -> np.ndarray:
+    """Assign each row a fold, (num_rows,). Texts are sorted by label and assigned in turn, to spread each class evenly."""
+    _, first, text_of = np.unique(texts, return_index=True, return_inverse=True)
+    _, classes = np.unique(labels[first], axis=0, return_inverse=True)
+    shuffled = np.random.default_rng(0).permutation(len(first))
+    order = shuffled[np.argsort(classes[shuffled], kind="stable")]
+    return (np.argsort(order) % FOLDS)[text_of]
 
 
 def find_issues(form: Form, scores: np.ndarray, labels: np.ndarray, texts: np.ndarray) -> Iterator[pd.DataFrame]:

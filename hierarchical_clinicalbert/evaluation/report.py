@@ -117,7 +117,7 @@ def measure(form: Form, splits: dict[str, ScoredSplit], thresholds: Any) -> dict
     """Compute each split's metrics, ``eval_…`` and ``test_…``."""
     metrics = {}
     for name, split in splits.items():
-        measured = form.measure(split.logits, split.labels, thresholds)
+        measured = form.measure(split.logits, split.labels, thresholds, split.texts)
         metrics |= {f"{PREFIXES[name]}_{metric}": value for metric, value in measured.items()}
     return metrics
 

@@ -105,6 +105,18 @@ def test_the_log_loss_adds_up_the_leaves_of_an_inner_node_and_does_not_underflow
     assert OnePathForm(TREE).measure(logits, np.array([C]))["log_loss"] == pytest.approx(800 + math.log(4))
 
 
+def test_any_label_of_a_repeated_text_counts():
+    logits = logits_for([A, C, A, A, E])
+    texts = np.array([7, 1, 1, 2, 2])
+    for labels, expected in (
+        ([A, A, C, E, E], 4 / 5),  # text 1 has the labels a and c, text 2 twice e
+        ([A, A, A, E, E], 3 / 5),  # no row labels text 1 with c
+        ([A, A, B, E, E], 2 / 4),  # an inner node is no leaf
+        ([B] * 5, None),
+    ):
+        assert OnePathForm(TREE).measure(logits, np.array(labels), texts=texts).get("any_label_accuracy") == expected
+
+
 def test_scores_without_documents_are_left_out():
     scores = OnePathForm(TREE).measure(logits_for([E]), np.array([B]))
     assert {name: score for name, score in scores.items() if name not in ("ece", "log_loss")} == {
