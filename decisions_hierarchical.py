@@ -27,6 +27,7 @@ except ImportError:  # as a top-level module of the repository, not as remote co
     from configuration_hierarchical import MULTI_LABEL, SINGLE_LABEL, Calibration
     from taxonomy_hierarchical import Taxonomy, quote_name
 
+IGNORED_LABEL = -100
 ROOT_PARENT_LOGIT = 1e4  # the logit above the roots: its sigmoid is 1
 DEFAULT_THRESHOLD = 0.5  # least probability of a predicted node, before calibration
 # of naming a node in a prediction set of one path, in leaves. The least product of both sizes, on average over coverages of 80,
@@ -258,8 +259,9 @@ class OnePath(Decisions):
 
     def outcome_targets(self, labels: Tensor) -> Tensor:
         """Return 1 for each node on the path to the label, and 0 elsewhere, (B, N). For a label of -100, all are 0."""
-        labels = labels.to(self.parents.device)[:, None]
-        return self.sum_at_or_below((labels == torch.arange(self.num_nodes, device=labels.device)).float())
+        labels = labels.to(self.parents.device)
+        is_known = labels != IGNORED_LABEL
+        return self.sum_at_or_below(one_hot(labels.where(is_known, 0), self.num_nodes) * is_known[:, None].float())
 
     def expected_targets(self, scores: Tensor) -> Tensor:
         """Return the expectation of `outcome_targets`, from decision scores (B, N): P(node), (B, N)."""
