@@ -223,7 +223,9 @@ class HierarchicalTrainer(PublishingTrainer):
     def _save(self, output_dir: str, state_dict: dict[str, Tensor] | None = None) -> None:
         if self.args.should_save:
             model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-            refuse_infinite(float(model.heads.weight.sum()), "the sum of the heads' weights", self.state.global_step)
+            refuse_infinite(
+                float(model.heads.weight.detach().sum()), "the sum of the heads' weights", self.state.global_step
+            )
             model.save_pretrained(output_dir, state_dict=state_dict)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(output_dir)
