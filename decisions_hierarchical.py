@@ -471,8 +471,11 @@ class ManyNodes(Decisions):
         return scores
 
     def energy(self, scores: Tensor) -> Tensor:
-        """Return 0 for each text, (B,): independent decisions have no normaliser in common."""
-        return torch.zeros_like(scores[:, 0])
+        """Return minus the sum of log(1 + exp(score)) over the roots, from scores (B, N): high for a text that has no root, (B,).
+
+        From Wang et al., 2021, "Can multi-label classification networks know what they don't know?".
+        """
+        return logsigmoid(-scores[:, self.tree.children(-1)]).sum(1)
 
     def forward(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Return log-probabilities of all nodes (B, N), and the logits of these probabilities (B, N)."""

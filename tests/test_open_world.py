@@ -130,6 +130,14 @@ def test_vectors_are_the_means_of_the_tokens_of_all_windows(pooling):
     assert model(**padded(texts)).vectors is None
 
 
+@torch.no_grad()
+def test_with_several_labels_the_energy_adds_up_the_roots():
+    model, texts = small_model(problem_type=MULTI_LABEL), padded(texts_of([7, 16]))
+    scores = model(**texts).decision_logits[:, model.config.tree.children(-1)]
+    found = model(**texts, output_vectors=True).vectors[:, -1]
+    torch.testing.assert_close(found, -(1 + scores.exp()).log().sum(1), atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("form", "problem_type", "size"),
     [("whole", SINGLE_LABEL, 3), ("whole", MULTI_LABEL, 17_000), ("adapter", SINGLE_LABEL, 3)],
