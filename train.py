@@ -135,7 +135,7 @@ def run(arguments: Arguments, prepare: Prepare) -> None:
 def train(arguments: Arguments, data: LabelledSplits, resume_from: str | None, prepare: Prepare) -> None:
     """Train, measure and publish a model. All files go to ``--output_dir``."""
     if arguments.loss.teacher is not None:
-        data = teach(arguments, data)
+        data = teach(arguments.loss.teacher, arguments, data)
     form = form_of(data.taxonomy, data.problem_type)
     fitted = fit_to_data(arguments.training, data.splits, form, arguments.data.taxonomy is not None)
     arguments, args, output = arguments._replace(training=fitted), fitted, Path(fitted.output_dir)

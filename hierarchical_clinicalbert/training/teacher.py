@@ -37,16 +37,16 @@ logger = logging.getLogger(__name__)
 Scores = dict[str, np.ndarray]  # decision scores (num_nodes,) of a text, by its hash
 
 
-def teach(arguments: Arguments, data: LabelledSplits) -> LabelledSplits:
+def teach(name: str, arguments: Arguments, data: LabelledSplits) -> LabelledSplits:
     """Add the texts of ``--unlabelled_file`` to the training rows, and the teacher's decision scores to all of them.
 
-    The scores are lists of num_nodes numbers in the column ``teacher``.
+    ``name`` is the teacher's. The scores are lists of num_nodes numbers in the column ``teacher``.
 
     Raises:
         InputError: ``--teacher`` is no checkpoint, or has another taxonomy or form of label than the data.
     """
     # ── Teacher ──────────────────────────────────────────────────────────────────────────────────────────────────────
-    name, args = arguments.loss.teacher or "", arguments.training
+    args = arguments.training
     folder = fetch_model(ModelArguments(model_name_or_path=name)).model_name_or_path
     if not is_checkpoint(folder):
         raise InputError(f"--teacher {name} is not a checkpoint that train.py wrote")
