@@ -156,8 +156,12 @@ class Decisions(nn.Module):
         "Elements of Information Theory", theorem 2.5.1).
         """
         above = self.of_parents(probabilities, 1.0)
-        given_parent = (probabilities / above).nan_to_num().clamp(0, 1)
-        return (above * self.entropy_terms(given_parent)) @ one_hot(torch.tensor(self.tree.levels) - 1).to(above)
+        terms = above * self.entropy_terms(self.given_parent(probabilities))
+        return terms @ one_hot(torch.tensor(self.tree.levels) - 1).to(above)
+
+    def given_parent(self, probabilities: Tensor) -> Tensor:
+        """Return P(node | parent), (B, N), from P(node), (B, N). Below a parent of probability 0, it is 0."""
+        return (probabilities / self.of_parents(probabilities, 1.0)).nan_to_num().clamp(0, 1)
 
     def set_threshold(
         self, calibration: Calibration, prior: Tensor | None = None, **shares: float | None
@@ -266,6 +270,19 @@ class OnePath(Decisions):
     def expected_targets(self, scores: Tensor) -> Tensor:
         """Return the expectation of `outcome_targets`, from decision scores (B, N): P(node), (B, N)."""
         return self(scores)[0].exp()
+
+    def from_labels(self, given: Mapping[int, float]) -> Tensor:
+        """Return P(node), (N,), from numbers of some nodes, in proportion to the sum at or below each. ValueError: all are 0."""
+        numbers = torch.zeros(self.num_nodes)
+        for node, number in given.items():
+            numbers[self.tree.path(node)] += number
+        if not numbers.any():
+            raise ValueError("at least one number must be above 0")
+        return numbers / numbers[self.tree.children(-1)].sum()
+
+    def scores_of(self, probabilities: Tensor) -> Tensor:
+        """Return decision scores (B, N) with these P(node), (B, N)."""
+        return self.given_parent(probabilities).clamp(min=MIN_FREQUENCY).log()
 
     def log_likelihood(self, scores: Tensor, labels: Tensor) -> Tensor:
         """Return log P(label), (B,)."""
@@ -535,6 +552,20 @@ class ManyNodes(Decisions):
     def expected_targets(self, scores: Tensor) -> Tensor:
         """Return the expectation of `outcome_targets`, from decision scores (B, N): P(node) and 1 - P(node), (B, 2 · N)."""
         return self.outcome_log_probs(scores).exp()
+
+    def from_labels(self, given: Mapping[int, float]) -> Tensor:
+        """Return P(node), (N,), from probabilities of some nodes. An ancestor is at least as probable. ValueError: one is above 1."""
+        probabilities = torch.zeros(self.num_nodes)
+        for node, probability in given.items():
+            if probability > 1:
+                raise ValueError(f"a probability must be at most 1, not {probability:g}")
+            path = self.tree.path(node)
+            probabilities[path] = probabilities[path].clamp(min=probability)
+        return probabilities
+
+    def scores_of(self, probabilities: Tensor) -> Tensor:
+        """Return decision scores (B, N) with these P(node), (B, N)."""
+        return self.given_parent(probabilities).logit(MIN_FREQUENCY)
 
     def open_decisions(self, labels: Tensor) -> Tensor:
         """Return which decisions are open, (B, N): roots, and children of nodes that the text has."""

@@ -103,14 +103,15 @@ def read_rows(arguments: DataArguments, trains: bool = True) -> SourceRows:
     return SourceRows(pd.concat(parts, ignore_index=True), places, form, first, described, shares)
 
 
-def read_unlabelled(path: str, arguments: DataArguments) -> tuple[list[str], dict[str, Any]]:
-    """Read the texts of ``--unlabelled_file``, and describe it as `SourceRows.sources` does."""
+def read_texts(path: str, split: str, arguments: DataArguments, *others: str) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Read the texts of a file that is no split, in the first column, and ``others``. Describe it as `SourceRows.sources` does."""
     source = _from_file(path, arguments.encoding)
     columns = choose_columns({source.name: source.columns}, arguments.text_column, TEXT_COLUMNS, "--text_column")
+    for name in others:
+        columns += choose_columns({source.name: source.columns}, name, [], "of --teacher")
     table = source.read(columns)
     refuse_rows(table, columns, map(text_problem, table[columns[0]]))
-    described = {"split": "unlabelled", "name": source.name, "dataset": None, "sha256": source.sha256}
-    return [*table[columns[0]]], described
+    return table, {"split": split, "name": source.name, "dataset": None, "sha256": source.sha256}
 
 
 # ── Sources ──────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -82,8 +82,8 @@ def read_earlier_texts(model: str, resume_from: str | None, teacher: str | None)
     """Return the texts that the initial weights, and those of a ``--teacher``, were trained on."""
     if resume_from is not None:
         return read_trained_texts(resume_from)
-    checkpoints = [model] * is_checkpoint(model) + ([] if teacher is None else [teacher])
-    trained = [read_trained_texts(checkpoint) for checkpoint in checkpoints]
+    taught_by = [] if teacher is None or Path(teacher).is_file() else [teacher]
+    trained = [read_trained_texts(checkpoint) for checkpoint in [model] * is_checkpoint(model) + taught_by]
     return TrainedTexts(
         earlier=frozenset().union(*(one.all for one in trained)),
         validation=frozenset().union(*(one.validation for one in trained)),

@@ -1,16 +1,20 @@
-"""Teach a model by another one: its decision scores for the training texts, and labels for texts that have none.
+"""Teach a model by probabilities: of another one, or of a file, for training texts and for texts without labels.
 
 Worth knowing:
 
-1. The teacher needs the taxonomy of the data. Its encoder and tokenizer may be others than the student's.
-2. A text without a label gets the nodes that the teacher predicts. From there on, it is a training text like others.
-3. Scores are stored by hashes of the texts, so that runs with other splits of the rows share them.
-4. Texts that the teacher was trained on are never scored, see `data.splits`.
+1. A teacher is a checkpoint with the taxonomy of the data. Its encoder and tokenizer may be others than the student's.
+2. Or it is a file with probabilities of labels, by a language model, or votes of annotators.
+3. A text without a label gets the nodes that the teacher predicts. From there on, it is a training text like others.
+4. A checkpoint's scores are stored by hashes of the texts, so that runs with other splits of the rows share them.
+5. Texts that the teacher was trained on are never scored, see `data.splits`.
 """
 
+import json
 import logging
+import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,10 +24,13 @@ from safetensors.numpy import save
 from transformers import AutoTokenizer
 
 from configuration_hierarchical import HierarchicalConfig
-from decisions_hierarchical import build_decisions
+from decisions_hierarchical import Decisions, build_decisions
 from hierarchical_clinicalbert.checkpoint_files import MODEL_FILES, is_checkpoint, list_files, read_config
-from hierarchical_clinicalbert.data.sources import read_unlabelled
+from hierarchical_clinicalbert.data.arguments import DataArguments
+from hierarchical_clinicalbert.data.labels import find_node
+from hierarchical_clinicalbert.data.sources import read_texts
 from hierarchical_clinicalbert.data.splits import FEATURES, LabelledSplits
+from hierarchical_clinicalbert.data.tables import refuse_rows
 from hierarchical_clinicalbert.data.trained_texts import text_hash
 from hierarchical_clinicalbert.errors import InputError, as_input_error
 from hierarchical_clinicalbert.files import sha256
@@ -34,6 +41,8 @@ from hierarchical_clinicalbert.training.tokens import tokenize_splits
 
 logger = logging.getLogger(__name__)
 
+PROBABILITIES = "probabilities"  # column of a file
+
 Scores = dict[str, np.ndarray]  # decision scores (num_nodes,) of a text, by its hash
 
 
@@ -41,6 +50,79 @@ def teach(name: str, arguments: Arguments, data: LabelledSplits) -> LabelledSpli
     """Add the texts of ``--unlabelled_file`` to the training rows, and the teacher's decision scores to all of them.
 
     ``name`` is the teacher's. The scores are lists of num_nodes numbers in the column ``teacher``.
+    """
+    # ── Texts: those of the training rows, and others that are in no split ───────────────────────────────────────────
+    splits, report = DatasetDict(data.splits), dict(data.report)
+    rows = splits.get("train", Dataset.from_dict({column: [] for column in FEATURES}, FEATURES))
+    unlabelled = dict[str, str]()
+    if arguments.data.unlabelled_file is not None:
+        table, source = read_texts(arguments.data.unlabelled_file, "unlabelled", arguments.data)
+        report["sources"] = [*report["sources"], source]
+        known = {text_hash(text) for split in splits.values() for text in split["text"]}
+        unlabelled = {key: text for text in table.iloc[:, 0] if (key := text_hash(text)) not in known}
+        logger.info("unlabelled texts: %d of %d are in no split, and new", len(unlabelled), len(table))
+    text_of = {text_hash(text): text for text in rows["text"]} | unlabelled
+
+    # ── Decision scores, and thresholds of predicted nodes ───────────────────────────────────────────────────────────
+    decisions = build_decisions(data.taxonomy, data.problem_type)
+    thresholds: list[float] | None = None
+    if Path(name).is_file():
+        scores, source = read_probabilities(name, arguments.data, decisions)
+        report["sources"] = [*report["sources"], source]
+        if missing := len(text_of.keys() - scores.keys()):
+            raise InputError(f"--teacher {name} has no probabilities of {missing:,} of {len(text_of):,} training texts")
+    else:
+        scores, thresholds = ask_checkpoint(name, arguments, data, text_of)
+
+    # ── Training rows ────────────────────────────────────────────────────────────────────────────────────────────────
+    if unlabelled:
+        probabilities = decisions(torch.from_numpy(np.stack([scores[key] for key in unlabelled])))[0].exp()
+        predicted, _ = decisions.predict(probabilities, thresholds)
+        nodes = [data.taxonomy.deepest(np.flatnonzero(row).tolist()) for row in predicted]
+        numbers = np.arange(len(unlabelled))
+        columns = {"text": [*unlabelled.values()], "nodes": nodes, "row": numbers}
+        added = Dataset.from_dict(columns | {"text_id": -1 - numbers}, FEATURES)  # numbers that no other text has
+        rows = concatenate_datasets([rows, added])
+    splits["train"] = rows.add_column("teacher", [scores[text_hash(text)] for text in rows["text"]])
+    report["teacher"] = {"name": name, "unlabelled_texts": len(unlabelled)}
+    return replace(data, splits=splits, report=report)
+
+
+# ── A file ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def read_probabilities(name: str, arguments: DataArguments, decisions: Decisions) -> tuple[Scores, dict[str, Any]]:
+    """Read texts and the probabilities of their labels, and describe the file as `SourceRows.sources` does.
+
+    Probabilities are JSON objects, {label: number}. For one path a text, only their ratios count, so they may be votes.
+    """
+
+    table, source = read_texts(name, "teacher", arguments, PROBABILITIES)
+    found, problems = [], list[str | None]()
+    for cell in table[PROBABILITIES]:
+        try:
+            given = json.loads(cell) if isinstance(cell, str) else cell
+            numbers = {find_node(decisions.tree, label): float(number or 0) for label, number in given.items()}
+            if not all(0 <= number < math.inf for number in numbers.values()):
+                raise ValueError("a probability must be at least 0, and finite")
+            found.append(decisions.from_labels(numbers))
+            problems.append(None)
+        except (AttributeError, TypeError, json.JSONDecodeError):
+            problems.append('expected a JSON object, such as {"neoplasms": 0.7}')
+        except ValueError as error:
+            problems.append(str(error))
+    refuse_rows(table, [PROBABILITIES], problems)
+    scores = decisions.scores_of(torch.stack(found)).numpy()
+    return dict(zip(map(text_hash, table.iloc[:, 0]), scores, strict=True)), source
+
+
+# ── A checkpoint ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def ask_checkpoint(
+    name: str, arguments: Arguments, data: LabelledSplits, text_of: dict[str, str]
+) -> tuple[Scores, list[float] | None]:
+    """Return a checkpoint's decision scores of texts, given by hash, and its thresholds of predicted nodes.
 
     Raises:
         InputError: ``--teacher`` is no checkpoint, or has another taxonomy or form of label than the data.
@@ -49,7 +131,7 @@ def teach(name: str, arguments: Arguments, data: LabelledSplits) -> LabelledSpli
     args = arguments.training
     folder = fetch_model(ModelArguments(model_name_or_path=name)).model_name_or_path
     if not is_checkpoint(folder):
-        raise InputError(f"--teacher {name} is not a checkpoint that train.py wrote")
+        raise InputError(f"--teacher {name} is neither a file nor a checkpoint that train.py wrote")
     config = read_config(folder)
     if config.problem_type != data.problem_type:
         raise InputError(f"--teacher {name} is for {config.problem_type}, the data are for {data.problem_type}")
@@ -57,24 +139,11 @@ def teach(name: str, arguments: Arguments, data: LabelledSplits) -> LabelledSpli
     if ours.keys() != theirs.keys():
         raise InputError(f"--teacher {name} has another taxonomy than the data: give its taxonomy as --taxonomy")
     in_our_order = [theirs[path] for path in ours]
-    our_node = {theirs[path]: node for path, node in ours.items()}
-
-    # ── Texts: those of the training rows, and others that are in no split ───────────────────────────────────────────
-    splits, report = DatasetDict(data.splits), dict(data.report)
-    rows = splits.get("train", Dataset.from_dict({column: [] for column in FEATURES}, FEATURES))
-    labelled, unlabelled = rows["text"][:], dict[str, str]()
-    if arguments.data.unlabelled_file is not None:
-        texts, source = read_unlabelled(arguments.data.unlabelled_file, arguments.data)
-        report["sources"] = [*report["sources"], source]
-        known = {text_hash(text) for split in splits.values() for text in split["text"]}
-        unlabelled = {key: text for text in texts if (key := text_hash(text)) not in known}
-        logger.info("unlabelled texts: %d of %d are in no split, and new", len(unlabelled), len(texts))
 
     # ── Scores, from the file and the teacher ────────────────────────────────────────────────────────────────────────
     weights = ",".join(sha256(Path(folder, file) for file in list_files(Path(folder), MODEL_FILES)).values())
     file = None if arguments.loss.teacher_scores is None else Path(arguments.loss.teacher_scores)
     stored = {} if file is None else read_scores(file, weights)
-    text_of = {text_hash(text): text for text in labelled} | unlabelled
     missing = {key: text for key, text in text_of.items() if key not in stored}
     if missing:
         logger.info("the teacher scores %d texts", len(missing))
@@ -82,22 +151,9 @@ def teach(name: str, arguments: Arguments, data: LabelledSplits) -> LabelledSpli
         stored |= dict(zip(missing, found, strict=True))
         if file is not None and args.should_save:
             write_scores(file, weights, stored)
-
-    # ── Training rows ────────────────────────────────────────────────────────────────────────────────────────────────
-    if unlabelled:
-        decisions = build_decisions(config.tree, config.problem_type)
-        scores = torch.from_numpy(np.stack([stored[key] for key in unlabelled]))
-        predicted, _ = decisions.predict(decisions(scores)[0].exp(), config.calibration.thresholds)
-        deepest = (config.tree.deepest(np.flatnonzero(row).tolist()) for row in predicted)
-        nodes = [sorted(our_node[node] for node in of_text) for of_text in deepest]
-        numbers = np.arange(len(unlabelled))
-        columns = {"text": [*unlabelled.values()], "nodes": nodes, "row": numbers}
-        added = Dataset.from_dict(columns | {"text_id": -1 - numbers}, FEATURES)  # numbers that no other text has
-        rows = concatenate_datasets([rows, added])
-    taught = [stored[text_hash(text)][in_our_order] for text in rows["text"]]
-    splits["train"] = rows.add_column("teacher", taught)
-    report["teacher"] = {"checkpoint": name, "unlabelled_texts": len(unlabelled)}
-    return replace(data, splits=splits, report=report)
+    thresholds = config.calibration.thresholds
+    in_order = None if thresholds is None else [thresholds[node] for node in in_our_order]
+    return {key: scores[in_our_order] for key, scores in stored.items()}, in_order
 
 
 def score_texts(

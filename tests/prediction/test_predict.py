@@ -1,7 +1,6 @@
 """Compare predict.py with the stock pipeline, over every kind of file, after kills, and with unreadable rows."""
 
 import csv
-import glob
 import gzip
 import json
 import os
@@ -228,20 +227,6 @@ def test_two_processes_or_sets_of_options_are_never_mixed_in_one_output(checkpoi
     assert predict(*given) == 1
     assert_same_files(tmp_path / "out.jsonl", unbroken)
     assert {path.name for path in tmp_path.iterdir()} == {"out.jsonl", *BESIDE}
-
-
-def test_a_killed_run_does_not_read_the_files_that_it_left(checkpoint, texts, tmp_path):
-    folder, more = tmp_path / "data", ("--output_format", "jsonl")
-    folder.mkdir()
-    file = write_texts(folder, [*texts[:3], ""])
-    assert predict(checkpoint, file, f"{tmp_path}/out/", *more) == 1
-    pattern = f"{folder}/**/*.*[snk]*"  # also the output, the error file, the blocks and the lock
-    words = ("--model", checkpoint, "--input", pattern, "--output", f"{folder}/out/", *more)
-    done = complete("-c", STRIKE, ROOT / "predict.py", "os.rename", "/manifest.json", int(signal.SIGKILL), *words)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert len([path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]) >= 3
-    assert predict_here(*words) == 1
-    assert (folder / "out/part-00000.jsonl").read_bytes() == (tmp_path / "out/part-00000.jsonl").read_bytes()
 
 
 def test_a_killed_run_refuses_another_input_and_a_damaged_part(checkpoint, long_input, unbroken, texts, tmp_path):

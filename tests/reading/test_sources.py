@@ -1,7 +1,6 @@
 """Test files, patterns, .gz, and standard input."""
 
 import glob
-import gzip
 import os
 
 import datasets
@@ -120,14 +119,3 @@ def test_a_folder_saved_by_datasets_is_refused(tmp_path):
     for name in ("one", "splits", "splits/train"):
         with pytest.raises(InputError, match=f"{name} was saved by `datasets`: write it as Parquet"):
             find_sources(str(tmp_path / name))
-
-
-def test_a_file_reports_progress(tmp_path):
-    content = b"text\n" + b"".join(os.urandom(50).hex().encode() + b"\n" for _ in range(20_000))
-    for name, written in (("a.csv", content), ("a.csv.gz", gzip.compress(content))):
-        (tmp_path / name).write_bytes(written)
-        with open_rows(find_sources(str(tmp_path / name))[0]) as rows:
-            shares = [rows.done() for _ in rows.read()]
-        assert shares == sorted(shares)
-        assert shares[len(shares) // 2] == pytest.approx(0.5, abs=0.1)
-        assert shares[-1] == 1

@@ -96,15 +96,6 @@ def test_a_checkpoint_continued_on_a_grown_file_is_not_scored_on_what_it_was_tra
     assert found["splits"]["train"]["rows"] == 640
 
 
-def test_a_third_run_knows_the_texts_of_both_runs_before_it(place, words, first, second, tmp_path):
-    """Continue on the same file: only texts that the second run held out can be split off again."""
-    run(*words, "--model_name_or_path", second, "--data_path", place / "800.csv", "--output_dir", tmp_path / "third")
-    known = trained_on(first, 700) | trained_on(second, 800)
-    held_out = scored(tmp_path / "third")
-    assert not known & (held_out["validation"] | held_out["test"])
-    assert len(held_out["validation"] | held_out["test"]) >= 155  # of 160: a class keeps a text
-
-
 def test_a_killed_run_has_recorded_its_training_texts(place, words, first, second, tiny_encoder, tmp_path):
     output = tmp_path / "killed"
     line = [*words, "--model_name_or_path", tiny_encoder, "--data_path", place / "700.csv", "--output_dir", output]

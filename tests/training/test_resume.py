@@ -109,24 +109,6 @@ def test_a_run_that_was_killed_after_its_last_step_takes_none_more(words, unbrok
     assert after["resumed_from_step"] == 10
 
 
-def test_early_stopping_is_the_same_after_an_interruption(words, tmp_path):
-    """With tiny steps the score is constant, so the evaluations at steps 4, 6 and 8 are the three without improvement.
-
-    The evaluation at the start does not count, and a resumed run must not add an evaluation.
-    """
-    line = [*words, "--load_best_model_at_end", "true", "--early_stopping_patience", 3, "--save_total_limit", 20]
-    line += ["--learning_rate", "1e-30", "--eval_on_start", "true", "--max_steps", 12]
-    whole = tmp_path / "whole"
-    run(*line, "--output_dir", whole)
-    assert [folder.name for folder in list_checkpoints(whole)] == [f"checkpoint-{step}" for step in (2, 4, 6, 8)]
-    output = tmp_path / "resumed"
-    for kept in (2, 6):  # the best one, and the last one
-        shutil.copytree(whole / f"checkpoint-{kept}", output / f"checkpoint-{kept}")
-    run(*line, "--output_dir", output, "--resume_from_checkpoint", "auto")
-    assert list_checkpoints(output)[-1].name == "checkpoint-8"
-    assert same_weights(whole, output)
-
-
 def test_overwriting_deletes_the_checkpoints_and_results_of_the_former_run_and_keeps_its_card(words, run_folder):
     kept = {run_folder / "notes.txt", run_folder / "checkpoint-best" / "heads.safetensors", run_folder / "mine.csv"}
     gone = {run_folder / name for name in ("plots/old.png", "test_predictions.csv", "label_issues.csv", "metrics.json")}

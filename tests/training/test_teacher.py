@@ -10,7 +10,9 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
 import train
+from decisions_hierarchical import build_decisions
 from hierarchical_clinicalbert.errors import InputError
+from taxonomy_hierarchical import Taxonomy
 
 WRONG = dict(zip(CLEAR, [*CLEAR][1:] + [*CLEAR][:1], strict=True))  # a wrong label for each class
 GENERAL = "general pathological conditions"
@@ -40,10 +42,14 @@ def teach(encoder: str, teacher: str, folder: Path, *flags: object) -> list[dict
         "--output_dir",
         folder / "results",
     ]
-    if "labels" in Path(teacher).name:
-        words += ["--label_delimiter", ";"]
+    words += form_flags(teacher)
     train.main(list(map(str, [*words, "--model_name_or_path", encoder, "--teacher", teacher, *flags])))
     return read_csv(folder / "results" / "test_predictions.csv")
+
+
+def form_flags(checkpoint: str) -> list[str]:
+    """Return the flags that give the data the form of label of a checkpoint."""
+    return ["--label_delimiter", ";"] if "labels" in Path(checkpoint).name else []
 
 
 def learnt(rows: list[dict[str, str]]) -> bool:
@@ -69,6 +75,33 @@ def test_a_student_learns_from_its_teacher_and_not_from_the_labels(tiny_encoder,
         found = model.heads.decisions(load_file(scores)["scores"])[0]
     # it is scored as the pipeline does, on some processors in bfloat16
     torch.testing.assert_close(found.sort(0).values, expected.sort(0).values, rtol=0, atol=0.1)
+
+
+@FORMS
+def test_a_student_learns_from_probabilities_in_a_file(tiny_encoder, teacher, folder, request):
+    """Give the correct class, and one vote of four for the wrong label, as JSON in a column of the training file."""
+    rows = [
+        row | {"probabilities": {WRONG[row["label"]]: 0.25, row["label"]: 0.75}} for row in clear_rows(1, wrong=False)
+    ]
+    rows = [row | {"label": WRONG[row["label"]], "probabilities": json.dumps(row["probabilities"])} for row in rows]
+    file = write_csv(folder / "votes.csv", rows)
+    name = request.getfixturevalue(teacher)  # its form of label
+    assert learnt(teach(tiny_encoder, file, folder, "--train_file", file, "--teacher_weight", 1, *form_flags(name)))
+
+
+@pytest.mark.parametrize(
+    ("form", "given", "expected"),
+    [
+        # two votes of four are for one leaf below a parent, one is for the parent, one for another root
+        ("single_label_classification", {"b": 2, "a": 1, "d": 1}, {"a": 3 / 4, "b": 3 / 4, "c": 0, "d": 1 / 4}),
+        ("multi_label_classification", {"b": 0.4, "a": 0.2, "d": 1}, {"a": 0.4, "b": 0.4, "c": 0, "d": 1}),
+    ],
+)
+def test_probabilities_of_labels_become_those_of_all_nodes(form, given, expected):
+    decisions = build_decisions(Taxonomy({"a": ["b", "c"], "d": None}), form)
+    probabilities = decisions.from_labels({decisions.tree.id(label): number for label, number in given.items()})
+    found = decisions(decisions.scores_of(probabilities[None]))[0].exp()[0]
+    assert dict(zip(decisions.tree.labels, found.tolist(), strict=True)) == pytest.approx(expected, abs=1e-6)
 
 
 @FORMS
@@ -114,19 +147,30 @@ def test_texts_of_the_teachers_training_are_never_scored(tiny_encoder, clear_che
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--teacher", "{encoder}"], "--teacher {encoder} is not a checkpoint"),
+        (["--teacher", "{encoder}"], "--teacher {encoder} is neither a file nor a checkpoint"),
         (
             ["--teacher", "{clear}", "--label_delimiter", ";"],
             "is for single_label_classification, the data are for multi",
         ),
         (["--teacher", "{clear}", "--taxonomy", "{folder}/other.json"], "has another taxonomy than the data"),
         (["--teacher", "{clear}", "--num_train_epochs", "0"], "--teacher teaches in training steps"),
+        (["--teacher", "{folder}/train.csv"], "train.csv has no column 'probabilities' (of --teacher)"),
+        (
+            ["--teacher", "{folder}/votes.csv"],
+            "votes.csv, line 2, column 'probabilities': the label 'colitis' is not in the",
+        ),
+        (
+            ["--teacher", "{folder}/train.csv", "--teacher_scores", "s"],
+            "--teacher_scores keeps the scores of a checkpoint",
+        ),
         (["--unlabelled_file", "texts.csv"], "--unlabelled_file and --teacher_scores need --teacher"),
         (["--teacher", "{clear}", "--teacher_weight", "2"], "--teacher_weight must be at least 0 and at most 1, not 2"),
     ],
 )
 def test_a_teacher_that_cannot_teach_is_refused(flags, message, tiny_encoder, clear_checkpoint, folder):
     (folder / "other.json").write_text(json.dumps([*CLEAR]))
+    for name, label in (("votes", "colitis"), ("one", "neoplasms")):
+        write_csv(folder / f"{name}.csv", [{"text": "pain", "probabilities": json.dumps({label: 1})}])
     names = {"encoder": tiny_encoder, "clear": clear_checkpoint, "folder": folder}
     words = ["--train_file", folder / "train.csv", "--model_name_or_path", tiny_encoder, "--output_dir", folder / "out"]
     words += ["--validation_size", 0]

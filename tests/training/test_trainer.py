@@ -4,10 +4,9 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
 
 from configuration_hierarchical import MULTI_LABEL, SINGLE_LABEL, HierarchicalConfig
-from decisions_hierarchical import Decisions, OnePath
+from decisions_hierarchical import Decisions
 from hierarchical_clinicalbert.errors import InputError
 from hierarchical_clinicalbert.training.arguments import HierarchicalTrainingArguments, ModelArguments
 from hierarchical_clinicalbert.training.losses import FocalLoss
@@ -249,13 +248,3 @@ def test_quantized_encoders_are_as_small_as_reported_and_what_is_trained_is_in_f
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     # beside the weights, a scale a row or a block
     assert size["encoder_bytes_float32"] - size["encoder_bytes"] == pytest.approx(saved * linear, rel=0.02)
-
-
-@pytest.mark.parametrize("limit", [99, 100, 128])
-def test_padding_never_leads_beyond_the_limit(minilm, limit):
-    tokenizer = AutoTokenizer.from_pretrained(minilm)
-    tokenizer.model_max_length = limit
-    texts = [tokenizer("liver " * count, truncation=True) for count in (3, limit)]
-    batch = build_collator(tokenizer, OnePath(TREE).targets)(texts)
-    assert batch["input_ids"].shape == (2, limit)
-    assert batch["attention_mask"].sum(1).tolist() == [5, limit]
