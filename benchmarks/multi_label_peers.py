@@ -97,7 +97,7 @@ def one_vs_rest(classifier: type[ClassifierMixin], strengths: tuple[float, ...],
         all_features = vectors(rows)
 
         def fit(stop_words: str | None, **settings: Any) -> Logits:
-            features, labels = all_features[stop_words], rows["train"][1]
+            features, labels = all_features[stop_words], rows["train"][1].astype(int)  # int8 overflows beyond 127 nodes
             model = OneVsRestClassifier(classifier(random_state=seed, **fixed, **settings)).fit(
                 features["train"], labels
             )

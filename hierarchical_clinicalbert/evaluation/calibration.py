@@ -6,7 +6,8 @@ Worth knowing:
    decision is fitted on the rows whose path takes it. With few rows, or rows that are all correct, maximum likelihood
    overfits. So all parameters have a normal prior, and the fit is a MAP estimate, which is convex. The scores are
    scale · (own + weight · lexical) + bias. First one scale and one weight are fitted for all decisions, with prior means 1 and
-   0. Then the decisions' own scales and biases are fitted, with the common scale and 0 as prior means.
+   0. Then the decisions' own scales and biases are fitted, with the common scale and 0 as prior means. A scale's standard
+   deviation is relative to its mean: an encoder that overfits needs a small scale, and its nodes few deviations from it.
 2. The log prior of the classes is subtracted from the lexical scores, since the encoder's scores hold it already and it would
    count twice. It is the same for all rows, so the stored biases contain it.
 3. The lexical scores are added per decision. If they were added to the leaf logits instead, upper decisions would get the wrong
@@ -28,7 +29,7 @@ from decisions_hierarchical import Decisions, calibrate
 from hierarchical_clinicalbert.evaluation.forms import Form
 from hierarchical_clinicalbert.evaluation.metrics import split_texts
 
-PRIOR_STD = 0.25  # standard deviation of every prior
+PRIOR_STD = 0.25  # of every prior; for scales, relative to the mean
 SCALE_BOUNDS = (0.05, 20.0)
 MAX_STEPS = 10_000  # of the minimisation, which takes some hundred
 
@@ -63,15 +64,17 @@ def fit_calibration(
     # ── Common to all decisions: scores · (encoder's scores + weight · lexical scores) ───────────────────────────────
     mean = torch.tensor([1.0, 0.0], dtype=torch.float64)
     bounds: list = [SCALE_BOUNDS, (0.0, SCALE_BOUNDS[1])]
-    common, factor = map_estimate(lambda f: neg_log_likelihood(f[0] * own + f[1] * words), mean, bounds)
+    std = torch.full_like(mean, PRIOR_STD)
+    common, factor = map_estimate(lambda f: neg_log_likelihood(f[0] * own + f[1] * words), mean, std, bounds)
     weight = factor / common
 
     # ── Each decision's own scale, then the biases of all nodes ──────────────────────────────────────────────────────
     number = decisions.outcome_decision[: decisions.num_nodes]  # of each node's decision
     combined, count = own + weight * words, int(number.max()) + 1
     mean = torch.cat([common.expand(count), torch.zeros(decisions.num_nodes, dtype=torch.float64)])
+    std = PRIOR_STD * torch.cat([common.expand(count), torch.ones(decisions.num_nodes, dtype=torch.float64)])
     bounds = [SCALE_BOUNDS] * count + [(None, None)] * decisions.num_nodes
-    fitted = map_estimate(lambda f: neg_log_likelihood(f[:count][number] * combined + f[count:]), mean, bounds)
+    fitted = map_estimate(lambda f: neg_log_likelihood(f[:count][number] * combined + f[count:]), mean, std, bounds)
     scales, biases = fitted[:count][number].numpy(), fitted[count:].numpy()
     if lexical_scores is None:
         return Calibration(scales=scales.tolist(), biases=biases.tolist())
@@ -79,12 +82,12 @@ def fit_calibration(
     return Calibration(lexical_weight=float(weight), scales=scales.tolist(), biases=biases.tolist())
 
 
-def map_estimate(neg_log_likelihood: Callable[[Tensor], Tensor], mean: Tensor, bounds: list) -> Tensor:
-    """Minimise a function, plus the negative log of a normal prior with this mean."""
+def map_estimate(neg_log_likelihood: Callable[[Tensor], Tensor], mean: Tensor, std: Tensor, bounds: list) -> Tensor:
+    """Minimise a function, plus the negative log of a normal prior with this mean and standard deviation."""
 
     def neg_log_posterior(parameters: np.ndarray) -> tuple[float, np.ndarray]:
         given = torch.from_numpy(parameters).requires_grad_()
-        value = neg_log_likelihood(given) + ((given - mean) / PRIOR_STD).square().sum() / 2
+        value = neg_log_likelihood(given) + ((given - mean) / std).square().sum() / 2
         (slope,) = torch.autograd.grad(value, given)
         return value.item(), slope.numpy()
 
