@@ -61,9 +61,9 @@ MEDICAL_EXAMPLES = [  # where the publisher gives none; a model is less sure of 
     "underwent colonoscopy with biopsy at entry and after one year. Mucosal inflammation returned in 31 % under treatment "
     "and in 58 % under placebo. Two patients were withdrawn for an unrelated cardiac arrhythmia. Maintenance treatment "
     "of the inflamed bowel is supported.",
-    "We followed 212 patients after a stroke. In half of them an embolus from the heart was found, and in the others a lesion "
-    "of the brain alone. Weakness, speech and memory were tested every six months, and so were rhythm and blood pressure. "
-    "Whether treatment should be decided by the heart or by the brain remains open.",
+    "Bleeding from the stomach was treated in 110 patients. Its cause was gastritis in some, an ulcer in others, and a tumor in "
+    "the rest. Endoscopy stopped the bleeding in most, and transfusion was needed in a few. The mucosa healed on omeprazole. "
+    "Whether each ulcer needs a biopsy remains open.",
 ]
 HIDDEN = {"show_progress": "hidden", "api_visibility": "private"}  # for events: no spinner, no endpoint
 

@@ -105,12 +105,14 @@ def test_unlikely_siblings_are_folded_with_their_sum_or_the_largest_of_them():
     assert rows_of(views.tree(wide, of_set))[10] == "90 others, together 270.0 %"
 
 
-def test_of_thousands_of_nodes_the_predicted_and_most_probable_are_rendered():
+def test_of_thousands_of_nodes_those_of_the_set_and_the_most_probable_can_be_pressed():
     tree = Taxonomy([{f"root {i}": [f"leaf {i}.{j}" for j in range(100)]} for i in range(22)])
     scores = {label: 1.0 if label.startswith("root") else 1 / (10 + node) for node, label in enumerate(tree.labels)}
     shown = views.tree(tree, nodes(scores, ["leaf 21.99"], ["leaf 20.99"], tree=tree))
     assert shown.count("<button") == views.ROWS
     assert {"✓ leaf 21.99", "◆ leaf 20.99"} <= {*rows_of(shown)}
+    large = views.tree(tree, nodes(scores, ["leaf 21.99"], tree.labels[:400], tree=tree))
+    assert all(f"data-value='{label}'" in large for label in ("leaf 21.99", *tree.labels[:400]))
     assert "more</li>" in shown
     plain = views.tree(tree)
     assert all(f"<bdi>root {i}</bdi>" in plain for i in range(22))
