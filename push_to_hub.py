@@ -8,6 +8,7 @@ import json
 import logging
 import tempfile
 from pathlib import Path
+from typing import Any
 
 # silence bitsandbytes before its import: it suggests unpinned kernels from the Hub
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -15,12 +16,13 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 import transformers
 from huggingface_hub import CommitInfo, HfApi, RepoCard
 from huggingface_hub.utils import disable_progress_bars
+from transformers import AutoTokenizer
 
 from configuration_hierarchical import HierarchicalConfig
 from hierarchical_clinicalbert.checkpoint_files import CARD, published_files, read_checkpoint, read_json_object
 from hierarchical_clinicalbert.errors import ROOT, ArgumentParser, InputError, as_input_error, run_command
 from hierarchical_clinicalbert.publishing import card
-from hierarchical_clinicalbert.publishing.export import export_merged, export_onnx
+from hierarchical_clinicalbert.publishing.export import export_merged, export_onnx, load_merged
 from hierarchical_clinicalbert.publishing.hub import (
     SPACE_FILES,
     Target,
@@ -56,7 +58,8 @@ def main(argv: list[str]) -> None:
     with as_input_error(f"cannot publish the card {folder / CARD}"):
         readme = (folder / CARD).read_text(encoding="utf-8-sig")
         RepoCard(readme).validate()  # on the Hub
-        readme = card.update_for_publishing(readme, target.repo_id, arguments.merge, examples)
+        result = classify_first(folder, examples) if examples else None
+        readme = card.update_for_publishing(readme, target.repo_id, arguments.merge, examples, result)
 
     with tempfile.TemporaryDirectory() as scratch:
         # ── Collect the files, in the requested form ─────────────────────────────────────────────────────────────────
@@ -114,6 +117,13 @@ def read_examples(path: str) -> list[str]:
     if not 0 < len(examples) <= MAX_EXAMPLES:
         raise InputError(f"--examples: {path} has {len(examples):,} texts; give 1 to {MAX_EXAMPLES}")
     return examples
+
+
+def classify_first(folder: Path, examples: list[str]) -> dict[str, Any]:
+    """Return the result of a checkpoint for the first of the examples."""
+    model = load_merged(folder)
+    model.config.page = {**model.config.page, "examples": examples}
+    return card.classify_example(model, AutoTokenizer.from_pretrained(folder, trust_remote_code=True))
 
 
 def config_with_examples(file: Path, examples: list[str]) -> bytes:
