@@ -8,7 +8,6 @@ import json
 import logging
 import tempfile
 from pathlib import Path
-from typing import Any
 
 # silence bitsandbytes before its import: it suggests unpinned kernels from the Hub
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -58,7 +57,10 @@ def main(argv: list[str]) -> None:
     with as_input_error(f"cannot publish the card {folder / CARD}"):
         readme = (folder / CARD).read_text(encoding="utf-8-sig")
         RepoCard(readme).validate()  # on the Hub
-        result = classify_first(folder, examples) if examples else None
+        result = None
+        if examples:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+            result = card.classify_example(load_merged(folder), tokenizer, examples[0])
         readme = card.update_for_publishing(readme, target.repo_id, arguments.merge, examples, result)
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -117,13 +119,6 @@ def read_examples(path: str) -> list[str]:
     if not 0 < len(examples) <= MAX_EXAMPLES:
         raise InputError(f"--examples: {path} has {len(examples):,} texts; give 1 to {MAX_EXAMPLES}")
     return examples
-
-
-def classify_first(folder: Path, examples: list[str]) -> dict[str, Any]:
-    """Return the result of a checkpoint for the first of the examples."""
-    model = load_merged(folder)
-    model.config.page = {**model.config.page, "examples": examples}
-    return card.classify_example(model, AutoTokenizer.from_pretrained(folder, trust_remote_code=True))
 
 
 def config_with_examples(file: Path, examples: list[str]) -> bytes:

@@ -171,7 +171,8 @@ def file_tab(service: Service) -> None:
         with gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=300):
                 file = gr.File(
-                    label="A file of texts",
+                    label="A file of texts, or several .txt files",
+                    file_count="multiple",
                     file_types=[f".{kind}" for kind in KINDS],
                     height=140,
                     elem_id="file",
@@ -179,6 +180,8 @@ def file_tab(service: Service) -> None:
                 column = gr.Dropdown(
                     choices=[], label="Column with the texts", allow_custom_value=True, elem_id="column"
                 )
+                encodings = ["utf-8", "cp1252", "utf-16"]
+                encoding = gr.Dropdown(encodings, label="Encoding", allow_custom_value=True, elem_id="encoding")
                 file_target = target_slider(service, "file-")
                 with gr.Row():
                     start = gr.Button("Classify the file", variant="primary", elem_id="start")
@@ -205,13 +208,17 @@ def file_tab(service: Service) -> None:
         # ── Events ───────────────────────────────────────────────────────────────────────────────────────────────────
         shown = [progress, summary, table, problems, as_csv, as_lines, rows]
         opened = [kept, column, *shown]
-        inputs = [kept, column, file_target]
+        inputs = [kept, column, file_target, encoding]
         files = {"concurrency_id": "files", "preprocess": False, **HIDDEN}
         run = start.click(service.run_file, inputs, shown, **files)
         at_any_time = {"trigger_mode": "multiple", **HIDDEN}  # also while the previous event is handled
         changed = [file.upload, file.clear]
-        closed = gr.on(changed, lambda: service.open_file(None), None, opened, queue=False, cancels=run, **at_any_time)
-        closed.then(service.open_file, file, opened, concurrency_id="opening", **at_any_time)
+        closed = gr.on(
+            changed, lambda: service.open_file(None, None, None), None, opened, queue=False, cancels=run, **at_any_time
+        )
+        opening = {"fn": service.open_file, "inputs": [file, kept, encoding], "outputs": opened}
+        closed.then(**opening, concurrency_id="opening", **at_any_time)
+        encoding.change(**opening, concurrency_id="opening", cancels=run, **at_any_time)
         stop.click(service.cancel_file, rows, shown, queue=False, cancels=run, **HIDDEN)
         page.input(service.turn_page, [rows, page], [table, page], queue=False, **at_any_time)
 

@@ -20,6 +20,7 @@ Worth knowing:
 
 import copy
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypedDict
@@ -38,7 +39,6 @@ MIN_STEPS = 32
 SECONDS = 7  # after this time, no piece is halved
 TOLERANCE = 0.005  # a piece with a larger error, in probability, is halved
 LOG_ODDS_SLOPE = 4  # slope of the log-odds at a probability of 0.5; converts tolerances from probability to log-odds
-POINTS_PER_PASS = 6  # of the integration path, in one forward pass
 
 
 class Word(TypedDict):
@@ -110,17 +110,13 @@ class IntegrationPath:
 
     def __call__(self, vectors: Tensor, contributions: Tensor | None = None) -> Tensor:
         """Compute values (B, num_nodes) from what `at` returns for B positions."""
-        hooks = []
-        if contributions is not None:
-            scores = self.first_scores + contributions.sum(-1)
-            hooks.append(self.lexical_head.register_forward_hook(lambda *_: scores))
-        try:
+        with ExitStack() as hooks:
+            if contributions is not None:
+                scores = self.first_scores + contributions.sum(-1)
+                hooks.enter_context(self.lexical_head.register_forward_hook(lambda *_: scores))
             inputs = {name: values.expand(len(vectors), -1) for name, values in self.inputs.items()}
             outputs = self.model(**inputs, inputs_embeds=vectors.to(self.embeddings.weight.dtype))
             return outputs["logits"] if self.log_odds else outputs["node_log_probs"].exp()
-        finally:
-            for hook in hooks:
-                hook.remove()
 
 
 def tfidf(head: nn.Module, ids: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
@@ -150,14 +146,8 @@ class Explainer:
         # ── Tokens of the text and of the blank text ──
         node = self.tree.id(label)
         device = next(self.model.parameters()).device
-        encoded = self.tokenizer(
-            text,
-            truncation=True,
-            return_offsets_mapping=True,
-            return_special_tokens_mask=True,
-            return_tensors="pt",
-            verbose=False,
-        )
+        asked = dict.fromkeys(("truncation", "return_offsets_mapping", "return_special_tokens_mask"), True)
+        encoded = self.tokenizer(text, return_tensors="pt", verbose=False, **asked)
         inputs = {name: encoded[name].to(device) for name in self.tokenizer.model_input_names if name in encoded}
         ids, special = inputs["input_ids"], encoded["special_tokens_mask"].bool().to(device)
         blank_ids = torch.where(special, ids, self.tokenizer.pad_token_id)
@@ -232,8 +222,7 @@ def probability(value: float, log_odds: bool) -> float:
 
 def integrate(path: IntegrationPath, node: int, start: float, end: float, values: dict[float, float]) -> Piece:
     """Integrate the gradients of a node's value over a piece of a path. ``values`` has those at both ends."""
-    options = {"n_steps": STEPS, "internal_batch_size": POINTS_PER_PASS}
-    attributions = IntegratedGradients(path).attribute(path.at(end), path.at(start), target=node, **options)
+    attributions = IntegratedGradients(path).attribute(path.at(end), path.at(start), target=node, n_steps=STEPS)
     vectors = attributions[0][0].sum(-1)
     lexical = attributions[1][0].sum(0) if len(attributions) > 1 else vectors.new_zeros(len(path.tokens))
     error = (vectors.sum() + lexical.sum()).item() - (values[end] - values[start])

@@ -221,13 +221,13 @@ def example(config: HierarchicalConfig) -> str:
 
 
 def classify_example(
-    model: HierarchicalForSequenceClassification, tokenizer: PreTrainedTokenizerBase
+    model: HierarchicalForSequenceClassification, tokenizer: PreTrainedTokenizerBase, text: str | None = None
 ) -> dict[str, Any]:
-    """Return the pipeline's result for the text of `example`, with a prediction set if the calibration has thresholds."""
+    """Return the pipeline's result for a text, by default of `example`, with a prediction set if there are thresholds."""
     classify = HierarchicalTextClassificationPipeline(model=model, tokenizer=tokenizer)
     offers_sets = measured_threshold(classify.decisions, model.config.calibration) is not None
     sets: dict[str, Any] = {classify.decisions.guarantee: MEASURED_TARGET} if offers_sets else {}
-    return classify(example(model.config), **sets)
+    return classify(text or example(model.config), **sets)
 
 
 def printed(result: dict[str, Any]) -> str:
