@@ -15,12 +15,13 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 import transformers
 from huggingface_hub import CommitInfo, HfApi, RepoCard
 from huggingface_hub.utils import disable_progress_bars
+from transformers import AutoTokenizer
 
 from configuration_hierarchical import HierarchicalConfig
 from hierarchical_clinicalbert.checkpoint_files import CARD, published_files, read_checkpoint, read_json_object
 from hierarchical_clinicalbert.errors import ROOT, ArgumentParser, InputError, as_input_error, run_command
 from hierarchical_clinicalbert.publishing import card
-from hierarchical_clinicalbert.publishing.export import export_merged, export_onnx
+from hierarchical_clinicalbert.publishing.export import export_merged, export_onnx, load_merged
 from hierarchical_clinicalbert.publishing.hub import (
     SPACE_FILES,
     Target,
@@ -56,7 +57,11 @@ def main(argv: list[str]) -> None:
     with as_input_error(f"cannot publish the card {folder / CARD}"):
         readme = (folder / CARD).read_text(encoding="utf-8-sig")
         RepoCard(readme).validate()  # on the Hub
-        readme = card.update_for_publishing(readme, target.repo_id, arguments.merge, examples)
+        result = None
+        if examples:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+            result = card.classify_example(load_merged(folder), tokenizer, examples[0])
+        readme = card.update_for_publishing(readme, target.repo_id, arguments.merge, examples, result)
 
     with tempfile.TemporaryDirectory() as scratch:
         # ── Collect the files, in the requested form ─────────────────────────────────────────────────────────────────

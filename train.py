@@ -42,7 +42,7 @@ from hierarchical_clinicalbert.evaluation.report import (
 )
 from hierarchical_clinicalbert.files import lock, write_json
 from hierarchical_clinicalbert.machine import keep_memory
-from hierarchical_clinicalbert.publishing.card import delete_description, delete_scores
+from hierarchical_clinicalbert.publishing.card import classify_example, delete_description, delete_scores
 from hierarchical_clinicalbert.training import resume
 from hierarchical_clinicalbert.training.arguments import Arguments, fit_to_data, parse
 from hierarchical_clinicalbert.training.cpu import KEPT_MEMORY
@@ -51,7 +51,6 @@ from hierarchical_clinicalbert.training.model import build_model, fetch_model, l
 from hierarchical_clinicalbert.training.prototypes import find_known_nodes, initialise_heads, set_heads
 from hierarchical_clinicalbert.training.publish import (
     check_hub,
-    classify_example,
     describe_page,
     run_facts,
     run_settings,
@@ -223,7 +222,11 @@ def train(arguments: Arguments, data: LabelledSplits, resume_from: str | None, p
         metrics = facts | scores | write_scores(form, scored, thresholds, output)
         drawn = {name: metric.title for name, metric in form.metrics.items() if metric.is_key and metric.direction > 0}
         plots.write(plots.training_curves(trainer.state.log_history, drawn), output / "plots" / "training_curves.png")
-        write_card(trainer, settings, data_report, output, metrics, classify_example(scorer.model, tokenizer))
+        shown = classify_example(scorer.model, tokenizer)
+        trainer.write_card = functools.partial(
+            write_card, trainer, settings, data_report, metrics=metrics, example_result=shown
+        )
+        trainer.write_card(output)
         write_json(output / METRICS, metrics)
         logger.info("checkpoint, metrics and plots are in %s", output)
     log_metrics(form, scores, scored)

@@ -61,9 +61,9 @@ MEDICAL_EXAMPLES = [  # where the publisher gives none; a model is less sure of 
     "underwent colonoscopy with biopsy at entry and after one year. Mucosal inflammation returned in 31 % under treatment "
     "and in 58 % under placebo. Two patients were withdrawn for an unrelated cardiac arrhythmia. Maintenance treatment "
     "of the inflamed bowel is supported.",
-    "We followed 212 patients after a stroke. In half of them an embolus from the heart was found, and in the others a lesion "
-    "of the brain alone. Weakness, speech and memory were tested every six months, and so were rhythm and blood pressure. "
-    "Whether treatment should be decided by the heart or by the brain remains open.",
+    "Bleeding from the stomach was treated in 110 patients. Its cause was gastritis in some, an ulcer in others, and a tumor in "
+    "the rest. Endoscopy stopped the bleeding in most, and transfusion was needed in a few. The mucosa healed on omeprazole. "
+    "Whether each ulcer needs a biopsy remains open.",
 ]
 HIDDEN = {"show_progress": "hidden", "api_visibility": "private"}  # for events: no spinner, no endpoint
 
@@ -171,7 +171,8 @@ def file_tab(service: Service) -> None:
         with gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=300):
                 file = gr.File(
-                    label="A file of texts",
+                    label="A file of texts, or several .txt files",
+                    file_count="multiple",
                     file_types=[f".{kind}" for kind in KINDS],
                     height=140,
                     elem_id="file",
@@ -179,6 +180,8 @@ def file_tab(service: Service) -> None:
                 column = gr.Dropdown(
                     choices=[], label="Column with the texts", allow_custom_value=True, elem_id="column"
                 )
+                encodings = ["utf-8", "cp1252", "utf-16"]
+                encoding = gr.Dropdown(encodings, label="Encoding", allow_custom_value=True, elem_id="encoding")
                 file_target = target_slider(service, "file-")
                 with gr.Row():
                     start = gr.Button("Classify the file", variant="primary", elem_id="start")
@@ -205,13 +208,17 @@ def file_tab(service: Service) -> None:
         # ── Events ───────────────────────────────────────────────────────────────────────────────────────────────────
         shown = [progress, summary, table, problems, as_csv, as_lines, rows]
         opened = [kept, column, *shown]
-        inputs = [kept, column, file_target]
+        inputs = [kept, column, file_target, encoding]
         files = {"concurrency_id": "files", "preprocess": False, **HIDDEN}
         run = start.click(service.run_file, inputs, shown, **files)
         at_any_time = {"trigger_mode": "multiple", **HIDDEN}  # also while the previous event is handled
         changed = [file.upload, file.clear]
-        closed = gr.on(changed, lambda: service.open_file(None), None, opened, queue=False, cancels=run, **at_any_time)
-        closed.then(service.open_file, file, opened, concurrency_id="opening", **at_any_time)
+        closed = gr.on(
+            changed, lambda: service.open_file(None, None, None), None, opened, queue=False, cancels=run, **at_any_time
+        )
+        opening = {"fn": service.open_file, "inputs": [file, kept, encoding], "outputs": opened}
+        closed.then(**opening, concurrency_id="opening", **at_any_time)
+        encoding.change(**opening, concurrency_id="opening", cancels=run, **at_any_time)
         stop.click(service.cancel_file, rows, shown, queue=False, cancels=run, **HIDDEN)
         page.input(service.turn_page, [rows, page], [table, page], queue=False, **at_any_time)
 

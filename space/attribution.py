@@ -8,10 +8,10 @@ Worth knowing:
    the difference between the values of the text and of the blank text. `benchmarks/LOG.md` compares baselines.
 3. The encoder reads a word as a vector of its embedding layer. A lexical head, if there is one, reads the word as a count.
    The integration path changes both together, and the weight of a word is the sum of both contributions.
-4. Along the path, the value often jumps within a few hundredths. A scan without gradients finds the jumps, and the
-   path is split there. The interval with the largest error is halved until all errors are small, or the steps or the time are
-   used up (adaptive quadrature).
-   The error of an interval is known, because its integral is a difference of two values (captum's convergence delta).
+4. Along the path, the value often jumps within a few hundredths. So the path is halved where the value changes most, without
+   gradients, which cost three times a value. Then the piece with the largest error is halved until all errors are small, or the
+   steps or the time are used up (adaptive quadrature).
+   The error of a piece is known, because its integral is a difference of two values (the convergence delta).
 5. The gradients run on a copy of the model that shares its weights. So hooks on the copy do not affect the model, which
    classifies at the same time.
 6. A text of one token has a vector of length 1, so the lexical head's score of such a text tells the token's weight. So the
@@ -20,27 +20,25 @@ Worth knowing:
 
 import copy
 import time
-import warnings
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypedDict
 
 import torch
-from captum.attr import LayerIntegratedGradients
+from captum.attr import IntegratedGradients
 from torch import Tensor, nn
 from transformers import BatchEncoding, Pipeline
 
-# captum warns of layers that may depend on each other; these do not
-warnings.filterwarnings("ignore", message="Multiple layers provided", category=UserWarning)
-
-SCAN = 16  # intervals of the scan
-MAX_STEEP = 3  # at most this many intervals of the scan, those with the largest change, become pieces of their own
-STEPS_STEEP, STEPS_FLAT = 6, 3  # steps with gradients for one piece
-WORK = 16_000  # budget of tokens × steps for all pieces; a long text gets at least 2 · SCAN steps
+PIECES = 4  # of the path, before it is halved where the value changes most
+MAX_CHANGE = 0.15  # of the value along a piece, in probability, until there are `MAX_PIECES`
+MAX_PIECES = 12
+STEPS = 2  # with gradients for one piece
+WORK = 16_000  # budget of tokens × steps for all pieces; a long text gets at least `MIN_STEPS`
+MIN_STEPS = 32
 SECONDS = 7  # after this time, no piece is halved
 TOLERANCE = 0.005  # a piece with a larger error, in probability, is halved
 LOG_ODDS_SLOPE = 4  # slope of the log-odds at a probability of 0.5; converts tolerances from probability to log-odds
-POINTS_PER_PASS = 6  # of the integration path, in one forward pass
 
 
 class Word(TypedDict):
@@ -84,7 +82,7 @@ class IntegrationPath:
     """The straight line from a blank text, at 0, to the text, at 1, with the values of all nodes along it.
 
     Args:
-        model: the model; hooks replace the outputs of its embedding layer and of its lexical head.
+        model: the model; a hook replaces the output of its lexical head.
         inputs: outputs of the tokenizer, (1, T) each.
         blank_ids: token ids of the blank text, (1, T).
     """
@@ -93,7 +91,6 @@ class IntegrationPath:
         self.model, self.inputs = model, inputs
         self.embeddings, self.lexical_head = model.get_input_embeddings(), model.heads.lexical
         self.log_odds = model.config.is_multi_label
-        self.vectors, self.contributions = nn.Identity(), nn.Identity()  # captum takes gradients at these layers
         with torch.no_grad():
             self.first = self.embeddings(blank_ids).float()  # (1, T, H); in half precision the steps would be lost
             self.span = self.embeddings(inputs["input_ids"]).float() - self.first
@@ -106,21 +103,20 @@ class IntegrationPath:
                 weights = head(known[:, None], None) - head.bias.float()  # (U, L)
                 self.lexical_span = weights.T * (values[0] - values[1])  # (L, U)
 
-    def __call__(self, position: Tensor) -> Tensor:
-        """Compute values (B, num_nodes) at positions (B, 1) between 0 and 1."""
-        vectors = self.vectors(self.first + position.unsqueeze(-1) * self.span)  # (B, T, H)
-        hooks = []
-        if self.lexical_head is not None:
-            contributions = self.contributions(position.unsqueeze(-1) * self.lexical_span)  # (B, L, U)
-            scores = self.first_scores + contributions.sum(-1)
-            hooks.append(self.lexical_head.register_forward_hook(lambda *_: scores))
-        try:
-            inputs = {name: values.expand(len(position), -1) for name, values in self.inputs.items()}
+    def at(self, position: float) -> tuple[Tensor, ...]:
+        """Return what the model reads at a position: vectors (1, T, H), and the lexical head's contributions (1, L, U)."""
+        vectors = (self.first + position * self.span,)
+        return vectors if self.lexical_head is None else (*vectors, position * self.lexical_span[None])
+
+    def __call__(self, vectors: Tensor, contributions: Tensor | None = None) -> Tensor:
+        """Compute values (B, num_nodes) from what `at` returns for B positions."""
+        with ExitStack() as hooks:
+            if contributions is not None:
+                scores = self.first_scores + contributions.sum(-1)
+                hooks.enter_context(self.lexical_head.register_forward_hook(lambda *_: scores))
+            inputs = {name: values.expand(len(vectors), -1) for name, values in self.inputs.items()}
             outputs = self.model(**inputs, inputs_embeds=vectors.to(self.embeddings.weight.dtype))
             return outputs["logits"] if self.log_odds else outputs["node_log_probs"].exp()
-        finally:
-            for hook in hooks:
-                hook.remove()
 
 
 def tfidf(head: nn.Module, ids: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
@@ -150,37 +146,37 @@ class Explainer:
         # ── Tokens of the text and of the blank text ──
         node = self.tree.id(label)
         device = next(self.model.parameters()).device
-        encoded = self.tokenizer(
-            text,
-            truncation=True,
-            return_offsets_mapping=True,
-            return_special_tokens_mask=True,
-            return_tensors="pt",
-            verbose=False,
-        )
+        asked = dict.fromkeys(("truncation", "return_offsets_mapping", "return_special_tokens_mask"), True)
+        encoded = self.tokenizer(text, return_tensors="pt", verbose=False, **asked)
         inputs = {name: encoded[name].to(device) for name in self.tokenizer.model_input_names if name in encoded}
         ids, special = inputs["input_ids"], encoded["special_tokens_mask"].bool().to(device)
         blank_ids = torch.where(special, ids, self.tokenizer.pad_token_id)
 
-        # ── Scan without gradients, and split the path at the jumps ──
+        # ── Halve the path where the value changes most, without gradients ──
         deadline = time.monotonic() + SECONDS
         path = IntegrationPath(self.model, inputs, blank_ids)
-        scan = torch.linspace(0, 1, SCAN + 1, device=device).unsqueeze(1)
-        with torch.no_grad():
-            values = torch.cat([path(chunk)[:, node] for chunk in scan.split(POINTS_PER_PASS)]).tolist()
-        tolerance = TOLERANCE * (LOG_ODDS_SLOPE if path.log_odds else 1)
+        slope = LOG_ODDS_SLOPE if path.log_odds else 1
+
+        def value(position: float) -> float:
+            with torch.no_grad():
+                return path(*path.at(position))[0, node].item()
+
+        values = {i / PIECES: value(i / PIECES) for i in range(PIECES + 1)}  # by position
+        while len(values) <= MAX_PIECES:
+            start, end = max(pairwise(sorted(values)), key=lambda ends: abs(values[ends[1]] - values[ends[0]]))
+            if abs(values[end] - values[start]) <= MAX_CHANGE * slope:
+                break
+            values[(start + end) / 2] = value((start + end) / 2)
 
         # ── Integrate each piece, and halve the worst until the error, the steps or the time is reached ──
-        first = split_at_jumps(values, tolerance)
-        pieces = [integrate(path, node, *piece) for piece in first]
-        steps, max_steps = sum(count for *_, count in first), max(WORK // ids.shape[1], 2 * SCAN)
+        pieces = [integrate(path, node, start, end, values) for start, end in pairwise(sorted(values))]
+        max_pieces = max(WORK // ids.shape[1], MIN_STEPS) // STEPS
         worst = max(pieces, key=lambda piece: abs(piece.error))
-        while abs(worst.error) > tolerance and steps + 2 * STEPS_STEEP <= max_steps and time.monotonic() < deadline:
+        while abs(worst.error) > TOLERANCE * slope and len(values) <= max_pieces and time.monotonic() < deadline:
             pieces.remove(worst)
             middle = (worst.start + worst.end) / 2
-            for ends in ((worst.start, middle), (middle, worst.end)):
-                pieces.append(integrate(path, node, *ends, STEPS_STEEP))
-            steps += 2 * STEPS_STEEP
+            values[middle] = value(middle)
+            pieces += [integrate(path, node, *ends, values) for ends in pairwise((worst.start, middle, worst.end))]
             worst = max(pieces, key=lambda piece: abs(piece.error))
 
         # ── Contributions of words and special tokens ──
@@ -193,11 +189,11 @@ class Explainer:
         total = sum(word["weight"] for word in words) + rest
         return {
             "label": label,
-            "score": probability(values[-1], path.log_odds),
+            "score": probability(values[1], path.log_odds),
             "blank_score": probability(values[0], path.log_odds),
             "words": words,
             "rest": rest,
-            "error": total - (values[-1] - values[0]),
+            "error": total - (values[1] - values[0]),
             # white space at the end has no token, but counts as read
             "characters_read": int(encoded["offset_mapping"].max()) if encoded.encodings[0].overflowing else len(text),
         }
@@ -224,30 +220,13 @@ def probability(value: float, log_odds: bool) -> float:
     return torch.tensor(value, dtype=torch.float64).sigmoid().item() if log_odds else value
 
 
-def integrate(path: IntegrationPath, node: int, start: float, end: float, steps: int) -> Piece:
-    """Integrate the gradients of a node's value over a piece of a path."""
-    layers = [path.vectors] if path.lexical_head is None else [path.vectors, path.contributions]
-    ends = path.first.new_tensor([[start], [end]])
-    options = {"n_steps": steps, "internal_batch_size": POINTS_PER_PASS, "return_convergence_delta": True}
-    attributions, error = LayerIntegratedGradients(path, layers).attribute(ends[1:], ends[:1], target=node, **options)
+def integrate(path: IntegrationPath, node: int, start: float, end: float, values: dict[float, float]) -> Piece:
+    """Integrate the gradients of a node's value over a piece of a path. ``values`` has those at both ends."""
+    attributions = IntegratedGradients(path).attribute(path.at(end), path.at(start), target=node, n_steps=STEPS)
     vectors = attributions[0][0].sum(-1)
-    lexical = attributions[1][0].sum(0) if len(layers) > 1 else vectors.new_zeros(len(path.tokens))
-    return Piece(start, end, vectors.detach(), lexical.detach(), error.item())
-
-
-def split_at_jumps(values: list[float], tolerance: float) -> list[tuple[float, float, int]]:
-    """Split a path into pieces: start, end and number of steps. The largest changes are in short pieces.
-
-    Args:
-        values: at evenly spaced positions, both ends included.
-        tolerance: largest change that is no jump.
-    """
-    count = len(values) - 1
-    change = [abs(values[i + 1] - values[i]) for i in range(count)]
-    steep = sorted(range(count), key=lambda i: -change[i])[:MAX_STEEP]
-    steep = [i for i in steep if change[i] > tolerance]
-    ends = sorted({0, count, *steep, *(i + 1 for i in steep)})
-    return [(a / count, b / count, STEPS_STEEP if a in steep else STEPS_FLAT) for a, b in pairwise(ends)]
+    lexical = attributions[1][0].sum(0) if len(attributions) > 1 else vectors.new_zeros(len(path.tokens))
+    error = (vectors.sum() + lexical.sum()).item() - (values[end] - values[start])
+    return Piece(start, end, vectors.detach(), lexical.detach(), error)
 
 
 def join_tokens(text: str, encoded: BatchEncoding, weights: list[float]) -> list[Word]:

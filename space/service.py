@@ -26,7 +26,7 @@ from attribution import Explainer, Explanation
 from classification import MIN_TARGET, Classification, check_target, check_text, highest_target
 from gradio.utils import get_upload_folder
 from retention import KEPT_SECONDS
-from tables import MAX_CHARACTERS, Refused, TextRow, read_table, to_csv, to_json_lines
+from tables import MAX_BYTES, MAX_CHARACTERS, File, Refused, TextRow, read_table, to_csv, to_json_lines
 from transformers import Pipeline
 
 from hierarchical_clinicalbert.reading.results import to_row
@@ -81,19 +81,24 @@ def gpu(function: Callable) -> Callable:
     return function if spaces is None else spaces.GPU(function)
 
 
-def take_upload(path: str) -> bytes:
-    """Read an uploaded file and delete it.
+def take_uploads(paths: list[str]) -> list[File]:
+    """Read uploaded files and delete them.
 
     Raises:
-        Refused: the file is not an upload, or was deleted.
+        Refused: one is not an upload, or was deleted; or of several, one is not a text, or they are too large together.
     """
-    file = Path(path).resolve()
-    if not file.is_relative_to(Path(get_upload_folder()).resolve()) or not file.is_file():
-        raise Refused("The file was deleted after it was read, or never arrived: upload it again.")
-    try:
-        return file.read_bytes()
-    finally:
+    files: list[File] = []
+    for path in paths:
+        file = Path(path).resolve()
+        if not file.is_relative_to(Path(get_upload_folder()).resolve()) or not file.is_file():
+            raise Refused("The file was deleted after it was read, or never arrived: upload it again.")
+        files.append((file.name, file.read_bytes()))
         file.unlink(missing_ok=True)
+    if len(files) > 1 and not all(name.lower().endswith(".txt") for name, _ in files):
+        raise Refused("Of several files, each must be a text (.txt).")
+    if sum(len(content) for _, content in files) > MAX_BYTES:
+        raise Refused(f"The files have more than {MAX_BYTES // 2**20} MB.")
+    return files
 
 
 class Service:
@@ -162,7 +167,7 @@ class Service:
         """
         if not isinstance(file, dict) or not isinstance(file.get("path"), str):
             raise Refused("A file is needed.")
-        table = read_table(take_upload(file["path"]), file["path"], column or None, self.max_characters)
+        table = read_table(take_uploads([file["path"]]), column or None, self.max_characters)
         if coverage is not None:
             check_target(self.classifier, coverage)
         result: dict[str, Any] = {"column": table.column, "rows": [], "problems": []}
@@ -251,18 +256,17 @@ class Service:
             return views.refusal(str(error), "Not explained")
         return views.words(text, self._explain(text, node), self.unit)
 
-    def open_file(self, path: str | None) -> list[Any]:
-        """Read an upload into memory. Return its name and content, its columns, and cleared outputs of `run_file`."""
-        kept, columns, state = None, gr.Dropdown(choices=[], value=None), views.progress(0, 0, 0, "No file yet.")
-        if path is not None:
-            try:
-                content = take_upload(path)
-                table = read_table(content, path, length=self.max_characters)
-                kept, columns = (path, content), gr.Dropdown(choices=table.columns, value=table.column)
+    def open_file(self, paths: list[str] | None, kept: list[File] | None, encoding: str | None) -> list[Any]:
+        """Read uploads into memory, if nothing is kept. Return what is kept, its columns, and cleared outputs of `run_file`."""
+        columns, state = gr.Dropdown(choices=[], value=None), views.progress(0, 0, 0, "No file yet.")
+        try:
+            if kept := kept or (take_uploads(paths) if paths else None):
+                table = read_table(kept, length=self.max_characters, encoding=encoding)
+                columns = gr.Dropdown(choices=table.columns, value=table.column)
                 problems = sum(row.problem is not None for row in table.rows)
                 state = views.progress(0, len(table.rows), problems, "Read, and deleted from the disk. Classified:")
-            except Refused as error:
-                state = views.refusal(str(error), "Not read")
+        except Refused as error:
+            state = views.refusal(str(error), "Not read")
         return [kept, columns, *self.show_no_rows(state)]
 
     def show_no_rows(self, state: str) -> list[Any]:
@@ -286,7 +290,9 @@ class Service:
         cancelled = views.progress(0, 0, 0, "Cancelled. No results are kept.")
         return self.show_no_rows(cancelled) if rows is None else [gr.skip()] * 7
 
-    def run_file(self, kept: tuple[str, bytes] | None, column: str, target: float | None) -> Iterator[list[Any]]:
+    def run_file(
+        self, kept: list[File] | None, column: str, target: float | None, encoding: str | None
+    ) -> Iterator[list[Any]]:
         """Classify a file.
 
         Yield progress, summary, the first page of rows, problems, two downloads, and in the end all rows for `turn_page`.
@@ -295,12 +301,11 @@ class Service:
         try:
             if kept is None:
                 raise Refused(f"There is no file: choose one. It is kept for {KEPT_SECONDS // 60} minutes.")
-            name, content = kept
             if highest_target(self.classifier) >= MIN_TARGET:
                 check_target(self.classifier, target)
             else:  # nobody could move the slider
                 target = None
-            table = read_table(content, name, column or "", self.max_characters)
+            table = read_table(kept, column or "", self.max_characters, encoding)
         except Refused as error:
             yield self.show_no_rows(views.refusal(str(error)))
             return

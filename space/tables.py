@@ -18,6 +18,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +29,7 @@ if not Path(__file__).with_name("hierarchical_clinicalbert").exists():  # in the
 from hierarchical_clinicalbert.reading.columns import TEXT_COLUMNS, find_column, text_problem
 from hierarchical_clinicalbert.reading.encodings import has_surrogate
 from hierarchical_clinicalbert.reading.results import join_lists
-from hierarchical_clinicalbert.reading.rows import KINDS, InputError, Limits, RowReader
+from hierarchical_clinicalbert.reading.rows import FOLDER, KINDS, InputError, Limits, RowReader
 from taxonomy_hierarchical import looks_like_name
 
 MAX_CHARACTERS = 20_000  # of a text, unless the model reads more
@@ -39,6 +40,8 @@ MAX_UNPACKED = 4 * MAX_BYTES  # of the column of texts
 MAX_MEMORY = 512 * 2**20  # of the subprocess, in addition to its memory before it reads the file
 MAX_SECONDS = 30  # of the subprocess
 SAMPLE = 100  # rows in which `longest_column` counts characters
+OFFER = ("give --encoding", "choose the encoding")  # of the commands, and here
+File = tuple[str, bytes]  # name and content
 LIMITS = Limits(bytes=MAX_UNPACKED, rows=MAX_ROWS, columns=MAX_COLUMNS, unpacked_bytes=MAX_UNPACKED)
 # The places in a cell where a spreadsheet can find a formula: at the start, and where it may begin another cell, after a comma, a
 # semicolon, a tab, a vertical bar or a line break. Quotes and spaces in between may be dropped. The characters are those of
@@ -84,23 +87,27 @@ def problem_of(text: Any, length: int) -> str | None:
     return "the text is not valid Unicode: it has half of a surrogate pair" if has_surrogate(text) else None
 
 
-def read_table(content: bytes, name: str, column: str | None = None, length: int = MAX_CHARACTERS) -> Table:
-    """Read the rows of a file in a subprocess.
+def read_table(
+    files: list[File], column: str | None = None, length: int = MAX_CHARACTERS, encoding: str | None = None
+) -> Table:
+    """Read the rows of a file in a subprocess, or of several, each of which is a text.
 
     Args:
-        name: the name of the file, or its ending alone, which is its kind.
+        files: names and contents. The name of a single file, or its ending alone, is its kind.
         column: the column of texts; by default found by its name, else the one with the most characters.
         length: the greatest length of a text in characters.
 
     Raises:
         Refused: the file is empty, not of its kind or of another one, lacks the column, or has two columns of one name.
     """
-    kind = name.lower().rpartition(".")[2]
-    if kind not in KINDS:
+    kind = FOLDER if len(files) > 1 else files[0][0].lower().rpartition(".")[2]
+    if kind not in (*KINDS, FOLDER):
         raise Refused(
             "The file must be CSV, TSV, Excel (.xlsx), JSON, JSON Lines, Parquet or text (.txt), with that ending in its name."
         )
-    request = json.dumps({"kind": kind, "column": column, "length": length}).encode() + b"\n" + content
+    sizes = [(name, len(content)) for name, content in files]
+    asked = {"column": column, "length": length, "kind": kind, "encoding": encoding or "utf-8", "sizes": sizes}
+    request = json.dumps(asked).encode() + b"\n" + b"".join(content for _, content in files)
     # the allocators of Arrow and the arenas of glibc reserve far more than they use, which counts against the limit
     environment = os.environ | {"ARROW_DEFAULT_MEMORY_POOL": "system", "MALLOC_ARENA_MAX": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
@@ -136,7 +143,7 @@ def main() -> None:
                 raise Refused(f"Unpacked, the file has more than {MAX_UNPACKED // 2**20} MB.")
         reply = lines.getbuffer()
     except (InputError, Refused) as error:
-        reply = json.dumps({"refused": f"{str(error).removesuffix('.')}."}).encode()
+        reply = json.dumps({"refused": f"{str(error).replace(*OFFER).removesuffix('.')}."}).encode()
     sys.stdout.buffer.write(reply)
 
 
@@ -151,13 +158,13 @@ def limit_memory() -> None:
         pass
 
 
-def read(content: bytes, kind: str, column: str | None, length: int) -> Iterator[Any]:
+def read(content: bytes, column: str | None, length: int, **source: Any) -> Iterator[Any]:
     """Yield the columns and the column of texts, then for each row its line, text and problem.
 
     Raises:
         Refused, InputError: as for `read_table`.
     """
-    rows = open_rows(content, kind)
+    rows = open_rows(content, **source)
     column = None if column is None else str(column)  # a client can send any type
     text_column = find_column(rows.columns, column, TEXT_COLUMNS)
     if text_column is None:
@@ -165,15 +172,15 @@ def read(content: bytes, kind: str, column: str | None, length: int) -> Iterator
             raise Refused("The file has no such column.")
         text_column = longest_column(rows)
         unnamed = text_column == "" or (text_column is not None and not looks_like_name(text_column))
-        if kind in ("csv", "tsv") and unnamed:
+        if source["kind"] in ("csv", "tsv") and unnamed:
             raise Refused("The file has no column called text or abstract: is the header missing?")
-        rows = open_rows(content, kind)
+        rows = open_rows(content, **source)
     yield {"columns": list(rows.columns), "column": text_column}
     empty = True
     for row in rows.read([] if text_column is None else [text_column]):
         empty = False
         text = row.values.get(text_column)
-        problem = row.problem or problem_of(text, length)
+        problem = row.problem.replace(*OFFER) if row.problem else problem_of(text, length)
         yield [row.line, None if problem else text, problem]
     if empty:
         raise Refused("The file has no rows.")
@@ -189,8 +196,10 @@ def longest_column(rows: RowReader) -> str | None:
     return max(counts, key=counts.__getitem__, default=None)
 
 
-def open_rows(content: bytes, kind: str) -> RowReader:
-    return RowReader(io.BytesIO(content), kind, "The file", LIMITS)
+def open_rows(content: bytes, kind: str, encoding: str, sizes: list[tuple[str, int]]) -> RowReader:
+    stream = io.BytesIO(content)  # of several files, one after another
+    several = [(name, partial(stream.read, size)) for name, size in sizes]
+    return RowReader(several if kind == FOLDER else stream, kind, "The file", LIMITS, encoding=encoding)
 
 
 # ── Downloads ────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from attribution import LOG_ODDS_SLOPE, Explanation
 from classification import Classification, Node, Prediction
 
-ROWS = 300  # most nodes of a tree that are rendered, the folded ones included
+ROWS = 300  # nodes of a tree that are rendered, the folded ones included; more only if they are marked
 SMALL = 60  # most nodes of a taxonomy that is shown as a whole before a text, and most marked nodes that are not folded
 UNLIKELY, SIBLINGS = 0.02, 10  # siblings below this probability, and those after so many, are folded
 MAX_SHOWN = 20  # most nodes shown of a prediction, or of a set
@@ -187,7 +187,7 @@ class NodeResults(NamedTuple):
 def tree(taxonomy: Any, results: NodeResults | None = None) -> str:
     """Render the taxonomy as an indented list: with results siblings by probability, and each node as a button with its bar.
 
-    Predicted nodes and those of the set are marked; up to `SMALL` of them are not folded. At most `ROWS` nodes are rendered.
+    Predicted nodes and those of the set are marked, and all rendered; up to `SMALL` of them are not folded.
     """
     # ── Order: what is marked, then by probability; without results, from the roots down ──
     predicted = set[int]() if results is None else taxonomy.with_ancestors(results.predicted)
@@ -198,7 +198,7 @@ def tree(taxonomy: Any, results: NodeResults | None = None) -> str:
     def rank(node: int) -> tuple:
         return (0 if results is None else -results.scores[node], taxonomy.levels[node], place[node])
 
-    rendered = {*sorted(place, key=lambda node: (node not in marked, rank(node)))[:ROWS]}
+    rendered = {*sorted(place, key=lambda node: (node not in marked, rank(node)))[: max(ROWS, len(marked))]}
 
     # ── Branches: the likely children of a node, and a fold with the others ──
     def is_open(node: int, count: int) -> bool:

@@ -102,10 +102,10 @@ class SpaceServer:
         return self.http.get("/gradio_api/queue/data", params={"session_hash": session}).text
 
     def open_file(self, content: bytes, session: str, name: str = "texts.txt") -> None:
-        self.press("open_file", [stored(self.upload(content, name))], session)
+        self.press("open_file", [[stored(self.upload(content, name))], None, None], session)
 
     def run_file(self, session: str, target: float = 0.9) -> str:
-        return self.press("run_file", [None, "text", target], session)
+        return self.press("run_file", [None, "text", target, None], session)
 
     # ── The end ──────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -17,8 +17,6 @@ def flag(default: Any, help: str, **metadata: Any) -> Any:
 
 @dataclass
 class DataArguments:
-    _argument_group_name = "data"
-
     dataset_name: str | None = flag(None, "Data set on the Hub.")
     dataset_config_name: str | None = flag(None, "Configuration of the data set, if it has several.")
     dataset_revision: str | None = flag(None, "Commit, tag or branch of the data set.")
@@ -46,8 +44,8 @@ class DataArguments:
     class_names: str | None = flag(None, "Names of coded labels: table with columns code and name, or JSON object.")
     max_length: int | None = flag(
         None,
-        "Texts are truncated to this number of tokens. Those beyond the encoder's window are read in several windows. "
-        "Default: 512 or the window, or the limit of the checkpoint to score.",
+        "Texts are truncated to this many tokens, and read in windows of the encoder's size. Default: 512 or the window, "
+        "or the limit of the checkpoint to score.",
     )
     validation_size: float | None = flag(
         None, f"Share of texts for validation, if no rows are given. Default: {SHARE}."

@@ -15,6 +15,8 @@ from typing import Any
 
 import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from jinja2.utils import htmlsafe_json_dumps
+from transformers import PreTrainedTokenizerBase
 
 from configuration_hierarchical import HierarchicalConfig
 from hierarchical_clinicalbert.checkpoint_files import SCORE_FILES, encoder_on_hub
@@ -22,7 +24,9 @@ from hierarchical_clinicalbert.data.report import list_rows
 from hierarchical_clinicalbert.evaluation.forms import form_of
 from hierarchical_clinicalbert.evaluation.metrics import PREFIXES, of_all_levels, scores_by_split
 from hierarchical_clinicalbert.evaluation.plots import read_description
-from hierarchical_clinicalbert.evaluation.report import headline, measured_threshold, share_format
+from hierarchical_clinicalbert.evaluation.report import MEASURED_TARGET, headline, measured_threshold, share_format
+from modeling_hierarchical import HierarchicalForSequenceClassification
+from pipeline_hierarchical import HierarchicalTextClassificationPipeline
 from taxonomy_hierarchical import Taxonomy
 
 TEMPLATE = Path(__file__).parent / "card.md.jinja"
@@ -38,6 +42,12 @@ NOT_SHARES = ("log_loss", "ece")  # types of metrics
 
 MEDICAL_EXAMPLE = "Colonoscopy was performed in 120 patients with suspected inflammatory bowel disease."
 LICENCE = "apache-2.0"  # of the weights, as an identifier of the Hub
+OUTPUT_NOTE = "Of the result, with two decimals:"
+# the example in the card's code, and the output below it
+CODE, OUTPUT = (
+    re.compile(r'classify\(("(?:[^"\\]|\\.)*")'),
+    re.compile(rf"(?s)({OUTPUT_NOTE}\n\n(`+)text\n).*?(\n\2\n)"),
+)
 MODEL_PLACEHOLDER = "your-name/your-model"
 PLACEHOLDER_NOTE = f"`{MODEL_PLACEHOLDER}` stands for the model's id on the Hub; the checkpoint's folder works too."
 ADAPTER_SENTENCE = (
@@ -62,7 +72,7 @@ def write(
         settings: the flags of the run.
         data_report, metrics: content of data_report.json and metrics.json. There are no metrics before the end of a run.
         model_id: id on the Hub; None for a placeholder in the snippets.
-        example_result: what the pipeline returns for the text of `example`.
+        example_result: what `classify_example` returns.
     """
     facts = collect_facts(folder, config, settings, data_report, metrics)
     facts |= {"model_id": model_id or MODEL_PLACEHOLDER, "placeholder_note": "" if model_id else PLACEHOLDER_NOTE}
@@ -88,12 +98,15 @@ def delete_description(folder: Path) -> None:
     delete_scores(folder)
 
 
-def update_for_publishing(text: str, model_id: str, merged: bool, examples: list[str]) -> str:
+def update_for_publishing(
+    text: str, model_id: str, merged: bool, examples: list[str], example_result: dict[str, Any] | None = None
+) -> str:
     """Replace the model's id in a card's metadata and snippets, and keep edits made by hand.
 
     Args:
         merged: whether to describe the merged model in place of the adapter.
-        examples: texts for the widget. Without any, it keeps its own.
+        examples: texts for the widget, the first one also for the code. Without any, the card keeps its own.
+        example_result: what `classify_example` returns for the first of them.
 
     Raises:
         ValueError, yaml.YAMLError: the metadata cannot be read.
@@ -106,6 +119,10 @@ def update_for_publishing(text: str, model_id: str, merged: bool, examples: list
         card.data.base_model_relation = "finetune"  # "merge" on the Hub means several models in one
     if examples:
         card.data.widget = [{"text": example} for example in examples]
+    if example_result and (code := CODE.search(card.text)) and OUTPUT.search(card.text):
+        output = printed(example_result)
+        card.text = OUTPUT.sub(lambda found: found[1] + output + found[3], card.text)
+        card.text = card.text.replace(code[1], htmlsafe_json_dumps(examples[0]))
     card.text = card.text.replace(f'"{old_id}"', f'"{model_id}"').replace(f"{PLACEHOLDER_NOTE}\n\n", "")
     if merged:
         card.text = card.text.replace(ADAPTER_SENTENCE, WHOLE_MODEL_SENTENCE)
@@ -131,6 +148,7 @@ def collect_facts(
         "score": "{:.4f}".format,
         "source_name": source_name,
         "printed": printed,
+        "output_note": OUTPUT_NOTE,
         # values
         "licence": LICENCE,
         "example": example(config),
@@ -202,12 +220,23 @@ def example(config: HierarchicalConfig) -> str:
     return next(iter(config.page.get("examples", [])), MEDICAL_EXAMPLE if config.page.get("medical") else about_leaf)
 
 
+def classify_example(
+    model: HierarchicalForSequenceClassification, tokenizer: PreTrainedTokenizerBase, text: str | None = None
+) -> dict[str, Any]:
+    """Return the pipeline's result for a text, by default of `example`, with a prediction set if there are thresholds."""
+    classify = HierarchicalTextClassificationPipeline(model=model, tokenizer=tokenizer)
+    offers_sets = measured_threshold(classify.decisions, model.config.calibration) is not None
+    sets: dict[str, Any] = {classify.decisions.guarantee: MEASURED_TARGET} if offers_sets else {}
+    return classify(text or example(model.config), **sets)
+
+
 def printed(result: dict[str, Any]) -> str:
-    """Return what the card's code prints for a result of the pipeline, with two decimals."""
-    lines = [str([(node["label"], round(node["score"], 2)) for node in result["labels"]])]
-    if "prediction_set" in result:
-        lines.append(str([node["label"] for node in result["prediction_set"]]))
-    return "\n".join(lines)
+    """Return the nodes of a result of the pipeline, with two decimals, as its fields."""
+    fields = [name for name in ("labels", "prediction_set") if name in result]
+    shown = {
+        one: [{"label": node["label"], "score": round(node["score"], 2)} for node in result[one]] for one in fields
+    }
+    return "\n".join(f"{name}: {nodes}" for name, nodes in shown.items())
 
 
 def source_name(source: dict[str, Any]) -> str:

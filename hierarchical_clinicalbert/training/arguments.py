@@ -32,8 +32,6 @@ FEW_ROWS = 32  # training rows per class, on average, below which heads start fr
 # ruff: noqa: RUF009 - `flag` returns a dataclass field
 @dataclass
 class ModelArguments:
-    _argument_group_name = "encoder, adapter and heads"
-
     model_name_or_path: str = flag(DEFAULT_ENCODER, "Encoder, or checkpoint to continue: a Hub id or a folder.")
     model_revision: str | None = flag(None, "Commit, tag or branch on the Hub. The checkpoint records the commit.")
     quantization: Literal["none", "8bit", "4bit"] | None = flag(
@@ -60,8 +58,6 @@ class ModelArguments:
 class LossArguments:
     """Flags of `training.losses` and `training.views`. The loss also uses ``--label_smoothing_factor``."""
 
-    _argument_group_name = "loss"
-
     focal_gamma: float = flag(0.0, "Exponent of (1 - p) in the focal loss. 0: cross-entropy.")
     class_weighting: Literal["none", "balanced"] = flag(
         "none", "balanced: more weight for the rarer outcomes of each decision."
@@ -77,11 +73,9 @@ class LossArguments:
 class HierarchicalTrainingArguments(TrainingArguments):
     """TrainingArguments of transformers, with defaults for this task."""
 
-    _argument_group_name = "training and publishing"
-
     output_dir: str = flag("results", "Folder for the checkpoint.")
     resume_from_checkpoint: str | None = flag(None, "Checkpoint to resume from, or auto: the last one in --output_dir.")
-    overwrite_output_dir: bool = flag(False, "Overwrite the folder's run: training deletes its checkpoints and scores.")
+    overwrite_output_dir: bool = flag(False, "Overwrite the folder's run. Training deletes its checkpoints.")
     do_train: bool | None = flag(None, "Train. Default: yes, unless --do_eval or --do_predict is given.")
     do_eval: bool | None = flag(None, "Score the validation rows at the end; calibrate after training. Default: yes.")
     do_predict: bool | None = flag(None, "Score the test rows. Default: yes.")
@@ -177,6 +171,15 @@ USUAL_FLAGS = (
     *("max_steps", "seed", "gradient_accumulation_steps", "label_smoothing_factor", "activation_checkpointing"),
     *("eval_steps", "save_steps", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy"),
 )
+# The group of a flag in the help; all others belong to training.
+GROUPS = {
+    **dict.fromkeys(("help", "help_all"), "options"),
+    **dict.fromkeys(DataArguments.__annotations__, "data"),
+    **dict.fromkeys(ModelArguments.__annotations__, "model"),
+    **dict.fromkeys(("pooling", "heads_init", "contrastive_steps", "lexical_head", "heads_learning_rate"), "heads"),
+    **dict.fromkeys(("title", "medical", "push_to_hub"), "publishing"),
+    **dict.fromkeys((name for name in TrainingArguments.__annotations__ if name.startswith("hub_")), "publishing"),
+}
 METRIC_SCHEDULERS = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)  # they follow a metric of evaluation
 
 
@@ -233,7 +236,16 @@ VALUES = {int: "INTEGER", float: "NUMBER", string_to_bool: "true|false"}  # what
 
 
 class Parser(HfArgumentParser, ArgumentParser):
-    """A parser of dataclasses whose errors are one line."""
+    """A parser of dataclasses whose errors are one line, and whose help is in groups, see `GROUPS`."""
+
+    def format_help(self) -> str:
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, self._actions, [])
+        for group in ("options", "data", "model", "heads", "training", "publishing"):
+            formatter.start_section(group)
+            formatter.add_arguments([one for one in self._actions if GROUPS.get(one.dest, "training") == group])
+            formatter.end_section()
+        return formatter.format_help()
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

@@ -8,18 +8,15 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi
-from transformers import PreTrainedTokenizerBase
 
 from configuration_hierarchical import HierarchicalConfig
 from hierarchical_clinicalbert.checkpoint_files import METRICS, read_json_object
-from hierarchical_clinicalbert.evaluation.report import MEASURED_TARGET, measured_threshold
 from hierarchical_clinicalbert.publishing import card
 from hierarchical_clinicalbert.publishing.hub import find_target, log_in, refuse_local_encoder
 from hierarchical_clinicalbert.training.arguments import Arguments, HierarchicalTrainingArguments
 from hierarchical_clinicalbert.training.model import adapter_settings
 from hierarchical_clinicalbert.training.trainer import HierarchicalTrainer
 from modeling_hierarchical import HierarchicalForSequenceClassification
-from pipeline_hierarchical import HierarchicalTextClassificationPipeline
 from taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy
 
 
@@ -83,16 +80,6 @@ def describe_page(args: HierarchicalTrainingArguments, config: HierarchicalConfi
     default = {"title": card.default_title(config.tree), "medical": config.tree == Taxonomy(DEFAULT_TAXONOMY)}
     given = {"title": args.title, "medical": args.medical}
     return default | config.page | {name: value for name, value in given.items() if value is not None}
-
-
-def classify_example(
-    model: HierarchicalForSequenceClassification, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, Any]:
-    """Return the pipeline's result for the example of the card, with a prediction set if the calibration has thresholds."""
-    classify = HierarchicalTextClassificationPipeline(model=model, tokenizer=tokenizer)
-    offers_sets = measured_threshold(classify.decisions, model.config.calibration) is not None
-    sets: dict[str, Any] = {classify.decisions.guarantee: MEASURED_TARGET} if offers_sets else {}
-    return classify(card.example(model.config), **sets)
 
 
 def write_card(

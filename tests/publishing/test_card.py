@@ -1,5 +1,6 @@
 """Test the model card: it parses back to the run's metrics, no name breaks it, no path leaks, and the id can be replaced."""
 
+import ast
 import getpass
 import json
 import re
@@ -268,9 +269,20 @@ def test_renaming_keeps_what_was_written_by_hand(written):
 
 
 def test_a_merged_card_describes_the_whole_model_and_has_the_given_examples(written):
-    renamed = card.update_for_publishing(written(), "me/model", True, ["One text.", "Another."])
+    results = [{"labels": [{"label": label, "score": 0.5}]} for label in ("before", "after")]
+    text, examples = written(example_result=results[0]), ['One "\\" text.', "Another."]
+    old = re.search(r'classify\((".*?")', text)[1]
+    renamed = card.update_for_publishing(text, "me/model", True, examples, results[1])
+    assert ("after" in section(renamed, "Use"), "before" in section(renamed, "Use"), old in renamed) == (
+        True,
+        False,
+        False,
+    )
+    assert ast.literal_eval(re.search(r'classify\((".*?(?<!\\)")', renamed)[1]) == examples[0]
+    edited = text.replace(card.OUTPUT_NOTE, "See:")  # by hand
+    assert old in card.update_for_publishing(edited, "me/model", True, examples, results[1])
     assert ModelCard(renamed).data.base_model_relation == "finetune"
-    assert ModelCard(renamed).data.widget == [{"text": "One text."}, {"text": "Another."}]
+    assert ModelCard(renamed).data.widget == [{"text": text} for text in examples]
     assert card.WHOLE_MODEL_SENTENCE in renamed
     assert card.ADAPTER_SENTENCE not in renamed
 
@@ -322,7 +334,9 @@ def test_the_first_lines_say_what_the_model_does_how_often_it_is_right_and_where
     assert "Lowest F1: kind 1 (10 % of 10 texts), kind 2 (20 % of 11 texts), kind 3 (30 % of 12 texts)." in first
     assert "Not a medical device, and not for diagnosis, treatment" in first
     assert "Not for texts unlike the training texts" in first
-    assert "[('neoplasms', 0.99)]\n['neoplasms', 'other']\n" in section(text, "Use")
+    use = section(text, "Use")
+    assert "\nlabels: [{'label': 'neoplasms', 'score': 0.99}]\nprediction_set: [{'label': 'neoplasms', 'score'" in use
+    assert len(snippets(text)[0].split("\n\n")) == len(snippets(text)[0].splitlines()) - 2 == 2  # three lines of code
 
 
 def test_only_a_medical_model_is_called_one(written):

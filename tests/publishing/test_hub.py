@@ -345,12 +345,13 @@ print(json.dumps([logits.sigmoid().tolist(), own({TEXTS!r}, recall=0.9, levels=T
         confidence = torch.tensor([max(nodes[label] for label in labels[: config.tree.num_leaves])])
         least = threshold_at(threshold, confidence).item()
         assert {one["label"] for one in result["prediction_set"]} == {label for label in nodes if nodes[label] >= least}
-    predicted, held = map(ast.literal_eval, printed[0].splitlines())
+    result = ast.literal_eval(printed[0])
+    predicted, held = ({one["label"]: one["score"] for one in result[name]} for name in ("labels", "prediction_set"))
     flat = ast.literal_eval(printed[1])
     (flat,) = flat if isinstance(flat[0], list) else (flat,)
     scores = {one["label"]: one["score"] for one in flat}
-    assert dict(predicted) == pytest.approx({label: scores[label] for label, _ in predicted}, abs=1e-5)
-    assert held == [one["label"] for one in flat[: len(held)]]  # the most probable nodes
+    assert predicted == pytest.approx({label: scores[label] for label in predicted}, abs=1e-5)
+    assert [*held] == [one["label"] for one in flat[: len(held)]]  # the most probable nodes
 
 
 # continuing and scoring
@@ -520,5 +521,8 @@ def test_a_space_is_published_pointing_at_the_commit_and_serves_it(hub, checkpoi
         assert all(text in server.http.get("/config").text for text in examples)
         client = Client(server.address, verbose=False)
         found = client.predict(TEXTS[0], levels=True, api_name="/classify")
+        first = client.predict(examples[0], api_name="/classify")
+    assert f'classify("{examples[0]}"' in card
+    assert f"labels: [{ {'label': first['label'], 'score': round(first['score'], 2)} }]\n" in card
     assert found["path"][0]["label"] in ("general pathological conditions", "specific disease")
     assert sum(found["levels"][0].values()) == pytest.approx(1, abs=1e-5)

@@ -80,6 +80,15 @@ class Page:
             "arguments[0].scrollIntoView({block: 'center'}); arguments[0].click()", self.one(selector)
         )
 
+    def walk(self, selector: str, *held: str) -> None:
+        """Press Tab, with held keys, until an element of a selector has the focus. Press Enter there."""
+        for _ in range(40):
+            self.driver.switch_to.active_element.send_keys(*held, Keys.TAB)
+            focused = self.driver.switch_to.active_element
+            if self.driver.execute_script("return arguments[0].matches(arguments[1])", focused, selector):
+                return focused.send_keys(Keys.ENTER)
+        pytest.fail(f"the keyboard does not reach {selector}")
+
     def tab(self, name: str) -> None:
         found = next(t for t in self.all("button[role=tab]") if t.text == name)
         self.driver.execute_script("arguments[0].click()", found)
@@ -119,7 +128,7 @@ class Page:
         self.until(lambda: re.search(shown, self.text("#state")))
 
     def remove_file(self) -> None:
-        self.press("#file button[aria-label*=lear], #file button[title*=lear], #file .icon-button")
+        self.press("#file button[aria-label=Clear]")
         self.until(lambda: self.all("#file input[type=file]") and "No file yet" in self.text("#state"))
 
     def cells(self, selector: str) -> list[list[str]]:
@@ -304,6 +313,15 @@ def test_a_file_is_cancelled_or_removed_and_the_next_one_runs(page, tmp_path):
     (tmp_path / "wrong.parquet").write_bytes(b"text\nnot Parquet\n")
     page.open_file(tmp_path / "wrong.parquet", "not a Parquet file")
     page.remove_file()
+    texts = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    for file in texts:
+        file.write_text(f"Grüße.\n{NEURO}", encoding="cp1252")
+    page.open_file("\n".join(map(str, texts)), "2 could not be classified")
+    for keys in ([Keys.CONTROL, "a"], ["cp1252", Keys.ENTER]):
+        page.one("#encoding input").send_keys(*keys)
+    page.until(lambda: "of 2 rows" in page.text("#state") and "could not" not in page.text("#state"))
+    page.start("Done: 2 of 2 rows")
+    page.remove_file()
     page.open_file(write_table(tmp_path / "few.csv", [["text"], [NEURO]]), "of 1 rows")
     page.start("Done: 1 of 1 rows")
     page.press("#cancel")
@@ -337,7 +355,7 @@ def test_nothing_is_wider_than_the_page_and_the_model_is_described(page, width, 
     assert fits()
 
 
-def test_every_control_has_a_name_and_is_reached_by_the_keyboard(page):
+def test_every_control_has_a_name_and_is_used_by_the_keyboard_alone(page, tmp_path):
     page.open()
     unnamed = page.driver.execute_script(
         """
@@ -351,16 +369,28 @@ def test_every_control_has_a_name_and_is_reached_by_the_keyboard(page):
     page.classify(NEURO)
     page.weights()
     page.driver.execute_script("document.querySelector('#abstract textarea').focus()")
-    reached = set()
-    while "specific disease" not in reached:
-        assert len(reached) < 20
-        page.driver.switch_to.active_element.send_keys(Keys.TAB)
-        focused = page.driver.switch_to.active_element
-        place = "return arguments[0].dataset.value ?? arguments[0].closest('#classify, #clear, #coverage')?.id"
-        reached.add(page.driver.execute_script(place, focused) or focused.id)
-    assert {"classify", "clear", "coverage"} <= reached
-    focused.send_keys(Keys.ENTER)
+    page.walk("#classify")
+    page.walk("#coverage input[type=number]")
+    page.walk("#tree button[data-value='specific disease']")
     page.until(lambda: "specific disease" in page.text("#words h3"))
+    page.walk("#tree summary")
+    folded = page.one("#tree details[open] button").get_attribute("data-value")
+    page.walk("#tree details[open] button")
+    page.until(lambda: folded in page.text("#words h3"))
+    page.walk("[data-tab-id=file]", Keys.SHIFT)
+    rows = [[text] for text in [NEURO, *["Colitis"] * 21]]
+    page.one("#file input[type=file]").send_keys(str(write_table(tmp_path / "rows.csv", [["text"], *rows])))
+    page.until(lambda: "of 22 rows" in page.text("#state"))
+    page.walk("#start")
+    page.until(lambda: "Done" in page.text("#state"))
+    page.walk("#rows th:nth-child(2) button")
+    page.until(lambda: page.cells("#rows")[0][1] == "Colitis")
+    page.walk("#rows td summary")
+    assert page.all("#rows details[open]")
+    page.walk("#rows .pager button:last-of-type")
+    page.until(lambda: page.cells("#rows")[-1][1] == NEURO)
+    page.walk("[data-tab-id=model]", Keys.SHIFT)
+    page.until(lambda: page.all("#plots img"))
 
 
 def test_the_page_sends_requests_only_to_its_own_server_and_the_console_has_no_errors(page, space):

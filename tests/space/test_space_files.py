@@ -20,24 +20,34 @@ from tables import FORMULA, MAX_BYTES, Refused, read_table, to_csv
     [
         (b"text\n", "csv", "no rows"),
         (b"We followed 212 patients with fibrillation.\nBlood was drawn.\n", "csv", "is the header missing"),
-        ("text\nKoliken\n".encode("utf-16"), "csv", "fits utf-16: save it as UTF-8."),
+        ("text\nKoliken\n".encode("utf-16"), "csv", "fits utf-16: save it as UTF-8, or choose the encoding utf-16"),
         (b"text\n" * 10_002, "csv", "more than 10,000 rows"),
         (b"text\n", "docx", "must be CSV, TSV, Excel"),
     ],
 )
 def test_a_file_beyond_the_limits_or_without_rows_is_refused_in_words(content, kind, message):
     with pytest.raises(Refused, match=message):
-        read_table(content, kind)
+        read_table([(kind, content)])
 
 
 def test_the_column_of_texts_is_the_requested_one_or_the_one_with_the_most_characters():
     content = parquet({"a.b": ["dotted"], "a": ["the longest of them"], "s": [{"b": "inner"}]})
-    table = read_table(content, "parquet")
+    table = read_table([("parquet", content)])
     assert (table.columns, table.column) == (["a.b", "a", "s"], "a")
-    dotted, struct = (read_table(content, "parquet", name).rows[0] for name in ("a.b", "s"))
+    dotted, struct = (read_table([("parquet", content)], name).rows[0] for name in ("a.b", "s"))
     assert (dotted.text, struct.problem) == ("dotted", "the value is not text but dict")
     with pytest.raises(Refused, match="no such column"):
-        read_table(b"a,b\n1,2\n", "csv", "c")
+        read_table([("csv", b"a,b\n1,2\n")], "c")
+
+
+def test_an_encoding_is_offered_and_several_texts_are_rows():
+    texts = [(f"{name}.txt", f"Grüße,\n{name}".encode("cp1252")) for name in "ab"]
+    for files in (texts, [("a.csv", "text\nGrüße\n".encode("cp1252"))]):
+        assert "choose the encoding cp1252" in read_table(files).rows[0].problem
+    assert [row.text for row in read_table(texts, encoding="cp1252").rows] == ["Grüße,\na", "Grüße,\nb"]
+    assert read_table([("a.csv", "text\nGrüße\n".encode("utf-16"))], encoding="utf-16").rows[0].text == "Grüße"
+    with pytest.raises(Refused, match="no such encoding"):
+        read_table(texts, encoding="nonsense")
 
 
 # ── Hostile files ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -77,7 +87,7 @@ def most(who):
 rest, results = most(resource.RUSAGE_SELF), {{}}
 for file in sorted(Path({str(tmp_path)!r}).glob("*.*")):
     try:
-        results[file.name] = len(read_table(file.read_bytes(), file.suffix[1:]).rows)
+        results[file.name] = len(read_table([(file.name, file.read_bytes())]).rows)
     except Refused as error:
         results[file.name] = str(error)
 print(json.dumps([results, most(resource.RUSAGE_SELF) - rest + most(resource.RUSAGE_CHILDREN)]))

@@ -186,7 +186,7 @@ def test_an_upload_that_breaks_off_leaves_nothing(space):
 def test_a_text_waits_for_no_file_and_a_full_queue_is_reported(space, texts):
     """Classify texts while a file of 10,000 rows is classified; its run is cancelled before the end."""
     space.open_file(f"{texts[0][:900]}\n".encode() * 10_000, "long")
-    run = ("run_file", [None, "text", 0.9])
+    run = ("run_file", [None, "text", 0.9, None])
     event = space.join(*run, "long").json()["event_id"]
     with space.http.stream("GET", "/gradio_api/queue/data", params={"session_hash": "long"}) as messages:
         lines = messages.iter_lines()

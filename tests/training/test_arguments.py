@@ -26,7 +26,7 @@ def recipe(folder: Path, **flags) -> str:
     return str(folder / "recipe.yaml")
 
 
-def test_the_help_shows_each_flag_of_the_project_once_and_those_of_transformers_on_request(capsys):
+def test_the_help_shows_each_flag_of_the_project_once_in_groups_and_those_of_transformers_on_request(capsys):
     helped = {}
     for flag in ("--help", "--help-all"):
         with pytest.raises(SystemExit):
@@ -37,6 +37,15 @@ def test_the_help_shows_each_flag_of_the_project_once_and_those_of_transformers_
     own = {name for part in (ModelArguments, DataArguments, LossArguments) for name in part.__dataclass_fields__}
     assert {f"--{name}" for name in own} <= {*flags}
     assert len(helped["--help"].splitlines()) <= 110
+    groups = re.findall(r"(?s)\n(\w+):\n(.*?)(?=\n\n|$)", helped["--help"])
+    assert [name for name, _ in groups] == ["options", "data", "model", "heads", "training", "publishing"]
+    for name, flag in (
+        ("model", "lora_r"),
+        ("heads", "pooling"),
+        ("training", "teacher"),
+        ("publishing", "hub_model_id"),
+    ):
+        assert f"--{flag} " in dict(groups)[name]
     every = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
     without_effect = {*FIXED_FLAGS, "logging_nan_inf_filter"}
     assert every - without_effect <= {*re.findall(r"^  --(\w+)", helped["--help-all"], re.MULTILINE)}
