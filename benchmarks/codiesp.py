@@ -6,7 +6,8 @@ FOLDER holds ``codiesp/{train,dev}.jsonl`` and ``codiesp/icd10cm.csv``. The 750 
 once; of the other texts, `VALIDATION` select the epoch, calibrate, and fit thresholds.
 
 - recipe: `recipes/codiesp.yaml`, which reads all tokens in windows of 512;
-- recipe-512: the same, with texts truncated at 512 tokens;
+- label-attention: the same, where each node has its own attention, not each family;
+- recipe-512: as the recipe, with texts truncated at 512 tokens;
 - flat-lora, tfidf-logistic: the peers of `multi_label_peers`; the first truncates at 512 tokens, the second reads all words.
 
 F1 is over all nodes, closed upwards. Macro-F1 is the mean over the nodes with training texts. Intervals are paired bootstrap
@@ -34,7 +35,11 @@ from hierarchical_clinicalbert.evaluation.report import MEASURED_TARGET
 from taxonomy_hierarchical import Taxonomy
 
 FOLDS, VALIDATION, WINDOW = 5, 90, 512
-RECIPES: dict[str, dict[str, int]] = {"recipe": {}, "recipe-512": {"max_length": WINDOW}}
+RECIPES: dict[str, dict[str, Any]] = {
+    "recipe": {},
+    "label-attention": {"pooling": "label_attention"},
+    "recipe-512": {"max_length": WINDOW},
+}
 MODELS = ("tfidf-logistic", "flat-lora", *RECIPES)
 
 
