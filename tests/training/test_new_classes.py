@@ -194,14 +194,20 @@ def test_with_family_attention_known_nodes_keep_their_queries():
 
 
 def test_new_classes_need_vectors_and_known_classes_beside_them():
-    model = model_of()
-    nested = {"a": {"b": ["c", "d", "new"], "e": None}, "f": ["g", "h"], "i": None}
-    with pytest.raises(ValueError, match="vectors are missing for 'new'"):
-        copy.deepcopy(model).add_nodes(nested, {})
-    with pytest.raises(ValueError, match="no class of the taxonomy is known"):
-        copy.deepcopy(model).add_nodes(["x", "y"], {"x": torch.ones(1, 32), "y": torch.ones(1, 32)})
-    with pytest.raises(ValueError, match="stores no class means"):
-        model_of(calibrated=False).add_nodes(nested, {"new": torch.ones(1, 32)})
+    """After an error, the model classifies as before, bit for bit."""
+    model, plain = model_of(), model_of(calibrated=False)
+    nested, text = {"a": {"b": ["c", "d", "new"], "e": None}, "f": ["g", "h"], "i": None}, torch.ones(1, 32)
+    for refused, taxonomy, vectors, message in (
+        (model, nested, {}, "vectors are missing for 'new'"),
+        (model, nested, {"new": text, "x": text}, "the label 'x' is not in the taxonomy"),
+        (model, ["x", "y"], {"x": text, "y": text}, "no class of the taxonomy is known"),
+        (plain, nested, {"new": text}, "stores no class means"),
+    ):
+        config, before = refused.config.to_dict(), outputs(refused)
+        with pytest.raises(ValueError, match=message):
+            refused.add_nodes(taxonomy, vectors)
+        assert refused.config.to_dict() == config
+        np.testing.assert_equal(outputs(refused), before)
 
 
 # ── From the command line ────────────────────────────────────────────────────────────────────────────────────────────
