@@ -3,13 +3,14 @@
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import CLEAR, clear_rows, read_csv, run, write_csv
 from safetensors.torch import load_file
-from scipy.special import log_softmax
+from scipy.special import log_softmax, softmax
 from sklearn.covariance import LedoitWolf
 from transformers import AutoModel, AutoTokenizer, pipeline
 
@@ -63,8 +64,8 @@ def outputs(model: HierarchicalForSequenceClassification) -> dict[str, dict[str,
     return {name: dict(zip(labels, values.double().numpy().T, strict=True)) for name, values in columns.items()}
 
 
-def unit(vector: np.ndarray) -> np.ndarray:
-    return vector / np.linalg.norm(vector)
+def unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
 
 
 def flat_heads(model: HierarchicalForSequenceClassification) -> tuple[dict[str, np.ndarray], dict[str, float]]:
@@ -224,6 +225,24 @@ def accuracy(folder: Path, labels: set[str]) -> float:
     return sum(row["label"] == row["prediction"] for row in rows) / len(rows)
 
 
+def embed(encoder: str, texts: list[str]) -> np.ndarray:
+    """Return the mean token vectors of an encoder, loaded by transformers alone."""
+    tokenizer, model = AutoTokenizer.from_pretrained(encoder), AutoModel.from_pretrained(encoder).eval()
+    with torch.no_grad():
+        found = (model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0) for text in texts)
+        return torch.stack([*found]).double().numpy()
+
+
+def outputs_of(folder: Path, texts: list[str]) -> tuple[HierarchicalForSequenceClassification, Any]:
+    """Return the model of a checkpoint, and its outputs for texts."""
+    model, tokenizer = (
+        HierarchicalForSequenceClassification.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(folder),
+    )
+    with torch.no_grad():
+        return model, model(**tokenizer(texts, return_tensors="pt", padding=True))
+
+
 @pytest.mark.parametrize("problem_type", [SINGLE_LABEL, MULTI_LABEL])
 def test_without_rows_the_largest_cosine_of_a_phrase_wins(minilm, tmp_path, problem_type):
     """Compare the order of the roots with cosines of the encoder, loaded by transformers alone."""
@@ -235,22 +254,38 @@ def test_without_rows_the_largest_cosine_of_a_phrase_wins(minilm, tmp_path, prob
     card = (tmp_path / "results" / "README.md").read_text()
     assert "No training steps: the heads of neoplasms, digestive system diseases, " in card
     assert "No labelled rows were given. Taxonomy: from classes.csv." in card
-    tokenizer, encoder = AutoTokenizer.from_pretrained(minilm), AutoModel.from_pretrained(minilm).eval()
-
-    def embed(text: str) -> np.ndarray:
-        with torch.no_grad():
-            return unit(encoder(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0).numpy())
-
-    model = HierarchicalForSequenceClassification.from_pretrained(tmp_path / "results")
     texts = [row["text"] for row in clear_rows(3)[::9]]
-    with torch.no_grad():
-        found = model(**tokenizer(texts, return_tensors="pt", padding=True)).node_log_probs.numpy()
-    phrases = [embed(f"{name}: {CLEAR[name][0]}") for name in model.config.tree.labels]
-    cosines = np.stack([[embed(text) @ phrase for phrase in phrases] for text in texts])
-    for scores, cosine in zip(found, cosines, strict=True):
+    model, found = outputs_of(tmp_path / "results", texts)
+    phrases = embed(minilm, [f"{name}: {CLEAR[name][0]}" for name in model.config.tree.labels])
+    for scores, cosine in zip(found.node_log_probs.numpy(), unit(embed(minilm, texts)) @ unit(phrases).T, strict=True):
         order = np.argsort(cosine)
         apart = np.diff(cosine[order]) > 0.02  # which bfloat16 tells apart
         assert (np.diff(scores[order])[apart] > 0).all()
+
+
+@pytest.mark.parametrize("problem_type", [SINGLE_LABEL, MULTI_LABEL])
+def test_without_rows_unlabelled_texts_move_the_heads_as_worked_by_hand(minilm, tmp_path, problem_type):
+    texts, tree = [row["text"] for row in clear_rows(1)[::3]], Taxonomy({"specific": [*CLEAR][:4], [*CLEAR][4]: None})
+    (tmp_path / "classes.json").write_text(json.dumps(tree.to_nested()))
+    words = ["--taxonomy", tmp_path / "classes.json", "--model_name_or_path", minilm, "--problem_type", problem_type]
+    words += ["--unlabelled_file", write_csv(tmp_path / "texts.csv", [{"text": text} for text in texts])]
+    train.main([*map(str, words), "--bf16", "false", "--output_dir", str(tmp_path / "results")])
+    assert "are the embeddings of unlabelled texts, class names" in (tmp_path / "results/README.md").read_text()
+    model, found = outputs_of(tmp_path / "results", texts)
+    vectors, names = embed(minilm, texts), embed(minilm, [*model.config.id2label.values()])
+    offsets, names = vectors - vectors.mean(0), unit(names - names.mean(0))
+    offsets, prototypes = offsets / np.sqrt((offsets**2).sum(1).mean()), names
+    for _ in range(3):
+        shares = softmax(24 * offsets @ prototypes[:5].T, axis=1)
+        members = np.stack([shares[:, leaves].sum(1) for leaves in tree.leaves_at_or_below])[: len(names)]
+        prototypes = unit((4 + len(texts) / (2 * len(names))) * names + members @ offsets)
+    expected = 12 * offsets @ prototypes.T
+    if problem_type == MULTI_LABEL:
+        expected -= np.log([4, 4, 4, 4, 2, 2])  # siblings
+    else:
+        expected = log_softmax(expected, axis=1)
+    scores = found.decision_logits if problem_type == MULTI_LABEL else found.logits
+    np.testing.assert_allclose(scores, expected, atol=1e-2)
 
 
 def test_classes_are_added_to_a_classifier_without_rows(minilm, tmp_path):
@@ -326,13 +361,15 @@ def test_classes_are_added_to_a_checkpoint_without_training(known, tmp_path, row
         (("--train_file", "rows.csv", "--num_train_epochs", "0", "--max_steps", "2"), "0 takes no steps: leave out --max_steps"),
         (("--taxonomy", "same.csv", "--model_name_or_path", "known"), "--taxonomy is the checkpoint's: nothing would change"),
         (("--taxonomy", "same.csv", "--renamed_nodes", '{"x": "neoplasms"}', "--model_name_or_path", "known"), "'x' is not in"),
+        (("--taxonomy", "grown.csv", "--unlabelled_file", "rows.csv", "--model_name_or_path", "known"), "for a new classifier"),
         (("--taxonomy", "same.csv", "--renamed_nodes", '{"x": "y"}'), "--renamed_nodes is for the nodes of a checkpoint"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_built_is_one_line(flags, message, known, tiny_encoder, tmp_path):
     taxonomy_file(tmp_path / "same.csv", dict.fromkeys([*CLEAR][:3], ""))
+    taxonomy_file(tmp_path / "grown.csv", dict.fromkeys(CLEAR, ""))
     write_csv(tmp_path / "rows.csv", clear_rows(1))
-    files = {name: str(tmp_path / name) for name in ("same.csv", "rows.csv")} | {"known": str(known)}
+    files = {name: str(tmp_path / name) for name in ("same.csv", "grown.csv", "rows.csv")} | {"known": str(known)}
     words = ["--model_name_or_path", tiny_encoder, *(files.get(word, word) for word in flags)]
     with pytest.raises(InputError, match=message) as refused:
         train.main([*words, "--output_dir", str(tmp_path / "results")])
