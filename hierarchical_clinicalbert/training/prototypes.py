@@ -94,10 +94,10 @@ def set_heads(
 ) -> list[str]:
     """Set the heads of all classes, or of those that are not ``known`` to a checkpoint, without training. Return their labels.
 
-    Over an encoder, they are those of `set_prototypes`; without rows those of `write_cluster_heads` if there are ``unlabelled``
-    texts, else those of `write_name_heads`. In a checkpoint, they are
-    placed among the known ones by `HierarchicalHeads.place`. There, a phrase counts as `PHRASE_TEXTS` texts with one vector. From
-    the mean of the class means, this vector lies in the direction u of `set_prototypes`, as far as class means do on average.
+    Over an encoder, they are those of `set_prototypes`, or without rows those of `write_name_heads`, with the ``unlabelled`` texts.
+    In a checkpoint, they are placed among the known ones by `HierarchicalHeads.place`. There, a phrase counts as `PHRASE_TEXTS`
+    texts with one vector. From the mean of the class means, this vector lies in the direction u of `set_prototypes`, as far as
+    class means do on average.
     """
     tree, heads, classes = trainer.model.config.tree, trainer.model.heads, trainer.model.config.num_labels
     names = list_candidates(tree, classes)[-1]
@@ -115,11 +115,10 @@ def set_heads(
     elif rows is not None:
         heads.bias[:] = heads.decisions.initial_biases(heads.decisions.count_outcomes(labels))
         set_prototypes(trainer, rows, texts, names)
-    elif unlabelled:
-        texts = embed_phrases(trainer, [unlabelled[row] for row in sample(unlabelled)])
-        write_cluster_heads(heads, phrases, texts)
     else:
-        write_name_heads(heads, phrases)
+        if unlabelled:
+            texts = embed_phrases(trainer, [unlabelled[row] for row in sample(unlabelled)])
+        write_name_heads(heads, phrases, texts)
     described = " and their descriptions" if tree.descriptions else ""
     logger.info("heads are set from the class names%s, and %d texts", described, len(texts))
     return [label for node, label in enumerate(tree.labels[:classes]) if node not in known]
@@ -135,40 +134,36 @@ def new_class_vectors(
     return {node: torch.cat([places[node].expand(PHRASE_TEXTS, -1), texts[members[:, node] > 0]]) for node in new}
 
 
-def write_name_heads(heads: HierarchicalHeads, phrases: Tensor) -> None:
-    """Set the heads of all classes from the embeddings of their names or descriptions (C, H), without texts.
-
-    A text's most probable class is the one whose phrase has the largest cosine with the text: weights have equal lengths, and
-    a phrase scores `NAME_SCORE` for itself. The mean score of the phrases is subtracted. The mean of phrases is not: texts
-    have another one.
-    """
-    lengths = phrases.square().sum(1).mean().sqrt()
-    heads.weight.zero_()
-    heads.weight[: len(phrases)] = NAME_SCORE / lengths * normalize(phrases)
-    heads.bias[:] = heads.decisions.initial_biases(None)
-    heads.bias[: len(phrases)] -= (phrases @ heads.weight[: len(phrases)].T).mean()
-
-
-def write_cluster_heads(heads: HierarchicalHeads, phrases: Tensor, texts: Tensor) -> None:
+def write_name_heads(heads: HierarchicalHeads, phrases: Tensor, texts: Tensor) -> None:
     """Set the heads of all classes from the embeddings of their names or descriptions (C, H), and of unlabelled texts (B, H).
 
-    Prototypes start as the directions u of `set_prototypes`. Each of `CLUSTER_STEPS` steps assigns each text to leaves by the
-    softmax of its scores, and makes prototypes of these shares of texts. This is the EM algorithm on a sphere (Banerjee et al.,
-    2005, "Clustering on the unit hypersphere using von Mises-Fisher distributions"). A name counts as half of the texts that a
+    Without texts, a text's most probable class is the one whose phrase has the largest cosine with the text: weights have equal
+    lengths, and a phrase scores `NAME_SCORE` for itself. The mean score of the phrases is subtracted. The mean of phrases is not:
+    texts have another one.
+
+    With texts, prototypes start as the directions u of `set_prototypes`. Each of `CLUSTER_STEPS` steps assigns each text to leaves
+    by the softmax of its scores, and makes prototypes of these shares of texts. This is the EM algorithm on a sphere (Banerjee et
+    al., 2005, "Clustering on the unit hypersphere using von Mises-Fisher distributions"). A name counts as half of the texts that a
     class has on average, and `NAME_WEIGHT` more: so a prototype stays close to its name.
     """
     decisions, classes = heads.decisions, len(phrases)
-    offsets, mean, rms_distance = standardise(texts)
-    names = normalize(phrases - phrases.mean(0))
-    prototypes, name_texts = names, NAME_WEIGHT + len(texts) / (2 * classes)
-    for _ in range(CLUSTER_STEPS):
-        shares = (NAME_SCORE * offsets @ prototypes[: decisions.num_leaves].T).softmax(1)
-        members = decisions.sum_at_or_below(pad(shares, (0, decisions.num_nodes - decisions.num_leaves)))[:, :classes]
-        prototypes = normalize(members.T @ offsets + name_texts * names)
+    if len(texts):
+        offsets, mean, rms_distance = standardise(texts)
+        prototypes = names = normalize(phrases - phrases.mean(0))
+        name_texts = NAME_WEIGHT + len(texts) / (2 * classes)
+        for _ in range(CLUSTER_STEPS):
+            shares = (NAME_SCORE * offsets @ prototypes[: decisions.num_leaves].T).softmax(1)
+            members = decisions.sum_at_or_below(pad(shares, (0, decisions.num_nodes - decisions.num_leaves)))
+            prototypes = normalize(members[:, :classes].T @ offsets + name_texts * names)
+        weights = CLUSTER_SCORE / rms_distance * prototypes
+        level = weights @ mean
+    else:
+        weights = NAME_SCORE / phrases.square().sum(1).mean().sqrt() * normalize(phrases)
+        level = (phrases @ weights.T).mean()
     heads.weight.zero_()
-    heads.weight[:classes] = CLUSTER_SCORE / rms_distance * prototypes
+    heads.weight[:classes] = weights
     heads.bias[:] = decisions.initial_biases(None)
-    heads.bias[:classes] -= heads.weight[:classes] @ mean
+    heads.bias[:classes] -= level
 
 
 @torch.no_grad()
