@@ -19,6 +19,7 @@ Worth knowing:
 import math
 import os
 from collections.abc import Container, Mapping
+from copy import copy
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain
@@ -697,31 +698,33 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         Returns:
             The labels of the new nodes, and of the removed nodes.
         """
+        # ── Build: the model changes last, so that an error leaves it as it is ───────────────────────────────────────
         tree = read_tree(taxonomy, self.config.label_separator)
         old, old_heads, calibration = self.config.tree, self.heads, self.config.calibration
         known = tree.known_nodes(old, renamed)
         lexical = None if old_heads.lexical is None else old_heads.lexical.weights()
-        open_world = old_heads.open_world
-        self.set_calibration(Calibration())
-        self.config.set_taxonomy(tree)
-        self.heads = HierarchicalHeads(self.config).to(old_heads.weight.device).train(old_heads.training)
-        self._init_weights(self.heads)  # initialize_weights() would draw a new adapter as well
-        self.heads.take_over(old_heads, known)
+        config, open_world = copy(self.config), old_heads.open_world
+        config.calibration, config.lexical_vocab_size, config.open_world = Calibration(), None, None
+        config.set_taxonomy(tree)
+        heads = HierarchicalHeads(config).to(old_heads.weight.device).train(old_heads.training)
+        self._init_weights(heads)  # initialize_weights() would draw a new adapter as well
+        heads.take_over(old_heads, known)
         if lexical is not None:
-            shares = self.heads.shares(old_heads.decisions, known).to(lexical["bias"])
+            shares = heads.shares(old_heads.decisions, known).to(lexical["bias"])
             lexical["weight"] = torch.sparse.mm(shares, lexical["weight"])
             lexical["bias"] = torch.mv(shares, lexical["bias"])
-        if known == dict(enumerate(range(old.num_nodes))) and tree.parents == old.parents:  # only names differ
-            if open_world is not None:
-                open_world.tree = tree
-            self.set_calibration(calibration, lexical, open_world)
-        else:
+        only_renamed = known == dict(enumerate(range(old.num_nodes))) and tree.parents == old.parents
+        if not only_renamed:
             open_world = None if open_world is None else open_world.of_nodes(tree, known)
-            self.set_calibration(calibration.of_nodes(tree, old, known), lexical, open_world)
+            calibration = calibration.of_nodes(tree, old, known)
         if vectors is not None:
-            self.heads.place(
-                {tree.id(label): vector for label, vector in vectors.items()}, known, self.heads.open_world
-            )
+            heads.place({tree.id(label): vector for label, vector in vectors.items()}, known, open_world)
+
+        # ── Change the model ─────────────────────────────────────────────────────────────────────────────────────────
+        if open_world is not None:
+            open_world.tree = tree
+        self.config, self.heads = config, heads
+        self.set_calibration(calibration, lexical, open_world)
         removed = {*range(old.num_nodes)} - {*known.values()}
         new = [label for node, label in enumerate(tree.labels) if node not in known]
         return new, [old.labels[node] for node in sorted(removed)]

@@ -38,7 +38,8 @@ except ImportError:  # as a top-level module of the repository, not as remote co
     from taxonomy_hierarchical import Taxonomy, quote_name
 
 NOVELTY = 0.05  # the p-value up to which a text, or a node of its path, is unknown
-FULL_PRECISION = 2**20  # numbers: 500 classes at BERT's base size
+MAX_REFERENCES = 999  # of a test
+FULL_PRECISION = 10**6  # numbers: 4 MB. In half precision, 500 nodes at BERT's base size take less
 MAX_STEPS = 1000  # of the EM algorithm
 SHRINKAGE = 2.0  # mean variances that are added to all variances, for the weights of new classes
 TOLERANCE = 1e-6  # largest change of a frequency in its last step
@@ -59,7 +60,8 @@ class OpenWorld(nn.Module):
         center: mean of the training texts' vectors, (H,).
         whitening: turns vectors minus ``center`` into vectors whose covariance within the classes is the identity, (H, H).
         means: whitened means of the classes, (N + 1, H). A class is a node with the texts that have no label below it. The last
-            class is of texts without a label. Beyond `FULL_PRECISION`, ``whitening`` and ``means`` are in half precision.
+            class is of texts without a label. Both are in half precision if all tensors, with `MAX_REFERENCES` for each test,
+            would hold more than `FULL_PRECISION` numbers.
         shares: share of the training texts in each class, (N + 1,).
         energy_weight: factor of the energy, (1,).
         references: strangeness of validation texts in ascending order, for one test after the other, (num_references,).
@@ -69,8 +71,8 @@ class OpenWorld(nn.Module):
     def __init__(self, tree: Taxonomy, hidden_size: int, num_references: int):
         super().__init__()
         self.tree, num_classes = tree, tree.num_nodes + 1
-        is_small = (hidden_size + num_classes) * hidden_size <= FULL_PRECISION
-        precision = torch.float32 if is_small else torch.float16
+        most = hidden_size * (hidden_size + num_classes + 1) + num_classes * (MAX_REFERENCES + 2) + 1
+        precision = torch.float32 if most <= FULL_PRECISION else torch.float16
         shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "center": ((hidden_size,), torch.float32),
             "whitening": ((hidden_size, hidden_size), precision),
@@ -145,7 +147,7 @@ class OpenWorld(nn.Module):
             state[name] = torch.zeros_like(getattr(other, name))
             state[name][[*known, -1]] = getattr(self, name)[[*known.values(), -1]].to(state[name])
         other.load_state_dict(state)
-        return other
+        return other.to(self.center.device)
 
 
 class NoveltyTests:

@@ -5,7 +5,7 @@
 FOLDER is as for ``quality.py``. All models are made by ``train.py``, from texts truncated at 192 tokens, and scored on the test
 file. Names are MeSH's, descriptions those of ``descriptions.csv``. The parts:
 
-- zero: a classifier from the names, or names with descriptions, without rows;
+- zero: a classifier from the names, names and unlabelled training texts, or names with descriptions, without rows;
 - added: a model is trained on the rows of all leaves but three, drawn at random among the leaves with siblings and 32 training
   rows or more. The three leaves are added without training, from a description and 0, 1, 4 or 16 rows. Compared are the macro-F1
   of the new leaves on all test rows, also after training anew on all rows, and the macro-F1 of the other leaves on their own test
@@ -50,12 +50,13 @@ def describe(data: Path, runs: Path) -> tuple[pd.DataFrame, Path]:
 
 def zero(data: Path, arguments: argparse.Namespace) -> list[dict]:
     """Make classifiers without rows."""
-    results = []
-    for kind, file in (("names", data / "labels.csv"), ("descriptions", describe(data, arguments.runs)[1])):
-        flags = {"taxonomy": file, "class_names": file, "test_file": data / "test.csv"}
+    results, names, described = [], data / "labels.csv", describe(data, arguments.runs)[1]
+    texts = {"unlabelled_file": data / "train.csv", "text_column": "text"}
+    for kind, file, flags in (("names", names, {}), ("unlabelled", names, texts), ("descriptions", described, {})):
+        flags = {"taxonomy": file, "class_names": file, "test_file": data / "test.csv", **flags}
         metrics = train(arguments.runs / kind, model_name_or_path=arguments.encoder, **flags, **SETTINGS)
         scores = {name: metrics[f"test_{name}"] for name in ("accuracy", "macro_f1", "log_loss")}
-        results.append({"classes": kind, "method": "heads", **scores})
+        results.append({"classes": kind, **scores})
     columns = [("classes", "{classes}"), ("accuracy", "{accuracy:.1%}"), ("macro-F1", "{macro_f1:.1%}")]
     print_rows(results, [*columns, ("log loss", "{log_loss:.2f}")])
     return results

@@ -39,7 +39,6 @@ from sklearn.preprocessing import normalize
 
 from open_world_hierarchical import NOVELTY, NoveltyTests
 
-TEXTS = harness.ROOT / "benchmarks" / "strange_texts.txt"
 NEAREST, BATCH = 10, 64
 SCORES = ("largest probability", "entropy", "energy", "nearest texts")
 SCORES += ("relative Mahalanobis", "Mahalanobis", "Mahalanobis and energy")
@@ -182,8 +181,8 @@ def ohsumed(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def made_up_texts(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the p-value of each made-up text by each model of `ohsumed`, and what the model knows of it."""
-    texts = TEXTS.read_text(encoding="utf-8").splitlines()
-    results = {}
+    file, results = harness.ROOT / "benchmarks" / "strange_texts.txt", {}
+    texts = file.read_text(encoding="utf-8").splitlines()
     for name in LEFT_OUT:
         classify = harness.load_classifier(arguments.runs / f"ohsumed-{name}")
         results[name] = [

@@ -24,7 +24,7 @@ class DataArguments:
     train_file: str | None = flag(None, "File with the training rows.")
     validation_file: str | None = flag(None, "File with the rows that select the checkpoint and calibrate it.")
     test_file: str | None = flag(None, "File with the rows for the final scores.")
-    unlabelled_file: str | None = flag(None, "File with texts that only --teacher labels.")
+    unlabelled_file: str | None = flag(None, "File with texts that --teacher labels, or of classes without rows.")
     encoding: str | None = flag(None, "Encoding of text files, such as cp1252 or utf-16. Default: UTF-8.")
     text_column: str | None = flag(None, "Column with the texts. Default: chosen by its name.")
     label_column: list[str] | None = flag(None, "Column of the labels, or one per level, or one of 0 and 1 per label.")

@@ -13,11 +13,10 @@ from scipy.sparse import csr_matrix
 from sklearn.covariance import ledoit_wolf
 from torch import nn
 
-from open_world_hierarchical import NOVELTY, NoveltyTests, OpenWorld
+from open_world_hierarchical import MAX_REFERENCES, NOVELTY, NoveltyTests, OpenWorld
 from taxonomy_hierarchical import Taxonomy
 
 MIN_REFERENCES = 19  # of a node's test: with fewer, no p-value could be 0.05
-MAX_REFERENCES = 999  # of a test
 
 
 @torch.no_grad()

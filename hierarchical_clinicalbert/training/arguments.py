@@ -281,6 +281,7 @@ def check_values(arguments: Arguments) -> None:
     model, data, loss, args = arguments
     by_steps = args.eval_strategy == args.save_strategy == "steps"
     columns, delimiter = data.label_column or [], data.label_delimiter
+    without_rows = not (data.train_file or data.data_path or data.dataset_name)
     fsdp = args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")  # accelerate would not shard on CPUs, and not say so
     problems = {
         "--tuning full trains every weight, and quantized weights cannot be trained: use --quantization none": (
@@ -300,8 +301,9 @@ def check_values(arguments: Arguments) -> None:
         "--teacher_scores keeps the scores of a checkpoint: leave it out, as --teacher is a file": (
             loss.teacher_scores is not None and Path(loss.teacher or "").is_file()
         ),
-        "--unlabelled_file and --teacher_scores need --teacher": (
-            loss.teacher is None and (data.unlabelled_file or loss.teacher_scores) is not None
+        "--teacher_scores needs --teacher": loss.teacher is None and loss.teacher_scores is not None,
+        "--unlabelled_file needs --teacher, or classes without training rows": (
+            loss.teacher is None and data.unlabelled_file is not None and not (args.do_train and without_rows)
         ),
         "--label_issues lists training rows, and --do_train false trains on none: leave it out": (
             data.label_issues and not args.do_train

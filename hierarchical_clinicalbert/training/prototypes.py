@@ -32,7 +32,9 @@ TYPICAL_SCORE = 4.0  # of a text at the typical distance from the mean, in the d
 NAME_WEIGHT = 4.0  # texts that a class name counts as
 DESCRIPTION_WEIGHT = 16.0  # texts that a name with a description counts as
 PHRASE_TEXTS = 2  # that a phrase of a class counts as, if the class is added to a checkpoint
-NAME_SCORE = 24.0  # of a name for itself, where there are no texts
+NAME_SCORE = 24.0  # of a name for itself, where there are no texts; and of texts, while they are assigned to classes
+CLUSTER_STEPS = 3  # of assigning unlabelled texts to classes
+CLUSTER_SCORE = 12.0  # like `TYPICAL_SCORE`, for classes of unlabelled texts: text and class are less alike
 MAX_TEXTS = 4096  # that are embedded
 
 
@@ -87,12 +89,15 @@ def initialise_heads(
 
 
 @torch.no_grad()
-def set_heads(trainer: HierarchicalTrainer, rows: Dataset | None, known: Container[int]) -> list[str]:
+def set_heads(
+    trainer: HierarchicalTrainer, rows: Dataset | None, known: Container[int], unlabelled: list[str]
+) -> list[str]:
     """Set the heads of all classes, or of those that are not ``known`` to a checkpoint, without training. Return their labels.
 
-    Over an encoder, they are those of `set_prototypes`, or without rows those of `write_name_heads`. In a checkpoint, they are
-    placed among the known ones by `HierarchicalHeads.place`. There, a phrase counts as `PHRASE_TEXTS` texts with one vector. From
-    the mean of the class means, this vector lies in the direction u of `set_prototypes`, as far as class means do on average.
+    Over an encoder, they are those of `set_prototypes`, or without rows those of `write_name_heads`, with the ``unlabelled`` texts.
+    In a checkpoint, they are placed among the known ones by `HierarchicalHeads.place`. There, a phrase counts as `PHRASE_TEXTS`
+    texts with one vector. From the mean of the class means, this vector lies in the direction u of `set_prototypes`, as far as
+    class means do on average.
     """
     tree, heads, classes = trainer.model.config.tree, trainer.model.heads, trainer.model.config.num_labels
     names = list_candidates(tree, classes)[-1]
@@ -111,9 +116,11 @@ def set_heads(trainer: HierarchicalTrainer, rows: Dataset | None, known: Contain
         heads.bias[:] = heads.decisions.initial_biases(heads.decisions.count_outcomes(labels))
         set_prototypes(trainer, rows, texts, names)
     else:
-        write_name_heads(heads, phrases)
+        if unlabelled:
+            texts = embed_phrases(trainer, [unlabelled[row] for row in sample(unlabelled)])
+        write_name_heads(heads, phrases, texts)
     described = " and their descriptions" if tree.descriptions else ""
-    logger.info("heads are set from the class names%s, and %d training texts", described, len(texts))
+    logger.info("heads are set from the class names%s, and %d texts", described, len(texts))
     return [label for node, label in enumerate(tree.labels[:classes]) if node not in known]
 
 
@@ -127,18 +134,36 @@ def new_class_vectors(
     return {node: torch.cat([places[node].expand(PHRASE_TEXTS, -1), texts[members[:, node] > 0]]) for node in new}
 
 
-def write_name_heads(heads: HierarchicalHeads, phrases: Tensor) -> None:
-    """Set the heads of all classes from the embeddings of their names or descriptions (C, H), without texts.
+def write_name_heads(heads: HierarchicalHeads, phrases: Tensor, texts: Tensor) -> None:
+    """Set the heads of all classes from the embeddings of their names or descriptions (C, H), and of unlabelled texts (B, H).
 
-    A text's most probable class is the one whose phrase has the largest cosine with the text: weights have equal lengths, and
-    a phrase scores `NAME_SCORE` for itself. The mean score of the phrases is subtracted. The mean of phrases is not: texts
-    have another one.
+    Without texts, a text's most probable class is the one whose phrase has the largest cosine with the text: weights have equal
+    lengths, and a phrase scores `NAME_SCORE` for itself. The mean score of the phrases is subtracted. The mean of phrases is not:
+    texts have another one.
+
+    With texts, prototypes start as the directions u of `set_prototypes`. Each of `CLUSTER_STEPS` steps assigns each text to leaves
+    by the softmax of its scores, and makes prototypes of these shares of texts. This is the EM algorithm on a sphere (Banerjee et
+    al., 2005, "Clustering on the unit hypersphere using von Mises-Fisher distributions"). A name counts as half of the texts that a
+    class has on average, and `NAME_WEIGHT` more: so a prototype stays close to its name.
     """
-    lengths = phrases.square().sum(1).mean().sqrt()
+    decisions, classes = heads.decisions, len(phrases)
+    if len(texts):
+        offsets, mean, rms_distance = standardise(texts)
+        prototypes = names = normalize(phrases - phrases.mean(0))
+        name_texts = NAME_WEIGHT + len(texts) / (2 * classes)
+        for _ in range(CLUSTER_STEPS):
+            shares = (NAME_SCORE * offsets @ prototypes[: decisions.num_leaves].T).softmax(1)
+            members = decisions.sum_at_or_below(pad(shares, (0, decisions.num_nodes - decisions.num_leaves)))
+            prototypes = normalize(members[:, :classes].T @ offsets + name_texts * names)
+        weights = CLUSTER_SCORE / rms_distance * prototypes
+        level = weights @ mean
+    else:
+        weights = NAME_SCORE / phrases.square().sum(1).mean().sqrt() * normalize(phrases)
+        level = (phrases @ weights.T).mean()
     heads.weight.zero_()
-    heads.weight[: len(phrases)] = NAME_SCORE / lengths * normalize(phrases)
-    heads.bias[:] = heads.decisions.initial_biases(None)
-    heads.bias[: len(phrases)] -= (phrases @ heads.weight[: len(phrases)].T).mean()
+    heads.weight[:classes] = weights
+    heads.bias[:] = decisions.initial_biases(None)
+    heads.bias[:classes] -= level
 
 
 @torch.no_grad()

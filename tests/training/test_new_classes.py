@@ -3,15 +3,17 @@
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import CLEAR, clear_rows, read_csv, run, write_csv
 from safetensors.torch import load_file
-from scipy.special import log_softmax
+from scipy.special import log_softmax, softmax
 from sklearn.covariance import LedoitWolf
-from transformers import AutoModel, AutoTokenizer, pipeline
+from test_prototypes import ROWS, offsets_and_names, unit, vectors
+from transformers import AutoTokenizer, pipeline
 
 import train
 from configuration_hierarchical import MULTI_LABEL, SINGLE_LABEL, Calibration, HierarchicalConfig
@@ -19,7 +21,7 @@ from hierarchical_clinicalbert.errors import InputError
 from hierarchical_clinicalbert.evaluation.open_world import fit_open_world
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from open_world_hierarchical import OpenWorld
-from taxonomy_hierarchical import Taxonomy, TaxonomyError
+from taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy, TaxonomyError
 
 TREE = {"a": {"b": ["c", "d"], "e": None}, "f": ["g", "h"], "i": None}
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
@@ -63,10 +65,6 @@ def outputs(model: HierarchicalForSequenceClassification) -> dict[str, dict[str,
     return {name: dict(zip(labels, values.double().numpy().T, strict=True)) for name, values in columns.items()}
 
 
-def unit(vector: np.ndarray) -> np.ndarray:
-    return vector / np.linalg.norm(vector)
-
-
 def flat_heads(model: HierarchicalForSequenceClassification) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """Return weight and bias of each leaf in the equivalent flat softmax: their sums along the leaf's path."""
     tree, heads = model.config.tree, model.heads
@@ -80,18 +78,22 @@ def flat_heads(model: HierarchicalForSequenceClassification) -> tuple[dict[str, 
 # ── In a model ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_new_leaf_changes_known_nodes_only_by_its_share():
+@pytest.mark.parametrize("problem_type", [SINGLE_LABEL, MULTI_LABEL])
+def test_a_new_leaf_changes_known_nodes_only_by_its_share(problem_type):
     """Test the scores of known nodes beside the new leaf, with all that is calibrated."""
-    model = model_of()
+    model = model_of(problem_type)
     before, grown = outputs(model), copy.deepcopy(model)
     nested = {"a": {"b": ["new", "d", "c"], "e": None}, "f": ["g", "h"], "i": None}  # ids change
     assert grown.add_nodes(nested, {"new": torch.randn(3, 32)}) == (["new"], [])
     after, tree = outputs(grown), grown.config.tree
     for label in ("c", "d", "e", "g", "h", "f", "i"):
         np.testing.assert_allclose(after["score"][label], before["score"][label], atol=1e-4)
-    np.testing.assert_allclose(sum(after["p"][leaf] for leaf in grown.config.id2label.values()), 1, rtol=1e-5)
+    assert (after["p"]["new"] <= after["p"]["b"]).all()
+    if problem_type == SINGLE_LABEL:
+        np.testing.assert_allclose(sum(after["p"][leaf] for leaf in grown.config.id2label.values()), 1, rtol=1e-5)
     stored = grown.config.calibration
     assert (stored.set_thresholds, stored.num_texts) == (None, None)
+    assert stored.thresholds == (None if problem_type == SINGLE_LABEL else [0.3] * 10)
     assert stored.scales == [0.5 + decision / 4 for decision in tree.decision_of]
     old, new = (one.heads.lexical.weights() for one in (model, grown))
     for name in ("weight", "bias"):
@@ -167,19 +169,6 @@ def test_a_renamed_node_stays_the_same_and_keeps_its_guarantee(problem_type):
     assert model.config.calibration.set_thresholds == sets
 
 
-def test_with_several_labels_known_nodes_keep_their_probabilities():
-    model = model_of(MULTI_LABEL)
-    before = outputs(model)["p"]
-    nested = {"a": {"b": ["c", "new", "d"], "e": None}, "f": ["g", "h"], "i": None}
-    model.add_nodes(nested, {"new": torch.randn(3, 32)})
-    after = outputs(model)["p"]
-    for label, p in before.items():
-        np.testing.assert_allclose(after[label], p, rtol=1e-4)
-    assert (after["new"] <= after["b"]).all()
-    assert model.config.calibration.thresholds == [0.3] * 10
-    assert model.config.calibration.set_thresholds is None
-
-
 def test_with_family_attention_known_nodes_keep_their_queries():
     config = HierarchicalConfig(text_config=SMALL, taxonomy=TREE, problem_type=MULTI_LABEL, pooling="family_attention")
     model = HierarchicalForSequenceClassification(config).eval()
@@ -194,14 +183,20 @@ def test_with_family_attention_known_nodes_keep_their_queries():
 
 
 def test_new_classes_need_vectors_and_known_classes_beside_them():
-    model = model_of()
-    nested = {"a": {"b": ["c", "d", "new"], "e": None}, "f": ["g", "h"], "i": None}
-    with pytest.raises(ValueError, match="vectors are missing for 'new'"):
-        copy.deepcopy(model).add_nodes(nested, {})
-    with pytest.raises(ValueError, match="no class of the taxonomy is known"):
-        copy.deepcopy(model).add_nodes(["x", "y"], {"x": torch.ones(1, 32), "y": torch.ones(1, 32)})
-    with pytest.raises(ValueError, match="stores no class means"):
-        model_of(calibrated=False).add_nodes(nested, {"new": torch.ones(1, 32)})
+    """After an error, the model classifies as before, bit for bit."""
+    model, plain = model_of(), model_of(calibrated=False)
+    nested, text = {"a": {"b": ["c", "d", "new"], "e": None}, "f": ["g", "h"], "i": None}, torch.ones(1, 32)
+    for refused, taxonomy, given, message in (
+        (model, nested, {}, "vectors are missing for 'new'"),
+        (model, nested, {"new": text, "x": text}, "the label 'x' is not in the taxonomy"),
+        (model, ["x", "y"], {"x": text, "y": text}, "no class of the taxonomy is known"),
+        (plain, nested, {"new": text}, "stores no class means"),
+    ):
+        config, before = refused.config.to_dict(), outputs(refused)
+        with pytest.raises(ValueError, match=message):
+            refused.add_nodes(taxonomy, given)
+        assert refused.config.to_dict() == config
+        np.testing.assert_equal(outputs(refused), before)
 
 
 # ── From the command line ────────────────────────────────────────────────────────────────────────────────────────────
@@ -218,6 +213,16 @@ def accuracy(folder: Path, labels: set[str]) -> float:
     return sum(row["label"] == row["prediction"] for row in rows) / len(rows)
 
 
+def outputs_of(folder: Path, texts: list[str]) -> tuple[HierarchicalForSequenceClassification, Any]:
+    """Return the model of a checkpoint, and its outputs for texts."""
+    model, tokenizer = (
+        HierarchicalForSequenceClassification.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(folder),
+    )
+    with torch.no_grad():
+        return model, model(**tokenizer(texts, return_tensors="pt", padding=True))
+
+
 @pytest.mark.parametrize("problem_type", [SINGLE_LABEL, MULTI_LABEL])
 def test_without_rows_the_largest_cosine_of_a_phrase_wins(minilm, tmp_path, problem_type):
     """Compare the order of the roots with cosines of the encoder, loaded by transformers alone."""
@@ -229,22 +234,37 @@ def test_without_rows_the_largest_cosine_of_a_phrase_wins(minilm, tmp_path, prob
     card = (tmp_path / "results" / "README.md").read_text()
     assert "No training steps: the heads of neoplasms, digestive system diseases, " in card
     assert "No labelled rows were given. Taxonomy: from classes.csv." in card
-    tokenizer, encoder = AutoTokenizer.from_pretrained(minilm), AutoModel.from_pretrained(minilm).eval()
-
-    def embed(text: str) -> np.ndarray:
-        with torch.no_grad():
-            return unit(encoder(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0).numpy())
-
-    model = HierarchicalForSequenceClassification.from_pretrained(tmp_path / "results")
     texts = [row["text"] for row in clear_rows(3)[::9]]
-    with torch.no_grad():
-        found = model(**tokenizer(texts, return_tensors="pt", padding=True)).node_log_probs.numpy()
-    phrases = [embed(f"{name}: {CLEAR[name][0]}") for name in model.config.tree.labels]
-    cosines = np.stack([[embed(text) @ phrase for phrase in phrases] for text in texts])
-    for scores, cosine in zip(found, cosines, strict=True):
+    model, found = outputs_of(tmp_path / "results", texts)
+    phrases = vectors(minilm, tuple(f"{name}: {CLEAR[name][0]}" for name in model.config.tree.labels))
+    cosines = unit(vectors(minilm, tuple(texts))) @ unit(phrases).T
+    for scores, cosine in zip(found.node_log_probs.numpy(), cosines, strict=True):
         order = np.argsort(cosine)
         apart = np.diff(cosine[order]) > 0.02  # which bfloat16 tells apart
         assert (np.diff(scores[order])[apart] > 0).all()
+
+
+@pytest.mark.parametrize("problem_type", [SINGLE_LABEL, MULTI_LABEL])
+def test_without_rows_unlabelled_texts_move_the_heads_as_worked_by_hand(minilm, tmp_path, problem_type):
+    (tmp_path / "classes.json").write_text(json.dumps(DEFAULT_TAXONOMY))
+    words = ["--taxonomy", tmp_path / "classes.json", "--model_name_or_path", minilm, "--problem_type", problem_type]
+    words += ["--unlabelled_file", write_csv(tmp_path / "texts.csv", ROWS), "--output_dir", tmp_path / "results"]
+    train.main([*map(str, words), "--bf16", "false"])
+    assert "are the embeddings of unlabelled texts, class names" in (tmp_path / "results/README.md").read_text()
+    model, found = outputs_of(tmp_path / "results", [row["text"] for row in ROWS])
+    offsets, directions = offsets_and_names(minilm, [*model.config.id2label.values()])
+    prototypes = names = np.stack(directions)
+    for _ in range(3):
+        shares = softmax(24 * offsets @ prototypes[:5].T, axis=1)
+        members = np.stack([shares[:, leaves].sum(1) for leaves in model.config.tree.leaves_at_or_below])[: len(names)]
+        prototypes = unit((4 + len(ROWS) / (2 * len(names))) * names + members @ offsets)
+    expected = 12 * offsets @ prototypes.T
+    if problem_type == MULTI_LABEL:
+        expected -= np.log([2, 4, 4, 4, 4, 2])  # siblings
+    else:
+        expected = log_softmax(expected, axis=1)
+    scores = found.decision_logits if problem_type == MULTI_LABEL else found.logits
+    np.testing.assert_allclose(scores, expected, atol=1e-2)
 
 
 def test_classes_are_added_to_a_classifier_without_rows(minilm, tmp_path):
@@ -320,13 +340,15 @@ def test_classes_are_added_to_a_checkpoint_without_training(known, tmp_path, row
         (("--train_file", "rows.csv", "--num_train_epochs", "0", "--max_steps", "2"), "0 takes no steps: leave out --max_steps"),
         (("--taxonomy", "same.csv", "--model_name_or_path", "known"), "--taxonomy is the checkpoint's: nothing would change"),
         (("--taxonomy", "same.csv", "--renamed_nodes", '{"x": "neoplasms"}', "--model_name_or_path", "known"), "'x' is not in"),
+        (("--taxonomy", "grown.csv", "--unlabelled_file", "rows.csv", "--model_name_or_path", "known"), "for a new classifier"),
         (("--taxonomy", "same.csv", "--renamed_nodes", '{"x": "y"}'), "--renamed_nodes is for the nodes of a checkpoint"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_built_is_one_line(flags, message, known, tiny_encoder, tmp_path):
     taxonomy_file(tmp_path / "same.csv", dict.fromkeys([*CLEAR][:3], ""))
+    taxonomy_file(tmp_path / "grown.csv", dict.fromkeys(CLEAR, ""))
     write_csv(tmp_path / "rows.csv", clear_rows(1))
-    files = {name: str(tmp_path / name) for name in ("same.csv", "rows.csv")} | {"known": str(known)}
+    files = {name: str(tmp_path / name) for name in ("same.csv", "grown.csv", "rows.csv")} | {"known": str(known)}
     words = ["--model_name_or_path", tiny_encoder, *(files.get(word, word) for word in flags)]
     with pytest.raises(InputError, match=message) as refused:
         train.main([*words, "--output_dir", str(tmp_path / "results")])

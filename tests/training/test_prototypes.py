@@ -56,7 +56,7 @@ def vectors(minilm: str, texts: tuple[str, ...]) -> np.ndarray:
 
 
 def unit(vector: np.ndarray) -> np.ndarray:
-    return vector / np.linalg.norm(vector)
+    return vector / np.linalg.norm(vector, axis=-1, keepdims=True)
 
 
 def offsets_and_names(minilm: str, names: list[str]) -> tuple[np.ndarray, list[np.ndarray]]:

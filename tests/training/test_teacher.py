@@ -163,7 +163,7 @@ def test_texts_of_the_teachers_training_are_never_scored(tiny_encoder, clear_che
             ["--teacher", "{folder}/train.csv", "--teacher_scores", "s"],
             "--teacher_scores keeps the scores of a checkpoint",
         ),
-        (["--unlabelled_file", "texts.csv"], "--unlabelled_file and --teacher_scores need --teacher"),
+        (["--unlabelled_file", "texts.csv"], "--unlabelled_file needs --teacher, or classes without training rows"),
         (["--teacher", "{clear}", "--teacher_weight", "2"], "--teacher_weight must be at least 0 and at most 1, not 2"),
     ],
 )
