@@ -243,10 +243,9 @@ def test_a_fresh_process_loads_the_model_in_one_call_and_runs_the_snippets_of_th
     load = LOG_PROBS.format(repo=repo, texts=TEXTS)
     code = snippets(hub.files(repo)["README.md"].decode())
     own, stock, _, log_probs = run_snippets([*code, load], tmp_path, hub.environment(home))
-    ((label, score),), *sets = map(ast.literal_eval, own.splitlines())
-    assert len(sets) == ("coverage=0.9" in code[0])
-    (leaf,) = ast.literal_eval(stock)
-    assert leaf == {"label": label, "score": pytest.approx(score, abs=1e-5)}
+    result, (leaf,) = ast.literal_eval(own), ast.literal_eval(stock)
+    assert ("prediction_set" in result) == ("coverage=0.9" in code[0])
+    assert leaf == {"label": result["label"], "score": pytest.approx(result["score"], abs=1e-5)}
     torch.testing.assert_close(torch.tensor(json.loads(log_probs)), expected, atol=1e-4, rtol=0)
     requests = [request for request in hub.requests[num_requests:] if "base/tiny/resolve/" in request.path]
     paths, downloads = ([r.path for r in some] for some in (requests, (r for r in requests if r.method == "GET")))
