@@ -41,12 +41,7 @@ from configuration_hierarchical import MULTI_LABEL, SINGLE_LABEL
 from decisions_hierarchical import DEFAULT_THRESHOLD, ManyNodes, OnePath, SetThreshold
 from hierarchical_clinicalbert.errors import InputError
 from hierarchical_clinicalbert.evaluation import plots
-from hierarchical_clinicalbert.evaluation.lexical import (
-    DEFAULT_SIZE,
-    LeafClassifier,
-    LexicalClassifier,
-    NodeClassifier,
-)
+from hierarchical_clinicalbert.evaluation.lexical import LeafClassifier, LexicalClassifier, NodeClassifier
 from hierarchical_clinicalbert.evaluation.metrics import (
     MANY_NODES,
     ONE_PATH,
@@ -189,12 +184,12 @@ class FormBase:
     ) -> LexicalClassifier | None:
         """Fit the lexical classifier on the training rows; return None if it is not wanted, or there is nothing to tell apart.
 
-        By default it is wanted up to `DEFAULT_SIZE`.
+        By default it is wanted up to `LexicalClassifier.default_size`.
         """
         if wanted is False:
             return None
         vocab_size, num_classes = counts.shape[1], self.decisions.num_classes
-        if wanted is None and vocab_size * num_classes > DEFAULT_SIZE:
+        if wanted is None and vocab_size * num_classes > self.classifier.default_size:
             size = f"{vocab_size:,} tokens and {num_classes:,} classes"
             logger.info("no lexical head: by default there is none for %s; --lexical_head true adds it", size)
             return None

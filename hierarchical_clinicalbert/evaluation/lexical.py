@@ -25,7 +25,6 @@ from hierarchical_clinicalbert.evaluation.metrics import one_hot
 
 MIN_ROWS = 2  # a token in fewer training rows is ignored
 REGULARISATION = 50.0  # C of scikit-learn: weak, since the documents are vectors of length 1
-DEFAULT_SIZE = 2**24  # tokens times classes: beyond it, what the head gains is not measured, and its fit takes long
 MAX_WEIGHTS = 2**23  # 64 MiB with their places: of more, each class keeps equally many, the largest
 
 
@@ -33,6 +32,8 @@ class LexicalClassifier:
     """Logistic regression over TF-IDF: base class of `LeafClassifier` and `NodeClassifier`.
 
     Attributes:
+        default_size: tokens times classes, up to which there is a head by default. Beyond it, what the head gains is not measured, and
+            its fit takes long.
         classes, tokens: the ids of the classes and tokens that are fitted, (C,) and (T,). Other weights are 0. L-BFGS keeps some 25
             arrays (C, T), so with thousands of classes (num_classes, V) would take too much memory.
         weight: the weights, sparse, (num_classes, V).
@@ -41,6 +42,7 @@ class LexicalClassifier:
         removed_prior: what they lack of these frequencies, (num_nodes,) or 0.
     """
 
+    default_size: int
     weight: csc_matrix
     classes: np.ndarray
     log_prior: np.ndarray | float = 0.0
@@ -97,6 +99,8 @@ class LeafClassifier(LexicalClassifier):
     ``log_prior`` is the logarithm of the number of documents at or below each node, plus ½.
     """
 
+    default_size = 2**24
+
     def __init__(self, decisions: OnePath, counts: csr_matrix, labels: np.ndarray):
         is_leaf = labels < decisions.num_leaves
         counts, labels = counts[is_leaf], labels[is_leaf]
@@ -131,6 +135,8 @@ class NodeClassifier(LexicalClassifier):
     has weights of 0. The node's log-odds in these rows (`ManyNodes.initial_biases`) are subtracted: the encoder's head starts
     from them, and they would count twice. They are the ``removed_prior``.
     """
+
+    default_size = 2**27  # deep nodes have few open rows, so their fits are short
 
     def __init__(self, decisions: ManyNodes, counts: csr_matrix, labels: np.ndarray):
         super().__init__(decisions, counts, labels)
