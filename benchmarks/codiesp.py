@@ -27,8 +27,7 @@ from scipy.special import expit
 from sklearn.model_selection import KFold
 from transformers import AutoTokenizer
 
-from configuration_hierarchical import MULTI_LABEL
-from decisions_hierarchical import build_decisions, guaranteed_threshold
+from decisions_hierarchical import ManyNodes, guaranteed_threshold
 from hierarchical_clinicalbert.data.taxonomy_files import read_taxonomy
 from hierarchical_clinicalbert.evaluation.metrics import confusion_counts, macro_f1, micro_f1
 from hierarchical_clinicalbert.evaluation.report import MEASURED_TARGET
@@ -98,7 +97,7 @@ def run_model(
     harness.train(folder, recipe, **flags, **{f"{split}_file": file for split, file in files.items()})
     scores, u, calibration = score_checkpoint(folder, tree, rows)
     threshold = guaranteed_threshold("recall", MEASURED_TARGET, calibration)
-    sets = build_decisions(tree, MULTI_LABEL).prediction_sets(torch.from_numpy(expit(u)), threshold).numpy()
+    sets = ManyNodes(tree).prediction_sets(torch.from_numpy(expit(u)), threshold).numpy()
     true = rows["test"][1] == 1
     recalls = (true & sets).sum(1) / true.sum(1)
     return scores | {"set_recalls": recalls.tolist(), "set_nodes": sets.sum(1).tolist()}
