@@ -1,6 +1,9 @@
-"""Make the pictures of the Space in README.md and docs/space.md: ``python docs/screenshots.py --model results/quickstart``.
+"""Make the pictures of the Space in README.md and docs/space.md:
 
-Needs Debian's chromium and chromium-driver, and selenium.
+    python docs/screenshots.py --model results/quickstart
+    python docs/screenshots.py --codes results/codiesp
+
+The second command makes those of a model of ICD-10 codes, several a text. Needs Debian's chromium and chromium-driver, and selenium.
 """
 
 import argparse
@@ -25,6 +28,13 @@ CLASS = "#result .certainty"
 TEXT = (
     "We followed 212 patients after a stroke. In half of them an embolus from the heart was found, and in the others a lesion "
     "of the brain alone. Weakness, speech and memory were tested every six months, and so were rhythm and blood pressure."
+)
+
+REPORT = (
+    "A 63-year-old man with arterial hypertension and type 2 diabetes came with fever, cough and pain in the right side of the "
+    "chest. The radiograph showed consolidation of the lower lobe and a pleural effusion. Creatinine was 2.4 mg/dl, and the "
+    "kidney failure resolved with fluids. A CT scan showed a renal mass of 4 cm: nephrectomy found a clear cell carcinoma without "
+    "metastases. He had smoked for forty years."
 )
 
 
@@ -58,7 +68,17 @@ def take_pictures(page: Page) -> None:
     shoot(page, "file-1280-light")
 
 
-def film(page: Page, name: str) -> None:
+def take_pictures_of_codes(page: Page) -> None:
+    for width, theme in ((1280, "light"), (390, "dark")):
+        page.open(width, 900, theme)
+        page.type(REPORT)
+        page.press("#classify")
+        page.until(lambda: page.all(CLASS))
+        page.weights()
+        shoot(page, f"codes-{width}-{theme}")
+
+
+def film(page: Page) -> None:
     """Save a moving picture: a text is typed and classified, a node is pressed, and a file is classified."""
     frames: list[Image.Image] = []
     milliseconds: list[int] = []
@@ -91,21 +111,25 @@ def film(page: Page, name: str) -> None:
         sheet.paste(frame, (0, HEIGHT * i))
     palette = sheet.quantize(128, method=PALETTE)
     first, *others = (frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames)
-    file = ROOT / "docs" / f"{name}.gif"
+    file = ROOT / "docs" / "page.gif"
     first.save(file, save_all=True, append_images=others, duration=milliseconds, loop=0, optimize=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the pictures of the Space.")
-    parser.add_argument("--model", type=Path, default=Path("results/quickstart"))
-    model = str(parser.parse_args().model.resolve())
-    with tempfile.TemporaryDirectory() as folder, SpaceServer(model, Path(folder)) as server:
-        driver = start_chromium("--hide-scrollbars")
-        try:
-            take_pictures(Page(driver, server.address))
-            film(Page(driver, server.address), "page")
-        finally:
-            driver.quit()
+    parser.add_argument("--model", type=Path, help="a model of the default taxonomy")
+    parser.add_argument("--codes", type=Path, help="a model of ICD-10 codes")
+    arguments = parser.parse_args()
+    kinds = {arguments.model: (take_pictures, film), arguments.codes: (take_pictures_of_codes,)}
+    for model, functions in kinds.items():
+        if model is not None:
+            with tempfile.TemporaryDirectory() as folder, SpaceServer(str(model.resolve()), Path(folder)) as server:
+                driver = start_chromium("--hide-scrollbars")
+                try:
+                    for function in functions:
+                        function(Page(driver, server.address))
+                finally:
+                    driver.quit()
 
 
 if __name__ == "__main__":

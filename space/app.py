@@ -231,11 +231,10 @@ def model_tab(model: str, revision: str | None) -> None:
         return Path(path).read_bytes() if path else None
 
     card = (read("README.md") or b"").decode()
-    if Path(model).is_dir():  # bytes that the locale cannot decode are surrogates, which are in no page
-        where = f"`README.md` in the folder {os.fsencode(Path(model).resolve().name).decode(errors='replace')}"
+    if Path(model).is_dir():
+        where = "`README.md` in the model's folder"
     else:
-        name = f"{model} at {revision[:12]}" if revision else model
-        where = f"[the model card of {name}](https://huggingface.co/{model}/blob/{revision or 'main'}/README.md)"
+        where = f"[the model card](https://huggingface.co/{model}/blob/{revision or 'main'}/README.md)"
     opening = f"{views.card_opening(card)}\n\nScores, limits, data and training: see {where}."
     with gr.Tab("About the model", id="model") as tab:
         gr.Markdown(opening if card else "The checkpoint has no model card.", elem_id="card")

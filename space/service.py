@@ -133,9 +133,6 @@ class Service:
             text: at most 20,000 characters.
             coverage: between 0.5 and 0.99; the result then has a prediction set with this coverage.
             levels: whether the result has the probability of every node.
-
-        Returns:
-            The prediction, the prediction set, and the number of tokens that were read.
         """
         return self._classify(text, coverage, levels)
 
@@ -153,7 +150,9 @@ class Service:
         text = check_text(text, self.max_characters)
         return self._explain(text, self.check_node(node) if node else self.main_node(self._classify(text, None, True)))
 
-    def classify_file(self, file: gr.FileData, column: str | None = None, coverage: float | None = None) -> FileResult:
+    def classify_file(
+        self, file: gr.FileData, column: str | None = None, coverage: float | None = None, encoding: str | None = None
+    ) -> FileResult:
         """Classify the rows of a file. The file is deleted as soon as it is read.
 
         Args:
@@ -161,13 +160,11 @@ class Service:
             column: the column of texts; by default found by its name, such as text or abstract, else the one with the most
                 characters.
             coverage: as in classify.
-
-        Returns:
-            The column, the rows that were classified, and the lines and reasons of the others.
+            encoding: of a text file, such as cp1252; by default UTF-8.
         """
         if not isinstance(file, dict) or not isinstance(file.get("path"), str):
             raise Refused("A file is needed.")
-        table = read_table(take_uploads([file["path"]]), column or None, self.max_characters)
+        table = read_table(take_uploads([file["path"]]), column or None, self.max_characters, encoding)
         if coverage is not None:
             check_target(self.classifier, coverage)
         result: dict[str, Any] = {"column": table.column, "rows": [], "problems": []}
@@ -344,8 +341,10 @@ class MultiLabelService(Service):
     def classify(self, text: str, recall: float | None = None, levels: bool = False) -> Classification:
         return self._classify(text, recall, levels)
 
-    def classify_file(self, file: gr.FileData, column: str | None = None, recall: float | None = None) -> FileResult:
-        return super().classify_file(file, column, recall)
+    def classify_file(
+        self, file: gr.FileData, column: str | None = None, recall: float | None = None, encoding: str | None = None
+    ) -> FileResult:
+        return super().classify_file(file, column, recall, encoding)
 
 
 SERVICES = {"coverage": Service, "recall": MultiLabelService}  # by the guarantee of the model's decisions

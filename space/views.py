@@ -22,9 +22,10 @@ from attribution import LOG_ODDS_SLOPE, Explanation
 from classification import Classification, Node, Prediction
 
 ROWS = 300  # nodes of a tree that are rendered, the folded ones included; more only if they are marked
-SMALL = 60  # most nodes of a taxonomy that is shown as a whole before a text, and most marked nodes that are not folded
-UNLIKELY, SIBLINGS = 0.02, 10  # siblings below this probability, and those after so many, are folded
-MAX_SHOWN = 20  # most nodes shown of a prediction, or of a set
+OPEN = 40  # most nodes of a tree that are not folded
+UNLIKELY = 0.02  # nodes below this probability are folded, unless they are marked
+MAX_FULL = 6  # most predicted nodes that are shown with path, description and bar
+MAX_SHOWN = 20  # most nodes shown of a set, or of a prediction in short
 RANKED = 10  # words in the table of the largest weights
 MAX_CLASSES = 12  # most bars in the summary of a file
 PAGE = 20  # rows of a file that are shown at once
@@ -68,15 +69,13 @@ class Unit(NamedTuple):
     shown: float  # the number that is shown for a weight of 1
     digits: int
     name: str
-    long_name: str
-    least: str  # a change by a word that is worth a remark
 
     def format(self, weight: float) -> str:
         return f"{'−' if weight < 0 else '+'}{abs(self.shown * weight):.{self.digits}f}"
 
 
-PROBABILITY = Unit(1, 100, 1, "points", "percentage points", "this probability by 0.1 points")
-LOG_ODDS = Unit(LOG_ODDS_SLOPE, 1, 2, "log-odds", "log-odds", "the log-odds by 0.004")
+PROBABILITY = Unit(1, 100, 1, "percentage points")
+LOG_ODDS = Unit(LOG_ODDS_SLOPE, 1, 2, "log-odds")
 
 
 # ── One text ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -98,9 +97,12 @@ def result(tree: Any, classified: Classification, held: str) -> str:
             f"It looks like a text of {', '.join(known) or 'none of these classes'}. "
             f"Its prediction would be: {chips or 'no label'}</p>{reason}{truncation(classified)}"
         )
-    nodes = join_first([predicted(tree, node) for node in classified["labels"]])
+    nodes, others = classified["labels"][:MAX_FULL], classified["labels"][MAX_FULL:]
+    shown = "".join(predicted(tree, node) for node in nodes)
+    less = join_first([chip(tree, node["label"], node["score"]) for node in others])
     none = "<p class='class none'>No label</p><p class='note'>No node of the taxonomy is probable enough.</p>"
-    return panel(f"{KICKER}<div class='nodes'>{nodes or none}</div><p class='held'>{held}</p>{truncation(classified)}")
+    shown = f"<div class='nodes'>{shown or none}</div>{less and f'<p>Also: {less}</p>'}"
+    return panel(f"{KICKER}{shown}<p class='held'>{held}</p>{truncation(classified)}")
 
 
 def is_strange(result: Mapping[str, Any]) -> bool:
@@ -132,9 +134,10 @@ def prediction_set(tree: Any, guarantee: str, target: float, nodes: list[Node]) 
 
 
 def chip(tree: Any, label: str, score: float | None = None) -> str:
-    """Render a node's label in the colour of the node."""
+    """Render a node's label in the colour of the node. Its tooltip is the description."""
     number = "" if score is None else f" <b>{percent(score)}</b>"
-    return f"<span class='chip' style='--c:{COLOURS[tree.id(label) % len(COLOURS)]}'>{name_html(label)}{number}</span>"
+    title, colour = escape_html(tree.descriptions.get(label, "")), COLOURS[tree.id(label) % len(COLOURS)]
+    return f"<span class='chip' title='{title}' style='--c:{colour}'>{name_html(label)}{number}</span>"
 
 
 def join_first(nodes: list[str]) -> str:
@@ -187,40 +190,40 @@ class NodeResults(NamedTuple):
 def tree(taxonomy: Any, results: NodeResults | None = None) -> str:
     """Render the taxonomy as an indented list: with results siblings by probability, and each node as a button with its bar.
 
-    Predicted nodes and those of the set are marked, and all rendered; up to `SMALL` of them are not folded.
+    Predicted nodes and those of the set are marked, and all rendered. At most `OPEN` nodes are not folded.
     """
-    # ── Order: what is marked, then by probability; without results, from the roots down ──
+    # ── Order: what is predicted, what is in the set, then by probability; without results, from the roots down ──
     predicted = set[int]() if results is None else taxonomy.with_ancestors(results.predicted)
     marked = predicted if results is None else taxonomy.with_ancestors(results.predicted | results.in_set)
-    kept = next((nodes for nodes in (marked, predicted) if len(nodes) <= SMALL), set[int]())  # not folded
     place = {node: i for i, node in enumerate(taxonomy.reading_order)}
 
     def rank(node: int) -> tuple:
         return (0 if results is None else -results.scores[node], taxonomy.levels[node], place[node])
 
-    rendered = {*sorted(place, key=lambda node: (node not in marked, rank(node)))[: max(ROWS, len(marked))]}
+    order = sorted(place, key=lambda node: (node not in predicted, node not in marked, rank(node)))
+    rendered = {*order[: max(ROWS, len(marked))]}
+    if results is None:  # a small taxonomy as a whole
+        opened = {node for node in rendered if taxonomy.num_nodes <= OPEN or taxonomy.levels[node] == 1}
+    else:
+        opened = {node for node in order[:OPEN] if node in marked or results.scores[node] >= UNLIKELY}
 
     # ── Branches: the likely children of a node, and a fold with the others ──
-    def is_open(node: int, count: int) -> bool:
-        if results is None:
-            return taxonomy.num_nodes <= SMALL or taxonomy.levels[node] == 1
-        return node in kept or (results.scores[node] >= UNLIKELY and count < SIBLINGS)
-
     def branch(parent: int) -> str:
+        def items(nodes: list[int]) -> str:
+            return "".join(f"<li>{row(taxonomy, results, node)}{branch(node)}</li>" for node in nodes)
+
         children = sorted(taxonomy.children(parent), key=rank)
-        below = [node for node in children if node in rendered]
-        shown = [node for count, node in enumerate(below) if is_open(node, count)]
-        others = [node for node in children if node not in shown]
+        others = [node for node in children if node not in opened]
         if len(others) == 1 and others[0] in rendered:
-            shown, others = below, []
-        items = "".join(f"<li>{row(taxonomy, results, node)}{branch(node)}</li>" for node in shown)
+            others = []
+        html = items([node for node in children if node not in others])
         if others:
             folded = [node for node in others if node in rendered]
-            inner = "".join(f"<li>{row(taxonomy, results, node)}{branch(node)}</li>" for node in folded)
-            left_out = len(others) - len(folded)
+            inner, left_out = items(folded), len(others) - len(folded)
             inner += f"<li class='note'>and {left_out:,} more</li>" if left_out else ""
-            items += f"<li><details><summary>{fold_title(results, others, bool(shown))}</summary><ul>{inner}</ul></details></li>"
-        return f"<ul>{items}</ul>" if items else ""
+            title = fold_title(results, others, beside_others=html != "")
+            html += f"<li><details><summary>{title}</summary><ul>{inner}</ul></details></li>"
+        return f"<ul>{html}</ul>" if html else ""
 
     return f"<section class='panel tree'><h2>The taxonomy</h2>{legend(results)}{branch(-1)}</section>"
 
@@ -243,12 +246,12 @@ def row(taxonomy: Any, results: NodeResults | None, node: int) -> str:
 
 
 def fold_title(results: NodeResults | None, nodes: list[int], beside_others: bool) -> str:
-    """Return the title of folded siblings: their number, and what their probabilities sum up to, or at most are."""
+    """Return the title of folded siblings: their number, and the sum or the largest of their probabilities."""
     count = f"{len(nodes):,} {'other' if beside_others else 'node'}{'s' * (len(nodes) > 1)}"
     if results is None:
         return count
     scores = [results.scores[node] for node in nodes]
-    return f"{count}, {f'together {percent(sum(scores))}' if results.thresholds is None else f'each at most {percent(max(scores))}'}"
+    return f"{count}, {f'together {percent(sum(scores))}' if results.thresholds is None else f'up to {percent(max(scores))}'}"
 
 
 def legend(results: NodeResults | None) -> str:
@@ -297,20 +300,19 @@ def words(text: str, explanation: Explanation, unit: Unit) -> str:
         parts.append(f"<span class='unread' title='not read by the model'>{escape_html(unread)}</span>")
 
     # ── The warning, the error and the ranking ──
-    warning = "" if largest >= 0.001 * unit.slope else f"<p class='note'>No word changes {unit.least} or more.</p>"
+    warning = "" if largest >= 0.001 * unit.slope else "<p class='note'>No word changes the probability notably.</p>"
     if abs(explanation["error"]) > 0.1 * unit.slope:
         warning = "<p class='note warning'>The error is large, so the weights are unreliable.</p>"
     score, blank_score, error = explanation["score"], explanation["blank_score"], explanation["error"]
     difference = sum(word["weight"] for word in explanation["words"]) + explanation["rest"] - error
-    share = f", {abs(error / difference):.1%} of the difference" if abs(difference) >= 0.005 * unit.slope else ""
     ranked = sorted(explanation["words"], key=lambda word: -abs(word["weight"]))[:RANKED]
     pairs = [(name_html(word["word"]), unit.format(word["weight"])) for word in ranked]
     rows = "".join(f"<tr><th scope='row'>{word}</th><td>{weight}</td></tr>" for word, weight in pairs)
     return panel(
         f"<h3>Words for and against {name_html(explanation['label'])}</h3>"
         f"<p class='note'>The probability is {percent(blank_score)} for a blank text of this length, and <b>{percent(score)}</b> "
-        f"for this text. The weights of words and special tokens, in {unit.long_name}, add up to the difference, {unit.format(difference)}, with a "
-        f"convergence error of {unit.format(error)}{share}.</p>{warning}"
+        f"for this text. The weights of words and special tokens, in {unit.name}, add up to the difference, {unit.format(difference)}, with a "
+        f"convergence error of {unit.format(error)}.</p>{warning}"
         f"<p class='note'><span class='w for' style='--s:.8'>raises</span> <span class='w against' style='--s:.8'>lowers</span> "
         f"the probability{' · <span class=unread>grey: not read</span>' if unread else ''}</p>"
         f"<div class='text' dir='auto' tabindex='0' aria-label='The text with the weights of its words'>{''.join(parts)}</div>"

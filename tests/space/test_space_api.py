@@ -51,6 +51,14 @@ def test_the_rows_of_a_file_are_classified_as_single_texts(form, tmp_path):
         assert row == close({"line": row["line"], "text": row["text"], "result_version": 2, **to_row(single)})
 
 
+def test_a_file_in_another_encoding_needs_its_name(form, tmp_path):
+    (tmp_path / "in.txt").write_bytes("Ménière\n".encode("cp1252"))
+    refused = form.client.predict(handle_file(str(tmp_path / "in.txt")), api_name="/classify_file")
+    assert "choose the encoding cp1252" in refused["problems"][0]["problem"]
+    result = form.client.predict(handle_file(str(tmp_path / "in.txt")), encoding="cp1252", api_name="/classify_file")
+    assert [row["text"] for row in result["rows"]] == ["Ménière"]
+
+
 def test_the_api_is_typed_and_documented(form):
     api = form.client.view_api(return_format="dict")["named_endpoints"]
     assert api.keys() == {"/classify", "/explain", "/classify_file"}

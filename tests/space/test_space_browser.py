@@ -355,7 +355,7 @@ def test_nothing_is_wider_than_the_page_and_the_model_is_described(page, width, 
     page.tab("About the model")
     page.until(lambda: page.all("#plots img"))
     assert "a person should check important results" in page.text("#card")
-    assert "README.md in the folder" in page.text("#card")
+    assert "README.md in the model's folder" in page.text("#card")
     assert fits()
 
 

@@ -95,14 +95,15 @@ def test_unlikely_siblings_are_folded_with_their_sum_or_the_largest_of_them():
     results = nodes({"a": 0.97, "b": 0.015, "c": 0.01, "d": 0.005}, ["a"], tree=tree)
     folded = ["✓ a 97.0 %", "3 others, together 3.0 %", "b 1.5 %", "c 1.0 %", "d 0.5 %"]
     assert rows_of(views.tree(tree, results)) == folded
-    assert "3 others, each at most 1.5 %" in views.tree(tree, results._replace(thresholds=[0.5] * 4))
+    assert "3 others, up to 1.5 %" in views.tree(tree, results._replace(thresholds=[0.5] * 4))
     marked = views.tree(tree, results._replace(in_set={tree.id("d")}))
     assert rows_of(marked)[:3] == ["✓ a 97.0 %", "◆ d 0.5 %", "2 others, together 2.5 %"]
     results = nodes({"a": 0.9, "b": 0.05, "c": 0.045, "d": 0.005}, ["a"], tree=tree)
     assert "<details" not in views.tree(tree, results)
     wide = Taxonomy([f"{i}" for i in range(100)])
-    of_set = nodes({f"{i}": 0.03 for i in range(100)}, [], [f"{i}" for i in range(100)], tree=wide)
-    assert rows_of(views.tree(wide, of_set))[10] == "90 others, together 270.0 %"
+    of_set = nodes({f"{i}": 0.03 for i in range(100)}, ["99"], [f"{i}" for i in range(90)], tree=wide)
+    shown = rows_of(views.tree(wide, of_set))  # 40 of the marked nodes, the predicted one among them
+    assert shown[38:41] == ["◆ 38 3.0 %", "✓ 99 3.0 %", "60 others, together 180.0 %"]
 
 
 def test_of_thousands_of_nodes_those_of_the_set_and_the_most_probable_can_be_pressed():
@@ -129,6 +130,10 @@ def test_no_label_a_truncation_and_a_long_set_are_shown():
     assert "No label" in shown
     assert "of its 2,000 tokens, the last 1,500 (75.0 %) were not read" in shown
     assert views.prediction_set(tree, "recall", 0.5, []) == "For 50% recall: no node"
+    labels = [{"label": label, "score": 0.5, "path": [{"label": label}]} for label in tree.labels[:8]]
+    shown = views.result(tree, {"labels": labels, "truncated": False}, "")
+    assert re.findall(r"(?:class'>|<p>Also: <.*?>|chip.*?)<bdi>(\w+)", shown) == [f"n{i}" for i in range(8)]
+    assert shown.count("class='certainty'") == 6
     record = {"line": 1, "text": "a" * 201, "labels": [], "scores": [], "prediction_set": tree.labels}
     shown = views.table(tree, [record])
     assert f"<bdi>{'a' * 200}…</bdi>" in shown
