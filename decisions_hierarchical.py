@@ -272,7 +272,7 @@ class OnePath(Decisions):
         return self(scores)[0].exp()
 
     def from_labels(self, given: Mapping[int, float]) -> Tensor:
-        """Return P(node), (N,), from numbers of some nodes, in proportion to the sum at or below each. ValueError: all are 0."""
+        """Return P(node), (N,), in proportion to the sum of the numbers given at or below each node. ValueError: all are 0."""
         numbers = torch.zeros(self.num_nodes)
         for node, number in given.items():
             numbers[self.tree.path(node)] += number

@@ -27,7 +27,7 @@ from configuration_hierarchical import HierarchicalConfig
 from hierarchical_clinicalbert.checkpoint_files import METRICS, is_checkpoint, read_config
 from hierarchical_clinicalbert.data.labels import read_class_names
 from hierarchical_clinicalbert.data.report import log_report
-from hierarchical_clinicalbert.data.sources import read_rows, read_texts
+from hierarchical_clinicalbert.data.sources import read_rows
 from hierarchical_clinicalbert.data.splits import LabelledSplits, split_rows
 from hierarchical_clinicalbert.errors import InputError, as_input_error, run_command
 from hierarchical_clinicalbert.evaluation import plots
@@ -133,12 +133,8 @@ def run(arguments: Arguments, prepare: Prepare) -> None:
 
 def train(arguments: Arguments, data: LabelledSplits, resume_from: str | None, prepare: Prepare) -> None:
     """Train, measure and publish a model. All files go to ``--output_dir``."""
-    unlabelled: list[str] = []
     if arguments.loss.teacher is not None:
         data = teach(arguments.loss.teacher, arguments, data)
-    elif arguments.data.unlabelled_file is not None:
-        table, source = read_texts(arguments.data.unlabelled_file, "unlabelled", arguments.data)
-        unlabelled, data = [*table.iloc[:, 0]], dataclasses.replace(data, report=data.report | {"unlabelled": source})
     form = form_of(data.taxonomy, data.problem_type)
     fitted = fit_to_data(arguments.training, data.splits, form, arguments.data.taxonomy is not None)
     arguments, args, output = arguments._replace(training=fitted), fitted, Path(fitted.output_dir)
@@ -149,7 +145,7 @@ def train(arguments: Arguments, data: LabelledSplits, resume_from: str | None, p
     arguments = arguments._replace(model=fetch_model(arguments.model))  # the data are known to be usable
     renamed = read_class_names(arguments.data.renamed_nodes, "--renamed_nodes")
     known = find_known_nodes(arguments.model, data.taxonomy, renamed)
-    if unlabelled and known:
+    if data.unlabelled and known and arguments.loss.teacher is None:
         raise InputError("--unlabelled_file without --teacher is for a new classifier, and a checkpoint has heads")
     model = build_model(arguments.model, data.taxonomy, args.seed, data.problem_type, renamed, takes_steps)
     model.config.page = describe_page(args, model.config)
@@ -174,7 +170,7 @@ def train(arguments: Arguments, data: LabelledSplits, resume_from: str | None, p
     untrained: list[str] = []
     if not takes_steps:
         heads_init = "prototypes"
-        untrained = set_heads(trainer, splits.get("train"), known, unlabelled)
+        untrained = set_heads(trainer, splits.get("train"), known, [*data.unlabelled.values()])
     elif resume_from is None:
         heads_init = initialise_heads(trainer, splits["train"], arguments.model, known)
     data_report = data.report | {"lengths": lengths, "heads_init": heads_init, "untrained_classes": untrained}

@@ -65,6 +65,8 @@ def log_splits(report: dict) -> None:
         logger.warning("left out, since the checkpoint was trained or calibrated on the texts: %s", left_out)
     if report["trained_before"]["scores"] == "unverified":
         logger.warning("the checkpoint's training texts are unknown: no rows are split off, and scores are unverified")
+    if texts := report["unlabelled_texts"]:
+        logger.info("unlabelled texts, none of them in a split: %s", f"{texts:,}")
     if untrained := report["classes_without_training_rows"]:
         logger.warning("%d classes without training rows: %s", len(untrained), list_names(untrained))
 

@@ -61,6 +61,7 @@ class SourceRows:
     columns: list[str]  # the text column, then the label columns
     sources: list[dict[str, Any]]  # section of data_report.json
     shares: dict[str, float]  # of the texts, to split off
+    unlabelled: list[str]  # texts of --unlabelled_file
 
 
 def read_rows(arguments: DataArguments, trains: bool = True) -> SourceRows:
@@ -70,9 +71,13 @@ def read_rows(arguments: DataArguments, trains: bool = True) -> SourceRows:
     """
     # ── Sources and their columns ────────────────────────────────────────────────────────────────────────────────────
     sources, single = find_split_sources(arguments, needs_rows=not (trains and arguments.taxonomy))
+    unlabelled, described = list[str](), list[dict[str, Any]]()
+    if arguments.unlabelled_file is not None:
+        table, source = read_texts(arguments.unlabelled_file, "unlabelled", arguments)
+        unlabelled, described = [*table.iloc[:, 0]], [source]
     if not sources:
         rows = pd.DataFrame({"split": [], "row": [], "text": [], "labels": []}, dtype=object)
-        return SourceRows(rows, {}, choose_form([], [], arguments), [], [], {})
+        return SourceRows(rows, {}, choose_form([], [], arguments), [], described, {}, unlabelled)
     if not trains and len(sources) > 1:
         sources.pop("train", None)
     shares = find_shares(arguments, sources.keys(), single)
@@ -96,11 +101,11 @@ def read_rows(arguments: DataArguments, trains: bool = True) -> SourceRows:
                 places[label] = place(table, row, label_columns)
         rows = pd.DataFrame({"split": split, "row": np.arange(len(table)), "text": table[text_column].array})
         parts.append(rows.assign(labels=pd.Series(labels, dtype=object)))  # tuples
-    described = [
+    described += [
         {"split": "all" if single else split, "name": source.name, "dataset": source.dataset, "sha256": source.sha256}
         for split, source in sources.items()
     ]
-    return SourceRows(pd.concat(parts, ignore_index=True), places, form, first, described, shares)
+    return SourceRows(pd.concat(parts, ignore_index=True), places, form, first, described, shares, unlabelled)
 
 
 def read_texts(path: str, split: str, arguments: DataArguments, *others: str) -> tuple[pd.DataFrame, dict[str, Any]]:

@@ -54,6 +54,7 @@ class LabelledSplits:
     report: dict  # for data_report.json
     problem_type: str  # of the configuration
     trained_texts: TrainedTexts  # texts that the initial weights were trained on
+    unlabelled: dict[str, str]  # texts without labels that are in no source of rows, by `text_hash`
 
 
 def split_rows(
@@ -72,6 +73,8 @@ def split_rows(
 
     # ── Repeated texts: trained on before, in several rows, in several splits ────────────────────────────────────────
     rows = labelled.assign(hash=[*map(text_hash, labelled["text"])])
+    labelled_texts = {*rows["hash"]}
+    unlabelled = {key: text for text in source.unlabelled if (key := text_hash(text)) not in labelled_texts}
     rows, left_out = _leave_out_trained(rows.assign(text_id=pd.factorize(rows["hash"])[0]), trained)
     counts, rows = count_by_split(rows), form.merge_repeats(rows)
     merged = {split: counts[split] - count for split, count in count_by_split(rows).items()}
@@ -106,12 +109,13 @@ def split_rows(
         "trained_before": {"scores": "verified" if trained.complete else "unverified", "left_out": left_out},
         "classes_without_training_rows": [label for label in classes if label not in with_rows],
         "united_rows": merged,
+        "unlabelled_texts": len(unlabelled),
     }
     log_splits(report)
     splits = datasets.DatasetDict()
     for split, part in parts.items():
         splits[split] = datasets.Dataset.from_pandas(part[[*FEATURES]], features=FEATURES, preserve_index=False)
-    return LabelledSplits(splits, taxonomy, report, form.problem_type, trained)
+    return LabelledSplits(splits, taxonomy, report, form.problem_type, trained, unlabelled)
 
 
 def _leave_out_trained(rows: pd.DataFrame, trained: TrainedTexts) -> tuple[pd.DataFrame, dict[str, int]]:

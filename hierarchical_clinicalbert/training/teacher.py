@@ -1,4 +1,4 @@
-"""Teach a model by probabilities: of another one, or of a file, for training texts and for texts without labels.
+"""Teach a model by probabilities, from another model or from a file, for training texts and for texts without labels.
 
 Worth knowing:
 
@@ -47,23 +47,14 @@ Scores = dict[str, np.ndarray]  # decision scores (num_nodes,) of a text, by its
 
 
 def teach(name: str, arguments: Arguments, data: LabelledSplits) -> LabelledSplits:
-    """Add the texts of ``--unlabelled_file`` to the training rows, and the teacher's decision scores to all of them.
+    """Add the unlabelled texts to the training rows, and the teacher's decision scores to all of them.
 
     ``name`` is the teacher's. The scores are lists of num_nodes numbers in the column ``teacher``.
     """
-    # ── Texts: those of the training rows, and others that are in no split ───────────────────────────────────────────
-    splits, report = DatasetDict(data.splits), dict(data.report)
-    rows = splits.get("train", Dataset.from_dict({column: [] for column in FEATURES}, FEATURES))
-    unlabelled = dict[str, str]()
-    if arguments.data.unlabelled_file is not None:
-        table, source = read_texts(arguments.data.unlabelled_file, "unlabelled", arguments.data)
-        report["sources"] = [*report["sources"], source]
-        known = {text_hash(text) for split in splits.values() for text in split["text"]}
-        unlabelled = {key: text for text in table.iloc[:, 0] if (key := text_hash(text)) not in known}
-        logger.info("unlabelled texts: %d of %d are in no split, and new", len(unlabelled), len(table))
-    text_of = {text_hash(text): text for text in rows["text"]} | unlabelled
-
     # ── Decision scores, and thresholds of predicted nodes ───────────────────────────────────────────────────────────
+    splits, report, unlabelled = DatasetDict(data.splits), dict(data.report), data.unlabelled
+    rows = splits.get("train", Dataset.from_dict({column: [] for column in FEATURES}, FEATURES))
+    text_of = {text_hash(text): text for text in rows["text"]} | unlabelled
     decisions = build_decisions(data.taxonomy, data.problem_type)
     thresholds: list[float] | None = None
     if Path(name).is_file():
@@ -84,7 +75,7 @@ def teach(name: str, arguments: Arguments, data: LabelledSplits) -> LabelledSpli
         added = Dataset.from_dict(columns | {"text_id": -1 - numbers}, FEATURES)  # numbers that no other text has
         rows = concatenate_datasets([rows, added])
     splits["train"] = rows.add_column("teacher", [scores[text_hash(text)] for text in rows["text"]])
-    report["teacher"] = {"name": name, "unlabelled_texts": len(unlabelled)}
+    report["teacher"] = name
     return replace(data, splits=splits, report=report)
 
 
@@ -96,7 +87,6 @@ def read_probabilities(name: str, arguments: DataArguments, decisions: Decisions
 
     Probabilities are JSON objects, {label: number}. For one path a text, only their ratios count, so they may be votes.
     """
-
     table, source = read_texts(name, "teacher", arguments, PROBABILITIES)
     found, problems = [], list[str | None]()
     for cell in table[PROBABILITIES]:

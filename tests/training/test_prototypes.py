@@ -59,9 +59,9 @@ def unit(vector: np.ndarray) -> np.ndarray:
     return vector / np.linalg.norm(vector, axis=-1, keepdims=True)
 
 
-def offsets_and_names(minilm: str, names: list[str]) -> tuple[np.ndarray, list[np.ndarray]]:
+def offsets_and_names(minilm: str, names: list[str], rows=ROWS) -> tuple[np.ndarray, list[np.ndarray]]:
     """Return the texts' offsets from their mean, over their RMS distance from it, and the directions of the names."""
-    texts, named = vectors(minilm, tuple(row["text"] for row in ROWS)), vectors(minilm, tuple(names))
+    texts, named = vectors(minilm, tuple(row["text"] for row in rows)), vectors(minilm, tuple(names))
     offsets = texts - texts.mean(0)
     return offsets / np.sqrt((offsets**2).sum(1).mean()), [unit(one - named.mean(0)) for one in named]
 
