@@ -6,7 +6,6 @@ FOLDER holds ``codiesp/{train,dev}.jsonl`` and ``codiesp/icd10cm.csv``. The 750 
 once; of the other texts, `VALIDATION` select the epoch, calibrate, and fit thresholds.
 
 - recipe: `recipes/codiesp.yaml`, which reads all tokens in windows of 512;
-- label-attention: the same, where each node has its own attention, not each family;
 - recipe-512: as the recipe, with texts truncated at 512 tokens;
 - flat-lora, tfidf-logistic: the peers of `multi_label_peers`; the first truncates at 512 tokens, the second reads all words.
 
@@ -34,11 +33,7 @@ from hierarchical_clinicalbert.evaluation.report import MEASURED_TARGET
 from taxonomy_hierarchical import Taxonomy
 
 FOLDS, VALIDATION, WINDOW = 5, 90, 512
-RECIPES: dict[str, dict[str, Any]] = {
-    "recipe": {},
-    "label-attention": {"pooling": "label_attention"},
-    "recipe-512": {"max_length": WINDOW},
-}
+RECIPES: dict[str, dict[str, Any]] = {"recipe": {}, "recipe-512": {"max_length": WINDOW}}
 MODELS = ("tfidf-logistic", "flat-lora", *RECIPES)
 
 
@@ -116,11 +111,9 @@ def print_tables(runs: list[dict], folds: dict[int, dict[str, harness.Rows]], tr
     trained = np.concatenate(
         [np.tile((rows["train"][1] == 1).any(0), (len(rows["test"][1]), 1)) for rows in folds.values()]
     )
-    of_model = {
-        model: [run for fold in folds for run in runs if (run["model"], run["fold"]) == (model, fold)]
-        for model in MODELS
-    }
-    of_model = {model: of_folds for model, of_folds in of_model.items() if len(of_folds) == len(folds)}
+    finished = {(run["model"], run["fold"]): run for run in runs}
+    complete = [model for model in MODELS if all((model, fold) in finished for fold in folds)]
+    of_model = {model: [finished[model, fold] for fold in folds] for model in complete}
     chosen = {
         model: np.concatenate(
             [unpack(run["choices"], rows["test"][1].shape) for run, rows in zip(of_folds, folds.values(), strict=True)]

@@ -28,7 +28,7 @@ from taxonomy_hierarchical import Taxonomy
 TRAIN = ROOT / "train.py"
 Rows = tuple[list[str], np.ndarray]  # texts, and the array of `Decisions.targets`
 RESAMPLES = 1000  # of a bootstrap
-PROBABILITIES = ("log_loss", "ece", "ece_by_chance")  # ends of the names of scores that are no percentages
+PROBABILITIES = ("log_loss", "ece")  # ends of the names of scores that are no percentages
 
 
 # ── Flags, results and tables ────────────────────────────────────────────────────────────────────────────────────────

@@ -61,11 +61,8 @@ def fit_calibration(
     def neg_log_likelihood(calibrated: Tensor) -> Tensor:
         return -decisions.log_likelihood(calibrated, targets).sum()
 
-    # ── Common to all decisions: scores · (encoder's scores + weight · lexical scores) ───────────────────────────────
-    mean = torch.tensor([1.0, 0.0], dtype=torch.float64)
-    bounds: list = [SCALE_BOUNDS, (0.0, SCALE_BOUNDS[1])]
-    std = torch.full_like(mean, PRIOR_STD)
-    common, factor = map_estimate(lambda f: neg_log_likelihood(f[0] * own + f[1] * words), mean, std, bounds)
+    # ── Common to all decisions: scale · (encoder's scores + weight · lexical scores) ────────────────────────────────
+    common, factor = fit_factors(decisions, [own, words], targets)
     weight = factor / common
 
     # ── Each decision's own scale, then the biases of all nodes ──────────────────────────────────────────────────────
@@ -80,6 +77,28 @@ def fit_calibration(
         return Calibration(scales=scales.tolist(), biases=biases.tolist())
     biases = biases - scales * float(weight) * log_prior
     return Calibration(lexical_weight=float(weight), scales=scales.tolist(), biases=biases.tolist())
+
+
+def fit_phrases(
+    form: Form, scores: np.ndarray, lexical_scores: np.ndarray, phrase_scores: np.ndarray, labels: np.ndarray
+) -> float:
+    """Return the weight of `LexicalClassifier.phrase_scores` relative to the lexical scores, which are without their log prior."""
+    parts = [torch.from_numpy(part.astype(np.float64)) for part in (scores, lexical_scores, phrase_scores)]
+    _, lexical, phrases = fit_factors(form.decisions, parts, torch.from_numpy(labels))
+    return float(phrases / lexical) if lexical > 0 else 0.0
+
+
+def fit_factors(decisions: Decisions, parts: list[Tensor], targets: Tensor) -> Tensor:
+    """Return the MAP estimate of a factor for each part of the decision scores; the first is a scale, the others at least 0."""
+    mean = torch.zeros(len(parts), dtype=torch.float64)
+    mean[0] = 1.0
+
+    def neg_log_likelihood(factors: Tensor) -> Tensor:
+        summed = torch.stack([factor * part for factor, part in zip(factors, parts, strict=True)]).sum(0)
+        return -decisions.log_likelihood(summed, targets).sum()
+
+    bounds = [SCALE_BOUNDS, *[(0.0, SCALE_BOUNDS[1])] * (len(parts) - 1)]
+    return map_estimate(neg_log_likelihood, mean, torch.full_like(mean, PRIOR_STD), bounds)
 
 
 def map_estimate(neg_log_likelihood: Callable[[Tensor], Tensor], mean: Tensor, std: Tensor, bounds: list) -> Tensor:

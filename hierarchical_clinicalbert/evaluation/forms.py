@@ -33,7 +33,7 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
-from scipy.sparse import csr_matrix
+from scipy.sparse import csr_matrix, vstack
 from scipy.special import expit, logit
 from transformers import EvalPrediction
 
@@ -180,11 +180,15 @@ class FormBase:
     # ── Lexical head ─────────────────────────────────────────────────────────────────────────────────────────────────
 
     def fit_classifier(
-        self, counts: csr_matrix, labels: np.ndarray, wanted: bool | None = None
+        self,
+        counts: csr_matrix,
+        labels: np.ndarray,
+        wanted: bool | None = None,
+        phrases: csr_matrix | None = None,
     ) -> LexicalClassifier | None:
         """Fit the lexical classifier on the training rows; return None if it is not wanted, or there is nothing to tell apart.
 
-        By default it is wanted up to `LexicalClassifier.default_size`.
+        By default it is wanted up to `LexicalClassifier.default_size`. ``phrases`` are those of `LexicalClassifier`.
         """
         if wanted is False:
             return None
@@ -196,7 +200,12 @@ class FormBase:
         if not self.classifier.learnable(self.decisions, labels).size:
             logger.info("no lexical head: the training rows do not tell any two classes apart")
             return None
-        return self.classifier(self.decisions, counts, labels)
+        if phrases is not None:
+            of_phrases = self.decisions.targets([[node] for node in range(num_classes)]).numpy()
+            counts, labels = vstack([counts, phrases]).tocsr(), np.concatenate([labels, of_phrases])
+        classifier = self.classifier(self.decisions, counts, labels)
+        classifier.phrases = phrases
+        return classifier
 
 
 # ── One path a text ──────────────────────────────────────────────────────────────────────────────────────────────────

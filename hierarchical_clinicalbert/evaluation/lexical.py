@@ -6,7 +6,9 @@ Worth knowing:
    contribution. Calibration fits one weight for its scores, relative to the encoder's.
 2. The lexical head is fitted after the encoder. Joint training was not tried.
 3. A token's feature is its TF-IDF times its `log_odds_variance`.
-4. With one label per text, the lexical head is flat: an inner node's probability is the sum of its leaves' probabilities. One
+4. Where classes have few rows, each class's name or description, its phrase, is one more document. The phrase's TF-IDF is also
+   added to the class's weights, times one weight for all classes, which `evaluation.calibration` fits.
+5. With one label per text, the lexical head is flat: an inner node's probability is the sum of its leaves' probabilities. One
    classifier per decision, as in HiClass, was tried on OHSUMED and was less accurate, for parents too.
 """
 
@@ -25,6 +27,7 @@ from hierarchical_clinicalbert.evaluation.metrics import one_hot
 
 MIN_ROWS = 2  # a token in fewer training rows is ignored
 REGULARISATION = 50.0  # C of scikit-learn: weak, since the documents are vectors of length 1
+PHRASE_SCORE = 100.0  # of a text that equals the phrase, at a weight of 1
 MAX_WEIGHTS = 2**23  # 64 MiB with their places: of more, each class keeps equally many, the largest
 
 
@@ -40,6 +43,7 @@ class LexicalClassifier:
         bias: (num_classes,).
         log_prior: what the decision scores of the classifier hold of the classes' frequencies, (num_nodes,) or 0.
         removed_prior: what they lack of these frequencies, (num_nodes,) or 0.
+        phrases: how often each token occurs in each class's phrase, (num_classes, V), or None. `fit_classifier` sets it.
     """
 
     default_size: int
@@ -47,6 +51,7 @@ class LexicalClassifier:
     classes: np.ndarray
     log_prior: np.ndarray | float = 0.0
     removed_prior: np.ndarray | float = 0.0
+    phrases: csr_matrix | None = None
 
     def __init__(self, decisions: Decisions, counts: csr_matrix, outcomes: np.ndarray):
         self.decisions = decisions
@@ -81,6 +86,18 @@ class LexicalClassifier:
     def decision_scores(self, counts: csr_matrix) -> np.ndarray:
         """Return decision scores, (num_rows, num_nodes)."""
         return self.decisions.of_classes(torch.from_numpy(self.scores(counts))).numpy()
+
+    def phrase_scores(self, counts: csr_matrix) -> np.ndarray:
+        """Return decision scores of texts by their cosine with the phrases, (num_rows, num_nodes)."""
+        scores = (self.tfidf.transform(counts) @ self._phrase_weights().T).toarray()
+        return self.decisions.of_classes(torch.from_numpy(scores)).numpy()
+
+    def add_phrases(self, factor: float) -> None:
+        """Add ``factor`` times the phrases' weights to those of the classes."""
+        self.weight = csc_matrix(self.weight + factor * self._phrase_weights())
+
+    def _phrase_weights(self) -> csr_matrix:
+        return PHRASE_SCORE * self.tfidf.transform(self.phrases)
 
     def weights(self) -> dict[str, Tensor]:
         """Return the weights of the equivalent `LexicalHead`, for its `of_weights`."""

@@ -25,7 +25,12 @@ from scipy.sparse import csr_matrix
 from configuration_hierarchical import Calibration
 from decisions_hierarchical import MIN_FREQUENCY, Decisions, SetThreshold, guaranteed_threshold, threshold_index
 from hierarchical_clinicalbert.evaluation import plots
-from hierarchical_clinicalbert.evaluation.calibration import calibrate_out_of_fold, calibrated_logits, fit_calibration
+from hierarchical_clinicalbert.evaluation.calibration import (
+    calibrate_out_of_fold,
+    calibrated_logits,
+    fit_calibration,
+    fit_phrases,
+)
 from hierarchical_clinicalbert.evaluation.forms import Form
 from hierarchical_clinicalbert.evaluation.lexical import LexicalClassifier
 from hierarchical_clinicalbert.evaluation.metrics import (
@@ -82,15 +87,22 @@ def calibrate_splits(
         The calibration. The splits with calibrated logits, of the validation rows out of fold. Metrics after calibration.
     """
     # ── Calibrated logits: decision scores of the encoder, plus those of the lexical head ────────────────────────────
-    lexical = {name: classifier and classifier.decision_scores(split.token_counts) for name, split in splits.items()}
+    validation = splits["validation"]
     log_prior = classifier.log_prior if classifier else 0.0
-    rows = splits["validation"].scores, lexical["validation"], splits["validation"].labels
+    if classifier and classifier.phrases is not None:
+        words, phrases = (
+            classifier.decision_scores(validation.token_counts),
+            classifier.phrase_scores(validation.token_counts),
+        )
+        classifier.add_phrases(fit_phrases(form, validation.scores, words - log_prior, phrases, validation.labels))
+    lexical = {name: classifier and classifier.decision_scores(split.token_counts) for name, split in splits.items()}
+    rows = validation.scores, lexical["validation"], validation.labels
     calibration = fit_calibration(form, *rows, log_prior)
     logits = {
         name: calibrated_logits(form.decisions, calibration, split.scores, lexical[name])
         for name, split in splits.items()
     }
-    logits["validation"] = calibrate_out_of_fold(form, *rows, splits["validation"].texts, log_prior)
+    logits["validation"] = calibrate_out_of_fold(form, *rows, validation.texts, log_prior)
     calibrated = {name: dataclasses.replace(split, logits=logits[name]) for name, split in splits.items()}
     weight, scales = calibration.lexical_weight or None, calibration.scales or [1.0]
     shown = f"scales of the scores from {min(scales):.2f} to {max(scales):.2f}"

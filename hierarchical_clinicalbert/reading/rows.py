@@ -193,7 +193,7 @@ class RowReader:
         if problem := self._encoding.problem_of(text):
             raise InputError(f"{self.name} is {problem}")
         try:
-            records = json.loads(text)
+            records = DECODER.decode(text)
         except (ValueError, RecursionError) as error:
             remedy = "; name it .jsonl if it has an object a line" if "Extra data" in str(error) else ""
             raise InputError(f"{self.name}: not JSON: {reason_of(error)}{remedy}") from error
@@ -213,7 +213,7 @@ class RowReader:
         if problem := self._encoding.problem_of(line):
             return Row(number, {}, problem)
         try:
-            return _object_row(number, json.loads(line))
+            return _object_row(number, DECODER.decode(line))
         except (ValueError, RecursionError) as error:
             return Row(number, {}, f"not JSON: {reason_of(error)}")
 
@@ -295,6 +295,16 @@ class Raw(io.RawIOBase):
 
 
 # ── Values of JSON and Parquet ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError("a name occurs twice in an object")
+    return values
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def _object_row(number: int, value: Any) -> Row:

@@ -24,6 +24,7 @@ from hierarchical_clinicalbert.training.tokens import build_collator
 from hierarchical_clinicalbert.training.trainer import HierarchicalTrainer
 from open_world_hierarchical import OpenWorld
 from pipeline_hierarchical import use_cpu_kernels
+from taxonomy_hierarchical import Taxonomy
 
 SCORING_ARGUMENTS: dict[str, Any] = {  # arguments of a Trainer that only scores
     **dict.fromkeys(("bf16", "fp16", "load_best_model_at_end", "push_to_hub"), False),
@@ -86,6 +87,14 @@ def learn_known_texts(scorer: HierarchicalTrainer, rows: Dataset, validation: Sc
     first, nodes = merge_texts(validation.texts, validation.nodes)
     tree = scorer.model.config.tree
     return fit_open_world(tree, vectors, some["labels"][:], validation.vectors[first], nodes)
+
+
+def phrase_counts(tokenizer: PreTrainedTokenizerBase, tree: Taxonomy, classes: int, vocab_size: int) -> csr_matrix:
+    """Count each token id in the description of each class, or in its name if it has none: (num_classes, vocab_size)."""
+    pairs = zip(tree.labels[:classes], tree.names, strict=False)
+    phrases = [tree.descriptions.get(label, name) for label, name in pairs]
+    encoded = tokenizer(phrases, truncation=True)["input_ids"]
+    return token_counts(Dataset.from_dict({"input_ids": encoded}), vocab_size)
 
 
 def token_counts(rows: Dataset, vocab_size: int) -> csr_matrix:
