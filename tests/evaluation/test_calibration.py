@@ -18,7 +18,7 @@ from transformers import pipeline
 from configuration_hierarchical import MULTI_LABEL, SINGLE_LABEL, Calibration, HierarchicalConfig
 from decisions_hierarchical import OnePath, guaranteed_threshold
 from hierarchical_clinicalbert.evaluation import calibration
-from hierarchical_clinicalbert.evaluation.calibration import calibrated_logits, fit_calibration
+from hierarchical_clinicalbert.evaluation.calibration import calibrated_logits, fit_calibration, fit_phrases
 from hierarchical_clinicalbert.evaluation.forms import ManyNodesForm, OnePathForm, form_of
 from hierarchical_clinicalbert.evaluation.report import ScoredSplit, calibrate_splits
 from modeling_hierarchical import HierarchicalForSequenceClassification
@@ -70,6 +70,20 @@ def test_each_decision_has_the_map_estimate_on_the_rows_that_take_it(form):
         scale, *biases = minimize(posterior, start, ([nodes], common), bounds=bounds, options={"ftol": 1e-14}).x
         assert [fitted.scales[node] for node in nodes] == pytest.approx([scale] * len(nodes), abs=2e-3)
         assert [fitted.biases[node] for node in nodes] == pytest.approx(biases, abs=2e-3)
+
+
+@FORMS
+def test_phrases_have_the_weight_of_greatest_posterior(form):
+    parts = np.random.default_rng(2).normal(size=(3, 40, TREE.num_nodes))
+    labels = torch.from_numpy(draw_labels(form, parts[0] + parts[1] + 2 * parts[2]))
+
+    def neg_log_posterior(factors: np.ndarray) -> float:
+        scores = torch.from_numpy(np.tensordot(factors, parts, 1))
+        return -form.decisions.log_likelihood(scores, labels).sum().item() + ((factors - [1, 0, 0]) ** 2).sum() * 8
+
+    found = minimize(neg_log_posterior, [1, 0.1, 0.1], method="Nelder-Mead", options={"xatol": 1e-6, "fatol": 1e-9})
+    assert fit_phrases(form, *parts, labels.numpy()) == pytest.approx(found.x[2] / found.x[1], rel=1e-3)
+    assert fit_phrases(form, parts[0], -parts[1], parts[2], labels.numpy()) == 0  # without words, no phrases either
 
 
 def test_the_prior_of_the_classes_counts_once():

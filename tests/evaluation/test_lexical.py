@@ -10,6 +10,7 @@ import torch
 from scipy.sparse import csr_matrix
 from sklearn.feature_extraction.text import TfidfTransformer
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics.pairwise import cosine_similarity
 from transformers import AutoModel
 
 from configuration_hierarchical import Calibration, HierarchicalConfig
@@ -124,6 +125,33 @@ def test_leaves_without_rows_share_the_prior_of_one_row():
     train = rows(300, leaves=3)
     odds = np.exp(classifier_of(train, tree).scores(token_counts(train, VOCABULARY)))
     assert (odds[:, 3:].sum(1) / odds[:, :3].sum(1)).mean() == pytest.approx(1 / 301)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_phrase_is_a_document_of_its_class_and_a_direction_of_its_weights(several):
+    form, train, unseen = (ManyNodesForm if several else OnePathForm)(TREE), rows(90, several=several), rows(20, seed=1)
+    classes = form.decisions.num_classes
+    phrases = np.array([np.bincount([2 * node, 2 * node + 1], minlength=VOCABULARY) for node in range(classes)])
+    counts, labels = counted(train), np.array(train["labels"])
+    found = form.fit_classifier(csr_matrix(counts), labels, phrases=csr_matrix(phrases))
+    paths = [[node in TREE.path(phrase) for node in range(classes)] for phrase in range(classes)]
+    with_phrases = np.concatenate([labels, np.array(paths, dtype=int) if several else np.arange(classes)])
+    expected = form.classifier(form.decisions, csr_matrix(np.concatenate([counts, phrases])), with_phrases)
+    texts = token_counts(unseen, VOCABULARY)
+    before = found.scores(texts)
+    np.testing.assert_allclose(before, expected.scores(texts))
+
+    cosines = cosine_similarity(
+        *(texts @ np.diag(expected.tfidf.idf_) for texts in logarithmic(counted(unseen), phrases))
+    )
+    found.add_phrases(0.5)
+    np.testing.assert_allclose(found.scores(texts) - before, 50 * cosines)
+    of_phrases = form.decisions.of_classes(torch.from_numpy(100 * cosines)).numpy()
+    np.testing.assert_allclose(found.phrase_scores(texts), of_phrases)
+
+
+def logarithmic(*counts: np.ndarray) -> list[np.ndarray]:
+    return [np.where(of_rows > 0, 1 + np.log(np.maximum(of_rows, 1)), 0) for of_rows in counts]
 
 
 def test_a_token_is_weighted_by_how_differently_the_classes_use_it():
