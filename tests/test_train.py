@@ -86,6 +86,8 @@ def test_predictions_and_measured_sets_are_those_of_the_pipeline(quickstart_run,
     classify = pipeline("hierarchical-text-classification", model=str(output), trust_remote_code=True)
     guarantee, plural = ("recall", "s") if several else ("coverage", "")
     results = classify([row["text"] for row in rows], **{guarantee: 0.9})
+    if several:
+        assert f"; {sum(result['truncated'] for result in results)} texts truncated at 64" in log
     listed, tree, shares = read_csv(output / "test_predictions.csv"), classify.tree, []
     for row, one, result in zip(rows, listed, results, strict=True):
         labels = row["labels"] if several else [row["label"]]
