@@ -33,7 +33,7 @@ FORMS = ("one_path", "several_labels")
 
 @pytest.fixture(scope="module")
 def published(hub, tiny_encoder, long_checkpoint, tmp_path_factory) -> dict[str, Path]:
-    """Publish a single-path checkpoint for long texts, and a multi-label one with label attention over windows of 128 tokens.
+    """Publish a single-path checkpoint for long texts, and a multi-label one with label attention over two windows.
 
     Return folders with the published files, by form.
     """

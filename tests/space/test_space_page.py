@@ -215,7 +215,7 @@ PAGES = [{"medical": True}, {"medical": True, "examples": ["My own first example
 
 @pytest.fixture(scope="module")
 def shown(clear_checkpoint, uncalibrated_run, tmp_path_factory) -> dict[str, Any]:
-    """Return parts of pages and the number of calls of a GPU that `ZERO_GPU` lends, from one process, and its temporary folder.
+    """Return parts of pages, the number of calls of a GPU that `ZERO_GPU` lends, and the folder, of one process.
 
     Block gradio's default folder by a file, as if another user owned it.
     """
