@@ -334,7 +334,7 @@ def texts() -> list[str]:
     return [row["text"] for row in read_csv(CORPUS / "test.csv")][:20]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def closed_port() -> Iterator[int]:
     """Yield a port that refuses connections: it is bound, but nothing listens."""
     with socket.socket() as closed:
@@ -402,17 +402,6 @@ def _restored() -> Iterator[None]:
     os.environ.update(environment)
 
 
-def without_p_values(checkpoint: str, folder: Path) -> str:
-    """Copy a checkpoint without what p-values need: texts of tests are unlike the few training texts."""
-    shutil.copytree(checkpoint, folder)
-    config, heads = json.loads((folder / "config.json").read_text()), load_file(folder / "heads.safetensors")
-    config.pop("open_world")
-    (folder / "config.json").write_text(json.dumps(config))
-    kept = {name: weight for name, weight in heads.items() if not name.startswith("open_world.")}
-    save_file(kept, folder / "heads.safetensors", {"format": "pt"})
-    return str(folder)
-
-
 @pytest.fixture(scope="session")
 def cluster() -> Iterator:
     """Start a cluster of Ray with two nodes of one core. Tests that remove nodes add others."""
@@ -440,8 +429,14 @@ def hub() -> Iterator[HubServer]:
 
 @pytest.fixture(scope="session")
 def plain_checkpoint(clear_checkpoint, tmp_path_factory) -> str:
-    """Return the folder of a single-path checkpoint without p-values."""
-    return without_p_values(clear_checkpoint, tmp_path_factory.mktemp("plain") / "results")
+    """Copy a single-path checkpoint without what p-values need: texts of tests are unlike the few training texts."""
+    folder = shutil.copytree(clear_checkpoint, tmp_path_factory.mktemp("plain") / "results")
+    config, heads = json.loads((folder / "config.json").read_text()), load_file(folder / "heads.safetensors")
+    config.pop("open_world")
+    (folder / "config.json").write_text(json.dumps(config))
+    kept = {name: weight for name, weight in heads.items() if not name.startswith("open_world.")}
+    save_file(kept, folder / "heads.safetensors", {"format": "pt"})
+    return str(folder)
 
 
 @pytest.fixture(scope="session")
@@ -459,16 +454,6 @@ def labels_space(labels_checkpoint, tmp_path_factory) -> Iterator:
     from space_server import SpaceServer
 
     with SpaceServer(labels_checkpoint, tmp_path_factory.mktemp("space")) as started:
-        yield started
-
-
-@pytest.fixture(scope="session")
-def long_space(long_checkpoint, tmp_path_factory) -> Iterator:
-    """Serve the Space with a checkpoint for long texts, without p-values."""
-    from space_server import SpaceServer
-
-    folder = without_p_values(long_checkpoint, tmp_path_factory.mktemp("plain") / "results")
-    with SpaceServer(folder, tmp_path_factory.mktemp("space")) as started:
         yield started
 
 
@@ -544,13 +529,17 @@ def unclear_texts(count: int) -> list[str]:
 
 
 def train_clear(model: object, folder: Path, *flags: object) -> str:
-    """Train a calibrated checkpoint with a lexical head, which predicts the classes of `clear_rows` correctly."""
+    """Train a calibrated checkpoint with a lexical head, which predicts the classes of `clear_rows` correctly.
+
+    Its validation rows are scored in float32, as the pipeline scores them.
+    """
     for split, offset in (("train", 1), ("validation", 2)):
         write_csv(folder / f"{split}.csv", clear_rows(offset))
     run(
         *("--train_file", folder / "train.csv", "--validation_file", folder / "validation.csv"),
         *("--model_name_or_path", model, "--max_steps", 5, "--eval_strategy", "no", "--save_strategy", "no"),
-        *("--load_best_model_at_end", "false", "--quantization", "none", "--output_dir", folder / "results", *flags),
+        *("--load_best_model_at_end", "false", "--quantization", "none", "--bf16", "false"),
+        *("--output_dir", folder / "results", *flags),
     )
     return str(folder / "results")
 
@@ -598,18 +587,19 @@ def quickstart_run(tiny_encoder, tmp_path_factory) -> tuple[Path, str]:
     return folder, done.stderr
 
 
-@pytest.fixture(scope="session")
-def labels_checkpoint(tiny_encoder, tmp_path_factory) -> str:
-    """Build a multi-label checkpoint that predicts each class whose disease a text names. All parameters are set by hand."""
+def write_labels_checkpoint(encoder: str, folder: Path, max_length: int = 128, **settings) -> str:
+    """Write a multi-label checkpoint that predicts each class whose disease a text names. All parameters are set by hand."""
     from configuration_hierarchical import Calibration
     from taxonomy_hierarchical import Taxonomy
 
     general = "general pathological conditions"
     tree = Taxonomy({"specific disease": [label for label in CLEAR if label != general], general: None})
     torch.manual_seed(1)
-    model = untrained_model(tiny_encoder, tree, problem_type="multi_label_classification")
+    model = untrained_model(encoder, tree, problem_type="multi_label_classification", **settings)
     torch.nn.init.normal_(model.heads.weight, std=0.03)
-    tokenizer = AutoTokenizer.from_pretrained(tiny_encoder, model_max_length=128)
+    if model.heads.query is not None:
+        torch.nn.init.normal_(model.heads.query)
+    tokenizer = AutoTokenizer.from_pretrained(encoder, model_max_length=max_length, padding_side="right")
     idf, weight = torch.full((len(tokenizer),), 0.05), torch.zeros(tree.num_nodes, len(tokenizer))
     pieces = {
         label: set(tokenizer(" ".join(names), add_special_tokens=False).input_ids) for label, names in CLEAR.items()
@@ -621,11 +611,15 @@ def labels_checkpoint(tiny_encoder, tmp_path_factory) -> str:
     calibration = Calibration(
         lexical_weight=1.0,
         set_thresholds=[round(0.99 - 0.01 * level, 6) for level in range(95)] + [None] * 4,
-        max_length=128,
+        max_length=max_length,
         num_texts=20,
     )
     model.set_calibration(calibration, {"idf": idf, "weight": weight, "bias": torch.full((tree.num_nodes,), -3.0)})
-    folder = tmp_path_factory.mktemp("labels")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def labels_checkpoint(tiny_encoder, tmp_path_factory) -> str:
+    return write_labels_checkpoint(tiny_encoder, tmp_path_factory.mktemp("labels"))

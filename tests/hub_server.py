@@ -142,14 +142,12 @@ class HubServer:
     def add_user(self, name: str, token: str, role: str = "write") -> None:
         self.users[token] = User(name, role)
 
-    def add_repo(
-        self, repo_id: str, files: dict[str, bytes] | Path, repo_type: str = "model", private: bool = False
-    ) -> str:
-        """Commit files to main, in addition to the files there. Return the sha of the commit."""
+    def add_repo(self, repo_id: str, files: dict[str, bytes] | Path, private: bool = False) -> str:
+        """Commit files to main of a model, in addition to the files there. Return the sha of the commit."""
         if isinstance(files, Path):
             paths = [path for path in files.rglob("*") if path.is_file()]
             files = {path.relative_to(files).as_posix(): path.read_bytes() for path in paths}
-        key = (KINDS[repo_type], repo_id)
+        key = ("models", repo_id)
         with self.lock:
             repo = self.repos.setdefault(key, Repo(*key, private))
             before = repo.branches["main"][-1].files if repo.branches["main"] else {}

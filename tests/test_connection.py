@@ -11,7 +11,6 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,12 +32,10 @@ def hub(hub, tmp_path_factory) -> HubServer:
     return hub
 
 
-@pytest.fixture(scope="module")
-def unreachable(hub) -> Iterator[dict[str, str]]:
-    """Yield the variables of a process with the cache of the hub's processes, whose Hub is a closed port."""
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        yield hub.environment() | {"HF_ENDPOINT": f"http://127.0.0.1:{closed.getsockname()[1]}"}
+@pytest.fixture
+def unreachable(hub, closed_port) -> dict[str, str]:
+    """Return the variables of a process with the cache of the hub's processes, whose Hub is a closed port."""
+    return hub.environment() | {"HF_ENDPOINT": f"http://127.0.0.1:{closed_port}"}
 
 
 @pytest.fixture

@@ -2,18 +2,14 @@
 
 import json
 
-import numpy as np
-import onnxruntime
 import pytest
 import torch
 from conftest import predict_here, write_csv
 from torch.nn.utils.rnn import pad_sequence
-from torch.onnx import export
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from checkpoint_hierarchical import special_tokens
-from configuration_hierarchical import Calibration, HierarchicalConfig
-from hierarchical_clinicalbert.publishing.export import Logits
+from configuration_hierarchical import HierarchicalConfig
 from modeling_hierarchical import TOKENS_AT_ONCE, HierarchicalForSequenceClassification
 
 WINDOW, START, END = 16, 5, 6  # tokens in a window, and its special tokens
@@ -144,30 +140,6 @@ def test_label_attention_over_many_nodes_is_computed_in_parts(monkeypatch):
     monkeypatch.setattr("modeling_hierarchical.FAMILY_WIDTH", 2)
     monkeypatch.setattr("modeling_hierarchical.SCORES_AT_ONCE", 1)
     torch.testing.assert_close(small_model(pooling="family_attention")(**batch).logits, expected, atol=1e-5, rtol=0)
-
-
-@torch.no_grad()
-def test_an_exported_graph_reads_texts_of_any_length(tmp_path):
-    """Export family attention and a lexical head. Graphs of the other poolings are in tests/publishing/test_engines.py."""
-    model, names = small_model(pooling="family_attention"), ["input_ids", "attention_mask"]
-    lexical = {
-        "idf": torch.rand(100),
-        "weight": torch.randn(3, 100) * (torch.rand(3, 100) < 0.5),
-        "bias": torch.randn(3),
-    }
-    model.set_calibration(Calibration(lexical_weight=1.0), lexical)
-    model.encoder.set_attn_implementation("eager")
-    shapes = (tuple({0: "batch", 1: "length"} for _ in names),)
-    example = tuple(padded(texts_of([5, 9, 7]))[name] for name in names)
-    program = export(
-        Logits(model, names), example, dynamo=True, verbose=False, input_names=names, dynamic_shapes=shapes
-    )
-    program.save(tmp_path / "model.onnx")
-    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
-    for lengths in ([4], [16], [17], [3, 8], LENGTHS, [200] * 3):
-        batch = padded(texts_of(lengths))
-        (logits,) = session.run(None, {name: batch[name].numpy() for name in names})
-        np.testing.assert_allclose(logits, model(**batch).logits.numpy(), atol=1e-4)
 
 
 def test_all_doors_read_the_last_words_of_a_long_text(long_checkpoint, long_texts, tmp_path):

@@ -108,7 +108,8 @@ def export_onnx(folder: Path, output: Path) -> dict[str, Path]:
             onnx_ir.save(program.model, file)
             # With a scale for each column, decisions change a third as often as with one scale (benchmarks/LOG.md).
             # Without VNNI, sums of products with 8-bit weights overflow, and sums of products with 7-bit weights do not.
-            quantize_dynamic(file, quantized, weight_type=QuantType.QInt8, per_channel=True, reduce_range=True)
+            settings = {"weight_type": QuantType.QInt8, "per_channel": True, "reduce_range": True}
+            quantize_dynamic(file, quantized, **settings, nodes_to_exclude=stacked_products(program.model.graph))
         # an encoder that cannot be traced, or is too large for one file, may raise anything
         except Exception as error:
             if is_full_disk(error):
@@ -125,6 +126,18 @@ def export_onnx(folder: Path, output: Path) -> dict[str, Path]:
     truncation = output / TRUNCATION_FILE
     truncation.write_text(json.dumps({"max_seq_length": tokenizer.model_max_length}))
     return {name: output / name for name in EXPORTED_FILES}
+
+
+def stacked_products(graph: Any) -> list[str]:
+    """Return the names of a graph's products with a constant of several matrices, for which ONNX Runtime has no int8 form."""
+    return [
+        node.name
+        for node in graph
+        if any(
+            value is not None and value.const_value is not None and len(value.const_value.shape) > 2
+            for value in node.inputs
+        )
+    ]
 
 
 def largest_gap(file: Path, model: HierarchicalForSequenceClassification, tokenizer: Any, names: list[str]) -> float:

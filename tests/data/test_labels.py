@@ -268,7 +268,6 @@ def test_class_names_are_read_from_json_or_a_table(tmp_path, given, message):
 
 # ── Errors ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-LIST = "line 2, column 'label': the label is a list written as text: save"
 NO_LABEL = "line 1, column 'label': the label is neither text nor a whole number"
 NO_TREE = {"taxonomy": None}
 
@@ -287,8 +286,6 @@ NO_TREE = {"taxonomy": None}
         ([[], []], NO_TREE, "column 'label': no row has a label"),
         (["a/b", "a/"], NO_TREE, "column 'label': the labels do not make a taxonomy: an empty name at 'a'"),
         (["a", "a"], NO_TREE, "column 'label': the labels do not make a taxonomy: .* at least two leaves; this one has 1"),
-        # a list written as text
-        (["x", "['a; b', 'c']"], {"label_delimiter": ";"}, LIST),
         # contradictions
         ([["x"]], {"problem_type": "single_label_classification"}, "means one label per text, but the label column holds"),
         (["x"], {"problem_type": "single_label_classification", "label_delimiter": ";"}, "but --label_delimiter is given"),

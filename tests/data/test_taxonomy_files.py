@@ -25,14 +25,15 @@ def test_every_file_gives_the_same_taxonomy(tmp_path):
 
 
 def test_descriptions_of_a_table_stay_with_their_nodes_in_the_configuration_and_in_the_drawing(tmp_path):
-    rows = 'heart,"the heart,\n and its vessels"\nheart,angina,\nheart,caf\u00e9, of coffee \n,other,\n'
+    rows = 'heart,"the heart,\n and its vessels"\nheart,angina,\nangina,stable,\nheart,caf\u00e9, of coffee \n,brain,\n'
     (tmp_path / "tree.csv").write_text(f"Parent,child, Description\n,{rows}")
     tree = read_taxonomy(tmp_path / "tree.csv")
     assert tree.descriptions == {"heart": "the heart, and its vessels", "caf\u00e9": "of coffee"}
     HierarchicalConfig(taxonomy=tree).save_pretrained(tmp_path)
     stored = HierarchicalConfig.from_pretrained(tmp_path).tree
     assert (stored, stored.descriptions) == (tree, tree.descriptions)
-    assert stored.draw() == "heart – the heart, and its vessels\n├── angina\n└── caf\u00e9 – of coffee\nother"
+    drawn = ["heart – the heart, and its vessels", "├── angina", "│   └── stable", "└── caf\u00e9 – of coffee", "brain"]
+    assert stored.draw().splitlines() == drawn
 
 
 def test_names_stay_as_they_are_written(tmp_path):

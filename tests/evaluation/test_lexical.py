@@ -11,23 +11,17 @@ from scipy.sparse import csr_matrix
 from sklearn.feature_extraction.text import TfidfTransformer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics.pairwise import cosine_similarity
-from transformers import AutoModel
 
-from configuration_hierarchical import Calibration, HierarchicalConfig
 from decisions_hierarchical import ManyNodes, OnePath
 from hierarchical_clinicalbert.evaluation import lexical
 from hierarchical_clinicalbert.evaluation.forms import ManyNodesForm, OnePathForm
 from hierarchical_clinicalbert.evaluation.metrics import one_hot
 from hierarchical_clinicalbert.training.score import token_counts
-from modeling_hierarchical import HierarchicalForSequenceClassification, LexicalHead
+from modeling_hierarchical import LexicalHead
 from taxonomy_hierarchical import Taxonomy
 
 TREE = Taxonomy(["a", {"b": ["c", "d", {"e": ["f", "g"]}]}])
 VOCABULARY = 60
-TINY = {
-    "model_type": "bert", "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
-    "intermediate_size": 48,
-}  # fmt: skip
 
 
 def rows(count: int, seed: int = 0, leaves: int = TREE.num_leaves, several: bool = False) -> datasets.Dataset:
@@ -163,28 +157,6 @@ def test_a_token_is_weighted_by_how_differently_the_classes_use_it():
     np.testing.assert_allclose(lexical.log_odds_variance(present, one_hot(labels, 5)), expected, atol=1e-12)
     one_class = lexical.log_odds_variance(present, one_hot(labels, 5)[:, [0]])
     np.testing.assert_allclose(one_class, np.square([math.log(3 / 4 * 6 / 5), 0, odds[0]]), atol=1e-12)
-
-
-@pytest.fixture
-def model() -> HierarchicalForSequenceClassification:
-    torch.manual_seed(0)
-    initialised = HierarchicalForSequenceClassification(HierarchicalConfig(text_config=TINY, taxonomy=TREE)).eval()
-    torch.nn.init.normal_(initialised.heads.weight)
-    return initialised
-
-
-def test_a_model_with_a_lexical_head_comes_back_the_same_and_can_lose_it(model, tmp_path):
-    inputs = padded(rows(9, seed=1)["input_ids"])
-    before = model(**inputs).logits
-    model.set_calibration(Calibration(lexical_weight=0.5), classifier_of(rows(300)).weights())
-    after = model(**inputs).logits
-    assert (after - before).abs().max() > 0.1
-    model.save_pretrained(tmp_path)
-    loaded = AutoModel.from_pretrained(tmp_path, trust_remote_code=True, dtype=torch.bfloat16)
-    assert loaded.heads.lexical.weight.dtype == torch.float32
-    torch.testing.assert_close(loaded(**inputs).logits, after, atol=0.1, rtol=0)
-    model.set_calibration(Calibration())
-    torch.testing.assert_close(model(**inputs).logits, before)
 
 
 def test_a_text_alone_is_scored_as_in_a_batch_and_tokens_beyond_the_vocabulary_count_for_nothing():

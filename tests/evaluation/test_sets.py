@@ -6,7 +6,7 @@ import torch
 from drawn import draw_labels, logits_of
 from scipy.special import log_softmax
 
-from configuration_hierarchical import Calibration, HierarchicalConfig
+from configuration_hierarchical import Calibration
 from decisions_hierarchical import ManyNodes, OnePath, guaranteed_threshold
 from hierarchical_clinicalbert.evaluation.forms import ManyNodesForm, OnePathForm
 from hierarchical_clinicalbert.evaluation.report import ScoredSplit, measure_sets
@@ -86,25 +86,3 @@ def test_groups_are_counted_by_hand():
     names = ("coverage", "leaves", "nodes", "single_leaf")
     # the unsure text's set is r: 0.68 − 0.8 · (2 + 1.5) / 2.5 is more than 0.35 − 0.8
     assert [measured[f"test_set_{name}"] for name in names] == pytest.approx([2 / 3, 4 / 3, 1, 2 / 3])
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"set_bands": 0.4}, "calibration: set_bands must be a list"),
-        (
-            {"set_bands": [0.4], "set_thresholds": [[0.1]] * 99},
-            "calibration: an entry of set_thresholds must be a list of 2",
-        ),
-        ({"set_thresholds": [["a"]] * 99}, "calibration: an entry of set_thresholds must be a list of 1 numbers"),
-        ({"prior": [0.5]}, "calibration: prior must be a list of 12 numbers"),
-        ({"set_scores": [0.5]}, "calibration: set_scores must be a list of 0 numbers"),
-        (
-            {"set_scores": [0.5], "set_labels": [[99]]},
-            r"calibration: set_labels must hold lists of node ids, not \[99\]",
-        ),
-    ],
-)
-def test_stored_thresholds_of_another_form_are_refused(changes, message):
-    with pytest.raises(ValueError, match=message):
-        HierarchicalConfig(taxonomy=FLAT, calibration=changes)

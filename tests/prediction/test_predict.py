@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import product
@@ -16,8 +15,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet
 import pytest
-from conftest import ROOT, STRIKE, complete, copy_checkpoint, predict_here, read_csv, run, run_outside, server
-from forked import COMMANDS, Process
+from conftest import ROOT, STRIKE, complete, copy_checkpoint, predict_here, read_csv, run, run_outside, started
 from labelled_files import load
 from scipy.stats import entropy
 from transformers import pipeline
@@ -202,25 +200,17 @@ def test_a_killed_run_is_resumed_and_writes_the_same_bytes(checkpoint, long_inpu
 
 
 def test_two_processes_or_sets_of_options_are_never_mixed_in_one_output(checkpoint, long_input, unbroken, tmp_path):
+    """Stop another process after one part, while it works on the next one."""
     given = (checkpoint, long_input, tmp_path / "out.jsonl")
-    # another process is stopped after one part, while it works on the next one
-    moment = ("os.rename", "/000000001.jsonl", str(int(signal.SIGSTOP)))
-    words = ("--model", checkpoint, "--input", str(long_input), "--output", f"{tmp_path}/out.jsonl")
-    with open(os.devnull, "r+") as nothing:
-        line = ["-c", STRIKE, str(ROOT / "predict.py"), *moment, *words]
-        process = Process(server(COMMANDS), line, ROOT, dict(os.environ), [nothing] * 3)
-    try:
-        while Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
-            assert process.poll() is None
-            time.sleep(0.01)
+    words = ("--model", checkpoint, "--input", long_input, "--output", given[-1])
+    part = tmp_path / "out.jsonl.parts" / "000000000.jsonl"
+    with started(*words, log=Path(os.devnull), until=part, command="predict.py") as process:
+        process.send_signal(signal.SIGSTOP)
         before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
         for more in ((), ("--overwrite",)):
             with pytest.raises(InputError, match=r"^--output \S+/out.jsonl: another process is writing it"):
                 predict(*given, *more)
         assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
     # killed, it holds nothing
     with pytest.raises(InputError, match="started with another probabilities: give the same, or --overwrite"):
         predict(*given, "--probabilities")

@@ -178,17 +178,6 @@ def test_the_results_parse_back_to_the_numbers_of_the_metrics_file(written, prob
     assert front.keys().isdisjoint({"datasets", "language"})
 
 
-def test_a_whole_model_and_an_encoder_from_a_folder_are_described_as_such(written):
-    text = written(make_config(adapter_subfolder=None))
-    assert ModelCard(text).data.base_model_relation == "finetune"
-    assert card.WHOLE_MODEL_SENTENCE in text
-    assert card.ADAPTER_SENTENCE not in text
-    text = written(make_config(encoder_name_or_path="/home/alice/encoder", encoder_revision=None))
-    assert ModelCard(text).data.to_dict().keys().isdisjoint({"base_model", "base_model_relation"})
-    assert card.ADAPTER_SENTENCE in text
-    assert "Encoder: from a local folder" in section(text, "Training")
-
-
 def test_only_a_data_set_of_the_hub_is_named_as_one(written):
     hub = {split: f"TimSchopf/medical_abstracts [{split}]" for split in ("train", "test")}
     report = make_report(make_config(), hub)

@@ -304,19 +304,16 @@ print(json.dumps(printed))
 # multi-label
 
 
-@pytest.fixture(scope="module")
-def label_sets(hub, tmp_path_factory) -> Path:
-    """Return a multi-label run with label attention, whose last push published it."""
-    folder = tmp_path_factory.mktemp("label_sets")
-    flags = ["--push_to_hub", "true", "--hub_model_id", "alice/sets", "--hub_strategy", "end", "--save_strategy", "no"]
+def test_a_fresh_process_predicts_with_a_multi_label_model(hub, tmp_path):
+    """Predict by `AutoModel`, by both pipelines, and by the snippets of the card, over HTTP from an empty cache.
+
+    The model has label attention, and the last push of its training has published it.
+    """
+    repo, output = "alice/sets", tmp_path / "results"
+    flags = ["--push_to_hub", "true", "--hub_model_id", repo, "--hub_strategy", "end", "--save_strategy", "no"]
     flags += ["--pooling", "label_attention", "--heads_learning_rate", "0.1"]
-    train_label_sets("base/tiny", folder / "results", *flags, settings=hub.environment(token="hf_alice"))
-    return folder / "results"
-
-
-def test_a_fresh_process_predicts_with_a_multi_label_model(hub, label_sets, tmp_path):
-    """Predict by `AutoModel`, by both pipelines, and by the snippets of the card, over HTTP from an empty cache."""
-    repo, expected_probabilities = "alice/sets", by_hand(hub, label_sets).exp().numpy()
+    train_label_sets("base/tiny", output, *flags, settings=hub.environment(token="hf_alice"))
+    expected_probabilities = by_hand(hub, output).exp().numpy()
     assert [commit.title for commit in hub.commits(repo)] == ["initial commit", "End of training"]
     plots = ("f1_by_frequency", "reliability_diagram")
     shared = {name for name in ADAPTER_REPOSITORY if not name.startswith("plots/")}
@@ -334,7 +331,7 @@ print(json.dumps([logits.sigmoid().tolist(), own({TEXTS!r}, recall=0.9, levels=T
     shown = snippets(hub.files(repo)["README.md"].decode())
     results, *printed = run_snippets([code, *shown], tmp_path, hub.environment(tmp_path / "home"))
     model, own, stock = json.loads(results)
-    config = HierarchicalConfig.from_pretrained(label_sets)
+    config = HierarchicalConfig.from_pretrained(output)
     labels, threshold = config.tree.labels, guaranteed_threshold("recall", 0.9, config.calibration)
     np.testing.assert_allclose(model, expected_probabilities, atol=1e-4)
     for expected, result, flat in zip(expected_probabilities, own, stock, strict=True):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-from cpu_hierarchical import ATTENTION, PackedLinear, pack_linear_layers
+from cpu_hierarchical import PackedLinear, pack_linear_layers
 from hierarchical_clinicalbert.training.arguments import ModelArguments
 from hierarchical_clinicalbert.training.cpu import use_training_kernels
 from hierarchical_clinicalbert.training.model import build_model
@@ -112,14 +112,6 @@ def test_training_works_without_the_private_names_that_the_attention_uses(minilm
     assert "training without the faster CPU attention" in warning.getMessage()
     assert plain.encoder.config._attn_implementation == "sdpa"
     assert_same(model, plain, batch)
-
-
-def test_the_attention_is_not_written_into_a_checkpoint(minilm, tmp_path):
-    model = lora_model(minilm)
-    use_training_kernels(model.encoder, torch.bfloat16)
-    assert model.encoder.config._attn_implementation == ATTENTION
-    model.save_pretrained(tmp_path)
-    assert ATTENTION not in (tmp_path / "config.json").read_text()
 
 
 packs = pytest.mark.skipif(

@@ -67,20 +67,13 @@ def classify(checkpoint):
     return pipeline("hierarchical-text-classification", model=checkpoint, trust_remote_code=True)
 
 
-def one_by_one(checkpoint: str, texts: list[str], **cutting) -> np.ndarray:
+def one_by_one(checkpoint: str, texts: list[str]) -> np.ndarray:
     """Compute node probabilities (num_texts, num_nodes) by the model alone, with one text per batch."""
     model = AutoModel.from_pretrained(checkpoint, trust_remote_code=True)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True)
     with torch.inference_mode():
-        return np.array(
-            [
-                model(**tokenizer(text, return_tensors="pt", truncation=True, **cutting))
-                .node_log_probs[0]
-                .exp()
-                .numpy()
-                for text in texts
-            ]
-        )
+        outputs = [model(**tokenizer(text, return_tensors="pt", truncation=True)) for text in texts]
+    return np.array([output.node_log_probs[0].exp().numpy() for output in outputs])
 
 
 def test_a_result_is_the_path_to_the_most_probable_leaf_and_every_node_by_level(checkpoint, classify):
@@ -99,16 +92,10 @@ def test_a_result_is_the_path_to_the_most_probable_leaf_and_every_node_by_level(
         for node, label in enumerate(UNEVEN.labels):
             assert found[label] == pytest.approx(nodes[node], abs=1e-5)
         assert "levels" not in classify(text)
+        best_first = [UNEVEN.labels[leaf] for leaf in np.argsort(-nodes[: UNEVEN.num_leaves])]
+        assert [node["label"] for node in classify(text, top_k=100)["labels"]] == best_first
         num_tokens = len(classify.tokenizer(text)["input_ids"])
         assert counts == {"tokens": num_tokens, "tokens_read": num_tokens, "truncated": False}
-
-
-def test_a_description_is_in_the_result_of_its_node(checkpoint):
-    described = {"d": "a rash", "a": "skin"}
-    model = AutoModel.from_pretrained(checkpoint, trust_remote_code=True, descriptions=described)
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True)
-    for node in HierarchicalTextClassificationPipeline(model=model, tokenizer=tokenizer)("text", top_k=99)["labels"]:
-        assert node.get("description") == described.get(node["label"])
 
 
 def test_results_come_in_order_whatever_the_batches(checkpoint, classify):
@@ -156,15 +143,6 @@ def test_a_stream_is_read_no_further_than_needed(classify):
     assert list(classify(iter([]))) == []
 
 
-def test_top_k_leaves_best_first(checkpoint, classify):
-    nodes = one_by_one(checkpoint, TEXTS[:1])[0, : UNEVEN.num_leaves]
-    for k in (1, 3, 100):
-        results = classify(TEXTS[0], top_k=k)["labels"]
-        order = np.argsort(-nodes)[:k]
-        assert [result["label"] for result in results] == [UNEVEN.labels[leaf] for leaf in order]
-        np.testing.assert_allclose([result["score"] for result in results], nodes[order], atol=1e-5)
-
-
 # edges between the leaves of UNEVEN, with one node above all roots, in the order of LEAVES
 DISTANCES = np.array(
     [
@@ -206,25 +184,6 @@ def without(label: str, table: dict) -> dict:
     return {one: value for one, value in table.items() if one != label}
 
 
-@pytest.mark.parametrize(
-    ("costs", "message"),
-    [
-        ({"missing": 5, "inventing": 1}, 'for single-path models, costs are "distance", or'),
-        (without("d", ONES), "costs: the cost of predicting 'a/b/c' for 'd' is missing"),
-        (ONES | {"g": without("d", ONES["g"])}, "costs: the cost of predicting 'd' for 'g' is missing"),
-        (ONES | {"b": ONES["d"]}, "costs are of leaves, and 'b' is none"),
-        (
-            ONES | {"d": dict.fromkeys(LEAVES, -1)},
-            "costs: predicting a/b/c for d: a cost is a number from 0 to 1e300, not -1",
-        ),
-    ],
-)
-def test_costs_that_cannot_be_used_are_refused(classify, costs, message):
-    with pytest.raises(ValueError, match=message) as error:
-        classify("text", costs=costs)
-    assert "\n" not in str(error.value)
-
-
 def test_arguments_of_a_call_override_arguments_of_the_pipeline(checkpoint, classify):
     load = partial(pipeline, "hierarchical-text-classification", model=checkpoint, trust_remote_code=True)
     two, costly = load(top_k=2, max_length=16), load(costs="distance")
@@ -235,14 +194,6 @@ def test_arguments_of_a_call_override_arguments_of_the_pipeline(checkpoint, clas
         found, expected = costly([*TEXTS, LONG], **given), classify([*TEXTS, LONG], costs="distance", **given)
         for one, other in zip(found, expected, strict=True):
             assert one["expected_cost"] == pytest.approx(other["expected_cost"], abs=1e-5)
-
-
-def test_a_long_text_is_truncated_and_flagged(checkpoint, classify):
-    results = classify([TEXTS[0], LONG], max_length=32)
-    assert [result["truncated"] for result in results] == [False, True]
-    assert [result["tokens_read"] for result in results] == [results[0]["tokens"], 32]
-    expected = one_by_one(checkpoint, [LONG], max_length=32)[0, : UNEVEN.num_leaves]
-    assert results[1]["score"] == pytest.approx(expected.max(), abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -280,11 +231,20 @@ def test_an_invalid_text_is_named_by_its_position(classify, item, message):
         ({"stride": 16}, "'stride' is not an argument of this pipeline"),
         ({"truncation": True}, "'truncation' is not an argument of this pipeline"),
         ({"costs": "distance", "top_k": 2}, "give either costs or top_k"),
+        ({"costs": {"missing": 5, "inventing": 1}}, 'for single-path models, costs are "distance", or'),
+        ({"costs": without("d", ONES)}, "costs: the cost of predicting 'a/b/c' for 'd' is missing"),
+        ({"costs": ONES | {"g": without("d", ONES["g"])}}, "costs: the cost of predicting 'd' for 'g' is missing"),
+        ({"costs": ONES | {"b": ONES["d"]}}, "costs are of leaves, and 'b' is none"),
+        (
+            {"costs": ONES | {"d": dict.fromkeys(LEAVES, -1)}},
+            "predicting a/b/c for d: a cost is a number from 0 to 1e300, not -1",
+        ),
     ],
 )
-def test_arguments_out_of_range_are_refused(classify, arguments, message):
-    with pytest.raises(ValueError, match=message):
+def test_arguments_that_cannot_be_used_are_refused(classify, arguments, message):
+    with pytest.raises(ValueError, match=message) as error:
         classify("text", **arguments)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("has_special_tokens", [True, False])
@@ -303,7 +263,7 @@ def test_a_text_without_tokens_is_refused(checkpoint, has_special_tokens):
 def test_a_model_sees_few_shapes_of_little_padding_and_each_core_computes_alone(checkpoint, batch_size):
     """Count the shapes: for each new number of tokens, oneDNN compiles every bfloat16 product, which costs time and memory."""
     words = LONG.split()
-    texts = [" ".join(random.Random(i).choices(words, k=1 + i * 7 % 480)) for i in range(240)]
+    texts = [" ".join(random.Random(i).choices(words, k=1 + i * 7 % 480)) for i in range(120)]
     classify = pipeline("hierarchical-text-classification", model=checkpoint, trust_remote_code=True, device="cpu")
     seen = []  # what each forward pass gets, in whichever thread
 
@@ -312,7 +272,7 @@ def test_a_model_sees_few_shapes_of_little_padding_and_each_core_computes_alone(
         seen.append((tuple(kwargs["input_ids"].shape), longest, torch.get_num_threads()))
 
     classify.model.register_forward_pre_hook(look, with_kwargs=True)
-    assert len(list(classify((text for text in texts), batch_size=batch_size))) == 240
+    assert len(list(classify((text for text in texts), batch_size=batch_size))) == 120
     shapes, threads = [shape for shape, _, _ in seen], {count for _, _, count in seen}
     assert len({rows * length for rows, length in shapes}) <= 40
     assert all(length - longest < 16 for (_, length), longest, _ in seen)

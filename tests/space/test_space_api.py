@@ -102,18 +102,6 @@ def test_the_prediction_depends_only_on_the_characters_read(space, texts):
     assert shortened["tokens"] == result["tokens_read"] == 128
 
 
-def test_long_texts_are_read_to_their_ends(long_space, long_texts):
-    for label, text in long_texts.items():
-        result = long_space.client.predict(text, api_name="/classify")
-        assert (result["label"], result["truncated"]) == (label, False)
-    explained = long_space.client.predict(text, label, api_name="/explain")
-    heaviest = max(explained["words"], key=lambda word: word["weight"])
-    assert heaviest["start"] > text.index("We treated")
-    assert explained["characters_read"] == len(text)
-    with pytest.raises(AppError, match="24,580 characters; at most 24,576"):  # 8 for each of 3,072 tokens
-        long_space.client.predict("word " * 4_916, api_name="/classify")
-
-
 def test_equal_files_of_several_clients_are_each_read(space, tmp_path):
     (tmp_path / "same.csv").write_text("text\nColitis\n")
     jobs = [space.client.submit(handle_file(str(tmp_path / "same.csv")), api_name="/classify_file") for _ in range(4)]

@@ -149,29 +149,49 @@ def test_requests_that_are_too_large_are_refused(space):
     assert not any(len(content) > MEGABYTE for file, content in space.files().items() if file not in before)
 
 
-def test_unread_results_and_uploads_have_a_limit(clear_checkpoint, tmp_path):
-    """Of `LONG_LINES`, one result fits, and two do not. Of files that are read at once, any number is accepted."""
-    with strict_space(clear_checkpoint, tmp_path, MAX_UNREAD=2_200_000, MAX_STORED=25 * MEGABYTE) as space:
-        for _ in range(3):
-            assert "event: complete" in space.result("classify_file", classify_lines(space, LONG_LINES)).text
-        unread, refused = classify_lines(space, LONG_LINES), classify_lines(space, LONG_LINES)
-        answer = space.result("classify_file", refused).text
-        assert answer.startswith("event: error")
-        assert "the unread results of all users have reached 2 MB" in answer
-        assert "event: complete" in space.result("classify", space.call("classify", "Colitis", None, False)).text
-        assert "event: complete" in space.result("classify_file", unread).text
+@pytest.fixture(scope="module")
+def small_space(long_checkpoint, tmp_path_factory) -> Iterator[SpaceServer]:
+    """Serve a Space with a checkpoint for long texts. Of `LONG_LINES`, one result fits, and two do not."""
+    limits = {"MAX_UNREAD": 2_200_000, "MAX_STORED": 25 * MEGABYTE}
+    with strict_space(long_checkpoint, tmp_path_factory.mktemp("small"), **limits) as space:
+        yield space
+    assert not space.files()  # at its end, it deletes what nobody has read
 
-        sent = [space.upload(FULL) for _ in range(2)]
-        assert [answer.status_code for answer in sent] == [200, 200]
-        kept = sum(map(len, space.files().values()))
-        full = space.upload(FULL)
-        assert (full.status_code, full.headers["retry-after"]) == (429, "60")
-        assert full.json()["detail"] == "The files of all users have reached 25 MB: try again in 60 seconds."
-        assert sum(map(len, space.files().values())) == kept
-        assert "more than 10,000 rows" in space.result("classify_file", classify_file(space, sent[0])).text
-        assert space.upload(FULL).status_code == 200  # because the file that was read is deleted
-        space.stop()
-        assert not space.files()
+
+def test_long_texts_are_read_to_their_ends(small_space, long_texts):
+    client = small_space.client
+    for label, text in long_texts.items():
+        result = client.predict(text, api_name="/classify")
+        assert (result["label"], result["truncated"]) == (label, False)
+    explained = client.predict(text, label, api_name="/explain")
+    heaviest = max(explained["words"], key=lambda word: word["weight"])
+    assert heaviest["start"] > text.index("We treated")
+    assert explained["characters_read"] == len(text)
+    with pytest.raises(AppError, match="24,580 characters; at most 24,576"):  # 8 for each of 3,072 tokens
+        client.predict("word " * 4_916, api_name="/classify")
+
+
+def test_unread_results_and_uploads_have_a_limit(small_space):
+    """Of files that are read at once, any number is accepted."""
+    space = small_space
+    for _ in range(3):
+        assert "event: complete" in space.result("classify_file", classify_lines(space, LONG_LINES)).text
+    unread, refused = classify_lines(space, LONG_LINES), classify_lines(space, LONG_LINES)
+    answer = space.result("classify_file", refused).text
+    assert answer.startswith("event: error")
+    assert "the unread results of all users have reached 2 MB" in answer
+    assert "event: complete" in space.result("classify", space.call("classify", "Colitis", None, False)).text
+    assert "event: complete" in space.result("classify_file", unread).text
+
+    sent = [space.upload(FULL) for _ in range(2)]
+    assert [answer.status_code for answer in sent] == [200, 200]
+    kept = sum(map(len, space.files().values()))
+    full = space.upload(FULL)
+    assert (full.status_code, full.headers["retry-after"]) == (429, "60")
+    assert full.json()["detail"] == "The files of all users have reached 25 MB: try again in 60 seconds."
+    assert sum(map(len, space.files().values())) == kept
+    assert "more than 10,000 rows" in space.result("classify_file", classify_file(space, sent[0])).text
+    assert space.upload(FULL).status_code == 200  # because the file that was read is deleted
 
 
 def test_an_upload_that_breaks_off_leaves_nothing(space):

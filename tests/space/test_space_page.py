@@ -5,6 +5,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -175,38 +176,6 @@ def test_a_text_unlike_the_training_texts_has_no_bold_class():
         assert f"Unlike the known texts of <bdi>b</bdi>{more}" in shown
 
 
-def test_the_page_is_that_of_the_model_and_its_folder_is_private(clear_checkpoint, tmp_path):
-    """Title, placeholder, warning and examples come from config.json; by default, a medical model has examples of its own.
-
-    Block gradio's default folder by a file, as if another user owned it.
-    """
-    (tmp_path / "gradio").write_text("")
-    folder = shutil.copytree(clear_checkpoint, tmp_path / "model")
-    (folder / "README.md").unlink()  # which warns, too
-    own = [{"medical": True}, {"medical": True, "examples": ["My own first example of all."]}, {"medical": False}]
-    code = f"""
-import json, os, stat, sys
-sys.path.insert(0, {str(SPACE)!r})
-import app
-classifier, built = app.load({str(folder)!r}, None), []
-for given in {own!r}:
-    classifier.model.config.page = {{"title": "News <b>", **given}}
-    page = app.build(classifier, {str(folder)!r})
-    config = json.dumps([block.get_config() for block in page.blocks.values()], default=str)
-    built.append([page.title, config, page.GRADIO_CACHE, stat.S_IMODE(os.stat(page.GRADIO_CACHE).st_mode)])
-print(json.dumps(built))
-"""
-    settings = {"HF_HUB_OFFLINE": "1", "TMPDIR": str(tmp_path)}
-    for given, (title, shown, cache, mode) in zip(own, run_outside(code, tmp_path, settings), strict=True):
-        assert (title, Path(cache).parent, mode) == ("News <b>", tmp_path, 0o700)
-        assert not Path(cache).exists()
-        assert "News &lt;b&gt;" in shown
-        assert shown.count("Not a medical device") == (2 if given["medical"] else 0)
-        assert ("Paste a medical abstract" in shown) == given["medical"]
-        assert ("My own first example \\u2026" in shown) == ("examples" in given)
-        assert ("mesalamine" in shown) == (given == {"medical": True})
-
-
 # ── Starting ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -246,37 +215,64 @@ def GPU(function):
 """
 
 
+PAGES = [{"medical": True}, {"medical": True, "examples": ["My own first example of all."]}, {"medical": False}]
+
+
 @pytest.fixture(scope="module")
-def shown(clear_checkpoint, uncalibrated_run, tmp_path_factory) -> list:
-    """Return the number of calls of a GPU that `ZERO_GPU` lends, and parts of pages, from one process."""
+def shown(clear_checkpoint, uncalibrated_run, tmp_path_factory) -> dict[str, Any]:
+    """Return parts of pages, the number of calls of a GPU that `ZERO_GPU` lends, and the folder, of one process.
+
+    Block gradio's default folder by a file, as if another user owned it.
+    """
     folder = tmp_path_factory.mktemp("zerogpu")
     (folder / "spaces.py").write_text(ZERO_GPU)
+    (folder / "gradio").write_text("")
+    model = shutil.copytree(clear_checkpoint, folder / "model")
+    (model / "README.md").unlink()  # which warns, too
     code = f"""
-import json, sys
+import json, os, stat, sys
 sys.path[:0] = [{str(SPACE)!r}, {str(folder)!r}]
 import spaces, app
-service = app.Service(app.load({clear_checkpoint!r}, None))
-pages = [service.show_result("", 0.9)[1], service.show_result("Angina.", 2)[1], service.show_words("Angina.", "neoplasms")]
-lent, texts = spaces.lent, ("Zebras walk by the lake 4711 4712 4713.", {clear_rows(2)[0]["text"]!r})
-other = app.load({str(uncalibrated_run[0])!r}, None)
-blocks = app.build(other, {str(uncalibrated_run[0])!r}).blocks.values()
-without = [[block.get_config() for block in blocks], app.Service(other).show_result("Angina.", 0.9)[1]]
-results = [service.show_result(text, 0.9)[1:3] for text in texts]
-print(json.dumps([lent, *pages, without, *results], default=str))
+classifier = app.load({str(model)!r}, None)
+service, other, pages = app.Service(classifier), app.load({str(uncalibrated_run[0])!r}, None), []
+empty, high = service.show_result("", 0.9)[1], service.show_result("Angina.", 2)[1]
+words, calls = service.show_words("Angina.", "neoplasms"), spaces.lent
+blocks = [block.get_config() for block in app.build(other, {str(uncalibrated_run[0])!r}).blocks.values()]
+without = blocks, app.Service(other).show_result("Angina.", 0.9)[1]
+texts = "Zebras walk by the lake 4711 4712 4713.", {clear_rows(2)[0]["text"]!r}
+strange, usual = (service.show_result(text, 0.9)[1:3] for text in texts)
+for given in {PAGES!r}:
+    classifier.model.config.page = {{"title": "News <b>", **given}}
+    page = app.build(classifier, {str(model)!r})
+    config = json.dumps([block.get_config() for block in page.blocks.values()], default=str)
+    pages.append([page.title, config, page.GRADIO_CACHE, stat.S_IMODE(os.stat(page.GRADIO_CACHE).st_mode)])
+names = ("empty", "high", "words", "calls", "without", "strange", "usual", "pages")
+print(json.dumps({{name: globals()[name] for name in names}}, default=str))
 """
-    return run_outside(code, folder, {"HF_HUB_OFFLINE": "1"})
+    return run_outside(code, folder, {"HF_HUB_OFFLINE": "1", "TMPDIR": str(folder)}) | {"folder": folder}
+
+
+def test_the_page_is_that_of_the_model_and_its_folder_is_private(shown):
+    """Title, placeholder, warning and examples come from config.json; by default, a medical model has examples of its own."""
+    for given, (title, config, cache, mode) in zip(PAGES, shown["pages"], strict=True):
+        assert (title, Path(cache).parent, mode) == ("News <b>", shown["folder"], 0o700)
+        assert not Path(cache).exists()
+        assert "News &lt;b&gt;" in config
+        assert config.count("Not a medical device") == (2 if given["medical"] else 0)
+        assert ("Paste a medical abstract" in config) == given["medical"]
+        assert ("My own first example \\u2026" in config) == ("examples" in given)
+        assert ("mesalamine" in config) == (given == {"medical": True})
 
 
 def test_where_zerogpu_is_its_decorator_is_used(shown):
-    calls, empty, high, words, *_ = shown
-    assert calls == 2
-    assert "The text is empty." in empty
-    assert "The coverage must be a number between 0.5 and 0.99." in high
-    assert "Angina" in words
+    assert shown["calls"] == 2
+    assert "The text is empty." in shown["empty"]
+    assert "The coverage must be a number between 0.5 and 0.99." in shown["high"]
+    assert "Angina" in shown["words"]
 
 
 def test_without_calibration_there_are_predictions_and_no_sets(shown):
-    blocks, result = shown[4]
+    blocks, result = shown["without"]
     sliders = [block for block in blocks if "coverage" in str(block.get("elem_id"))]
     assert len(sliders) == 2
     for slider in sliders:
@@ -287,7 +283,7 @@ def test_without_calibration_there_are_predictions_and_no_sets(shown):
 
 
 def test_in_the_tree_of_a_strange_text_no_node_is_marked(shown):
-    *_, (strange, tree), (usual, usual_tree) = shown
+    (strange, tree), (usual, usual_tree) = shown["strange"], shown["usual"]
     assert "Unlike the texts this model was trained on" in strange
     assert not re.search("predicted|[✓◆]", tree)
     assert "%" in tree
@@ -295,12 +291,11 @@ def test_in_the_tree_of_a_strange_text_no_node_is_marked(shown):
     assert re.search("✓.*◆", usual_tree)
 
 
-def test_a_space_that_cannot_start_says_why_in_one_line(tiny_encoder, tmp_path):
-    """Start with what is no checkpoint, and with a damaged one."""
-    (tmp_path / "config.json").write_text('{"model_type": ')
-    for model, problem in ((tiny_encoder, "it is not a checkpoint of this project"), (tmp_path, "config.json")):
-        done = run("--model", model, command="space/app.py", check=False)
-        assert done.returncode == 2
-        assert "Traceback" not in done.stderr
-        message = f"app.py: error: cannot load the model {re.escape(str(model))}: .*{problem}"
-        assert re.match(message, done.stderr.splitlines()[-1])
+def test_a_space_that_cannot_start_says_why_in_one_line(tiny_encoder):
+    done = run("--model", tiny_encoder, command="space/app.py", check=False)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    message = (
+        f"app.py: error: cannot load the model {re.escape(tiny_encoder)}: .*it is not a checkpoint of this project"
+    )
+    assert re.match(message, done.stderr.splitlines()[-1])

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, write_labels_checkpoint
 from transformers import pipeline
 
 sys.path.insert(0, str(ROOT / "space"))
@@ -23,15 +23,9 @@ def classifier(clear_checkpoint):
 
 
 @pytest.fixture
-def attention_classifier(labels_checkpoint):
+def attention_classifier(tiny_encoder, tmp_path):
     """Return a multi-label classifier with label attention."""
-    classifier = load(labels_checkpoint)
-    model = classifier.model
-    model.config.pooling = "label_attention"
-    queries = torch.randn(model.heads.weight.shape, generator=torch.Generator().manual_seed(0))
-    weights, model.heads = model.heads.state_dict(), type(model.heads)(model.config).eval()
-    model.heads.load_state_dict(weights | {"query": queries})
-    return classifier
+    return load(write_labels_checkpoint(tiny_encoder, tmp_path, pooling="label_attention"))
 
 
 def total_weight(explanation: dict) -> float:

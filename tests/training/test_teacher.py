@@ -108,7 +108,7 @@ def test_probabilities_of_labels_become_those_of_all_nodes(form, given, expected
 def test_a_teacher_labels_texts_that_have_none(tiny_encoder, teacher, folder, request):
     """Train on a file of texts alone, with no weight on the teacher's scores. Those of the test rows are left out."""
     write_csv(folder / "texts.csv", [{"text": row["text"]} for row in clear_rows(1) + clear_rows(3)])
-    flags = ["--unlabelled_file", folder / "texts.csv", "--teacher_weight", 0]
+    flags = ["--unlabelled_file", folder / "texts.csv", "--teacher_weight", 0, "--max_steps", 60]
     assert learnt(teach(tiny_encoder, request.getfixturevalue(teacher), folder, *flags))
     report = json.loads((folder / "results" / "data_report.json").read_text())
     assert report["unlabelled_texts"] == 90

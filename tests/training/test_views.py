@@ -2,8 +2,10 @@
 
 import itertools
 
+import datasets
+
 from decisions_hierarchical import OnePath
-from hierarchical_clinicalbert.training.tokens import build_collator
+from hierarchical_clinicalbert.training.tokens import build_collator, tokenize_splits
 from hierarchical_clinicalbert.training.views import NO_SENTENCE, halves, sentence_numbers
 from taxonomy_hierarchical import Taxonomy
 
@@ -41,6 +43,14 @@ def test_each_token_knows_its_sentence(tokenizer):
         numbers = sentence_numbers(text, [end for _, end in encoded["offset_mapping"]])
         by_hand = [i for i, one in enumerate(sentences) for _ in tokenizer(one, add_special_tokens=False)["input_ids"]]
         assert numbers == [NO_SENTENCE, *by_hand, NO_SENTENCE]
+
+
+def test_tokens_of_training_texts_know_their_sentences_also_where_texts_are_truncated(tokenizer):
+    rows = {"text": ["a b. c d e? f g", "a"], "nodes": [[0], [1]], "row": [0, 1], "text_id": [0, 1]}
+    splits = {split: datasets.Dataset.from_dict(rows) for split in ("train", "test")}
+    tokenized, _ = tokenize_splits(datasets.DatasetDict(splits), tokenizer, 6, sentences=True)
+    assert tokenized["train"]["sentences"][:] == [[-1, 0, 0, 0, 1, -1], [-1, 0, -1]]
+    assert "sentences" not in tokenized["test"].column_names
 
 
 def find_halves(ids, parts):
