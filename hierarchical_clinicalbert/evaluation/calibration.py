@@ -8,6 +8,8 @@ Worth knowing:
    scale · (own + weight · lexical) + bias. First one scale and one weight are fitted for all decisions, with prior means 1 and
    0. Then the decisions' own scales and biases are fitted, with the common scale and 0 as prior means. A scale's standard
    deviation is relative to its mean: an encoder that overfits needs a small scale, and its nodes few deviations from it.
+   With several labels, the common ones are fitted on open decisions, and the others so that P(node) is right for all texts: on
+   open decisions alone, words of a node's name would count for too much where its parent is wrong.
 2. The log prior of the classes is subtracted from the lexical scores, since the encoder's scores hold it already and it would
    count twice. It is the same for all rows, so the stored biases contain it.
 3. The lexical scores are added per decision. If they were added to the leaf logits instead, upper decisions would get the wrong
@@ -58,9 +60,6 @@ def fit_calibration(
     own = torch.from_numpy(scores.astype(np.float64))
     words = torch.zeros_like(own) if lexical_scores is None else torch.from_numpy(lexical_scores - log_prior)
 
-    def neg_log_likelihood(calibrated: Tensor) -> Tensor:
-        return -decisions.log_likelihood(calibrated, targets).sum()
-
     # ── Common to all decisions: scale · (encoder's scores + weight · lexical scores) ────────────────────────────────
     common, factor = fit_factors(decisions, [own, words], targets)
     weight = factor / common
@@ -71,7 +70,11 @@ def fit_calibration(
     mean = torch.cat([common.expand(count), torch.zeros(decisions.num_nodes, dtype=torch.float64)])
     std = PRIOR_STD * torch.cat([common.expand(count), torch.ones(decisions.num_nodes, dtype=torch.float64)])
     bounds = [SCALE_BOUNDS] * count + [(None, None)] * decisions.num_nodes
-    fitted = map_estimate(lambda f: neg_log_likelihood(f[:count][number] * combined + f[count:]), mean, std, bounds)
+
+    def loss(parameters: Tensor) -> Tensor:
+        return decisions.loss(parameters[:count][number] * combined + parameters[count:], targets, 1)
+
+    fitted = map_estimate(loss, mean, std, bounds)
     scales, biases = fitted[:count][number].numpy(), fitted[count:].numpy()
     if lexical_scores is None:
         return Calibration(scales=scales.tolist(), biases=biases.tolist())
@@ -101,12 +104,12 @@ def fit_factors(decisions: Decisions, parts: list[Tensor], targets: Tensor) -> T
     return map_estimate(neg_log_likelihood, mean, torch.full_like(mean, PRIOR_STD), bounds)
 
 
-def map_estimate(neg_log_likelihood: Callable[[Tensor], Tensor], mean: Tensor, std: Tensor, bounds: list) -> Tensor:
+def map_estimate(loss: Callable[[Tensor], Tensor], mean: Tensor, std: Tensor, bounds: list) -> Tensor:
     """Minimise a function, plus the negative log of a normal prior with this mean and standard deviation."""
 
     def neg_log_posterior(parameters: np.ndarray) -> tuple[float, np.ndarray]:
         given = torch.from_numpy(parameters).requires_grad_()
-        value = neg_log_likelihood(given) + ((given - mean) / std).square().sum() / 2
+        value = loss(given) + ((given - mean) / std).square().sum() / 2
         (slope,) = torch.autograd.grad(value, given)
         return value.item(), slope.numpy()
 
