@@ -68,16 +68,6 @@ def test_the_hub_is_not_asked_for_a_model_if_rows_are_unusable(hub, place, words
     assert hub.requests[num_requests:] == []
 
 
-def test_the_hub_is_asked_for_the_configuration_alone_of_a_checkpoint_that_lacks_a_label(hub, place):
-    num_requests = len(hub.requests)
-    words = ("--train_file", "rows.csv", "--model_name_or_path", "alice/checkpoint")
-    message = refusal(*words, "--tuning", "full", settings=hub.environment())
-    assert "rows.csv, line 2, column 'label': the label 'a' is not in the taxonomy" in message
-    paths = [request.path for request in hub.requests[num_requests:]]
-    assert paths[0] == "/"
-    assert {path.rpartition("/")[2] for path in paths[1:]} == {"config.json"}
-
-
 def test_without_a_hub_each_command_says_what_to_do(place, unreachable):
     failed = f"the connection to {unreachable['HF_ENDPOINT']} failed (ConnectError: [Errno 111] Connection refused)"
     message = refusal("--train_file", "rows.csv", settings=unreachable)

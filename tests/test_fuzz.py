@@ -49,26 +49,23 @@ def file(tmp_path_factory):
     return write
 
 
-def assert_sound(tree: Taxonomy) -> None:
-    """Check the invariants of any taxonomy: it survives a round trip through JSON, and each label gives its node."""
-    assert Taxonomy(json.loads(json.dumps(tree.to_nested(), sort_keys=True)), tree.separator) == tree
-    for node in range(tree.num_nodes):
-        assert tree.id(tree.labels[node]) == node
-        assert tree.node_of_path[tuple(tree.names[i] for i in tree.path(node))] == node
-        assert bool(tree.children(node)) == (node >= tree.num_leaves)
-
-
 # ── taxonomies ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @fuzz
 @given(st.sampled_from([".yaml", ".json", ".csv", ".txt"]), st.one_of(ODD_BYTES, JSON, TREES))
 def test_any_bytes_of_a_taxonomy_file_are_a_taxonomy_or_one_error(file, suffix, content):
+    """A taxonomy survives a round trip through JSON, and each label gives its node."""
     if not isinstance(content, bytes):
         dump = yaml.safe_dump if suffix == ".yaml" else json.dumps
         content = dump(content).encode("utf-8", "surrogatepass")
     with refused_in_one_line():
-        assert_sound(read_taxonomy(file(f"tree{suffix}", content)))
+        tree = read_taxonomy(file(f"tree{suffix}", content))
+        assert Taxonomy(json.loads(json.dumps(tree.to_nested(), sort_keys=True)), tree.separator) == tree
+        for node in range(tree.num_nodes):
+            assert tree.id(tree.labels[node]) == node
+            assert tree.node_of_path[tuple(tree.names[i] for i in tree.path(node))] == node
+            assert bool(tree.children(node)) == (node >= tree.num_leaves)
 
 
 # ── data ─────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -63,10 +63,9 @@ def test_each_decision_has_the_map_estimate_on_the_rows_that_take_it():
 
 def test_the_nodes_have_the_map_estimate_of_their_probabilities():
     """Minimise the cross-entropy of P(node), a product over its path, numerically. No text has the nodes a and h."""
-    scores = np.random.default_rng(1).normal(-0.5, 1.5, (60, TREE.num_nodes))
-    labels = draw_labels(ManyNodesForm(TREE), scores)
+    given = np.random.default_rng(1).normal(0, 3, (60, TREE.num_nodes))
+    labels = draw_labels(ManyNodesForm(TREE), given / 2 - 0.5)
     labels[:, [TREE.id(name) for name in "ahij"]] = 0
-    given = 2 * scores + 1
 
     def prior(scales: np.ndarray, biases: np.ndarray, mean: float) -> float:
         return (((scales - mean) / mean) ** 2 + biases**2).sum() / (2 * calibration.PRIOR_STD**2)

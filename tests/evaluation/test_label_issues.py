@@ -99,17 +99,6 @@ def test_inner_nodes_are_compared_at_the_decisions_on_their_path_alone(leaves):
     assert ids_of(found["better_label"]) == np.where(is_leaf, leaves[wrong], roots[wrong]).tolist()
 
 
-def test_the_better_label_is_the_more_probable_one():
-    """Draw the same tokens for all leaves below b, so that each such leaf may be less probable than the label."""
-    draw = np.random.default_rng(5)
-    leaves = draw.integers(5, size=600)
-    given, exchanged = leaves.copy(), draw.choice(600, 60, replace=False)
-    given[exchanged] = np.where(leaves[exchanged] == TREE.id("a"), TREE.id("c"), TREE.id("a"))
-    issues = listed_issues(ONE_PATH, texts_of((leaves != TREE.id("a")).astype(int)), given)
-    assert (issues["probability_of_better_label"] > issues["probability_of_label"]).all()
-    assert not {"b", "e"}.isdisjoint(issues["better_label"])
-
-
 def test_issues_of_multi_label_texts(leaves):
     others = np.random.default_rng(2).integers(TREE.num_leaves, size=300)
     true = [{int(leaf), int(other)} for leaf, other in zip(leaves, others, strict=True)]  # one or two

@@ -101,9 +101,9 @@ CORPUS: dict[str, tuple[str, bytes, list[tuple[int, dict | str]]]] = {
         (3, {"text": "a"}), (1048576, {"text": None})]),
     "a text a line": ("txt", b"\xef\xbb\xbfa,\"b\n\n  \n c \r\nd", [
         (1, {"text": 'a,"b'}), (4, {"text": " c "}), (5, {"text": "d"})]),
-    "lines that are not objects": ("jsonl", b'{"a": 1}\n[1]\n{"a": \n"x"\nnull\n{"a": "\xe9"}\n{"a": 2} {}\n{"a": 3}\n', [
+    "lines that are not objects": ("jsonl", b'{"a": 1}\n[1]\n{"a": \n"x"\nnull\n{"a": "\xe9"}\n{"a": 2} {}\n{"a": 3, "a": 4}\n{"a": 3}\n', [
         (1, {"a": 1}), (2, "not a JSON object"), (3, "not JSON: Expecting value"), (4, "not a JSON object"),
-        (5, "not a JSON object"), (6, "not UTF-8"), (7, "not JSON: Extra data"), (8, {"a": 3})]),
+        (5, "not a JSON object"), (6, "not UTF-8"), (7, "not JSON: Extra data"), (8, "not JSON: a name occurs twice"), (9, {"a": 3})]),
     "half of a surrogate pair": (
         "jsonl", b'{"a": "\\ud800"}\n{"\\udc00": 1}\n{"a": [{"b": "\\ud83d"}]}\n{"a": "\\ud83d\\ude00"}\n', [
         (1, "surrogates not allowed"), (2, "surrogates not allowed"), (3, "surrogates not allowed"), (4, {"a": "😀"})]),
