@@ -40,7 +40,7 @@ def strict_space(model: str, folder: Path, **limits: int) -> SpaceServer:
 
 def classify_file(space: SpaceServer, upload: httpx.Response) -> str:
     """Return the id of the event, with which `SpaceServer.result` reads the result."""
-    return space.call("classify_file", stored(upload), None, None)
+    return space.call("classify_file", stored(upload), None, None, None)
 
 
 def classify_lines(space: SpaceServer, lines: list[str]) -> str:
