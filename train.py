@@ -44,7 +44,7 @@ from hierarchical_clinicalbert.files import lock, write_json
 from hierarchical_clinicalbert.machine import keep_memory
 from hierarchical_clinicalbert.publishing.card import classify_example, delete_description, delete_scores
 from hierarchical_clinicalbert.training import resume
-from hierarchical_clinicalbert.training.arguments import FEW_ROWS, Arguments, fit_to_data, parse
+from hierarchical_clinicalbert.training.arguments import Arguments, fit_to_data, parse
 from hierarchical_clinicalbert.training.cpu import KEPT_MEMORY
 from hierarchical_clinicalbert.training.losses import FocalLoss
 from hierarchical_clinicalbert.training.model import build_model, fetch_model, load_tokenizer, pin_model, size_report
@@ -57,8 +57,8 @@ from hierarchical_clinicalbert.training.publish import (
     write_card,
 )
 from hierarchical_clinicalbert.training.score import (
+    fit_lexical_head,
     learn_known_texts,
-    phrase_counts,
     score_splits,
     scoring_trainer,
     token_counts,
@@ -203,14 +203,8 @@ def train(arguments: Arguments, data: LabelledSplits, resume_from: str | None, p
     if "validation" in scored and not model.config.calibration.scales:
         classifier = None
         if takes_steps:
-            rows, vocab_size = splits["train"], model.config.text_config.vocab_size
-            few_rows = len(rows) < FEW_ROWS * data.taxonomy.num_leaves
-            phrases = (
-                phrase_counts(tokenizer, data.taxonomy, form.decisions.num_classes, vocab_size) if few_rows else None
-            )
-            labels = form.decisions.targets(rows["labels"][:]).numpy()
-            wanted = arguments.model.lexical_head
-            classifier = form.fit_classifier(token_counts(rows, vocab_size), labels, wanted, phrases)
+            vocab_size, wanted = model.config.text_config.vocab_size, arguments.model.lexical_head
+            classifier = fit_lexical_head(form, splits["train"], tokenizer, vocab_size, wanted)
         calibration, scored, calibrated = calibrate_splits(form, scored, classifier)
         calibration = dataclasses.replace(calibration, max_length=tokenizer.model_max_length)
         lexical = classifier.weights() if classifier and calibration.lexical_weight else None

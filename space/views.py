@@ -318,7 +318,7 @@ def words(text: str, explanation: Explanation, unit: Unit) -> str:
         f"<div class='text' dir='auto' tabindex='0' aria-label='The text with the weights of its words'>{''.join(parts)}</div>"
         f"<table class='ranked'><caption>Largest weights, in {unit.name}</caption><tbody>{rows}</tbody></table>"
         "<p class='note'>Integrated gradients over the encoder’s word embeddings and, where the model has one, its lexical head. "
-        "A weight shows the effect of a word on the model. It is no evidence.</p>"
+        "A weight shows the effect of a word on the model. It is not evidence.</p>"
     )
 
 

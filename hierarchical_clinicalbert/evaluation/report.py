@@ -90,10 +90,8 @@ def calibrate_splits(
     validation = splits["validation"]
     log_prior = classifier.log_prior if classifier else 0.0
     if classifier and classifier.phrases is not None:
-        words, phrases = (
-            classifier.decision_scores(validation.token_counts),
-            classifier.phrase_scores(validation.token_counts),
-        )
+        words = classifier.decision_scores(validation.token_counts)
+        phrases = classifier.phrase_scores(validation.token_counts)
         classifier.add_phrases(fit_phrases(form, validation.scores, words - log_prior, phrases, validation.labels))
     lexical = {name: classifier and classifier.decision_scores(split.token_counts) for name, split in splits.items()}
     rows = validation.scores, lexical["validation"], validation.labels

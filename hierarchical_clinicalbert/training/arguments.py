@@ -23,10 +23,11 @@ from hierarchical_clinicalbert.evaluation.forms import Form, direction_of
 from hierarchical_clinicalbert.evaluation.metrics import of_all_levels
 from hierarchical_clinicalbert.machine import has_bf16
 from hierarchical_clinicalbert.training.recipe import insert_recipe, nearest
+from taxonomy_hierarchical import Taxonomy
 
 logger = logging.getLogger(__name__)
 
-FEW_ROWS = 32  # training rows per class, on average, below which heads start from prototypes
+FEW_ROWS = 32  # training rows per leaf, on average, below which heads start from prototypes, and phrases count in the lexical head
 
 
 # ruff: noqa: RUF009 - `flag` returns a dataclass field
@@ -137,6 +138,11 @@ class HierarchicalTrainingArguments(TrainingArguments):
     def precision(self) -> str:
         """Type of matrix products: bf16, fp16 or fp32."""
         return "bf16" if self.bf16 else "fp16" if self.fp16 else "fp32"
+
+
+def has_few_rows(count: int, tree: Taxonomy) -> bool:
+    """Whether a number of training rows is so low that names of classes help, see `FEW_ROWS`."""
+    return count < FEW_ROWS * tree.num_leaves
 
 
 class Arguments(NamedTuple):

@@ -19,7 +19,7 @@ from torch.nn.functional import normalize, pad
 
 from hierarchical_clinicalbert.checkpoint_files import is_checkpoint, read_config
 from hierarchical_clinicalbert.errors import as_input_error
-from hierarchical_clinicalbert.training.arguments import FEW_ROWS, ModelArguments
+from hierarchical_clinicalbert.training.arguments import ModelArguments, has_few_rows
 from hierarchical_clinicalbert.training.contrastive import train_contrastively
 from hierarchical_clinicalbert.training.trainer import HierarchicalTrainer
 from modeling_hierarchical import HierarchicalHeads
@@ -72,8 +72,7 @@ def initialise_heads(
         if arguments.contrastive_steps or arguments.heads_init:
             logger.info("trained heads are kept: --contrastive_steps and --heads_init have no effect")
         return None
-    few_rows = len(rows) < FEW_ROWS * tree.num_leaves
-    chosen = arguments.heads_init or ("prototypes" if few_rows else "random")
+    chosen = arguments.heads_init or ("prototypes" if has_few_rows(len(rows), tree) else "random")
     some = rows.select(sample(rows))
     if chosen == "prototypes":  # after contrastive steps, prototypes without names would seem to fit these texts best
         vectors = embed(trainer, some["input_ids"][:])

@@ -15,16 +15,16 @@ from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from decisions_hierarchical import DEFAULT_THRESHOLD
 from hierarchical_clinicalbert.errors import as_input_error
-from hierarchical_clinicalbert.evaluation.forms import form_of
+from hierarchical_clinicalbert.evaluation.forms import Form, form_of
+from hierarchical_clinicalbert.evaluation.lexical import LexicalClassifier
 from hierarchical_clinicalbert.evaluation.metrics import PREFIXES
 from hierarchical_clinicalbert.evaluation.open_world import fit_open_world, merge_texts
 from hierarchical_clinicalbert.evaluation.report import ScoredSplit, measure
-from hierarchical_clinicalbert.training.arguments import HierarchicalTrainingArguments
+from hierarchical_clinicalbert.training.arguments import HierarchicalTrainingArguments, has_few_rows
 from hierarchical_clinicalbert.training.tokens import build_collator
 from hierarchical_clinicalbert.training.trainer import HierarchicalTrainer
 from open_world_hierarchical import OpenWorld
 from pipeline_hierarchical import use_cpu_kernels
-from taxonomy_hierarchical import Taxonomy
 
 SCORING_ARGUMENTS: dict[str, Any] = {  # arguments of a Trainer that only scores
     **dict.fromkeys(("bf16", "fp16", "load_best_model_at_end", "push_to_hub"), False),
@@ -89,12 +89,20 @@ def learn_known_texts(scorer: HierarchicalTrainer, rows: Dataset, validation: Sc
     return fit_open_world(tree, vectors, some["labels"][:], validation.vectors[first], nodes)
 
 
-def phrase_counts(tokenizer: PreTrainedTokenizerBase, tree: Taxonomy, classes: int, vocab_size: int) -> csr_matrix:
-    """Count each token id in the description of each class, or in its name if it has none: (num_classes, vocab_size)."""
-    pairs = zip(tree.labels[:classes], tree.names, strict=False)
-    phrases = [tree.descriptions.get(label, name) for label, name in pairs]
-    encoded = tokenizer(phrases, truncation=True)["input_ids"]
-    return token_counts(Dataset.from_dict({"input_ids": encoded}), vocab_size)
+def fit_lexical_head(
+    form: Form, rows: Dataset, tokenizer: PreTrainedTokenizerBase, vocab_size: int, wanted: bool | None
+) -> LexicalClassifier | None:
+    """Fit the lexical classifier on tokenized training rows, see `FormBase.fit_classifier`.
+
+    Where rows are few, the description of each class is its phrase, or its name if it has none.
+    """
+    phrases, tree = None, form.tree
+    if has_few_rows(len(rows), tree):
+        pairs = zip(tree.labels[: form.decisions.num_classes], tree.names, strict=False)
+        encoded = tokenizer([tree.descriptions.get(label, name) for label, name in pairs], truncation=True)
+        phrases = token_counts(Dataset.from_dict({"input_ids": encoded["input_ids"]}), vocab_size)
+    labels = form.decisions.targets(rows["labels"][:]).numpy()
+    return form.fit_classifier(token_counts(rows, vocab_size), labels, wanted, phrases)
 
 
 def token_counts(rows: Dataset, vocab_size: int) -> csr_matrix:
