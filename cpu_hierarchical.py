@@ -9,8 +9,8 @@ Worth knowing:
    is faster without gradients, so it takes over there too.
 3. This file uses private names of torch and transformers. Its callers import it lazily and work without it.
 4. For inference, linear layers also keep their weights in oneDNN's order, and apply GELU while the product is in the
-   cache. torch.compile does the same. With gradients the layers run as before. In float32 torch's own layers use MKL,
-   which takes 1.05 to 2.3 times as long on AMD EPYCs with AVX-512.
+   cache. torch.compile does the same. With gradients, only layers with frozen weights do. In float32 torch's own layers use
+   MKL, which takes 1.05 to 2.3 times as long on AMD EPYCs with AVX-512.
 """
 
 from functools import cache
@@ -162,17 +162,20 @@ class PackedLinear(nn.Linear):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.multiply(input) if self.can_pack(input) else super().forward(input)
+        if not self.can_pack(input):
+            return super().forward(input)
+        return FrozenProduct.apply(input, self) if torch.is_grad_enabled() else self.multiply(input)
 
     def can_pack(self, input: Tensor) -> bool:
-        """Return whether an input (…, in) can be multiplied by the packed weight: on a CPU, without gradients."""
+        """Return whether an input (…, in) can be multiplied by the packed weight: on a CPU, without a gradient of the layer."""
         weight = self.weight
         return (
             weight.dtype == input.dtype
             and weight.dtype in packable_dtypes()
             and weight.device.type == "cpu"
             and type(weight) is nn.Parameter
-            and not (weight.is_inference() or torch.is_grad_enabled() or torch.compiler.is_compiling())
+            and not (torch.is_grad_enabled() and any(values.requires_grad for values in self.parameters()))
+            and not (weight.is_inference() or torch.compiler.is_compiling())
             and input.numel() > 0
         )
 
@@ -195,11 +198,25 @@ class PackedLinear(nn.Linear):
         return {name: value for name, value in self.__dict__.items() if name != "packed"}
 
 
+class FrozenProduct(torch.autograd.Function):
+    """The product of an input (…, in) and a layer with frozen weights, with a gradient for the input alone."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, layer: PackedLinear) -> Tensor:
+        ctx.save_for_backward(layer.weight)
+        return layer.multiply(input)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor, None]:
+        return ONEDNN._linear_pointwise(d_output, ctx.saved_tensors[0].t(), None, "none", [], "none"), None
+
+
 class FusedIntermediate(nn.Module):
     """The first half of a feed-forward block, with GELU fused into the product."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        if type(self.dense) is PackedLinear and self.dense.can_pack(hidden_states):
+        if type(self.dense) is PackedLinear and self.dense.can_pack(hidden_states) and not torch.is_grad_enabled():
             return self.dense.multiply(hidden_states, "gelu")
         return self.intermediate_act_fn(self.dense(hidden_states))
 

@@ -135,3 +135,26 @@ def test_packed_layers_give_the_outputs_of_plain_layers(kind, dtype):
     layers = [module for module in packed.modules() if isinstance(module, PackedLinear)]
     assert len(layers) == sum(type(module) is torch.nn.Linear for module in plain.modules())
     assert any("packed" in vars(module) for module in layers)
+
+
+@pytest.mark.parametrize("dtype", [pytest.param(torch.bfloat16, marks=packs), torch.float32])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_packed_layers_give_the_gradients_of_plain_layers(dtype, frozen):
+    torch.manual_seed(0)
+    plain = (
+        AutoModel.from_config(AutoConfig.for_model("roberta", **ENCODERS["roberta"]))
+        .to(dtype)
+        .eval()
+        .requires_grad_(not frozen)
+    )
+    packed = copy.deepcopy(plain)
+    pack_linear_layers(packed)
+    vectors = torch.randn(3, 20, plain.config.hidden_size).to(dtype).requires_grad_()
+    gradients = []
+    for encoder in (packed, plain):
+        learnt = [vectors, *(() if frozen else encoder.encoder.parameters())]
+        outputs = encoder(inputs_embeds=vectors).last_hidden_state
+        gradients.append(torch.autograd.grad(outputs[:, 0, :9].square().sum(), learnt))
+    assert frozen == any("packed" in vars(module) for module in packed.modules())
+    for gradient, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(gradient, expected, **CLOSE[dtype])
