@@ -5,8 +5,8 @@ Worth knowing:
 1. A decision has one scale (an inverse temperature: Guo et al., 2017), and each node one bias (Alexandari et al., 2020). A
    decision is fitted on the rows whose path takes it. With few rows, or rows that are all correct, maximum likelihood
    overfits. So all parameters have a normal prior, and the fit is a MAP estimate, which is convex. The scores are
-   scale · (own + weight · lexical) + bias. First one scale and one weight are fitted for all decisions, with prior means 1 and
-   0. Then the decisions' own scales and biases are fitted, with the common scale and 0 as prior means. A scale's standard
+   scale · (own + weight · lexical) + bias. First one scale and one weight are fitted for all decisions, and a bias for each level,
+   with prior means 1, 0 and 0. Then the decisions' own scales and biases are fitted, with these as prior means. A scale's standard
    deviation is relative to its mean: an encoder that overfits needs a small scale, and its nodes few deviations from it.
    With several labels, the common ones are fitted on open decisions, and the others so that P(node) is right for all texts: on
    open decisions alone, words of a node's name would count for too much where its parent is wrong.
@@ -60,15 +60,15 @@ def fit_calibration(
     own = torch.from_numpy(scores.astype(np.float64))
     words = torch.zeros_like(own) if lexical_scores is None else torch.from_numpy(lexical_scores - log_prior)
 
-    # ── Common to all decisions: scale · (encoder's scores + weight · lexical scores) ────────────────────────────────
-    common, factor = fit_factors(decisions, [own, words], targets)
+    # ── Common to all decisions: scale · (encoder's scores + weight · lexical scores) + bias of the level ────────────
+    (common, factor), level_biases = fit_common(form, [own, words], targets)
     weight = factor / common
 
     # ── Each decision's own scale, then the biases of all nodes ──────────────────────────────────────────────────────
     number = decisions.outcome_decision[: decisions.num_nodes]  # of each node's decision
     combined, count = own + weight * words, int(number.max()) + 1
-    mean = torch.cat([common.expand(count), torch.zeros(decisions.num_nodes, dtype=torch.float64)])
-    std = PRIOR_STD * torch.cat([common.expand(count), torch.ones(decisions.num_nodes, dtype=torch.float64)])
+    mean = torch.cat([common.expand(count), level_biases])
+    std = PRIOR_STD * torch.cat([common.expand(count), torch.ones_like(level_biases)])
     bounds = [SCALE_BOUNDS] * count + [(None, None)] * decisions.num_nodes
 
     def loss(parameters: Tensor) -> Tensor:
@@ -87,21 +87,28 @@ def fit_phrases(
 ) -> float:
     """Return the weight of `LexicalClassifier.phrase_scores` relative to the lexical scores, which are without their log prior."""
     parts = [torch.from_numpy(part.astype(np.float64)) for part in (scores, lexical_scores, phrase_scores)]
-    _, lexical, phrases = fit_factors(form.decisions, parts, torch.from_numpy(labels))
+    (_, lexical, phrases), _ = fit_common(form, parts, torch.from_numpy(labels))
     return float(phrases / lexical) if lexical > 0 else 0.0
 
 
-def fit_factors(decisions: Decisions, parts: list[Tensor], targets: Tensor) -> Tensor:
-    """Return the MAP estimate of a factor for each part of the decision scores; the first is a scale, the others at least 0."""
-    mean = torch.zeros(len(parts), dtype=torch.float64)
+def fit_common(form: Form, parts: list[Tensor], targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Fit what all decisions have in common.
+
+    Returns:
+        The MAP estimates of a factor for each part of the decision scores, of which the first is a scale and the others are at
+        least 0, and of the bias that each node has by its level, (num_nodes,).
+    """
+    levels, count = torch.tensor(form.tree.levels) - 1, len(parts)
+    mean = torch.zeros(count + form.tree.depth, dtype=torch.float64)
     mean[0] = 1.0
 
-    def neg_log_likelihood(factors: Tensor) -> Tensor:
-        summed = torch.stack([factor * part for factor, part in zip(factors, parts, strict=True)]).sum(0)
-        return -decisions.log_likelihood(summed, targets).sum()
+    def neg_log_likelihood(given: Tensor) -> Tensor:
+        summed = torch.stack([factor * part for factor, part in zip(given[:count], parts, strict=True)]).sum(0)
+        return -form.decisions.log_likelihood(summed + given[count:][levels], targets).sum()
 
-    bounds = [SCALE_BOUNDS, *[(0.0, SCALE_BOUNDS[1])] * (len(parts) - 1)]
-    return map_estimate(neg_log_likelihood, mean, torch.full_like(mean, PRIOR_STD), bounds)
+    bounds = [SCALE_BOUNDS, *[(0.0, SCALE_BOUNDS[1])] * (count - 1), *[(None, None)] * form.tree.depth]
+    fitted = map_estimate(neg_log_likelihood, mean, torch.full_like(mean, PRIOR_STD), bounds)
+    return fitted[:count], fitted[count:][levels]
 
 
 def map_estimate(loss: Callable[[Tensor], Tensor], mean: Tensor, std: Tensor, bounds: list) -> Tensor:

@@ -67,22 +67,27 @@ def test_the_nodes_have_the_map_estimate_of_their_probabilities():
     labels = draw_labels(ManyNodesForm(TREE), given / 2 - 0.5)
     labels[:, [TREE.id(name) for name in "ahij"]] = 0
 
-    def prior(scales: np.ndarray, biases: np.ndarray, mean: float) -> float:
-        return (((scales - mean) / mean) ** 2 + biases**2).sum() / (2 * calibration.PRIOR_STD**2)
+    levels = np.array(TREE.levels) - 1
 
-    def common_posterior(scale: np.ndarray) -> float:
+    def prior(scales: np.ndarray, biases: np.ndarray, mean: float, level_biases: np.ndarray | float) -> float:
+        return (((scales - mean) / mean) ** 2).sum() * 8 + ((biases - level_biases) ** 2).sum() * 8
+
+    def common_posterior(parameters: np.ndarray) -> float:
         parents = np.array([[1 if p < 0 else row[p] for p in TREE.parents] for row in labels])
-        likelihood = log_expit(np.where(labels == 1, 1, -1) * scale[0] * given)
-        return prior(scale, np.zeros(1), 1) - likelihood[parents == 1].sum()
+        scale, biases = parameters[:1], parameters[1:]
+        likelihood = log_expit(np.where(labels == 1, 1, -1) * (scale * given + biases[levels]))
+        return prior(scale, biases, 1, 0) - likelihood[parents == 1].sum()
 
     def posterior(parameters: np.ndarray) -> float:
         scales, biases = np.split(parameters, 2)
         log_p = log_expit(scales * given + biases)
         log_p = np.stack([log_p[:, TREE.path(node)].sum(1) for node in range(TREE.num_nodes)], axis=1)
-        return prior(scales, biases, common) - np.where(labels == 1, log_p, np.log(-np.expm1(log_p))).sum()
+        log_likelihood = np.where(labels == 1, log_p, np.log(-np.expm1(log_p))).sum()
+        return prior(scales, biases, common, level_biases) - log_likelihood
 
-    common = minimize(common_posterior, [1.0], method="BFGS").x[0]
-    start = np.repeat([common, 0.0], TREE.num_nodes)
+    common, *biases = minimize(common_posterior, [1.0] + [0.0] * TREE.depth, method="BFGS").x
+    level_biases = np.array(biases)[levels]
+    start = [*[common] * TREE.num_nodes, *level_biases]
     expected = minimize(posterior, start, bounds=[(0.05, 20)] * 10 + [(None, None)] * 10, options={"ftol": 1e-14}).x
     fitted = fit_calibration(ManyNodesForm(TREE), given, None, labels)
     np.testing.assert_allclose([*fitted.scales, *fitted.biases], expected, atol=2e-3)
@@ -93,11 +98,14 @@ def test_phrases_have_the_weight_of_greatest_posterior(form):
     parts = np.random.default_rng(2).normal(size=(3, 40, TREE.num_nodes))
     labels = torch.from_numpy(draw_labels(form, parts[0] + parts[1] + 2 * parts[2]))
 
-    def neg_log_posterior(factors: np.ndarray) -> float:
-        scores = torch.from_numpy(np.tensordot(factors, parts, 1))
-        return -form.decisions.log_likelihood(scores, labels).sum().item() + ((factors - [1, 0, 0]) ** 2).sum() * 8
+    def neg_log_posterior(parameters: np.ndarray) -> float:
+        biases = parameters[3:][np.array(TREE.levels) - 1]
+        scores = torch.from_numpy(np.tensordot(parameters[:3], parts, 1) + biases)
+        prior = ((parameters[:3] - [1, 0, 0]) ** 2).sum() + (parameters[3:] ** 2).sum()
+        return -form.decisions.log_likelihood(scores, labels).sum().item() + 8 * prior
 
-    found = minimize(neg_log_posterior, [1, 0.1, 0.1], method="Nelder-Mead", options={"xatol": 1e-6, "fatol": 1e-9})
+    start = [1, 0.1, 0.1] + [0] * TREE.depth
+    found = minimize(neg_log_posterior, start, method="BFGS", options={"gtol": 1e-3})
     assert fit_phrases(form, *parts, labels.numpy()) == pytest.approx(found.x[2] / found.x[1], rel=1e-3)
     assert fit_phrases(form, parts[0], -parts[1], parts[2], labels.numpy()) == 0  # without words, no phrases either
 
