@@ -36,10 +36,9 @@ These rows also select the epoch of the fine-tuned models, which have at most th
 ``train.py``. Each peer has the one threshold of best micro-F1 on the validation rows. The recipe has one threshold per node. The
 difference to the best peer has a paired bootstrap interval.
 
-Finished runs stay in the output file, so an interrupted benchmark continues, also on another machine. The runs of hallmarks in
-``results/quality*.json`` are for an earlier split (docs/results.md): repeat all of them before new ones are compared. All scores are for the test file, by one function. For single-path models, this function reads the
-predicted leaf, and log loss and calibration errors come from the checkpoint's own metrics. Intervals are bootstrap intervals over
-the test rows.
+Finished runs stay in the output file, so an interrupted benchmark continues, also on another machine. All scores are for the
+test file, by one function. For single-path models, this function reads the predicted leaf, and log loss and calibration errors
+come from the checkpoint's own metrics. Intervals are bootstrap intervals over the test rows.
 """
 
 import argparse
