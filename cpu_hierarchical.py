@@ -164,7 +164,10 @@ class PackedLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if not self.can_pack(input):
             return super().forward(input)
-        return FrozenProduct.apply(input, self) if torch.is_grad_enabled() else self.multiply(input)
+        if not torch.is_grad_enabled():
+            return self.multiply(input)
+        # a function that returned a view would forbid changes in place, such as Longformer's
+        return FrozenProduct.apply(input.reshape(-1, input.shape[-1]), self).reshape(*input.shape[:-1], -1)
 
     def can_pack(self, input: Tensor) -> bool:
         """Return whether an input (…, in) can be multiplied by the packed weight: on a CPU, without a gradient of the layer."""
@@ -199,7 +202,7 @@ class PackedLinear(nn.Linear):
 
 
 class FrozenProduct(torch.autograd.Function):
-    """The product of an input (…, in) and a layer with frozen weights, with a gradient for the input alone."""
+    """The product of an input (N, in) and a layer with frozen weights, with a gradient for the input alone."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, layer: PackedLinear) -> Tensor:

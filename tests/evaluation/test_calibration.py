@@ -66,7 +66,6 @@ def test_the_nodes_have_the_map_estimate_of_their_probabilities():
     given = np.random.default_rng(1).normal(0, 3, (60, TREE.num_nodes))
     labels = draw_labels(ManyNodesForm(TREE), given / 2 - 0.5)
     labels[:, [TREE.id(name) for name in "ahij"]] = 0
-
     levels = np.array(TREE.levels) - 1
 
     def prior(scales: np.ndarray, biases: np.ndarray, mean: float, level_biases: np.ndarray | float) -> float:

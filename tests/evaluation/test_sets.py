@@ -2,12 +2,11 @@
 
 import numpy as np
 import pytest
-import torch
 from drawn import draw_labels, logits_of
 from scipy.special import log_softmax
 
 from configuration_hierarchical import Calibration
-from decisions_hierarchical import ManyNodes, OnePath, guaranteed_threshold
+from decisions_hierarchical import guaranteed_threshold
 from hierarchical_clinicalbert.evaluation.forms import ManyNodesForm, OnePathForm
 from hierarchical_clinicalbert.evaluation.report import ScoredSplit, measure_sets
 from taxonomy_hierarchical import Taxonomy
@@ -51,19 +50,6 @@ def test_few_texts_and_texts_of_equal_confidence_get_one_threshold():
     thresholds = form.fit_sets(logits[:300], labels[:300], np.arange(300))["set_thresholds"]
     assert isinstance(thresholds[89], list)
     assert isinstance(thresholds[98], float)
-
-
-def test_the_band_of_a_text_is_that_of_its_most_probable_leaf():
-    by_band = [(0.5, 0.9), (1.0, 0.1)]
-    one, many = OnePath(Taxonomy(["a", "b", "c"])), ManyNodes(Taxonomy({"r": ["a", "b", "c"]}))
-
-    def named(decisions: OnePath | ManyNodes, p: list[float], threshold: float | list = by_band) -> list[int]:
-        return decisions.prediction_sets(torch.tensor([p]), threshold)[0].nonzero().flatten().tolist()
-
-    assert named(one, [0.5, 0.3, 0.2]) == named(one, [0.5, 0.3, 0.2], 0.9) == [0, 1, 2]
-    assert named(one, [0.51, 0.3, 0.19]) == [0]
-    assert named(many, [0.5, 0.3, 0.2, 0.95]) == [3]
-    assert named(many, [0.51, 0.3, 0.05, 0.95]) == [0, 1, 3]
 
 
 def test_groups_are_counted_by_hand():
