@@ -9,8 +9,8 @@ Worth knowing:
    is faster without gradients, so it takes over there too.
 3. This file uses private names of torch and transformers. Its callers import it lazily and work without it.
 4. For inference, linear layers also keep their weights in oneDNN's order, and apply GELU while the product is in the
-   cache. torch.compile does the same. With gradients, only layers with frozen weights do. In float32 torch's own layers use
-   MKL, which takes 1.05 to 2.3 times as long on AMD EPYCs with AVX-512.
+   cache. torch.compile does the same. With gradients, layers with frozen weights use oneDNN too, and others run as before.
+   In float32 torch's own layers use MKL, which takes 1.05 to 2.3 times as long on AMD EPYCs with AVX-512.
 """
 
 from functools import cache
@@ -166,11 +166,11 @@ class PackedLinear(nn.Linear):
             return super().forward(input)
         if not torch.is_grad_enabled():
             return self.multiply(input)
-        # a function that returned a view would forbid changes in place, such as Longformer's
+        # the function gets rows, because its output must be no view: Longformer changes it in place
         return FrozenProduct.apply(input.reshape(-1, input.shape[-1]), self).reshape(*input.shape[:-1], -1)
 
     def can_pack(self, input: Tensor) -> bool:
-        """Return whether an input (…, in) can be multiplied by the packed weight: on a CPU, without a gradient of the layer."""
+        """Return whether an input (…, in) can be multiplied by the packed weight: on a CPU, where no parameter needs a gradient."""
         weight = self.weight
         return (
             weight.dtype == input.dtype

@@ -95,8 +95,8 @@ def fit_common(form: Form, parts: list[Tensor], targets: Tensor) -> tuple[Tensor
     """Fit what all decisions have in common.
 
     Returns:
-        The MAP estimates of a factor for each part of the decision scores, of which the first is a scale and the others are at
-        least 0, and of the bias that each node has by its level, (num_nodes,).
+        The MAP estimates of a factor for each part of the decision scores, and of the bias of each node's level, (num_nodes,).
+        The first factor is a scale, and the others are at least 0.
     """
     levels, count = torch.tensor(form.tree.levels) - 1, len(parts)
     mean = torch.zeros(count + form.tree.depth, dtype=torch.float64)

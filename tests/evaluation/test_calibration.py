@@ -69,7 +69,8 @@ def test_the_nodes_have_the_map_estimate_of_their_probabilities():
     levels = np.array(TREE.levels) - 1
 
     def prior(scales: np.ndarray, biases: np.ndarray, mean: float, level_biases: np.ndarray | float) -> float:
-        return (((scales - mean) / mean) ** 2).sum() * 8 + ((biases - level_biases) ** 2).sum() * 8
+        deviations = np.concatenate([(scales - mean) / mean, biases - level_biases])
+        return (deviations**2).sum() / (2 * calibration.PRIOR_STD**2)
 
     def common_posterior(parameters: np.ndarray) -> float:
         parents = np.array([[1 if p < 0 else row[p] for p in TREE.parents] for row in labels])
