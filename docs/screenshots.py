@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 from PIL import Image
+from selenium.webdriver.common.keys import Keys
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "space")]
@@ -25,11 +26,6 @@ from test_space_browser import Page, start_chromium
 WIDTH, HEIGHT = 1000, 1080  # of the moving picture
 PALETTE = Image.Quantize.MAXCOVERAGE  # the method that keeps colours of small areas
 CLASS = "#result .certainty"
-TEXT = (
-    "We followed 212 patients after a stroke. In half of them an embolus from the heart was found, and in the others a lesion "
-    "of the brain alone. Weakness, speech and memory were tested every six months, and so were rhythm and blood pressure."
-)
-
 REPORT = (
     "A 63-year-old man with arterial hypertension and type 2 diabetes came with fever, cough and pain in the right side of the "
     "chest. The radiograph showed consolidation of the lower lobe and a pleural effusion. Creatinine was 2.4 mg/dl, and the "
@@ -79,7 +75,7 @@ def take_pictures_of_codes(page: Page) -> None:
 
 
 def film(page: Page) -> None:
-    """Save a moving picture: a text is typed and classified, a node is pressed, and a file is classified."""
+    """Save a moving picture: an example is classified, its coverage raised, a node pressed, and a file is classified."""
     frames: list[Image.Image] = []
     milliseconds: list[int] = []
 
@@ -90,14 +86,13 @@ def film(page: Page) -> None:
 
     page.open(WIDTH, HEIGHT)
     keep(1)
-    words = TEXT.split(" ")
-    for count in range(8, len(words) + 8, 8):
-        page.type(" ".join(words[:count]))
-        keep(0.25)
-    page.press("#classify")
+    page.press("#examples button:nth-child(2)")
     page.until(lambda: page.all(CLASS))
     page.weights()
-    keep(3.5)
+    keep(3)
+    page.one("#coverage input[type=range]").send_keys(Keys.ARROW_RIGHT * 5)
+    page.until(lambda: "For 95%" in page.text("#result .held"))
+    keep(3)
     page.explain("cardiovascular diseases")
     keep(3.5)
     page.open_file(ROOT / "examples" / "unseen.csv", "deleted from the disk")

@@ -56,14 +56,14 @@ atexit.register(shutil.rmtree, os.environ["GRADIO_TEMP_DIR"], ignore_errors=True
 MAX_WAITING = 100  # requests; to more, gradio replies "Queue is full! Please try again."
 START_TARGET = 0.9  # of the guarantee
 SHOWN_WORDS = 4  # of an example on its button
-MEDICAL_EXAMPLES = [  # where the publisher gives none; a model is less sure of the second one
+MEDICAL_EXAMPLES = [  # where the publisher gives none; the second one has two subjects
     "Whether mesalamine keeps ulcerative colitis quiet after a first attack was asked in 148 outpatients. All "
     "underwent colonoscopy with biopsy at entry and after one year. Mucosal inflammation returned in 31 % under treatment "
     "and in 58 % under placebo. Two patients were withdrawn for an unrelated cardiac arrhythmia. Maintenance treatment "
     "of the inflamed bowel is supported.",
-    "Bleeding from the stomach was treated in 110 patients. Its cause was gastritis in some, an ulcer in others, and a tumor in "
-    "the rest. Endoscopy stopped the bleeding in most, and transfusion was needed in a few. The mucosa healed on omeprazole. "
-    "Whether each ulcer needs a biopsy remains open.",
+    "Two studies are reported together. Migraine was treated with propranolol in 84 patients, and attacks were halved in 58 %. "
+    "Hypertension was treated with propranolol in 91 patients, and blood pressure was normal after six months in 63 %. Fatigue "
+    "led to withdrawal in both. Whether one dose suits both remains open.",
 ]
 HIDDEN = {"show_progress": "hidden", "api_visibility": "private"}  # for events: no spinner, no endpoint
 
