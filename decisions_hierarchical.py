@@ -75,10 +75,12 @@ class Decisions(nn.Module):
     Attributes:
         num_classes: the columns of ``logits``. The classes are the first nodes.
         guarantee: the argument of the pipeline that asks for a prediction set.
+        scores_are_relative: whether the same number may be added to the scores of all siblings.
         outcome_decision: for each outcome, a number that it shares with the other outcomes of its decision, (K,).
     """
 
     guarantee: str
+    scores_are_relative: bool
 
     def __init__(self, tree: Taxonomy, num_classes: int):
         super().__init__()
@@ -197,7 +199,7 @@ class OnePath(Decisions):
     decisions below it.
     """
 
-    guarantee = "coverage"
+    guarantee, scores_are_relative = "coverage", True
     node_price = NODE_PRICE
 
     def __init__(self, tree: Taxonomy):
@@ -476,7 +478,7 @@ class ManyNodes(Decisions):
     each node, and then its absence. A node without a label below it is absent.
     """
 
-    guarantee = "recall"
+    guarantee, scores_are_relative = "recall", False
 
     def __init__(self, tree: Taxonomy):
         super().__init__(tree, tree.num_nodes)

@@ -223,11 +223,10 @@ def outputs_of(folder: Path, texts: list[str]) -> tuple[HierarchicalForSequenceC
         return model, model(**tokenizer(texts, return_tensors="pt", padding=True))
 
 
-@pytest.mark.parametrize("problem_type", [SINGLE_LABEL, MULTI_LABEL])
-def test_without_rows_the_largest_cosine_of_a_phrase_wins(minilm, tmp_path, problem_type):
+def test_without_rows_the_largest_cosine_of_a_phrase_wins(minilm, tmp_path):
     """Compare the order of the roots with cosines of the encoder, loaded by transformers alone."""
     words = ["--taxonomy", taxonomy_file(tmp_path / "classes.csv", {name: CLEAR[name][0] for name in CLEAR})]
-    words += ["--model_name_or_path", minilm, "--problem_type", problem_type, "--output_dir", tmp_path / "results"]
+    words += ["--model_name_or_path", minilm, "--output_dir", tmp_path / "results"]
     done = run(*words)
     assert "no training steps" in done.stderr
     assert "the model's probabilities are not calibrated" in done.stderr
@@ -342,6 +341,7 @@ def test_classes_are_added_to_a_checkpoint_without_training(known, tmp_path, row
         (("--taxonomy", "same.csv", "--model_name_or_path", "known"), "--taxonomy is the checkpoint's: nothing would change"),
         (("--taxonomy", "same.csv", "--renamed_nodes", '{"x": "neoplasms"}', "--model_name_or_path", "known"), "'x' is not in"),
         (("--taxonomy", "grown.csv", "--unlabelled_file", "rows.csv", "--model_name_or_path", "known"), "for a new classifier"),
+        (("--taxonomy", "same.csv", "--problem_type", MULTI_LABEL), "several labels without training rows need --unlabelled_file"),
         (("--taxonomy", "same.csv", "--renamed_nodes", '{"x": "y"}'), "--renamed_nodes is for the nodes of a checkpoint"),
     ],
 )  # fmt: skip
