@@ -294,8 +294,8 @@ class OnePath(Decisions):
         """Return the distribution that label smoothing mixes with the labels: uniform over siblings, (K,)."""
         return 1 / torch.bincount(self.decision_of)[self.decision_of]
 
-    def initial_biases(self, counts: Tensor | None) -> Tensor:
-        """Return biases of untrained heads, (N,), from `count_outcomes` or None: 0."""
+    def initial_biases(self, counts: Tensor) -> Tensor:
+        """Return biases of untrained heads, (N,), from `count_outcomes`: 0."""
         return torch.zeros(self.num_nodes)
 
     def divergence(self, one: Tensor, other: Tensor) -> Tensor:
@@ -590,13 +590,11 @@ class ManyNodes(Decisions):
         present, absent = counts.view(2, -1) + 0.5
         return torch.cat([present, absent]) / (present + absent).repeat(2)
 
-    def initial_biases(self, counts: Tensor | None) -> Tensor:
+    def initial_biases(self, counts: Tensor) -> Tensor:
         """Return biases of untrained heads, (N,), from `count_outcomes`: log-odds given the parent, smoothed by half a text.
 
-        From zero, training would first have to learn these frequencies. Without counts, the odds are 1 to the number of siblings.
+        From zero, training would first have to learn these frequencies.
         """
-        if counts is None:
-            return -torch.bincount(self.decision_of)[self.decision_of].log()
         present, absent = counts.view(2, -1)
         texts = float(present[0] + absent[0])
         without = self.of_parents(present[None], texts)[0] - present  # texts with the parent, and without the node

@@ -143,9 +143,11 @@ def write_name_heads(heads: HierarchicalHeads, phrases: Tensor, texts: Tensor) -
     With texts, prototypes start as the directions u of `set_prototypes`. Each of `CLUSTER_STEPS` steps assigns each text to leaves
     by the softmax of its scores, and makes prototypes of these shares of texts. This is the EM algorithm on a sphere (Banerjee et
     al., 2005, "Clustering on the unit hypersphere using von Mises-Fisher distributions"). A name counts as half of the texts that a
-    class has on average, and `NAME_WEIGHT` more: so a prototype stays close to its name.
+    class has on average, and `NAME_WEIGHT` more: so a prototype stays close to its name. The last shares count as labels for the
+    initial biases.
     """
     decisions, classes = heads.decisions, len(phrases)
+    heads.bias.zero_()
     if len(texts):
         offsets, mean, rms_distance = standardise(texts)
         prototypes = names = normalize(phrases - phrases.mean(0))
@@ -156,12 +158,13 @@ def write_name_heads(heads: HierarchicalHeads, phrases: Tensor, texts: Tensor) -
             prototypes = normalize(members[:, :classes].T @ offsets + name_texts * names)
         weights = CLUSTER_SCORE / rms_distance * prototypes
         level = weights @ mean
+        present = members.sum(0)
+        heads.bias[:] = decisions.initial_biases(torch.cat([present, len(texts) - present]))
     else:
         weights = NAME_SCORE / phrases.square().sum(1).mean().sqrt() * normalize(phrases)
         level = (phrases @ weights.T).mean()
     heads.weight.zero_()
     heads.weight[:classes] = weights
-    heads.bias[:] = decisions.initial_biases(None)
     heads.bias[:classes] -= level
 
 

@@ -259,8 +259,10 @@ def test_without_rows_unlabelled_texts_move_the_heads_as_worked_by_hand(minilm, 
         members = np.stack([shares[:, leaves].sum(1) for leaves in model.config.tree.leaves_at_or_below])[: len(names)]
         prototypes = unit((4 + len(rows) / (2 * len(names))) * names + members @ offsets)
     expected = 12 * offsets @ prototypes.T
-    if problem_type == MULTI_LABEL:
-        expected -= np.log([2, 4, 4, 4, 4, 2])  # siblings
+    if problem_type == MULTI_LABEL:  # log-odds given the parent
+        counts, tree = members.sum(1), model.config.tree
+        of_parent = [counts[parent] if parent >= 0 else len(rows) for parent in tree.parents]
+        expected += np.log((counts + 0.5) / (of_parent - counts + 0.5))
     else:
         expected = log_softmax(expected, axis=1)
     scores = found.decision_logits if problem_type == MULTI_LABEL else found.logits
