@@ -33,6 +33,7 @@ import harness
 import numpy as np
 import pandas as pd
 import torch
+from quality import PLAIN
 from sklearn.covariance import ledoit_wolf
 from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import normalize
@@ -43,14 +44,13 @@ NEAREST, BATCH = 10, 64
 SCORES = ("largest probability", "entropy", "energy", "nearest texts")
 SCORES += ("relative Mahalanobis", "Mahalanobis", "Mahalanobis and energy")
 PARTS = ("clinc150", "ohsumed", "texts")
-SHORT: dict[str, Any] = {"num_train_epochs": 2, "quantization": "none", "lexical_head": "false"}
-FLAGS = {
+SEEDS = (1, 2, 3)  # of CLINC150's runs
+FLAGS: dict[str, dict[str, Any]] = {
     "clinc150": {
-        **SHORT,
-        **{"max_length": 64, "per_device_train_batch_size": 32, "label_smoothing_factor": 0.05},
+        **{"max_length": 64, "per_device_train_batch_size": 32, "label_smoothing_factor": 0.05, "num_train_epochs": 5},
         **{"lora_r": 64, "lora_alpha": 128, "heads_init": "prototypes"},
     },
-    "ohsumed": {**SHORT, "max_length": 128, "consistency": 0, "contrastive_steps": 0},
+    "ohsumed": {**PLAIN, "max_length": 128, "num_train_epochs": 2},
 }
 LEFT_OUT = {
     "a": (("C06", "C20"), ("C04",)),
@@ -93,7 +93,7 @@ def run_model(classify: Any, texts: list[str]) -> tuple[np.ndarray, np.ndarray, 
 def train(arguments: argparse.Namespace, name: str, *words: Any, **flags: Any) -> tuple[Any, dict[str, float]]:
     """Train a model, and return its pipeline and its metrics."""
     folder = arguments.runs / name
-    metrics = harness.train(folder, *words, model_name_or_path=arguments.encoder, **flags)
+    metrics = harness.train(folder, *words, model_name_or_path=arguments.encoder, quantization="none", **flags)
     return harness.load_classifier(folder), metrics
 
 
@@ -130,16 +130,18 @@ def compare(classify: Any, training: list[str], known: list[str], unknown: list[
 
 
 def clinc150(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure on the validation queries, which choose the score, and on the test queries."""
+    """Measure each run of `SEEDS` on the validation queries, which choose the score, and on the test queries."""
     files = {split: arguments.data / "clinc150" / f"{split}.csv" for split in ("train", "validation", "test")}
-    flags = {f"{split}_file": file for split, file in files.items()}
-    classify, metrics = train(arguments, "clinc150", **FLAGS["clinc150"], **flags)
+    flags = FLAGS["clinc150"] | {f"{split}_file": file for split, file in files.items()}
     texts = {split: [*read_texts(file)["text"]] for split, file in files.items()}
-    measured = {}
-    for split in ("validation", "test"):
-        unknown = [*read_texts(arguments.data / "clinc150" / f"out_of_scope_{split}.csv")["text"]]
-        measured[split] = compare(classify, texts["train"], texts[split], unknown)
-    return {"clinc150": measured | {"accuracy": metrics["test_accuracy"]}}
+    runs: list[dict] = []
+    for seed in SEEDS:
+        classify, metrics = train(arguments, f"clinc150-{seed}", **flags, seed=seed)
+        runs.append({"seed": seed, "accuracy": metrics["test_accuracy"]})
+        for split in ("validation", "test"):
+            unknown = [*read_texts(arguments.data / "clinc150" / f"out_of_scope_{split}.csv")["text"]]
+            runs[-1][split] = compare(classify, texts["train"], texts[split], unknown)
+    return {"clinc150": runs}
 
 
 def ohsumed(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -193,22 +195,21 @@ def made_up_texts(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def print_results(results: dict[str, Any]) -> None:
-    columns = [("score", "{score}"), ("AUROC", "{auroc:.3f}"), ("found", "{found:.1%}")]
-    for split in ("validation", "test"):
-        if rows := results.get("clinc150", {}).get(split):
-            print(f"\nCLINC150, {split} queries; accuracy on the test queries {results['clinc150']['accuracy']:.1%}")
-            print_scores(rows, columns)
+    for run in results.get("clinc150", []):
+        for split in ("validation", "test"):
+            print(f"\nCLINC150, seed {run['seed']}, {split} queries; accuracy on test {run['accuracy']:.2%}")
+            print_scores(run[split])
     for name, measured in results.get("ohsumed", {}).items():
         print(f"\nOHSUMED, {name}: { ({key: measured[key] for key in measured if key != 'scores'}) }")
-        print_scores(measured.get("scores", []), columns)
+        print_scores(measured.get("scores", []))
     for name, rows in results.get("texts", {}).items():
         print(f"\nMade-up texts, {name}")
         columns = [("text", "{text:.40}"), ("class", "{label}"), ("probability", "{score:.2f}")]
         harness.print_rows(rows, [*columns, ("p-value", "{p_value:.3f}"), ("known", "{known}")], left=2)
 
 
-def print_scores(rows: list[dict], columns: list[tuple[str, str]]) -> None:
-    harness.print_rows(rows, columns)
+def print_scores(rows: list[dict]) -> None:
+    harness.print_rows(rows, [("score", "{score}"), ("AUROC", "{auroc:.3f}"), ("found", "{found:.1%}")])
     for row in rows:
         if "found_by_p_value" in row:
             shown = f"{row['found_by_p_value']:.1%} of the unknown and {row['false_alarms']:.1%} of the known texts"

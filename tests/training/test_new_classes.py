@@ -215,10 +215,8 @@ def accuracy(folder: Path, labels: set[str]) -> float:
 
 def outputs_of(folder: Path, texts: list[str]) -> tuple[HierarchicalForSequenceClassification, Any]:
     """Return the model of a checkpoint, and its outputs for texts."""
-    model, tokenizer = (
-        HierarchicalForSequenceClassification.from_pretrained(folder),
-        AutoTokenizer.from_pretrained(folder),
-    )
+    model = HierarchicalForSequenceClassification.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     with torch.no_grad():
         return model, model(**tokenizer(texts, return_tensors="pt", padding=True))
 
