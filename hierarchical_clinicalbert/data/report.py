@@ -77,7 +77,8 @@ def list_rows(rows: dict[str, int]) -> str:
 
 
 def log_report(report: dict, lengths: dict[str, dict]) -> None:
-    """Log the counts of each split, and its `length_report`."""
+    """Log the counts of each split that are not 0, and its `length_report`."""
     for split, counts in report["splits"].items():
-        numbers = [f"{name.replace('_', ' ')} {value:,.6g}" for name, value in counts.items() if np.isscalar(value)]
+        shown = {name.replace("_", " "): value for name, value in counts.items() if np.isscalar(value) and value}
+        numbers = [f"{name} {value:,.6g}" for name, value in shown.items()]
         logger.info("%s: %s; %s", split, ", ".join(numbers), LOGGED_LENGTHS % lengths[split])

@@ -255,7 +255,7 @@ def test_the_log_shows_the_numbers_and_no_text(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         data = load(train_file=csv_file(tmp_path / "a.csv", rows), test_file=test, validation_size=0)
         log_report(data.report, {split: length_report([5, 5, 9], 8) for split in data.splits})
-    assert "train: rows 23, dropped rows 0, normalised duplicates 1, conflicting texts 1" in caplog.text
+    assert "train: rows 23, normalised duplicates 1, conflicting texts 1" in caplog.text
     assert "accuracy ceiling 0.954545" in caplog.text  # 21 of 22 rows that have a leaf can be correct
     assert "5 tokens per text in the median, 9 at most; 1 texts truncated at 8" in caplog.text
     assert f"1 classes without training rows: (a value of {len(text)} characters)" in caplog.text
