@@ -25,11 +25,12 @@ quickstart: .venv/installed
 multi-label: .venv/installed
 	$(RUN) train.py recipes/multi_label.yaml --overwrite_output_dir true --model_name_or_path $(MINILM)
 
+# three workers keep two cores busy: tests wait for servers, browsers and processes
 test: .venv/installed-tests common-tests browser
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal --timeout 900 tests
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 3 --dist worksteal --timeout 900 tests
 
 # the tests that transformers has for all models, of the version that is installed: wheels hold none
 common-tests: .venv/installed-tests
