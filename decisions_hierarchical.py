@@ -75,7 +75,7 @@ class Decisions(nn.Module):
     Attributes:
         num_classes: the columns of ``logits``. The classes are the first nodes.
         guarantee: the argument of the pipeline that asks for a prediction set.
-        scores_are_relative: whether the same number may be added to the scores of all siblings.
+        scores_are_relative: whether the scores of siblings can all grow by the same number, and no probability changes.
         outcome_decision: for each outcome, a number that it shares with the other outcomes of its decision, (K,).
     """
 

@@ -149,7 +149,9 @@ def train(arguments: Arguments, data: LabelledSplits, resume_from: str | None, p
     if data.unlabelled and known and arguments.loss.teacher is None:
         raise InputError("--unlabelled_file without --teacher is for a new classifier, and a checkpoint has heads")
     if not (known or data.unlabelled or "train" in data.splits or form.decisions.scores_are_relative):
-        raise InputError("several labels without training rows need --unlabelled_file: names alone do not say how many")
+        raise InputError(
+            "several labels without training rows need --unlabelled_file: names do not tell how many labels a text has"
+        )
     model = build_model(arguments.model, data.taxonomy, args.seed, data.problem_type, renamed, takes_steps)
     model.config.page = describe_page(args, model.config)
     if resume_from is not None:

@@ -147,7 +147,6 @@ def write_name_heads(heads: HierarchicalHeads, phrases: Tensor, texts: Tensor) -
     initial biases.
     """
     decisions, classes = heads.decisions, len(phrases)
-    heads.bias.zero_()
     if len(texts):
         offsets, mean, rms_distance = standardise(texts)
         prototypes = names = normalize(phrases - phrases.mean(0))
@@ -161,6 +160,7 @@ def write_name_heads(heads: HierarchicalHeads, phrases: Tensor, texts: Tensor) -
         present = members.sum(0)
         heads.bias[:] = decisions.initial_biases(torch.cat([present, len(texts) - present]))
     else:
+        heads.bias.zero_()
         weights = NAME_SCORE / phrases.square().sum(1).mean().sqrt() * normalize(phrases)
         level = (phrases @ weights.T).mean()
     heads.weight.zero_()

@@ -250,7 +250,7 @@ def test_a_fresh_process_loads_the_model_in_one_call_and_runs_the_snippets_of_th
     requests = [request for request in hub.requests[num_requests:] if "base/tiny/resolve/" in request.path]
     paths, downloads = ([r.path for r in some] for some in (requests, (r for r in requests if r.method == "GET")))
     assert sum(path.endswith(".safetensors") for path in downloads) == (1 if form == "adapter" else 0)
-    commit = hub.commits("base/tiny")[-2].sha
+    commit = hub.commits("base/tiny")[-2].sha  # the last one came after the training
     assert {path.split("/resolve/")[1].split("/")[0] for path in paths} == ({commit} if form == "adapter" else set())
     if form == "adapter":  # after one load, without the Hub
         offline = {**hub.environment(home), "HF_ENDPOINT": f"http://127.0.0.1:{closed_port}", "HF_HUB_OFFLINE": "1"}
