@@ -19,6 +19,8 @@ from transformers import AutoTokenizer
 
 from configuration_hierarchical import HierarchicalConfig
 from hierarchical_clinicalbert.checkpoint_files import CARD, published_files, read_checkpoint, read_json_object
+from hierarchical_clinicalbert.data.arguments import DataArguments
+from hierarchical_clinicalbert.data.sources import read_texts
 from hierarchical_clinicalbert.errors import ROOT, ArgumentParser, InputError, as_input_error, run_command
 from hierarchical_clinicalbert.publishing import card
 from hierarchical_clinicalbert.publishing.export import export_merged, export_onnx, load_merged
@@ -30,8 +32,6 @@ from hierarchical_clinicalbert.publishing.hub import (
     publish,
     refuse_local_encoder,
 )
-from hierarchical_clinicalbert.reading.columns import TEXT_COLUMNS, find_column, text_problem
-from hierarchical_clinicalbert.reading.sources import find_sources, open_rows
 
 MAX_EXAMPLES = 10  # buttons of the page
 SPACE_FOLDER = ROOT / "space"
@@ -106,19 +106,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def read_examples(path: str) -> list[str]:
     """Return the texts of a file. InputError: it has no column of texts, a text is missing, or there are too many."""
-    examples: list[str] = []
-    for source in find_sources(path):
-        with open_rows(source) as reader:
-            column = find_column(reader.columns, None, TEXT_COLUMNS)
-            if column is None:
-                raise InputError(f"--examples: {reader.name} has no column called text")
-            for row in reader.read([column]):
-                if problem := row.problem or text_problem(row.values.get(column)):
-                    raise InputError(f"--examples: {reader.place(row)}: {problem}")
-                examples.append(row.values[column])
-    if not 0 < len(examples) <= MAX_EXAMPLES:
-        raise InputError(f"--examples: {path} has {len(examples):,} texts; give 1 to {MAX_EXAMPLES}")
-    return examples
+    table, _ = read_texts(path, "examples", DataArguments(), flag="another file as --examples")
+    if len(table) > MAX_EXAMPLES:
+        raise InputError(f"--examples: {path} has {len(table):,} texts; give 1 to {MAX_EXAMPLES}")
+    return [*table.iloc[:, 0]]
 
 
 def config_with_examples(file: Path, examples: list[str]) -> bytes:

@@ -20,16 +20,15 @@ import numpy as np
 import transformers
 from datasets import Dataset, DatasetDict
 from tqdm.contrib.logging import logging_redirect_tqdm
-from transformers import AutoTokenizer, EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from checkpoint_hierarchical import check_tokenizer
 from configuration_hierarchical import HierarchicalConfig
 from hierarchical_clinicalbert.checkpoint_files import METRICS, is_checkpoint, read_config
 from hierarchical_clinicalbert.data.labels import read_class_names
 from hierarchical_clinicalbert.data.report import log_report
 from hierarchical_clinicalbert.data.sources import read_rows
 from hierarchical_clinicalbert.data.splits import LabelledSplits, split_rows
-from hierarchical_clinicalbert.errors import InputError, as_input_error, run_command
+from hierarchical_clinicalbert.errors import InputError, run_command
 from hierarchical_clinicalbert.evaluation import plots
 from hierarchical_clinicalbert.evaluation.forms import Form, form_of
 from hierarchical_clinicalbert.evaluation.label_issues import list_label_issues
@@ -199,7 +198,7 @@ def train(arguments: Arguments, data: LabelledSplits, resume_from: str | None, p
     as_trained: dict[str, float] = {}
     if arguments.model.quantization != "none" and "validation" in splits:
         _, as_trained = score_splits(trainer, DatasetDict(validation=splits["validation"]))
-    scorer = scoring_trainer(args.output_dir, args, tokenizer, trainer.loss_function)
+    scorer = scoring_trainer(args.output_dir, args, trainer.loss_function)
     scored, uncalibrated = score_splits(scorer, splits)
     scores = {f"quantized_{name}": value for name, value in as_trained.items()} | uncalibrated
 
@@ -229,10 +228,7 @@ def train(arguments: Arguments, data: LabelledSplits, resume_from: str | None, p
         drawn = {name: metric.title for name, metric in form.metrics.items() if metric.is_key and metric.direction > 0}
         plots.write(plots.training_curves(trainer.state.log_history, drawn), output / "plots" / "training_curves.png")
         shown = classify_example(scorer.model, tokenizer)
-        trainer.write_card = functools.partial(
-            write_card, trainer, settings, data_report, metrics=metrics, example_result=shown
-        )
-        trainer.write_card(output)
+        write_card(trainer, settings, data_report, output, metrics, shown)
         write_json(output / METRICS, metrics)
         logger.info("checkpoint, metrics and plots are in %s", output)
     log_metrics(form, scores, scored)
@@ -305,12 +301,8 @@ def score_checkpoint(arguments: Arguments, data: LabelledSplits) -> None:
         raise InputError(f"nothing to score: {problem}")
 
     # ── Checkpoint ───────────────────────────────────────────────────────────────────────────────────────────────────
-    source = fetch_model(arguments.model).model_name_or_path
-    with as_input_error(f"cannot load the tokenizer of {source}"):
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=True)
-    scorer = scoring_trainer(source, args, tokenizer)
-    with as_input_error(f"cannot score {source}"):
-        check_tokenizer(tokenizer, scorer.model)
+    scorer = scoring_trainer(fetch_model(arguments.model).model_name_or_path, args)
+    tokenizer = scorer.processing_class
 
     # ── Score ────────────────────────────────────────────────────────────────────────────────────────────────────────
     config, form = scorer.model.config, form_of(data.taxonomy, data.problem_type)

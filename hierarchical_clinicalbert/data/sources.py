@@ -108,10 +108,15 @@ def read_rows(arguments: DataArguments, trains: bool = True) -> SourceRows:
     return SourceRows(pd.concat(parts, ignore_index=True), places, form, first, described, shares, unlabelled)
 
 
-def read_texts(path: str, split: str, arguments: DataArguments, *others: str) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Read the texts of a file that is no split, in the first column, and ``others``. Describe it as `SourceRows.sources` does."""
+def read_texts(
+    path: str, split: str, arguments: DataArguments, *others: str, flag: str = "--text_column"
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Read the texts of a file that is no split, in the first column, and ``others``. Describe it as `SourceRows.sources` does.
+
+    ``flag`` is what messages advise to give if there is no column of texts.
+    """
     source = _from_file(path, arguments.encoding)
-    columns = choose_columns({source.name: source.columns}, arguments.text_column, TEXT_COLUMNS, "--text_column")
+    columns = choose_columns({source.name: source.columns}, arguments.text_column, TEXT_COLUMNS, flag)
     for name in others:
         columns += choose_columns({source.name: source.columns}, name, [], "of --teacher")
     table = source.read(columns)

@@ -33,7 +33,6 @@ from hierarchical_clinicalbert.evaluation.metrics import split_texts
 
 PRIOR_STD = 0.25  # of every prior; for scales, relative to the mean
 SCALE_BOUNDS = (0.05, 20.0)
-MAX_STEPS = 10_000  # of the minimisation, which takes some hundred
 
 
 def calibrated_logits(
@@ -54,7 +53,7 @@ def fit_calibration(
 ) -> Calibration:
     """Return the MAP estimate of the lexical head's weight, at least 0, and of scales, in [0.05, 20], and biases.
 
-    A decision without rows has the prior means. ``log_prior`` is that of `LexicalClassifier`, (num_nodes,).
+    Without lexical scores, that weight is 0. A decision without rows has the prior means. ``log_prior`` is that of `LexicalClassifier`, (num_nodes,).
     """
     decisions, targets = form.decisions, torch.from_numpy(labels)
     own = torch.from_numpy(scores.astype(np.float64))
@@ -76,8 +75,6 @@ def fit_calibration(
 
     fitted = map_estimate(loss, mean, std, bounds)
     scales, biases = fitted[:count][number].numpy(), fitted[count:].numpy()
-    if lexical_scores is None:
-        return Calibration(scales=scales.tolist(), biases=biases.tolist())
     biases = biases - scales * float(weight) * log_prior
     return Calibration(lexical_weight=float(weight), scales=scales.tolist(), biases=biases.tolist())
 
@@ -120,7 +117,7 @@ def map_estimate(loss: Callable[[Tensor], Tensor], mean: Tensor, std: Tensor, bo
         (slope,) = torch.autograd.grad(value, given)
         return value.item(), slope.numpy()
 
-    options = {"maxiter": MAX_STEPS, "maxfun": MAX_STEPS, "ftol": 1e-13, "gtol": 1e-4}
+    options = {"ftol": 1e-13, "gtol": 1e-4}
     return torch.from_numpy(minimize(neg_log_posterior, mean, jac=True, bounds=bounds, options=options).x)
 
 

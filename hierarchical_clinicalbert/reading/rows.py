@@ -234,9 +234,13 @@ class RowReader:
             columns = [a.dictionary_decode() if isinstance(a, pyarrow.DictionaryArray) else a for a in batch.columns]
             size += sum(column.nbytes for column in columns)
             self.check("bytes", size)
-            for values in _python_values(batch):
+            for place in range(batch.num_rows):
                 count += 1
-                yield Row(count, {}, "it holds a value that cannot be read") if values is None else Row(count, values)
+                try:
+                    row = Row(count, batch.slice(place, 1).to_pylist()[0])
+                except Exception:  # pyarrow documents none; Python has no such value
+                    row = Row(count, {}, "it holds a value that cannot be read")
+                yield row
 
     def _open_workbook(self, stream: Any) -> Iterator[Row]:
         sheets, rows = read_workbook(self._seekable(stream), self.check)
@@ -294,7 +298,7 @@ class Raw(io.RawIOBase):
         return len(content)
 
 
-# ── Values of JSON and Parquet ───────────────────────────────────────────────────────────────────────────────────────
+# ── Values of JSON ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -316,13 +320,3 @@ def _object_row(number: int, value: Any) -> Row:
         # JSON can escape half of a surrogate pair, which UTF-8 lacks
         return Row(number, {}, f"not text: {reason_of(error)}")
     return Row(number, value)
-
-
-def _python_values(batch: Any) -> list[dict[str, Any] | None]:
-    """Return the values of each row by column, or None for a row with a value that Python does not have."""
-    try:
-        return batch.to_pylist()
-    except Exception:  # pyarrow documents none
-        if batch.num_rows == 1:
-            return [None]
-        return [_python_values(batch.slice(row, 1))[0] for row in range(batch.num_rows)]

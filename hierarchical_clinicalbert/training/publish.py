@@ -10,7 +10,6 @@ import torch
 from huggingface_hub import HfApi
 
 from configuration_hierarchical import HierarchicalConfig
-from hierarchical_clinicalbert.checkpoint_files import METRICS, read_json_object
 from hierarchical_clinicalbert.publishing import card
 from hierarchical_clinicalbert.publishing.hub import find_target, log_in, refuse_local_encoder
 from hierarchical_clinicalbert.training.arguments import Arguments, HierarchicalTrainingArguments
@@ -90,11 +89,9 @@ def write_card(
     metrics: dict[str, Any] | None = None,
     example_result: dict[str, Any] | None = None,
 ) -> None:
-    """Write README.md into a checkpoint's folder, with the metrics of the run or by default of its metrics.json, if any."""
-    config, file = HierarchicalConfig.from_pretrained(folder), folder / METRICS
-    if metrics is None:
-        metrics = read_json_object(file) if file.is_file() else {}
-    card.write(folder, config, settings, report, metrics, trainer.hub_model_id, example_result)
+    """Write README.md into a checkpoint's folder. A run that is not finished has no ``metrics``."""
+    config = HierarchicalConfig.from_pretrained(folder)
+    card.write(folder, config, settings, report, metrics or {}, trainer.hub_model_id, example_result)
 
 
 def check_hub(args: HierarchicalTrainingArguments, model: HierarchicalForSequenceClassification) -> None:

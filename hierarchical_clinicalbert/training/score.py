@@ -11,8 +11,9 @@ import torch
 from datasets import Dataset, DatasetDict
 from scipy.sparse import csr_matrix
 from torch import nn
-from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from checkpoint_hierarchical import check_tokenizer
 from decisions_hierarchical import DEFAULT_THRESHOLD
 from hierarchical_clinicalbert.errors import as_input_error
 from hierarchical_clinicalbert.evaluation.forms import Form, form_of
@@ -35,14 +36,13 @@ MAX_TEXTS = 8192  # of the training rows, that describe what the model knows
 
 
 def scoring_trainer(
-    folder: str,
-    args: HierarchicalTrainingArguments,
-    tokenizer: PreTrainedTokenizerBase,
-    loss_function: nn.Module | None = None,
+    folder: str, args: HierarchicalTrainingArguments, loss_function: nn.Module | None = None
 ) -> HierarchicalTrainer:
     """Build a Trainer that scores a checkpoint as the pipeline does: loaded by `AutoModel`, without autocast."""
     with as_input_error(f"cannot load the checkpoint {folder}"):
         model: PreTrainedModel = AutoModel.from_pretrained(folder, trust_remote_code=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+        check_tokenizer(tokenizer, model)
     if args.device.type == "cpu":
         use_cpu_kernels(model.encoder)
     return HierarchicalTrainer(

@@ -21,7 +21,6 @@ import torch
 from datasets import Dataset, DatasetDict, concatenate_datasets
 from safetensors import safe_open
 from safetensors.numpy import save
-from transformers import AutoTokenizer
 
 from configuration_hierarchical import HierarchicalConfig
 from decisions_hierarchical import Decisions, build_decisions
@@ -150,11 +149,11 @@ def score_texts(
     folder: str, config: HierarchicalConfig, texts: list[str], args: HierarchicalTrainingArguments
 ) -> np.ndarray:
     """Return a checkpoint's decision scores of texts, (num_texts, num_nodes)."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    trainer = scoring_trainer(folder, args)
+    tokenizer = trainer.processing_class
     columns = {"text": texts, "nodes": [[0]] * len(texts), "row": range(len(texts))}
     limit = config.calibration.max_length or tokenizer.model_max_length
     splits, _ = tokenize_splits(DatasetDict(test=Dataset.from_dict(columns)), tokenizer, limit)
-    trainer = scoring_trainer(folder, args, tokenizer)
     ignored = [key for key in config.keys_to_ignore_at_inference if key != "decision_logits"]
     _, scores, *_ = trainer.predict(splits["test"], ignored).predictions
     return scores[np.argsort(splits["test"]["row"][:])]

@@ -7,6 +7,9 @@ Worth knowing:
 2. The Trainer resumes and restores the best model by root-level file names. The adapter form has its own loader here.
 3. No ``training_args.bin`` is written, because it is a pickle and can contain a token.
 4. Checks of the losses and the state of a resumed run are callbacks, see `training.callbacks`.
+5. The Trainer would push every file of a folder, possibly in several commits, and rewrite README.md. Here a push is one commit
+   with a checkpoint's files and this project's card. States to resume from are pickles, and are not pushed: the strategies
+   ``checkpoint`` and ``all_checkpoints`` are ``every_save``. Training waits for each push.
 """
 
 import logging
@@ -16,16 +19,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import CommitInfo, HfApi
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
-from transformers import PrinterCallback, ProgressCallback, TrainingArguments, trainer_pt_utils
-from transformers.trainer_utils import TrainOutput
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments, trainer_pt_utils
+from transformers.trainer_utils import HubStrategy, TrainOutput
 
 from checkpoint_hierarchical import ADAPTER_FILES, load_heads_and_adapter
 from decisions_hierarchical import sum_per_item
+from hierarchical_clinicalbert.checkpoint_files import published_files
 from hierarchical_clinicalbert.errors import InputError, as_input_error
-from hierarchical_clinicalbert.publishing.trainer import PublishingTrainer
+from hierarchical_clinicalbert.publishing.hub import Target, publish
 from hierarchical_clinicalbert.training.callbacks import LogLines, ProgressBar, ResumedRun, refuse_infinite
 from hierarchical_clinicalbert.training.cpu import use_training_kernels
 from hierarchical_clinicalbert.training.sampler import LengthGroupedSampler
@@ -36,7 +41,7 @@ logger = logging.getLogger(__name__)
 EMBEDDED_AT_ONCE = 8  # texts
 
 
-class HierarchicalTrainer(PublishingTrainer):
+class HierarchicalTrainer(Trainer):
     """A Trainer whose loss is a `training.losses.FocalLoss`.
 
     Without ``loss_function``, it is the model's own. ``consistency`` weights the divergence of a text's halves,
@@ -68,6 +73,7 @@ class HierarchicalTrainer(PublishingTrainer):
         self.loss_function: Any = loss_function.to(self.args.device) if loss_function else self.decisions.loss
         self.consistency = consistency
         self.resumed: ResumedRun | None = None  # in a run that resumes
+        self.write_card: Callable[[Path], None] = lambda folder: None  # of a checkpoint that is pushed during training
         self.pop_callback(PrinterCallback)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(ProgressBar)
@@ -229,3 +235,37 @@ class HierarchicalTrainer(PublishingTrainer):
             model.save_pretrained(output_dir, state_dict=state_dict)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(output_dir)
+
+    # ── Hub ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def push_to_hub(self, commit_message: str = "End of training", **kwargs: Any) -> CommitInfo | None:
+        """Save the model, and publish its files and card in one commit. Further arguments of the Trainer are ignored.
+
+        InputError: the commit failed. The message has the command that repeats it.
+        """
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        branch = f" --revision {self.args.hub_revision}" if self.args.hub_revision else ""
+        command = f"push_to_hub.py --model {self.args.output_dir} --repo_id {self.hub_model_id}{branch}"
+        remedy = f"the run is complete, and only this push is missing: run {command}"
+        commit = self.publish(Path(self.args.output_dir), commit_message, remedy)
+        logger.info("published as %s", self.hub_model_id)
+        return commit
+
+    def publish(self, folder: Path, message: str, remedy: str) -> CommitInfo:
+        """Commit the files of a checkpoint to the branch ``--hub_revision``."""
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        branch, private = self.args.hub_revision or "main", bool(self.args.hub_private_repo)
+        target = Target(self.hub_model_id, "model", branch, private, exists=False)
+        return publish(HfApi(token=self.args.hub_token), target, published_files(folder), message, remedy)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        folder, message = Path(checkpoint_folder), f"Training in progress, step {self.state.global_step}"
+        self.write_card(folder)
+        try:
+            self.publish(folder, message, "the next push has all files")
+        except InputError as error:
+            logger.warning("a push during training failed: %s", error)

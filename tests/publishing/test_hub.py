@@ -179,7 +179,7 @@ def test_what_cannot_be_published_is_reported_in_one_line_before_anything_is_sen
         ({"--examples": str(CORPUS / "test.csv")}, "test.csv has 150 texts; give 1 to 10"),
         (
             {"--examples": write_csv(tmp_path / "blank.csv", [{"text": " ", "id": 1}])},
-            "blank.csv, line 2: the text is empty",
+            "blank.csv, line 2, column 'text': the text is empty",
         ),
         # the token
         ({"token": None}, "`hf auth login`"),
