@@ -117,9 +117,9 @@ class Task:
         labels: the file that names the labels, or None.
     """
 
-    def __init__(self, name: str, data: Path, seed: int):
+    def __init__(self, name: str, data: Path, seed: int, recipe: str | None = None):
         self.name, self.seed, self.is_multi_label = name, seed, name in MULTI_LABEL_TASKS
-        self.recipe = yaml.safe_load((harness.ROOT / "recipes" / f"{name}.yaml").read_text())
+        self.recipe = yaml.safe_load((harness.ROOT / "recipes" / f"{recipe or name}.yaml").read_text())
         self.has_contrast = bool(self.recipe.get("contrastive_steps"))
         folder, suffix = data / FOLDERS.get(name, name), "jsonl" if self.is_multi_label else "csv"
         self.files = {split: folder / f"{split}.{suffix}" for split in ("train", "validation", "test")}
@@ -128,6 +128,8 @@ class Task:
         self.labels = data / "ohsumed" / "labels.csv" if name.startswith("ohsumed") else None
         if name == "medical_abstracts":
             self.tree = Taxonomy(DEFAULT_TAXONOMY)
+        elif name == "clinc150":
+            self.tree = harness.load_splits({"train": self.files["train"]}, None, seed, validation_size=0).taxonomy
         else:
             self.tree = read_taxonomy(self.labels or folder / "taxonomy.json", self.separator)
 
@@ -148,6 +150,7 @@ class Task:
         classes = self.recipe.get("class_names", {})
         names = str(self.labels) if self.labels else json.dumps({str(k): v for k, v in classes.items()})
         options = {"class_names": names, "label_separator": self.separator}
+        options["validation_size"] = self.recipe.get("validation_size")
         return harness.load_splits(self.files, self.tree, self.seed, **options)
 
     def rows(self) -> dict[str, harness.Rows]:
