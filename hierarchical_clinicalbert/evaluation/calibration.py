@@ -53,7 +53,8 @@ def fit_calibration(
 ) -> Calibration:
     """Return the MAP estimate of the lexical head's weight, at least 0, and of scales, in [0.05, 20], and biases.
 
-    Without lexical scores, that weight is 0. A decision without rows has the prior means. ``log_prior`` is that of `LexicalClassifier`, (num_nodes,).
+    Without lexical scores, that weight is 0. A decision without rows has the prior means. ``log_prior`` is that of
+    `LexicalClassifier`, (num_nodes,).
     """
     decisions, targets = form.decisions, torch.from_numpy(labels)
     own = torch.from_numpy(scores.astype(np.float64))
