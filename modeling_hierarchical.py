@@ -370,7 +370,7 @@ class HierarchicalHeads(nn.Module):
         above = [next((known[a] for a in reversed(tree.path(node)[:-1]) if a in known), -1) for node in known]
         heads = own[old_ids] + (passed[old.decisions.parents[old_ids]] - passed[above])  # exactly 0 if nothing moved
         for i, (node, old_id) in enumerate(known.items()):
-            if node < self.decisions.num_classes and old_id >= old.decisions.num_classes:  # its leaves are united
+            if node < self.decisions.num_classes and old_id >= old.decisions.num_classes:  # its leaves are merged
                 leaves = old.decisions.tree.leaves_at_or_below[old_id]
                 heads[i] = passed[leaves].mean(0) - passed[above[i]]
                 heads[i, -1] += math.log(len(leaves))

@@ -59,8 +59,8 @@ def log_splits(report: dict) -> None:
         logger.info("split off the training texts, identical texts kept together: %s", shares)
     if dropped := list_rows({split: counts["dropped_rows"] for split, counts in report["splits"].items()}):
         logger.warning("dropped, since a later split has the texts: %s", dropped)
-    if united := list_rows(report["united_rows"]):
-        logger.info("merged with another row of the same text: %s", united)
+    if merged := list_rows(report["merged_rows"]):
+        logger.info("merged with another row of the same text: %s", merged)
     if left_out := list_rows(report["trained_before"]["left_out"]):
         logger.warning("left out, since the checkpoint was trained or calibrated on the texts: %s", left_out)
     if report["trained_before"]["scores"] == "unverified":

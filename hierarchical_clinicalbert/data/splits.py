@@ -108,7 +108,7 @@ def split_rows(
         "splits": described,
         "trained_before": {"scores": "verified" if trained.complete else "unverified", "left_out": left_out},
         "classes_without_training_rows": [label for label in classes if label not in with_rows],
-        "united_rows": merged,
+        "merged_rows": merged,
         "unlabelled_texts": len(unlabelled),
     }
     log_splits(report)

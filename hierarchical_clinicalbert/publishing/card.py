@@ -174,7 +174,7 @@ def collect_facts(
             and name not in ("model_name_or_path", "model_revision")  # a sentence names the encoder
         },
         "taxonomy_source": f"from {Path(origin[5:]).name}" if origin.startswith("from ") else origin,
-        "united": list_rows(report["united_rows"]),
+        "merged": list_rows(report["merged_rows"]),
     }
 
     # ── Results ──────────────────────────────────────────────────────────────────────────────────────────────────────

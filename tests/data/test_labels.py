@@ -127,7 +127,7 @@ def test_a_long_table_with_one_label_a_row_is_merged_within_each_split(tmp_path,
     assert label_sets(data) == {"P": {"x", "u"}, "q": {"z"}}
     assert label_sets(data, "test") == {"r": {"y", "b"}}
     assert data.splits["train"]["row"][:] == [0, 1]
-    assert data.report["united_rows"] == {"train": 3, "test": 1}
+    assert data.report["merged_rows"] == {"train": 3, "test": 1}
 
 
 # ── Paths and names ──────────────────────────────────────────────────────────────────────────────────────────────────

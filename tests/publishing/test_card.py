@@ -89,7 +89,7 @@ def make_report(config: HierarchicalConfig, sources: dict[str, str] | None = Non
         "classes_without_training_rows": [tree.labels[0]],
         "trained_before": {"scores": "verified", "left_out": {}},
         "lengths": {split: length_report([10, 20, 300], 256) for split in SPLITS},
-        "united_rows": {"train": 7, "validation": 0, "test": 1} if config.is_multi_label else {},
+        "merged_rows": {"train": 7, "validation": 0, "test": 1} if config.is_multi_label else {},
         **changes,
     }
 
