@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
     config = read_checkpoint(folder)
     if config.adapter_subfolder is not None and not arguments.merge:
         refuse_local_encoder(config, "give --merge to publish a model that needs no encoder beside it")
-    examples = read_examples(arguments.examples) if arguments.examples else []
+    examples = read_examples(arguments.examples, arguments.encoding) if arguments.examples else []
     api = HfApi()
     namespaces = log_in(api)
     branch, private = arguments.revision, arguments.private
@@ -98,15 +98,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--merge", action="store_true", help="merge the adapter: one self-contained model")
     parser.add_argument("--onnx", action="store_true", help="add onnx/, for other engines such as ONNX Runtime")
     parser.add_argument("--examples", metavar="FILE", help="texts for page and card: one a line, or a column text")
+    parser.add_argument("--encoding", help="of that file, such as cp1252 or utf-16; default: UTF-8")
     parser.add_argument("--space_id", help="user/name of a Space that serves the model")
     parser.add_argument("--revision", help="the branch to commit to, created if missing; default: main")
     parser.add_argument("--dry_run", action="store_true", help="check everything, list the files, publish nothing")
     return parser.parse_args(argv)
 
 
-def read_examples(path: str) -> list[str]:
+def read_examples(path: str, encoding: str | None) -> list[str]:
     """Return the texts of a file. InputError: it has no column of texts, a text is missing, or there are too many."""
-    table, _ = read_texts(path, "examples", DataArguments(), flag="another file as --examples")
+    table, _ = read_texts(path, "examples", DataArguments(encoding=encoding), flag="another file as --examples")
     if len(table) > MAX_EXAMPLES:
         raise InputError(f"--examples: {path} has {len(table):,} texts; give 1 to {MAX_EXAMPLES}")
     return [*table.iloc[:, 0]]

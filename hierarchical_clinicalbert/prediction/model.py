@@ -22,7 +22,7 @@ from hierarchical_clinicalbert.prediction.output import Block, OutputRows
 from hierarchical_clinicalbert.prediction.rows import TASKS, RowFormat, output_kind
 from hierarchical_clinicalbert.reading.foreign_code import refuse_foreign_code
 from hierarchical_clinicalbert.reading.results import check_version
-from hierarchical_clinicalbert.reading.sources import find_sources, open_rows
+from hierarchical_clinicalbert.reading.sources import Source, open_rows
 
 DTYPES = ("fp32", "bf16", "int8")
 KEPT_MEMORY = (32 * 2**20, 2**30, 64 * 2**20)  # arguments of `keep_memory`, which saves a tenth of the time
@@ -114,13 +114,12 @@ def read_costs(flag: str | None) -> tuple[str | dict | None, str | None]:
 def read_cost_table(file: str) -> dict[str, dict[str, str]]:
     """Read a table of costs: the first column names the correct leaves, the other columns are predicted ones."""
     table: dict[str, dict[str, str]] = {}
-    for source in find_sources(file):
-        with open_rows(source) as reader:
-            first, *leaves = reader.columns
-            for row in reader.read(reader.columns):
-                if row.problem or row.values[first] in table:
-                    raise InputError(f"--costs: {reader.place(row)}: {row.problem or 'this leaf has a row already'}")
-                table[row.values[first]] = {leaf: row.values[leaf] for leaf in leaves}
+    with open_rows(Source(file, "csv")) as reader:
+        first, *leaves = reader.columns
+        for row in reader.read(reader.columns):
+            if row.problem or row.values[first] in table:
+                raise InputError(f"--costs: {reader.place(row)}: {row.problem or 'this leaf has a row already'}")
+            table[row.values[first]] = {leaf: row.values[leaf] for leaf in leaves}
     return table
 
 

@@ -485,10 +485,10 @@ def test_a_run_whose_last_push_fails_is_kept_and_says_how_to_publish_it(hub, tmp
 
 def test_a_space_is_published_pointing_at_the_commit_and_serves_it(hub, checkpoint, tmp_path):
     environment = hub.environment(token="hf_alice")
-    examples = ["A first example.", "Another one, of a publisher."]
-    write_csv(tmp_path / "examples.csv", [{"text": text} for text in examples])
+    examples = ["A first example.", "Another one, of Sjögren's syndrome."]
+    (tmp_path / "examples.txt").write_text("\n".join(examples), encoding="cp1252")
     words = ["--model", checkpoint, "--repo_id", "alice/served", "--space_id", "alice/served-space"]
-    words += ["--examples", tmp_path / "examples.csv"]
+    words += ["--examples", tmp_path / "examples.txt", "--encoding", "cp1252"]
     done = run(*words, command="push_to_hub.py", settings=environment)
     assert "alice/served-space: http" in done.stdout
     assert len(hub.commits("alice/served")) == 2
