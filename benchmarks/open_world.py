@@ -44,7 +44,6 @@ NEAREST, BATCH = 10, 64
 SCORES = ("largest probability", "entropy", "energy", "nearest texts")
 SCORES += ("relative Mahalanobis", "Mahalanobis", "Mahalanobis and energy")
 PARTS = ("clinc150", "ohsumed", "texts")
-SEEDS = (1, 2, 3)  # of CLINC150's runs
 FLAGS: dict[str, dict[str, Any]] = {
     "clinc150": {
         **{"max_length": 64, "per_device_train_batch_size": 32, "label_smoothing_factor": 0.05, "num_train_epochs": 5},
@@ -61,6 +60,7 @@ LEFT_OUT = {
 def main() -> None:
     parser = harness.flag_parser(__doc__, "open_world.json", "data", "encoder", "runs")
     parser.add_argument("--part", choices=PARTS, nargs="+", default=PARTS)
+    parser.add_argument("--seed", type=int, nargs="+", default=[1, 2, 3], help="of CLINC150's runs")
     arguments = parser.parse_args()
     arguments.runs.mkdir(parents=True, exist_ok=True)
     results = harness.read_results(arguments.output, {})
@@ -130,12 +130,12 @@ def compare(classify: Any, training: list[str], known: list[str], unknown: list[
 
 
 def clinc150(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure each run of `SEEDS` on the validation queries, which choose the score, and on the test queries."""
+    """Measure each run of ``--seed`` on the validation queries, which choose the score, and on the test queries."""
     files = {split: arguments.data / "clinc150" / f"{split}.csv" for split in ("train", "validation", "test")}
     flags = FLAGS["clinc150"] | {f"{split}_file": file for split, file in files.items()}
     texts = {split: [*read_texts(file)["text"]] for split, file in files.items()}
     runs: list[dict] = []
-    for seed in SEEDS:
+    for seed in arguments.seed:
         classify, metrics = train(arguments, f"clinc150-{seed}", **flags, seed=seed)
         runs.append({"seed": seed, "accuracy": metrics["test_accuracy"]})
         for split in ("validation", "test"):
