@@ -326,8 +326,10 @@ class OnePath(Decisions):
             raise ValueError("prior: the frequency of at least one class must be above 0")
         return prior / prior.sum()
 
-    def shifted_threshold(self, coverage: float, calibration: Calibration, prior: Tensor) -> float:
+    def shifted_threshold(self, coverage: float, calibration: Calibration, prior: Tensor) -> SetThreshold:
         """Return the threshold of prediction sets for a coverage among texts whose leaves have the frequencies ``prior``.
+
+        Frequencies that are not shifted have the usual thresholds by confidence. All others have one for all texts.
 
         This is weighted conformal prediction (Podkopaev and Ramdas, 2021, "Distribution-free uncertainty quantification for
         classification under label shift"). A validation text has the weight prior / fitted of its label, or the mean over
@@ -338,8 +340,10 @@ class OnePath(Decisions):
         """
         if calibration.set_scores is None or calibration.set_labels is None:
             raise ValueError("this checkpoint stores no scores for coverage with prior: leave out coverage or prior")
-        both = torch.stack([prior, torch.tensor(calibration.prior, dtype=prior.dtype)])
-        of_prior, of_fit = self.from_classes(both)  # a label may be an inner node
+        fitted = torch.tensor(calibration.prior, dtype=prior.dtype)
+        if torch.allclose(prior, fitted):
+            return guaranteed_threshold(self.guarantee, coverage, calibration)
+        of_prior, of_fit = self.from_classes(torch.stack([prior, fitted]))  # a label may be an inner node
         weights = of_prior / of_fit
         of_texts = torch.stack([weights[labels].mean() for labels in calibration.set_labels])
         scores, order = torch.tensor(calibration.set_scores, dtype=prior.dtype).sort()

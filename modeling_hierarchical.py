@@ -353,18 +353,14 @@ class HierarchicalHeads(nn.Module):
     # ── Nodes without training ───────────────────────────────────────────────────────────────────────────────────────
 
     @torch.no_grad()
-    def take_over(self, old: "HierarchicalHeads", known: dict[int, int]) -> None:
+    def take_over(self, old: "HierarchicalHeads", known: dict[int, int], trains: bool) -> None:
         """Copy the heads of known nodes from those of another taxonomy, where ``known`` gives their ids.
 
         A node below other ancestors keeps the log-odds of its leaves: its own score makes up for what the ancestors pass down.
+        With label attention this is impossible, because nodes have their own vectors of a text. Then these nodes keep their own
+        scores if the model ``trains`` afterwards, and else are a ValueError.
         """
         tree, new_ids, old_ids = self.decisions.tree, [*known], [*known.values()]
-        self.weight[new_ids], self.bias[new_ids] = old.weight[old_ids], old.bias[old_ids]
-        if self.query is not None and old.query is not None:  # nodes have their own vectors of a text
-            query_of, old_query_of = self.blocks["query_of"], old.blocks["query_of"]
-            taken = {query_of[node]: old_query_of[old_id] for node, old_id in sorted(known.items())}
-            self.query[[*taken]] = old.query[[*taken.values()]]
-            return
         own = torch.cat([old.weight, old.bias[:, None]], 1)
         passed = nn.functional.pad(old.decisions.passed_down(own.T), (0, 1)).T  # -1 selects the padding
         above = [next((known[a] for a in reversed(tree.path(node)[:-1]) if a in known), -1) for node in known]
@@ -374,6 +370,12 @@ class HierarchicalHeads(nn.Module):
                 leaves = old.decisions.tree.leaves_at_or_below[old_id]
                 heads[i] = passed[leaves].mean(0) - passed[above[i]]
                 heads[i, -1] += math.log(len(leaves))
+        if self.query is not None and old.query is not None:
+            if not (trains or torch.equal(heads, own[old_ids])):
+                raise ValueError("with label attention, moved or merged nodes need training")
+            query_of, old_query_of = self.blocks["query_of"], old.blocks["query_of"]
+            taken = {query_of[node]: old_query_of[old_id] for node, old_id in sorted(known.items())}
+            self.query[[*taken]], heads = old.query[[*taken.values()]], own[old_ids]
         self.weight[new_ids], self.bias[new_ids] = heads[:, :-1], heads[:, -1]
 
     def shares(self, old: Decisions, known: dict[int, int]) -> Tensor:
@@ -684,6 +686,7 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         taxonomy: Taxonomy | list | dict,
         vectors: Mapping[str, Tensor] | None = None,
         renamed: dict[str, str] | None = None,
+        trains: bool = False,
     ) -> tuple[list[str], list[str]]:
         """Replace the taxonomy without training: nodes may be added, moved, renamed and removed.
 
@@ -694,9 +697,13 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         Args:
             vectors: of texts of each new class, (n, H), see `HierarchicalHeads.place`. Without them, new heads have random weights.
             renamed: new names of nodes, by their present labels.
+            trains: whether the model is trained afterwards. With label attention, moved and merged nodes need this.
 
         Returns:
             The labels of the new nodes, and of the removed nodes.
+
+        Raises:
+            ValueError: see `HierarchicalHeads.take_over` and `HierarchicalHeads.place`.
         """
         # ── Build: the model changes last, so that an error leaves it as it is ───────────────────────────────────────
         tree = read_tree(taxonomy, self.config.label_separator)
@@ -708,7 +715,7 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         config.set_taxonomy(tree)
         heads = HierarchicalHeads(config).to(old_heads.weight.device).train(old_heads.training)
         self._init_weights(heads)  # initialize_weights() would draw a new adapter as well
-        heads.take_over(old_heads, known)
+        heads.take_over(old_heads, known, trains)
         if lexical is not None:
             shares = heads.shares(old_heads.decisions, known).to(lexical["bias"])
             lexical["weight"] = torch.sparse.mm(shares, lexical["weight"])

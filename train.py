@@ -111,6 +111,8 @@ def run(arguments: Arguments, prepare: Prepare) -> None:
         rows = read_rows(arguments.data, trains)  # before the Hub is asked for a checkpoint's taxonomy
         model, folder = pin_model(arguments.model)
         stored = read_config(folder) if is_checkpoint(folder) else None
+        if stored and rows.rows.empty and arguments.data.problem_type is None:  # the form is the checkpoint's
+            rows = read_rows(dataclasses.replace(arguments.data, problem_type=stored.problem_type), trains)
         earlier = resume.read_earlier_texts(folder, resume_from, arguments.loss.teacher)
         data = split_rows(rows, arguments.data, stored.tree if stored else None, args.seed, earlier)
     if stored and stored.problem_type != data.problem_type:
@@ -179,7 +181,7 @@ def train(arguments: Arguments, data: LabelledSplits, resume_from: str | None, p
         heads_init = initialise_heads(trainer, splits["train"], arguments.model, known)
     data_report = data.report | {"lengths": lengths, "heads_init": heads_init, "untrained_classes": untrained}
     if args.should_save:
-        if arguments.data.label_issues and takes_steps:
+        if arguments.data.label_issues:
             data_report["label_issues"] = write_label_issues(form, splits["train"], model.config, output)
         write_json(output / "data_report.json", data_report)
     settings = run_settings(arguments, model, tokenizer.model_max_length, heads_init)

@@ -9,9 +9,15 @@ on are then not scored. The new encoder is not on the Hub, so ``--merge`` publis
 """
 
 import argparse
+import sys
+from pathlib import Path
 
 from torch import nn
 from transformers import AutoModel, AutoTokenizer
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from hierarchical_clinicalbert.reading.foreign_code import refuse_foreign_code
 
 
 def main() -> None:
@@ -19,7 +25,11 @@ def main() -> None:
     parser.add_argument("checkpoint", help="folder of a checkpoint that train.py wrote, or its id on the Hub")
     parser.add_argument("output", help="folder for the new encoder")
     arguments = parser.parse_args()
-    encoder = AutoModel.from_pretrained(arguments.checkpoint, trust_remote_code=True).encoder
+    try:
+        refuse_foreign_code(arguments.checkpoint)
+        encoder = AutoModel.from_pretrained(arguments.checkpoint, trust_remote_code=True).encoder
+    except (OSError, ValueError) as error:
+        parser.error(f"cannot load the checkpoint {arguments.checkpoint}: {error}")
     num_layers = encoder.config.num_hidden_layers
     lists = {name: part for name, part in encoder.named_modules() if isinstance(part, nn.ModuleList)}
     name, layers = next(pair for pair in lists.items() if len(pair[1]) == num_layers)

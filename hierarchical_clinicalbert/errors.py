@@ -17,6 +17,7 @@ from taxonomy_hierarchical import TaxonomyError
 
 PACKAGE = Path(__file__).parent
 ROOT = PACKAGE.parent
+OUT_OF_MEMORY = (" out of memory", "DefaultCPUAllocator: can't allocate memory")  # messages of torch
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -78,13 +79,11 @@ def is_full_disk(error: Exception) -> bool:
 
 def user_error_message(error: Exception, advice: Mapping[str, str]) -> str | None:
     """Return one line for an error that a user can correct, or None for a bug of this project. `run_command` has ``advice``."""
-    from accelerate.utils.memory import should_reduce_batch_size  # slow to import
-
     if isinstance(error, (InputError, TaxonomyError)):
         return str(error)
     if is_full_disk(error):
         return f"the disk is full ({one_line(error)}): {advice['disk']}"
-    if should_reduce_batch_size(error):
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY):
         return f"{one_line(error)}; {advice['memory']}"
     if isinstance(error, ImportError) and "install" in str(error):  # a flag needs a package beyond requirements.txt
         return one_line(error)

@@ -143,7 +143,8 @@ def main() -> None:
                 raise Refused(f"Unpacked, the file has more than {MAX_UNPACKED // 2**20} MB.")
         reply = lines.getbuffer()
     except (InputError, Refused) as error:
-        reply = json.dumps({"refused": f"{str(error).replace(*OFFER).removesuffix('.')}."}).encode()
+        message = str(error).replace(*OFFER).replace("--encoding ", "encoding ").removesuffix(".")
+        reply = json.dumps({"refused": f"{message}."}).encode()
     sys.stdout.buffer.write(reply)
 
 

@@ -71,6 +71,7 @@ TRAIN = [
     ((*DATA, "--dataset_revision", "main"), "--dataset_revision needs --dataset_name"),
     ((*DATA, "--fsdp", "full_shard", "--use_cpu", "true"), "FSDP needs GPUs; on CPUs use recipes/accelerate/ddp.yaml"),
     ((*DATA, "--max_length", "2"), "--max_length"),
+    ((*DATA, "--output_dir", "encoder", "--overwrite_output_dir", "true"), "a model that train.py did not write"),
     ((*DATA, "--max_steps", "0"), "--max_steps must be at least 1; leave it out to train for --num_train_epochs"),
     (("folder.csv", *DATA), "cannot read folder.csv: Is a directory"),
     ((*DATA, "--taxonomy", "list_key.yaml"), "a name must be text, not a list"),
@@ -101,7 +102,7 @@ TRAIN = [
     ((*NOWHERE, "--output_dir", "analysis", "--do_train", "false"), f"analysis/test_predictions.csv, {NOT_OURS}"),
     ((*DATA, "--resume_from_checkpoint", "nowhere"), "cannot resume from nowhere: there is no such folder"),
     ((*DATA, "--do_train", "false"), "--do_train false needs a trained checkpoint"),
-    ((*DATA, "--do_train", "false", "--label_issues"), "--label_issues lists training rows"),
+    ((*DATA, "--do_train", "false", "--label_issues"), "--label_issues lists labelled training rows"),
 ]  # fmt: skip
 
 
@@ -460,6 +461,7 @@ DOORS: dict[str, tuple[str, tuple[object, ...]]] = {
     "publish": ("push_to_hub.py", ("--repo_id", "alice/model", "--onnx", "--dry_run", "--model", "checkpoint")),
     "the Space, from the Hub": ("space/app.py", ("--model", "someone/model", "--revision")),
     "the example": ("examples/classify.py", ("checkpoint", "rows.csv")),
+    "the halved encoder": ("examples/half_encoder.py", ("checkpoint", "half")),
 }
 
 
@@ -486,6 +488,7 @@ PREDICT = [
     (("--output_format", "parquet"), "--output_format is for a folder"),
     (("--ray_gpus_per_actor", "1"), "--ray_gpus_per_actor need --ray"),
     (("--ray", "local", "--ray_gpus_per_actor", "-1"), "or a fraction of one, not -1"),
+    (("--costs", "empty.csv"), "is missing"),
     (("--costs", "none.csv"), "cannot read none.csv: No such file or directory"),
     (("--output", "out.txt"), "must end in one of"),
     (("--output", "hf://datasets/me/out/"), "write to a disk or an object store"),

@@ -76,6 +76,8 @@ def test_a_node_with_few_texts_takes_the_test_of_its_nearest_ancestor():
     assert tests.p_value(strangeness, TREE.id("c")) == tests.p_value(strangeness, TREE.id("a"))
     assert tests.p_value(strangeness, TREE.id("f")) == tests.p_value(strangeness)
     assert fit_open_world(TREE, *training(200, 1), *drawn(MIN_REFERENCES - 1, 3)) is None
+    vectors, nodes = training(2, 1)
+    assert fit_open_world(TREE, vectors.repeat(8, 0), [nodes[0]] * 8 + [nodes[1]] * 8, *drawn(150, 3)) is None
 
 
 def test_a_text_with_several_labels_is_a_part_of_each_class_and_no_mean_is_of_one_text():

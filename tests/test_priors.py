@@ -103,6 +103,7 @@ def test_the_weighted_threshold_worked_by_hand():
     prior = torch.tensor([0.5, 0.25, 0.125, 0.125], dtype=torch.float64)
     expected = {0.11: 0.1, 0.12: 0.2, 0.29: 0.2, 0.3: 0.3, 0.47: 0.3, 0.48: 0.4, 0.7: 0.4, 0.71: 0.5, 0.76: 0.5}
     assert {share: threshold(calibration, prior, coverage=share) for share in expected} == expected
+    assert threshold(calibration, torch.full((4,), 0.25), coverage=0.3) == 0.1  # not shifted
     with pytest.raises(ValueError, match=r"coverage 0\.77 with this prior needs more validation texts"):
         threshold(calibration, prior, coverage=0.77)
     with pytest.raises(ValueError, match="stores no scores for coverage with prior"):

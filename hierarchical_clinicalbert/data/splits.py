@@ -160,14 +160,18 @@ def _split_off(
 ) -> pd.DataFrame:
     """Move a share of the training texts to each other split, with all rows of a text.
 
-    Texts that an earlier run was trained on stay. If too few others are left, the counts are scaled down.
+    Texts that an earlier run was trained on stay, and its validation texts are no test texts. If too few others are left, the
+    counts are scaled down.
     """
     rng, rows = np.random.default_rng(seed), rows.copy()
     is_new = (rows["split"] == "train") & ~rows["hash"].isin(trained.earlier)
+    is_unseen = is_new & ~rows["hash"].isin(trained.earlier_validation)
     num_texts = rows.loc[rows["split"] == "train", "text_id"].nunique()
-    scale = min(1.0, rows.loc[is_new, "text_id"].nunique() / max(1.0, sum(shares.values()) * num_texts))
+    needed = [(is_new, sum(shares.values())), (is_unseen, shares.get("test", 0.0))]
+    available = [rows.loc[free, "text_id"].nunique() / max(1.0, share * num_texts) for free, share in needed if share]
+    scale = min([1.0, *available])
     for split, share in shares.items():
-        free = rows[is_new & (rows["split"] == "train")]
+        free = rows[(is_unseen if split == "test" else is_new) & (rows["split"] == "train")]
         count = round(share * num_texts * scale)
         held_out = form.hold_out(free, taxonomy, count, rng) if count else free["text_id"].iloc[:0]
         if held_out.empty:

@@ -27,12 +27,14 @@ class TrainedTexts:
         earlier: texts of the runs that this run continues.
         this_run: texts of this run.
         validation: texts that selected and calibrated the checkpoint.
+        earlier_validation: those of them that did so in the runs that this run continues.
         complete: False if the texts of an earlier run are unknown.
     """
 
     earlier: frozenset[str] = frozenset()
     this_run: frozenset[str] = frozenset()
     validation: frozenset[str] = frozenset()
+    earlier_validation: frozenset[str] = frozenset()
     complete: bool = True
 
     @property
@@ -65,9 +67,10 @@ def read_trained_texts(checkpoint: str | Path) -> TrainedTexts:
         return TrainedTexts(complete=False)
     with as_input_error(f"{file}, which records what {checkpoint} was trained on, cannot be read"):
         content = json.loads(file.read_text(encoding="utf-8"))
-        validation = frozenset(content.get("validation", []))  # absent from earlier versions
-        earlier, this_run = frozenset(content["earlier"]), frozenset(content["this_run"])
-        return TrainedTexts(earlier, this_run, validation, bool(content["complete"]))
+        # the last two are absent from earlier versions
+        names = ("earlier", "this_run", "validation", "earlier_validation")
+        sets = {name: frozenset(content.get(name, [])) for name in names}
+        return TrainedTexts(**sets, complete=bool(content["complete"]))
 
 
 def write_trained_texts(
@@ -79,5 +82,6 @@ def write_trained_texts(
         "earlier": sorted(before.earlier),
         "this_run": sorted(before.this_run.union(map(text_hash, texts))),
         "validation": sorted(before.validation.union(map(text_hash, validation_texts))),
+        "earlier_validation": sorted(before.earlier_validation),
     }
     write_json(folder / TRAINED_TEXTS, content)

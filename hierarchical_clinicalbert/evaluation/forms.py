@@ -328,9 +328,11 @@ class OnePathForm(FormBase):
 
     def headline(self, scores: dict[str, float], texts: str, share: Callable[[float], str]) -> str:
         """Return the scores of a split that matter most. ``texts`` names its rows, ``share`` formats a share."""
-        parts = [f"{share(scores['accuracy'])} of {texts} are classified correctly"] if "accuracy" in scores else []
+        has_inner = "leaf_labels" in scores
+        counted = f"the {share(scores['leaf_labels'])} of {texts} that have a leaf as label" if has_inner else texts
+        parts = [f"{share(scores['accuracy'])} of {counted} are classified correctly"] if "accuracy" in scores else []
         if self.tree.depth > 1 and "level_1_accuracy" in scores:
-            whose = "" if parts else f"of {texts} "
+            whose = f"of {'all' if parts else texts} " if has_inner else ""
             parts.append(f"{share(scores['level_1_accuracy'])} {whose}are in the right branch")
         return ", ".join(parts)
 

@@ -112,6 +112,12 @@ def level_accuracy(p: Predictions, level: int) -> float | None:
     return shared / true if true else None
 
 
+def leaf_labels(p: Predictions) -> float | None:
+    """Compute the share of the rows whose label is a leaf, which accuracy counts alone. None: all are."""
+    is_leaf = p.true[:, : p.num_leaves].any(axis=1)
+    return None if is_leaf.all() else is_leaf.mean()
+
+
 def any_label_accuracy(p: Predictions) -> float | None:
     """Compute the share of rows whose predicted leaf is the label of any row with the same text."""
     rows = p.true[:, : p.num_leaves].any(axis=1)
@@ -179,6 +185,7 @@ class Metric:
 ECE = Metric(expected_calibration_error, "expected calibration error", "ece", direction=-1, is_key=True)
 ONE_PATH = {
     "accuracy": Metric(lambda p: p.of_leaves(micro_f1), "accuracy", "accuracy", is_key=True),
+    "leaf_labels": Metric(leaf_labels, "share of labels that are leaves, in accuracy", "leaf_labels", direction=0),
     "any_label_accuracy": Metric(
         any_label_accuracy, "accuracy, counting any label of a repeated text as correct", "accuracy"
     ),

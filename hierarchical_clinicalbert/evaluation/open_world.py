@@ -17,6 +17,7 @@ from open_world_hierarchical import MAX_REFERENCES, NOVELTY, NoveltyTests, OpenW
 from taxonomy_hierarchical import Taxonomy
 
 MIN_REFERENCES = 19  # of a node's test: with fewer, no p-value could be 0.05
+MIN_VARIANCE = 1e-10  # of the least direction, as a share of the largest: below, the inverse covariance is noise
 
 
 @torch.no_grad()
@@ -28,7 +29,9 @@ def fit_open_world(
     validation_nodes: list[list[int]],
     seed: int = 0,
 ) -> OpenWorld | None:
-    """Fit an `OpenWorld`; return None if validation texts are fewer than `MIN_REFERENCES`. No text may occur twice.
+    """Fit an `OpenWorld`; return None if validation texts are fewer than `MIN_REFERENCES`, or the texts of a class do not differ.
+
+    No text may occur twice.
 
     The covariance within the classes is shrunk towards a multiple of the identity (Ledoit and Wolf, 2004, "A well-conditioned
     estimator for large-dimensional covariance matrices"). A text with several labels counts as an equal part of each class.
@@ -47,6 +50,8 @@ def fit_open_world(
     means = (members.T @ offsets) / np.maximum(sizes, 1e-12)[:, None]
     covariance, _ = ledoit_wolf(offsets - members @ means, assume_centered=True)
     variances, directions = np.linalg.eigh(covariance)
+    if variances[0] <= MIN_VARIANCE * variances[-1]:
+        return None
     whitening = directions / np.sqrt(variances)
 
     # ── As it is stored ──────────────────────────────────────────────────────────────────────────────────────────────

@@ -10,6 +10,7 @@ Worth knowing:
 """
 
 import re
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +94,8 @@ def delete_description(folder: Path) -> None:
     The card, which a person may have edited, is renamed.
     """
     if (folder / "README.md").is_file():
-        number = 1 + len([*folder.glob("README.previous-*.md")])
-        (folder / "README.md").replace(folder / f"README.previous-{number}.md")
+        names = (folder / f"README.previous-{number}.md" for number in count(1))
+        (folder / "README.md").replace(next(name for name in names if not name.exists()))
     delete_scores(folder)
 
 

@@ -145,7 +145,8 @@ def continue_checkpoint(
         taxonomy = Taxonomy(taxonomy.to_nested(), taxonomy.separator, stored.descriptions)
     if stored != taxonomy:
         before = model.config.calibration
-        new, dropped = model.add_nodes(taxonomy, renamed=renamed)
+        with as_input_error(f"cannot change the taxonomy of {path}"):
+            new, dropped = model.add_nodes(taxonomy, renamed=renamed, trains=takes_steps)
         kept = stored.num_nodes - len(dropped)
         logger.info("heads kept: %d; initialised: %s; dropped: %s", kept, list_names(new), list_names(dropped))
         if before.set_thresholds and not model.config.calibration.set_thresholds:

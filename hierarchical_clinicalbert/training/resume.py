@@ -53,6 +53,9 @@ def check_output_folder(args: HierarchicalTrainingArguments, model: str) -> None
     checkpoints, has_model = list_checkpoints(output), (output / "config.json").exists()
     has_scores = (output / METRICS).exists()
 
+    if has_model and not is_checkpoint(output):
+        raise InputError(f"--output_dir {output} holds a model that train.py did not write: give another --output_dir")
+
     # ── A folder without a run: whose files are these? ───────────────────────────────────────────────────────────────
     is_started = any((output / name).exists() for name in (TRAINED_TEXTS, "data_report.json"))
     if not (checkpoints or has_model or has_scores or is_started):
@@ -84,9 +87,11 @@ def read_earlier_texts(model: str, resume_from: str | None, teacher: str | None)
         return read_trained_texts(resume_from)
     taught_by = [] if teacher is None or Path(teacher).is_file() else [teacher]
     trained = [read_trained_texts(checkpoint) for checkpoint in [model] * is_checkpoint(model) + taught_by]
+    validation = frozenset().union(*(one.validation for one in trained))
     return TrainedTexts(
         earlier=frozenset().union(*(one.all for one in trained)),
-        validation=frozenset().union(*(one.validation for one in trained)),
+        validation=validation,
+        earlier_validation=validation,
         complete=all(one.complete for one in trained),
     )
 
@@ -198,8 +203,10 @@ def start_run(trainer: Trainer, model: str, data: LabelledSplits, resume_from: s
     if args.should_save:
         if args.overwrite_output_dir and (resume_from is None or not continues_run(resume_from, output)):
             delete_run(output, model)
-        texts = (data.splits[name]["text"] if name in data.splits else [] for name in ("train", "validation"))
-        write_trained_texts(output, data.trained_texts, *texts)
+        texts, validation = (
+            data.splits[name]["text"] if name in data.splits else [] for name in ("train", "validation")
+        )
+        write_trained_texts(output, data.trained_texts, [*texts, *data.unlabelled.values()], validation)
     trainer.accelerator.wait_for_everyone()
 
 

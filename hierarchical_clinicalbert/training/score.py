@@ -80,13 +80,14 @@ def score_splits(trainer: HierarchicalTrainer, splits: DatasetDict) -> tuple[dic
 def learn_known_texts(scorer: HierarchicalTrainer, rows: Dataset, validation: ScoredSplit) -> OpenWorld | None:
     """Return the `OpenWorld` of a scored model, from at most `MAX_TEXTS` tokenized training rows and the validation rows.
 
-    None: there are too few validation texts. A validation text counts once, with the labels of all its rows.
+    None: there are too few texts. A text counts once, with the labels of all its rows.
     """
-    some = rows.select(np.random.default_rng(0).permutation(len(rows))[:MAX_TEXTS])
-    vectors = scorer.embed(some["input_ids"][:], scorer.model.mean).cpu().numpy()
-    first, nodes = merge_texts(validation.texts, validation.nodes)
-    tree = scorer.model.config.tree
-    return fit_open_world(tree, vectors, some["labels"][:], validation.vectors[first], nodes)
+    first, nodes = merge_texts(np.array(rows["text_id"][:]), rows["labels"][:])
+    some = np.random.default_rng(0).permutation(len(first))[:MAX_TEXTS]
+    vectors = scorer.embed(rows.select(first[some])["input_ids"][:], scorer.model.mean).cpu().numpy()
+    first, of_validation = merge_texts(validation.texts, validation.nodes)
+    known = [nodes[text] for text in some]
+    return fit_open_world(scorer.model.config.tree, vectors, known, validation.vectors[first], of_validation)
 
 
 def fit_lexical_head(

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from datasets import Dataset, DatasetDict, concatenate_datasets
 from safetensors import safe_open
@@ -87,13 +88,18 @@ def read_probabilities(name: str, arguments: DataArguments, decisions: Decisions
     Probabilities are JSON objects, {label: number}. For one path a text, only their ratios count, so they may be votes.
     """
     table, source = read_texts(name, "teacher", arguments, PROBABILITIES)
-    found, problems = [], list[str | None]()
-    for cell in table[PROBABILITIES]:
+    keys = [*map(text_hash, table.iloc[:, 0])]
+    found, problems, is_repeated = [], list[str | None](), pd.Series(keys).duplicated()
+    for cell, repeated in zip(table[PROBABILITIES], is_repeated, strict=True):
         try:
+            if repeated:
+                raise ValueError("its text has an earlier row: give one row a text, with the sum of its votes")
             given = json.loads(cell) if isinstance(cell, str) else cell
             numbers = {find_node(decisions.tree, label): float(number or 0) for label, number in given.items()}
             if not all(0 <= number < math.inf for number in numbers.values()):
                 raise ValueError("a probability must be at least 0, and finite")
+            if len(numbers) < len(given):
+                raise ValueError("two of its labels are the same node")
             found.append(decisions.from_labels(numbers))
             problems.append(None)
         except (AttributeError, TypeError, json.JSONDecodeError):
@@ -102,7 +108,7 @@ def read_probabilities(name: str, arguments: DataArguments, decisions: Decisions
             problems.append(str(error))
     refuse_rows(table, [PROBABILITIES], problems)
     scores = decisions.scores_of(torch.stack(found)).numpy()
-    return dict(zip(map(text_hash, table.iloc[:, 0]), scores, strict=True)), source
+    return dict(zip(keys, scores, strict=True)), source
 
 
 # ── A checkpoint ─────────────────────────────────────────────────────────────────────────────────────────────────────

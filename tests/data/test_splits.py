@@ -113,6 +113,16 @@ def test_texts_of_an_earlier_run_are_never_split_off(tmp_path, left, flags):
 
 
 @FORMS
+def test_texts_that_calibrated_an_earlier_run_are_not_split_off_for_the_test(tmp_path, flags):
+    rows = [(f"text {i}", "xyz"[i % 3]) for i in range(100)]
+    calibrated = TrainedTexts(earlier_validation=frozenset(text_hash(text) for text, _ in rows[:70]))
+    data = load(data_path=csv_file(tmp_path / "a.csv", rows), test_size=0.2, trained=calibrated, **flags)
+    test = data.splits["test"]["row"][:]
+    assert set(test) <= set(range(70, 100))
+    assert len(test) == pytest.approx(20, abs=3)
+
+
+@FORMS
 def test_texts_of_an_earlier_run_are_left_out_of_given_rows(tmp_path, caplog, flags):
     trained = TrainedTexts(*(frozenset(map(text_hash, texts)) for texts in (["a", "b"], ["c"], ["d"])))
     files = {

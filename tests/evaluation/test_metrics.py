@@ -108,20 +108,21 @@ def test_the_log_loss_adds_up_the_leaves_of_an_inner_node_and_does_not_underflow
 def test_any_label_of_a_repeated_text_counts():
     logits = logits_for([A, C, A, A, E])
     texts = np.array([7, 1, 1, 2, 2])
-    for labels, expected in (
-        ([A, A, C, E, E], 4 / 5),  # text 1 has the labels a and c, text 2 twice e
-        ([A, A, A, E, E], 3 / 5),  # no row labels text 1 with c
-        ([A, A, B, E, E], 2 / 4),  # an inner node is no leaf
-        ([B] * 5, None),
+    for labels, expected, leaves in (
+        ([A, A, C, E, E], 4 / 5, None),  # text 1 has the labels a and c, text 2 twice e
+        ([A, A, A, E, E], 3 / 5, None),  # no row labels text 1 with c
+        ([A, A, B, E, E], 2 / 4, 4 / 5),  # an inner node is no leaf
+        ([B] * 5, None, 0),
     ):
-        assert OnePathForm(TREE).measure(logits, np.array(labels), texts=texts).get("any_label_accuracy") == expected
+        scores = OnePathForm(TREE).measure(logits, np.array(labels), texts=texts)
+        assert (scores.get("any_label_accuracy"), scores.get("leaf_labels")) == (expected, leaves)
 
 
 def test_scores_without_documents_are_left_out():
     scores = OnePathForm(TREE).measure(logits_for([E]), np.array([B]))
     assert {name: score for name, score in scores.items() if name not in ("ece", "log_loss")} == {
         **dict.fromkeys(("hierarchical_precision", "hierarchical_recall", "hierarchical_f1"), 1),
-        **{"level_1_accuracy": 1, "level_1_macro_f1": 1},  # nodes below the label do not count
+        **{"leaf_labels": 0, "level_1_accuracy": 1, "level_1_macro_f1": 1},  # nodes below the label do not count
     }
 
 

@@ -238,18 +238,20 @@ def test_a_killed_run_refuses_another_input_and_a_damaged_part(checkpoint, long_
 
 
 def test_unneeded_modules_are_not_imported(tmp_path):
-    """Run predict.py for a merged checkpoint, and check which modules it imports."""
+    """Run predict.py for a merged checkpoint in the documented small installation, also into an error."""
     words = ["--model", str(copy_checkpoint("self_contained", tmp_path / "model"))]
     words += ["--input", str(tmp_path / "in.csv"), "--output", str(tmp_path / "out.csv")]
     (tmp_path / "in.csv").write_text("text\nA study of ulcers.\n")
     code = f"""
 import json, sys
 sys.path.insert(0, {str(ROOT)!r})
+sys.modules.update(dict.fromkeys({["accelerate", "peft", "bitsandbytes", "datasets", "pandas", "sklearn", "ray"]!r}))  # absent
 import predict
+from hierarchical_clinicalbert.errors import InputError, user_error_message
 assert predict.main({words!r}) == 0
-print(json.dumps([name for name in ("peft", "bitsandbytes", "datasets", "ray") if name in sys.modules]))
+print(json.dumps(user_error_message(InputError("No file."), {{}})))
 """
-    assert run_outside(code, tmp_path) == []
+    assert run_outside(code, tmp_path) == "No file."
 
 
 def assert_same_files(one: Path, other: Path) -> None:

@@ -175,6 +175,16 @@ def test_with_family_attention_known_nodes_keep_their_queries():
     for weight in (model.heads.weight, model.heads.query):
         torch.nn.init.normal_(weight)
     before = outputs(model)["p"]
+    settings = {"text_config": SMALL, "taxonomy": TREE, "pooling": "family_attention"}
+    single = HierarchicalForSequenceClassification(HierarchicalConfig(**settings))
+    torch.nn.init.normal_(single.heads.weight)
+    for changed in (
+        {"a": ["b", "e"], "f": ["g", "h"], "i": None},
+        {"a": {"b": ["c"], "e": None}, "f": ["g", "h", "d"]},
+    ):
+        with pytest.raises(ValueError, match="with label attention, moved or merged nodes need training"):
+            single.add_nodes(changed)
+        assert single.add_nodes(changed, trains=True)[0] == []
     nested = {"f": ["g", "new", "h"], "a": {"b": ["d", "c"], "e": None, "x": ["y"]}, "i": None}
     assert model.add_nodes(nested) == (["new", "y", "x"], [])
     after = outputs(model)["p"]
@@ -297,6 +307,15 @@ def known(minilm, tmp_path_factory) -> Path:
         *("--load_best_model_at_end", "false", "--output_dir", folder / "results", "--heads_init", "prototypes"),
     )
     return folder / "results"
+
+
+def test_a_checkpoint_of_several_labels_grows_without_naming_its_form(labels_checkpoint, tmp_path):
+    stored = json.loads(Path(labels_checkpoint, "config.json").read_text())
+    (tmp_path / "grown.json").write_text(json.dumps([*stored["id2label"].values(), "renal colic"]))
+    words = ["--model_name_or_path", labels_checkpoint, "--tuning", "full", "--output_dir", tmp_path / "a"]
+    train.main([*map(str, words), "--taxonomy", str(tmp_path / "grown.json")])
+    grown = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert (grown["problem_type"], len(grown["id2label"])) == (MULTI_LABEL, len(stored["id2label"]) + 1)
 
 
 @pytest.mark.parametrize("rows_per_class", [0, 4])

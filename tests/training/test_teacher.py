@@ -159,6 +159,8 @@ def test_texts_of_the_teachers_training_are_never_scored(tiny_encoder, clear_che
             ["--teacher", "{folder}/votes.csv"],
             "votes.csv, line 2, column 'probabilities': the label 'colitis' is not in the",
         ),
+        (["--teacher", "{folder}/twice.csv"], "line 3, column 'probabilities': its text has an earlier row"),
+        (["--teacher", "{folder}/same.csv"], "line 2, column 'probabilities': two of its labels are the same node"),
         (
             ["--teacher", "{folder}/train.csv", "--teacher_scores", "s"],
             "--teacher_scores keeps the scores of a checkpoint",
@@ -171,6 +173,9 @@ def test_a_teacher_that_cannot_teach_is_refused(flags, message, tiny_encoder, cl
     (folder / "other.json").write_text(json.dumps([*CLEAR]))
     for name, label in (("votes", "colitis"), ("one", "neoplasms")):
         write_csv(folder / f"{name}.csv", [{"text": "pain", "probabilities": json.dumps({label: 1})}])
+    write_csv(folder / "twice.csv", [{"text": text, "probabilities": '{"neoplasms": 1}'} for text in ("pain", "Pain ")])
+    both = json.dumps({"neoplasms": 1, "specific disease/neoplasms": 1})
+    write_csv(folder / "same.csv", [{"text": "pain", "probabilities": both}])
     names = {"encoder": tiny_encoder, "clear": clear_checkpoint, "folder": folder}
     words = ["--train_file", folder / "train.csv", "--model_name_or_path", tiny_encoder, "--output_dir", folder / "out"]
     words += ["--validation_size", 0]
