@@ -316,7 +316,11 @@ def test_the_first_lines_say_what_the_model_does_how_often_it_is_right_and_where
     assert first.lstrip().startswith("# Abstracts by disease\n")
     num_rows = make_report(config)["splits"]["test"]["rows"]
     if problem_type == SINGLE_LABEL:
-        assert f"**{100 * metrics['test_accuracy']:.0f} % of {num_rows} test texts are classified correctly" in first
+        accuracy, leaves = (f"{100 * metrics[f'test_{name}']:.0f} %" for name in ("accuracy", "leaf_labels"))
+        correct = (
+            f"**{accuracy} of the {leaves} of {num_rows} test texts that have a leaf as label are classified correctly"
+        )
+        assert correct in first
     else:
         assert f"**F1 {metrics['test_micro_f1']:.2f} over all nodes of {num_rows} test texts" in first
     assert "of 90 % hold 2.2 nodes, and reach 89 %" in first

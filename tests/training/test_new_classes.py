@@ -175,21 +175,24 @@ def test_with_family_attention_known_nodes_keep_their_queries():
     for weight in (model.heads.weight, model.heads.query):
         torch.nn.init.normal_(weight)
     before = outputs(model)["p"]
-    settings = {"text_config": SMALL, "taxonomy": TREE, "pooling": "family_attention"}
-    single = HierarchicalForSequenceClassification(HierarchicalConfig(**settings))
-    torch.nn.init.normal_(single.heads.weight)
-    for changed in (
-        {"a": ["b", "e"], "f": ["g", "h"], "i": None},
-        {"a": {"b": ["c"], "e": None}, "f": ["g", "h", "d"]},
-    ):
-        with pytest.raises(ValueError, match="with label attention, moved or merged nodes need training"):
-            single.add_nodes(changed)
-        assert single.add_nodes(changed, trains=True)[0] == []
     nested = {"f": ["g", "new", "h"], "a": {"b": ["d", "c"], "e": None, "x": ["y"]}, "i": None}
     assert model.add_nodes(nested) == (["new", "y", "x"], [])
     after = outputs(model)["p"]
     for label, p in before.items():
         np.testing.assert_allclose(after[label], p, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"a": ["b", "e"], "f": ["g", "h"], "i": None}, {"a": {"b": ["c"], "e": None}, "f": ["g", "h", "d"], "i": None}],
+)
+def test_with_label_attention_nodes_are_merged_or_moved_before_a_training_alone(changed):
+    settings = {"text_config": SMALL, "taxonomy": TREE, "pooling": "label_attention"}
+    model = HierarchicalForSequenceClassification(HierarchicalConfig(**settings))
+    torch.nn.init.normal_(model.heads.weight)
+    with pytest.raises(ValueError, match="with label attention, moved or merged nodes need training"):
+        model.add_nodes(changed)
+    assert model.add_nodes(changed, trains=True)[0] == []
 
 
 def test_new_classes_need_vectors_and_known_classes_beside_them():
