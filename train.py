@@ -279,7 +279,7 @@ def write_label_issues(form: Form, rows: Dataset, config: HierarchicalConfig, fo
     columns = (np.array(rows[column]) for column in ("text_id", "row"))
     issues, file = list_label_issues(form, counts, labels, *columns), folder / resume.LABEL_ISSUES
     issues.to_csv(file, index=False, float_format="%.6f")
-    known = "in a test, 65 to 79 % of such rows were labelled correctly (docs/training.md)"
+    known = "in a test, 65 to 79 % of such rows were labelled correctly (docs/results.md)"
     logger.info("%d of %d training rows have a label that may be wrong; %s: %s", len(issues), len(rows), known, file)
     return len(issues)
 
