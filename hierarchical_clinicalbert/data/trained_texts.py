@@ -67,9 +67,9 @@ def read_trained_texts(checkpoint: str | Path) -> TrainedTexts:
         return TrainedTexts(complete=False)
     with as_input_error(f"{file}, which records what {checkpoint} was trained on, cannot be read"):
         content = json.loads(file.read_text(encoding="utf-8"))
-        # the last two are absent from earlier versions
-        names = ("earlier", "this_run", "validation", "earlier_validation")
-        sets = {name: frozenset(content.get(name, [])) for name in names}
+        sets = {name: frozenset(content[name]) for name in ("earlier", "this_run")}
+        for name in ("validation", "earlier_validation"):  # absent from earlier versions
+            sets[name] = frozenset(content.get(name, []))
         return TrainedTexts(**sets, complete=bool(content["complete"]))
 
 

@@ -185,7 +185,7 @@ class Metric:
 ECE = Metric(expected_calibration_error, "expected calibration error", "ece", direction=-1, is_key=True)
 ONE_PATH = {
     "accuracy": Metric(lambda p: p.of_leaves(micro_f1), "accuracy", "accuracy", is_key=True),
-    "leaf_labels": Metric(leaf_labels, "share of labels that are leaves, in accuracy", "leaf_labels", direction=0),
+    "leaf_labels": Metric(leaf_labels, "share of labels that are leaves", "leaf_labels", direction=0),
     "any_label_accuracy": Metric(
         any_label_accuracy, "accuracy, counting any label of a repeated text as correct", "accuracy"
     ),

@@ -115,7 +115,7 @@ def read_cost_table(file: str) -> dict[str, dict[str, str]]:
     """Read a table of costs: the first column names the correct leaves, the other columns are predicted ones."""
     table: dict[str, dict[str, str]] = {}
     with open_rows(Source(file, "csv")) as reader:
-        first, *leaves = reader.columns or [""]
+        first, *leaves = reader.columns or [""]  # an empty file has none
         for row in reader.read(reader.columns):
             if row.problem or row.values[first] in table:
                 raise InputError(f"--costs: {reader.place(row)}: {row.problem or 'this leaf has a row already'}")

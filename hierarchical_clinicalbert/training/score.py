@@ -80,7 +80,7 @@ def score_splits(trainer: HierarchicalTrainer, splits: DatasetDict) -> tuple[dic
 def learn_known_texts(scorer: HierarchicalTrainer, rows: Dataset, validation: ScoredSplit) -> OpenWorld | None:
     """Return the `OpenWorld` of a scored model, from at most `MAX_TEXTS` tokenized training rows and the validation rows.
 
-    None: there are too few texts. A text counts once, with the labels of all its rows.
+    None: see `fit_open_world`. A text counts once, with the labels of all its rows.
     """
     first, nodes = merge_texts(np.array(rows["text_id"][:]), rows["labels"][:])
     some = np.random.default_rng(0).permutation(len(first))[:MAX_TEXTS]
