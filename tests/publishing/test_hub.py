@@ -37,7 +37,7 @@ MERGED_REPOSITORY = {
 TEXTS = ["Chest pain after exercise, and narrowed coronary arteries.", "A tumour of the liver was removed."]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def hub(hub, tiny_encoder) -> HubServer:
     """Serve a Hub that holds the encoder."""
     hub.add_repo("base/tiny", Path(tiny_encoder))
@@ -50,7 +50,7 @@ def training_words(tiny: str, data: Path, output: Path) -> list[object]:
     return [*flags, "--num_train_epochs", 2, "--per_device_train_batch_size", 16]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def checkpoint(hub, tmp_path_factory) -> Path:
     """Return a finished run over an encoder on the Hub, which pushed its checkpoints to alice/trained, in a folder with further files."""
     folder = tmp_path_factory.mktemp("run")
@@ -68,7 +68,7 @@ def checkpoint(hub, tmp_path_factory) -> Path:
     return output
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def published(hub, checkpoint) -> dict[str, str]:
     """Publish both forms of the checkpoint. Return the repository ids by form."""
     for name, flags in (("adapter", []), ("merged", ["--merge"])):
