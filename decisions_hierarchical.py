@@ -274,12 +274,20 @@ class OnePath(Decisions):
         return self(scores)[0].exp()
 
     def from_labels(self, given: Mapping[int, float]) -> Tensor:
-        """Return P(node), (N,), in proportion to the sum of the numbers given at or below each node. ValueError: all are 0."""
+        """Return P(node), (N,), in proportion to the sum of the numbers given at or below each node.
+
+        Raises:
+            ValueError: all are 0, or those below a node with a number are.
+        """
         numbers = torch.zeros(self.num_nodes)
         for node, number in given.items():
             numbers[self.tree.path(node)] += number
         if not numbers.any():
             raise ValueError("at least one number must be above 0")
+        for node, number in given.items():
+            below = self.tree.children(node)
+            if number and below and not numbers[below].any():
+                raise ValueError(f"share the number of {quote_name(self.tree.labels[node])} among the labels below it")
         return numbers / numbers[self.tree.children(-1)].sum()
 
     def scores_of(self, probabilities: Tensor) -> Tensor:

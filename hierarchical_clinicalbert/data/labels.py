@@ -147,7 +147,8 @@ def read_class_names(path_or_json: str | None, where: str = "--class_names") -> 
         code = to_nfc(str(code).strip())
         name = to_nfc(name.strip()) if isinstance(name, str) else ""
         if not (code and name):
-            raise InputError(f"{where}: the code {quote_name(code)} needs a name, a text")
+            missing = f"the code {quote_name(code)} needs a name, a text" if code else f"{quote_name(name)} has no code"
+            raise InputError(f"{where}: {missing}")
         if names.setdefault(code, name) != name:
             both = " and ".join(map(quote_name, (names[code], name)))
             raise InputError(f"{where}: the code {quote_name(code)} has two names: {both}")

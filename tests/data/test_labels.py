@@ -252,6 +252,7 @@ def test_codes_may_be_named_by_paths_or_level_by_level(tmp_path):
         ("name,label\none,1\ntwo,02\n", None),
         ('{"1": ', "is not JSON"),
         ('{"1": 2}', "the code '1' needs a name"),
+        ("code,name\n1,one\n,two\n", "'two' has no code"),
         ('{"1": "a", "1": "b"}', "the code '1' has two names: 'a' and 'b'"),
         ("id,what\n1,one\n", r"expected columns code \(or label\) and name, found 'id', 'what'"),
     ],

@@ -33,16 +33,8 @@ def folder(tmp_path) -> Path:
 def teach(encoder: str, teacher: str, folder: Path, *flags: object) -> list[dict[str, str]]:
     """Train a student, and return its predictions of the test rows."""
     words = ["--quantization", "none", "--learning_rate", "3e-3", "--max_steps", 120, "--validation_size", 0]
-    words += ["--teacher_temperature", 1]
-    words += [
-        "--taxonomy",
-        folder / "tree.json",
-        "--test_file",
-        folder / "test.csv",
-        "--output_dir",
-        folder / "results",
-    ]
-    words += form_flags(teacher)
+    words += ["--teacher_temperature", 1, "--taxonomy", folder / "tree.json", "--test_file", folder / "test.csv"]
+    words += ["--output_dir", folder / "results", *form_flags(teacher)]
     train.main(list(map(str, [*words, "--model_name_or_path", encoder, "--teacher", teacher, *flags])))
     return read_csv(folder / "results" / "test_predictions.csv")
 
@@ -115,14 +107,8 @@ def test_a_teacher_labels_texts_that_have_none(tiny_encoder, teacher, folder, re
 
 
 def test_other_runs_read_the_scores_of_the_file(tiny_encoder, clear_checkpoint, labels_checkpoint, folder, capsys):
-    flags = [
-        "--train_file",
-        folder / "train.csv",
-        "--teacher_scores",
-        folder / "scores",
-        "--overwrite_output_dir",
-        "true",
-    ]
+    flags = ["--train_file", folder / "train.csv", "--teacher_scores", folder / "scores"]
+    flags += ["--overwrite_output_dir", "true"]
     for scored in (True, False):
         teach(tiny_encoder, clear_checkpoint, folder, *flags, "--max_steps", 1)
         assert ("the teacher scores 90 texts" in capsys.readouterr().err) == scored
@@ -159,6 +145,7 @@ def test_texts_of_the_teachers_training_are_never_scored(tiny_encoder, clear_che
             ["--teacher", "{folder}/votes.csv"],
             "votes.csv, line 2, column 'probabilities': the label 'colitis' is not in the",
         ),
+        (["--teacher", "{folder}/inner.csv"], "share the number of 'specific disease' among the labels below it"),
         (["--teacher", "{folder}/twice.csv"], "line 3, column 'probabilities': its text has an earlier row"),
         (["--teacher", "{folder}/same.csv"], "line 2, column 'probabilities': two of its labels are the same node"),
         (
@@ -171,7 +158,7 @@ def test_texts_of_the_teachers_training_are_never_scored(tiny_encoder, clear_che
 )
 def test_a_teacher_that_cannot_teach_is_refused(flags, message, tiny_encoder, clear_checkpoint, folder):
     (folder / "other.json").write_text(json.dumps([*CLEAR]))
-    for name, label in (("votes", "colitis"), ("one", "neoplasms")):
+    for name, label in (("votes", "colitis"), ("inner", "specific disease")):
         write_csv(folder / f"{name}.csv", [{"text": "pain", "probabilities": json.dumps({label: 1})}])
     write_csv(folder / "twice.csv", [{"text": text, "probabilities": '{"neoplasms": 1}'} for text in ("pain", "Pain ")])
     both = json.dumps({"neoplasms": 1, "specific disease/neoplasms": 1})
