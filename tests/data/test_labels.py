@@ -325,14 +325,7 @@ NAMES_IN_BRACKETS = [
     "[18F]FDG, PET [brain]",
     "[Crohn's disease]",
 ]
-WRITTEN_LISTS = [
-    str(["it's", "b c"]),
-    json.dumps(["a"]),
-    "[]",
-    str(("a",)),
-    str([0, 1]),
-    str(np.array(["a", "b"])),
-]
+WRITTEN_LISTS = [str(["it's", "b c"]), json.dumps(["a"]), "[]", str(("a",)), str([0, 1]), str(np.array(["a", "b"]))]
 
 
 @pytest.mark.parametrize("flags", [{}, {"label_delimiter": ";"}])

@@ -10,13 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    pipeline,
-)
+from transformers import AutoConfig, AutoModel, AutoTokenizer, BitsAndBytesConfig, pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
 from configuration_hierarchical import HierarchicalConfig
