@@ -41,7 +41,12 @@ from configuration_hierarchical import MULTI_LABEL, SINGLE_LABEL
 from decisions_hierarchical import DEFAULT_THRESHOLD, ManyNodes, OnePath, SetThreshold
 from hierarchical_clinicalbert.errors import InputError
 from hierarchical_clinicalbert.evaluation import plots
-from hierarchical_clinicalbert.evaluation.lexical import LeafClassifier, LexicalClassifier, NodeClassifier
+from hierarchical_clinicalbert.evaluation.lexical import (
+    LeafClassifier,
+    LexicalClassifier,
+    NodeClassifier,
+    common_tokens,
+)
 from hierarchical_clinicalbert.evaluation.metrics import (
     MANY_NODES,
     ONE_PATH,
@@ -192,17 +197,18 @@ class FormBase:
         """
         if wanted is False:
             return None
-        vocab_size, num_classes = counts.shape[1], self.decisions.num_classes
-        if wanted is None and vocab_size * num_classes > self.classifier.default_size:
-            size = f"{vocab_size:,} tokens and {num_classes:,} classes"
-            logger.info("no lexical head: by default there is none for %s; --lexical_head true adds it", size)
-            return None
         if not self.classifier.learnable(self.decisions, labels).size:
             logger.info("no lexical head: the training rows do not tell any two classes apart")
             return None
         if phrases is not None:
-            of_phrases = self.decisions.targets([[node] for node in range(num_classes)]).numpy()
+            of_phrases = self.decisions.targets([[node] for node in range(self.decisions.num_classes)]).numpy()
             counts, labels = vstack([counts, phrases]).tocsr(), np.concatenate([labels, of_phrases])
+        num_classes = len(self.classifier.learnable(self.decisions, labels))
+        num_tokens = len(common_tokens(counts))
+        if wanted is None and num_tokens * num_classes > self.classifier.default_size:
+            size = f"{num_tokens:,} tokens and {num_classes:,} classes"
+            logger.info("no lexical head: by default there is none for %s; --lexical_head true adds it", size)
+            return None
         classifier = self.classifier(self.decisions, counts, labels)
         classifier.phrases = phrases
         return classifier

@@ -35,8 +35,8 @@ class LexicalClassifier:
     """Logistic regression over TF-IDF: base class of `LeafClassifier` and `NodeClassifier`.
 
     Attributes:
-        default_size: tokens times classes, up to which there is a head by default. Beyond it, what the head gains is not measured, and
-            its fit takes long.
+        default_size: fitted weights, up to which there is a head by default. Beyond it, the fit takes several minutes, and of leaves
+            more than 5 GB of memory.
         classes, tokens: the ids of the classes and tokens that are fitted, (C,) and (T,). Other weights are 0. L-BFGS keeps some 25
             arrays (C, T), so with thousands of classes (num_classes, V) would take too much memory.
         weight: the weights, sparse, (num_classes, V).
@@ -56,7 +56,7 @@ class LexicalClassifier:
     def __init__(self, decisions: Decisions, counts: csr_matrix, outcomes: np.ndarray):
         self.decisions = decisions
         self.tfidf = TfidfTransformer(sublinear_tf=True).fit(counts)
-        common = np.flatnonzero((counts > 0).sum(axis=0).A1 >= MIN_ROWS)
+        common = common_tokens(counts)
         idf = np.zeros_like(self.tfidf.idf_)
         idf[common] = self.tfidf.idf_[common] * log_odds_variance(counts[:, common] > 0, outcomes)
         self.tfidf.idf_ = idf
@@ -177,6 +177,11 @@ class NodeClassifier(LexicalClassifier):
         present = decisions.count_outcomes(torch.from_numpy(labels))[: decisions.num_nodes]
         with_parent = decisions.of_parents(present[None], len(labels))[0]
         return np.flatnonzero((present > 0) & (present < with_parent))
+
+
+def common_tokens(counts: csr_matrix) -> np.ndarray:
+    """Return the ids of the tokens in at least `MIN_ROWS` rows, from counts (num_rows, V)."""
+    return np.flatnonzero((counts > 0).sum(axis=0).A1 >= MIN_ROWS)
 
 
 def log_odds_variance(present: csr_matrix, labels: np.ndarray) -> np.ndarray:

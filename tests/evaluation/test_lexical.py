@@ -191,6 +191,18 @@ def test_beyond_a_number_of_weights_each_class_keeps_the_largest(several, monkey
 
 
 @pytest.mark.parametrize("several", [False, True])
+def test_by_default_a_head_has_a_limited_number_of_fitted_weights(several, monkeypatch):
+    form, train = (ManyNodesForm if several else OnePathForm)(TREE), rows(300, several=several)
+    counts, labels = token_counts(train, VOCABULARY), np.array(train["labels"])
+    fitted = form.fit_classifier(counts, labels)
+    size = len(fitted.classes) * sum((counts.toarray() > 0).sum(axis=0) > 1)
+    for limit, has_head in ((size, True), (size - 1, False)):
+        monkeypatch.setattr(form.classifier, "default_size", limit)
+        assert (form.fit_classifier(counts, labels) is not None) == has_head
+    assert form.fit_classifier(counts, labels, wanted=True) is not None
+
+
+@pytest.mark.parametrize("several", [False, True])
 def test_there_is_no_lexical_head_if_the_rows_do_not_tell_two_classes_apart(caplog, several):
     caplog.set_level("INFO")
     form, train = (ManyNodesForm if several else OnePathForm)(TREE), rows(20, leaves=2, several=several)
