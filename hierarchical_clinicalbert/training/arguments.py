@@ -51,7 +51,7 @@ class ModelArguments:
     )
     contrastive_steps: int = flag(0, "Steps of contrastive training, before heads are initialised.")
     lexical_head: bool | None = flag(
-        None, "Linear classifier over the tokens. Default: true, unless it is too large, as the log says."
+        None, "Linear classifier over the tokens. Default: true up to a size, see the log."
     )
 
 
