@@ -226,6 +226,10 @@ class HierarchicalTrainer(Trainer):
         """Keep evaluation rows in order. With ``group_by_length`` the Trainer would shuffle them."""
         return SequentialSampler(eval_dataset)
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # trainer_state.json, which marks a complete checkpoint, is next
+
     def _save(self, output_dir: str, state_dict: dict[str, Tensor] | None = None) -> None:
         if self.args.should_save:
             model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)

@@ -77,6 +77,13 @@ def test_after_a_killed_worker_of_ray_the_weights_are_those_of_an_unbroken_run(c
     assert same_weights(runs[1], broken)
 
 
+def test_the_file_that_marks_a_complete_checkpoint_is_written_after_those_of_all_processes(runs):
+    for folder in runs[1].glob("checkpoint-*"):
+        written = {file.name: file.stat().st_mtime_ns for file in folder.glob("*.*")}
+        assert {"rng_state_0.pth", "rng_state_1.pth", "optimizer.pt"} <= written.keys()
+        assert written["trainer_state.json"] == max(written.values())
+
+
 def test_losses_and_evaluations_are_those_of_one_process_with_the_same_effective_batch(runs):
     states = [json.loads((run / f"checkpoint-{STEPS}" / "trainer_state.json").read_text()) for run in runs]
     one, two = (state["log_history"] for state in states)
