@@ -5,8 +5,10 @@ Worth knowing:
 1. A teacher is a checkpoint with the taxonomy of the data. Its encoder and tokenizer may be others than the student's.
 2. Or it is a file with probabilities of labels, by a language model, or votes of annotators.
 3. A text without a label gets the nodes that the teacher predicts. From there on, it is a training text like others.
-4. A checkpoint's scores are stored by hashes of the texts, so that runs with other splits of the rows share them.
-5. Texts that the teacher was trained on are never scored, see `data.splits`.
+4. A checkpoint has learnt the training texts' labels, and says little more of them. So it also teaches by halves of the texts.
+5. A checkpoint's scores are stored by hashes of the texts, so that runs with other splits of the rows share them. For the same
+   reason, each text is always split into the same halves.
+6. Texts that the teacher was trained on are never scored, see `data.splits`.
 """
 
 import json
@@ -38,6 +40,7 @@ from hierarchical_clinicalbert.training.arguments import Arguments, Hierarchical
 from hierarchical_clinicalbert.training.model import fetch_model
 from hierarchical_clinicalbert.training.score import scoring_trainer
 from hierarchical_clinicalbert.training.tokens import tokenize_splits
+from hierarchical_clinicalbert.training.views import half_texts
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +50,7 @@ Scores = dict[str, np.ndarray]  # decision scores (num_nodes,) of a text, by its
 
 
 def teach(name: str, arguments: Arguments, data: LabelledSplits) -> LabelledSplits:
-    """Add the unlabelled texts to the training rows, and the teacher's decision scores to all of them.
+    """Add unlabelled texts and halves of texts to the training rows, and the teacher's decision scores to all of them.
 
     ``name`` is the teacher's. The scores are lists of num_nodes numbers in the column ``teacher``.
     """
@@ -63,7 +66,13 @@ def teach(name: str, arguments: Arguments, data: LabelledSplits) -> LabelledSpli
         if missing := len(text_of.keys() - scores.keys()):
             raise InputError(f"--teacher {name} has no probabilities of {missing:,} of {len(text_of):,} training texts")
     else:
-        scores, thresholds = ask_checkpoint(name, arguments, data, text_of)
+        labelled = {text_hash(text) for split in splits.values() for text in split["text"]}
+        generators = (np.random.default_rng(int(text_hash(text), 16)) for text in rows["text"])
+        halves = [half for pair in map(half_texts, rows["text"], generators) for half in pair]
+        new = {key: half for half in halves if (key := text_hash(half)) not in labelled}
+        logger.info("halves of training texts, which the teacher labels: %s", f"{len(new):,}")
+        unlabelled = new | unlabelled
+        scores, thresholds = ask_checkpoint(name, arguments, data, text_of | unlabelled)
 
     # ── Training rows ────────────────────────────────────────────────────────────────────────────────────────────────
     if unlabelled:

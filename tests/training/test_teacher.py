@@ -106,14 +106,21 @@ def test_a_teacher_labels_texts_that_have_none(tiny_encoder, teacher, folder, re
     assert report["unlabelled_texts"] == 90
 
 
-def test_other_runs_read_the_scores_of_the_file(tiny_encoder, clear_checkpoint, labels_checkpoint, folder, capsys):
-    flags = ["--train_file", folder / "train.csv", "--teacher_scores", folder / "scores"]
-    flags += ["--overwrite_output_dir", "true"]
-    for scored in (True, False):
-        teach(tiny_encoder, clear_checkpoint, folder, *flags, "--max_steps", 1)
-        assert ("the teacher scores 90 texts" in capsys.readouterr().err) == scored
+def test_other_runs_read_the_scores_of_texts_and_their_halves(
+    tiny_encoder, clear_checkpoint, labels_checkpoint, folder, capsys
+):
+    rows = [{"text": row["text"], "label": row["label"]} for row in clear_rows(1, wrong=False)]
+    joined = [rows[i] | {"text": " ".join(row["text"] for row in rows[i : i + 3])} for i in range(0, 90, 3)]
+    flags = ["--train_file", write_csv(folder / "joined.csv", joined), "--teacher_scores", folder / "scores"]
+    flags += ["--overwrite_output_dir", "true", "--max_steps", 1]
+    for seed, scored in enumerate((True, False)):
+        teach(tiny_encoder, clear_checkpoint, folder, *flags, "--seed", seed)
+        assert ("the teacher scores" in capsys.readouterr().err) == scored
+    assert (
+        80 < len(load_file(folder / "scores")["scores"]) <= 90
+    )  # 30 texts with two halves each, a few of which are the text
     with pytest.raises(InputError, match="scores of another teacher: give another file"):
-        teach(tiny_encoder, labels_checkpoint, folder, *flags, "--max_steps", 1)
+        teach(tiny_encoder, labels_checkpoint, folder, *flags)
 
 
 def test_texts_of_the_teachers_training_are_never_scored(tiny_encoder, clear_checkpoint, folder):
