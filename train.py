@@ -18,7 +18,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 import datasets
 import numpy as np
 import transformers
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, concatenate_datasets
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
@@ -256,11 +256,12 @@ def build_trainer(
         teacher_weight=loss.teacher_weight,
         temperature=loss.teacher_temperature,
     )
+    trained = [splits[name] for name in ("train", "halves") if name in splits]
     patience = args.early_stopping_patience if args.load_best_model_at_end else None
     return HierarchicalTrainer(
         model=model,
         args=args,
-        train_dataset=splits.get("train"),
+        train_dataset=concatenate_datasets(trained) if trained else None,
         eval_dataset=splits.get("validation"),
         processing_class=tokenizer,
         data_collator=build_collator(tokenizer, form.decisions.targets),

@@ -5,7 +5,7 @@ Worth knowing:
 1. A teacher is a checkpoint with the taxonomy of the data. Its encoder and tokenizer may be others than the student's.
 2. Or it is a file with probabilities of labels, by a language model, or votes of annotators.
 3. A text without a label gets the nodes that the teacher predicts. From there on, it is a training text like others.
-4. A checkpoint has learnt the training texts' labels, and says little more of them. So it also teaches by halves of the texts.
+4. A checkpoint has learnt the training texts' labels, and says little more of them. So it also teaches by halves of them.
 5. A checkpoint's scores are stored by hashes of the texts, so that runs with other splits of the rows share them. For the same
    reason, each text is always split into the same halves.
 6. Texts that the teacher was trained on are never scored, see `data.splits`.
@@ -50,14 +50,16 @@ Scores = dict[str, np.ndarray]  # decision scores (num_nodes,) of a text, by its
 
 
 def teach(name: str, arguments: Arguments, data: LabelledSplits) -> LabelledSplits:
-    """Add unlabelled texts and halves of texts to the training rows, and the teacher's decision scores to all of them.
+    """Add unlabelled texts to the training rows, and to all of them the teacher's decision scores.
 
-    ``name`` is the teacher's. The scores are lists of num_nodes numbers in the column ``teacher``.
+    ``name`` is the teacher's. The scores are lists of num_nodes numbers in the column ``teacher``. The split ``halves`` has halves
+    of labelled training texts, for the steps alone: few rows with halves are still few.
     """
     # ── Decision scores, and thresholds of predicted nodes ───────────────────────────────────────────────────────────
-    splits, report, unlabelled = DatasetDict(data.splits), dict(data.report), data.unlabelled
+    splits, report, halves = DatasetDict(data.splits), dict(data.report), dict[str, str]()
     rows = splits.get("train", Dataset.from_dict({column: [] for column in FEATURES}, FEATURES))
-    text_of = {text_hash(text): text for text in rows["text"]} | unlabelled
+    texts = {text_hash(text): text for text in rows["text"]}
+    text_of = texts | data.unlabelled
     decisions = build_decisions(data.taxonomy, data.problem_type)
     thresholds: list[float] | None = None
     if Path(name).is_file():
@@ -66,24 +68,30 @@ def teach(name: str, arguments: Arguments, data: LabelledSplits) -> LabelledSpli
         if missing := len(text_of.keys() - scores.keys()):
             raise InputError(f"--teacher {name} has no probabilities of {missing:,} of {len(text_of):,} training texts")
     else:
-        labelled = {text_hash(text) for split in splits.values() for text in split["text"]}
-        generators = (np.random.default_rng(int(text_hash(text), 16)) for text in rows["text"])
-        halves = [half for pair in map(half_texts, rows["text"], generators) for half in pair]
-        new = {key: half for half in halves if (key := text_hash(half)) not in labelled}
-        logger.info("halves of training texts, which the teacher labels: %s", f"{len(new):,}")
-        unlabelled = new | unlabelled
-        scores, thresholds = ask_checkpoint(name, arguments, data, text_of | unlabelled)
+        in_splits = {text_hash(text) for split in splits.values() for text in split["text"]}
+        for key, text in texts.items():
+            pair = {text_hash(half): half for half in half_texts(text, np.random.default_rng(int(key, 16)))}
+            halves |= {key: half for key, half in pair.items() if key not in in_splits}
+        scores, thresholds = ask_checkpoint(name, arguments, data, text_of | halves)
 
     # ── Training rows ────────────────────────────────────────────────────────────────────────────────────────────────
-    if unlabelled:
-        probabilities = decisions(torch.from_numpy(np.stack([scores[key] for key in unlabelled])))[0].exp()
-        predicted, _ = decisions.predict(probabilities, thresholds)
-        nodes = [data.taxonomy.deepest(np.flatnonzero(row).tolist()) for row in predicted]
-        numbers = np.arange(len(unlabelled))
-        columns = {"text": [*unlabelled.values()], "nodes": nodes, "row": numbers}
-        added = Dataset.from_dict(columns | {"text_id": -1 - numbers}, FEATURES)  # numbers that no other text has
-        rows = concatenate_datasets([rows, added])
-    splits["train"] = rows.add_column("teacher", [scores[text_hash(text)] for text in rows["text"]])
+    def with_scores(rows: Dataset) -> Dataset:
+        return rows.add_column("teacher", [scores[text_hash(text)] for text in rows["text"]])
+
+    def predicted(texts: dict[str, str]) -> Dataset:
+        probabilities = decisions(torch.from_numpy(np.stack([scores[key] for key in texts])))[0].exp()
+        chosen, _ = decisions.predict(probabilities, thresholds)
+        nodes = [data.taxonomy.deepest(np.flatnonzero(row).tolist()) for row in chosen]
+        numbers = np.arange(len(texts))
+        columns = {"text": [*texts.values()], "nodes": nodes, "row": numbers}
+        return Dataset.from_dict(columns | {"text_id": -1 - numbers}, FEATURES)  # numbers that no other text has
+
+    if data.unlabelled:
+        rows = concatenate_datasets([rows, predicted(data.unlabelled)])
+    splits["train"] = with_scores(rows)
+    if halves:
+        splits["halves"] = with_scores(predicted(halves))
+        logger.info("halves of training texts, which the teacher labels: %s", f"{len(halves):,}")
     report["teacher"] = name
     return replace(data, splits=splits, report=report)
 
