@@ -1,5 +1,7 @@
 """The focal loss of training. With the default settings, it is the model's own loss."""
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
@@ -25,7 +27,7 @@ class FocalLoss(nn.Module):
     1708.02002). α is 1, or with ``balanced`` from `balanced_weights`.
 
     Args:
-        decisions: those of the model, or equal ones.
+        decisions: those of the taxonomy. The loss keeps a copy, which moves to its device.
         labels: of the training rows, as of `Decisions.targets`. Smoothing and weights use their frequencies.
         teacher_weight: w of `forward`.
         temperature: T of `forward`.
@@ -42,7 +44,9 @@ class FocalLoss(nn.Module):
         temperature: float = 1.0,
     ):
         super().__init__()
-        self.decisions, self.gamma, self.label_smoothing = decisions, gamma, label_smoothing
+        self.decisions = copy.deepcopy(decisions)
+        self.gamma = gamma
+        self.label_smoothing = label_smoothing
         self.teacher_weight, self.temperature = teacher_weight, temperature
         counts, group = decisions.count_outcomes(labels), decisions.outcome_decision
         # an only child is no decision: its p is 1 whatever the weights, and so are its loss and gradient 0
