@@ -93,6 +93,8 @@ def load_checkpoint(
             with as_value_error(name):
                 model, info = load_self_contained(name, config=config, output_loading_info=True, **kwargs)
             refuse_missing(name, model, info)
+            if getattr(model, "hf_quantizer", None) is not None:
+                restore_dtypes(model)
             if left_over := [weight for weight in info["unexpected_keys"] if weight.startswith("heads.")]:
                 raise ValueError(f"the weight {min(left_over)!r} of {name} does not fit its config.json")
     return (model, info) if info_wanted else model
@@ -278,6 +280,16 @@ def refuse_missing(name: str | Path, model: PreTrainedModel, info: dict[str, Any
         raise ValueError(f"{name} lacks {len(missing)} weights of a {type(model).__name__}, such as {min(missing)!r}")
 
 
+def restore_dtypes(model: PreTrainedModel) -> None:
+    """Give the weights of a quantized model that are not quantized the dtype that was asked for, and the heads float32.
+
+    transformers leaves every ``weight`` of a stored quantized model in the dtype in which it was stored.
+    """
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point():
+            weight.data = weight.data.to(torch.float32 if name.startswith("heads.") else model.config.dtype)
+
+
 def check_encoder(encoder: PreTrainedModel) -> None:
     """Raise ValueError for a model with a decoder, or one whose outputs change with padding."""
     config = encoder.config
@@ -408,6 +420,9 @@ def save_checkpoint(
     code = {name: (Path(__file__).parent / name).read_bytes() for name in SHIPPED_FILES}  # before anything is written
     if not model.has_adapter:
         prepare_self_contained(model)
+        if getattr(model, "hf_quantizer", None) is not None:
+            # transformers cannot undo what it does to quantized weights while it loads them
+            kwargs.setdefault("save_original_format", False)
         save_self_contained(folder, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
     elif is_main_process:
         save_adapter_form(model, folder, model.state_dict() if state_dict is None else state_dict)

@@ -88,18 +88,24 @@ class LexicalHead(nn.Module):
         counts: the number of weights of each token, (V,). None if all weights are stored.
     """
 
+    classes: Any
+    counts: Any
+
     def __init__(self, vocab_size: int, num_classes: int, num_entries: int | None = None):
         super().__init__()
-        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-            "idf": ((vocab_size,), torch.float32),
-            "weight": ((num_classes, vocab_size) if num_entries is None else (num_entries,), torch.float32),
-            "bias": ((num_classes,), torch.float32),
+        shapes = {
+            "idf": (vocab_size,),
+            "weight": (num_classes, vocab_size) if num_entries is None else (num_entries,),
+            "bias": (num_classes,),
         }
-        self.register_parameter("classes", None)
-        if num_entries is not None:
-            shapes |= {"classes": ((num_entries,), torch.int32), "counts": ((vocab_size,), torch.int32)}
-        for name, (shape, kind) in shapes.items():
-            self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=kind), requires_grad=False))
+        for name, shape in shapes.items():
+            value = torch.empty(shape, dtype=torch.float32)
+            self.register_parameter(name, nn.Parameter(value, requires_grad=False))
+        # whole numbers are buffers, which keep their dtype: weights are loaded and moved in others
+        sizes = {} if num_entries is None else {"classes": num_entries, "counts": vocab_size}
+        for name in ("classes", "counts"):
+            size = sizes.get(name)
+            self.register_buffer(name, None if size is None else torch.empty(size, dtype=torch.int32))
 
     @classmethod
     def of_weights(cls, idf: Tensor, weight: Tensor, bias: Tensor) -> "LexicalHead":
@@ -152,7 +158,6 @@ class LexicalHead(nn.Module):
         """Return scores (B, num_classes) from token ids and their TF-IDF (B, T), by the weights of these tokens alone."""
         num_texts, length = ids.shape
         ids, values = ids.flatten(), tfidf.flatten()
-        # loading in another dtype makes whole numbers of a checkpoint float32
         of_tokens = self.counts.long()
         counts = of_tokens[ids] * (values != 0)
         source = torch.repeat_interleave(torch.arange(num_texts * length, device=ids.device), counts)
@@ -475,7 +480,6 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _keep_in_fp32_modules_strict = ["heads"]
 
     def __init__(self, config: HierarchicalConfig, encoder: PreTrainedModel | None = None):
         super().__init__(config)
@@ -499,8 +503,8 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
                 init.zeros_(module.query)
             module.fill_buffers()
         elif isinstance(module, (LexicalHead, OpenWorld)):
-            for parameter in module.parameters():
-                init.zeros_(parameter)
+            for tensor in chain(module.parameters(), module.buffers()):
+                init.zeros_(tensor)
         else:
             super()._init_weights(module)
 
