@@ -50,8 +50,7 @@ def predict(model: object, file: object, output: object, *flags: object) -> int:
 
 def test_an_encoder_that_computes_in_float32_only_names_the_flag_that_helps(tokenizer, texts, tmp_path):
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    relative = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "max_relative_positions": -1}
-    config = HierarchicalConfig(text_config={"model_type": "deberta", "vocab_size": 30522, **sizes, **relative})
+    config = HierarchicalConfig(text_config={"model_type": "mra", "vocab_size": 30522, **sizes})
     HierarchicalForSequenceClassification(config).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     given = (tmp_path / "model", write_texts(tmp_path, texts), tmp_path / "out.jsonl")
