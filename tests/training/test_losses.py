@@ -77,6 +77,13 @@ def test_plain_settings_are_the_models_own_loss(decisions, trained):
 
 
 @FORMS
+def test_the_loss_moves_without_the_decisions_that_it_was_given(decisions, trained):
+    given = type(decisions)(TREE)  # as evaluation keeps them, on the CPU
+    FocalLoss(given, given.targets(trained)).to("meta")
+    assert {buffer.device.type for buffer in given.buffers()} == {"cpu"}
+
+
+@FORMS
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
 def test_gradients_are_finite_where_a_decision_is_certain(decisions, trained, gamma):
     loss = FocalLoss(decisions, decisions.targets(trained), gamma)
