@@ -17,6 +17,7 @@ from datasets import Dataset
 from torch import Tensor
 from torch.nn.functional import normalize, pad
 
+from decisions_hierarchical import build_decisions
 from hierarchical_clinicalbert.checkpoint_files import is_checkpoint, read_config
 from hierarchical_clinicalbert.errors import as_input_error
 from hierarchical_clinicalbert.training.arguments import ModelArguments, has_few_rows
@@ -64,10 +65,9 @@ def initialise_heads(
     checkpoint that has ``known`` nodes of the taxonomy: its heads are kept, and there are no contrastive steps.
     """
     tree, heads = trainer.model.config.tree, trainer.model.heads
-    labels, members = read_labels(trainer, rows)
     new = [node for node in range(tree.num_nodes) if node not in known]
     with torch.no_grad():
-        heads.bias[new] = heads.decisions.initial_biases(heads.decisions.count_outcomes(labels)).to(heads.bias)[new]
+        heads.bias[new] = initial_biases(trainer, rows).to(heads.bias)[new]
     if known:
         if arguments.contrastive_steps or arguments.heads_init:
             logger.info("trained heads are kept: --contrastive_steps and --heads_init have no effect")
@@ -79,6 +79,7 @@ def initialise_heads(
         names = choose_names(trainer, some, vectors)
     if arguments.contrastive_steps:
         steps = arguments.contrastive_steps
+        _, members = read_labels(trainer, rows)
         train_contrastively(trainer, rows["input_ids"][:], members[:, : tree.num_leaves], steps)
     if chosen == "prototypes":
         if arguments.contrastive_steps:
@@ -104,7 +105,8 @@ def set_heads(
     texts, members = phrases[:0], phrases.new_zeros(0, classes)
     if rows is not None:
         rows = rows.select(sample(rows))
-        texts, (labels, members) = embed(trainer, rows["input_ids"][:]), read_labels(trainer, rows)
+        texts = embed(trainer, rows["input_ids"][:])
+        _, members = read_labels(trainer, rows)
     if known:
         new = [node for node in range(classes) if node not in known]
         # without stored class means, the phrases are the best guess
@@ -112,7 +114,7 @@ def set_heads(
         with as_input_error("cannot add the classes without training"):
             heads.place(new_class_vectors(open_world, new, phrases, texts, members), known, open_world)
     elif rows is not None:
-        heads.bias[:] = heads.decisions.initial_biases(heads.decisions.count_outcomes(labels))
+        heads.bias[:] = initial_biases(trainer, rows)
         set_prototypes(trainer, rows, texts, names)
     else:
         if unlabelled:
@@ -267,6 +269,15 @@ def read_labels(trainer: HierarchicalTrainer, rows: Dataset) -> tuple[Tensor, Te
     decisions = trainer.model.heads.decisions
     labels = decisions.targets(rows["labels"][:]).to(decisions.parents.device)
     return labels, decisions.outcome_targets(labels)[:, : decisions.num_classes].float()
+
+
+def initial_biases(trainer: HierarchicalTrainer, rows: Dataset) -> Tensor:
+    """Return `Decisions.initial_biases` for the labels of rows, (N,), on the CPU."""
+    config = trainer.model.config
+    # its own decisions, on the CPU: labels are counted in float64, which Apple's GPUs lack
+    decisions = build_decisions(config.tree, config.problem_type)
+    counts = decisions.count_outcomes(decisions.targets(rows["labels"][:]))
+    return decisions.initial_biases(counts).float()
 
 
 def left_out_scores(offsets: Tensor, members: Tensor, sums: Tensor) -> Tensor:
