@@ -19,7 +19,7 @@ Worth knowing:
 import math
 import os
 from collections.abc import Container, Mapping
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain
@@ -677,7 +677,9 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         """
         self.config.calibration, self.heads.lexical = calibration, None
         self.config.lexical_vocab_size = self.config.lexical_entries = None
-        self.heads.open_world = None if open_world is None else open_world.to(self.heads.weight.device)
+        # a copy: a module that two models share moves with either
+        own = deepcopy(open_world)
+        self.heads.open_world = None if own is None else own.to(self.heads.weight.device)
         self.config.open_world = None if open_world is None else len(open_world.references)
         if lexical is not None:
             head = LexicalHead.of_weights(**lexical)
