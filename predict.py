@@ -151,7 +151,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def open_model(arguments: argparse.Namespace) -> "AbstractContextManager[Model | RayJob]":
     """Load the model in this process, or on a Ray cluster."""
     if arguments.ray is None:
-        return nullcontext(Model(arguments, gpu=torch.cuda.is_available()))
+        needs_cpu = arguments.backend == "openvino" or arguments.dtype == "int8"
+        return nullcontext(Model(arguments, gpu=torch.accelerator.is_available() and not needs_cpu))
     if importlib.util.find_spec("ray") is None:
         raise InputError('--ray needs Ray: pip install "ray[default]"')
     from hierarchical_clinicalbert.prediction.ray_job import RayJob

@@ -49,6 +49,7 @@ class Model:
         dtype = fastest if arguments.dtype == "auto" else arguments.dtype
         self._pipeline = load(arguments, dtype, gpu)
         self._needs_levels = arguments.probabilities or arguments.uncertainty
+        device = self._pipeline.device
         config = self._pipeline.model.config
         encoder = None if config.adapter_subfolder is None else Path(config.encoder_name_or_path)
         weights = fingerprint(arguments.model, arguments.revision, encoder)
@@ -60,7 +61,7 @@ class Model:
             "operation_dtype": str(operation_dtype(dtype)),
             "fingerprint": weights,
             "torch": torch.__version__,
-            "device": torch.cuda.get_device_name(self._pipeline.device) if gpu else "cpu",
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         }
         if arguments.backend == "openvino":
             self.description["openvino"] = version("openvino")
@@ -148,7 +149,7 @@ def load(arguments: Namespace, dtype: str, gpu: bool) -> Pipeline:
             code_revision=arguments.revision,
             trust_remote_code=True,
             dtype=torch.float32 if arguments.backend == "openvino" else operation_dtype(dtype),
-            device=0 if gpu else "cpu",
+            device=torch.accelerator.current_accelerator() if gpu else "cpu",
             **given,
         )
         if arguments.backend == "openvino":
@@ -167,7 +168,7 @@ def load(arguments: Namespace, dtype: str, gpu: bool) -> Pipeline:
         classifier("a", **({"prior": stored} if arguments.adapt_prior else {}))
     except Exception as error:  # loading runs the checkpoint's own code, which can raise anything
         problem = describe_load_error(error)
-        # DeBERTa (version 1) and MRA mix dtypes unless they run in float32
+        # MRA mixes dtypes unless it runs in float32, and so does DeBERTa (version 1) of transformers 5.24
         if "same dtype" in problem and dtype != "fp32":
             problem = "its encoder computes in float32 only: give --dtype fp32"
         raise InputError(f"cannot use the model {arguments.model}: {problem}") from error

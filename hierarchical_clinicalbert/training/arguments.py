@@ -114,7 +114,7 @@ class HierarchicalTrainingArguments(TrainingArguments):
     bf16: bool | None = flag(None, "bfloat16 autocast. Default: true if native.")
 
     def __post_init__(self):
-        if not (torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available()):
+        if not torch.accelerator.is_available():
             self.use_cpu = True
         if self.bf16 is None:
             self.bf16 = has_bf16(self.use_cpu) and not self.fp16
