@@ -35,6 +35,7 @@ from hierarchical_clinicalbert.evaluation.label_issues import list_label_issues
 from hierarchical_clinicalbert.evaluation.report import (
     calibrate_splits,
     log_metrics,
+    log_removed,
     measure_sets,
     measure_strange_texts,
     write_scores,
@@ -145,6 +146,8 @@ def train(arguments: Arguments, data: LabelledSplits, resume_from: str | None, p
 
     # ── Model: encoder, adapter, heads, tokenizer ────────────────────────────────────────────────────────────────────
     arguments = arguments._replace(model=fetch_model(arguments.model))  # the data are known to be usable
+    initial = arguments.model.model_name_or_path
+    continued = read_config(initial) if is_checkpoint(initial) else None
     renamed = read_class_names(arguments.data.renamed_nodes, "--renamed_nodes")
     known = find_known_nodes(arguments.model, data.taxonomy, renamed)
     if data.unlabelled and known and arguments.loss.teacher is None:
@@ -160,8 +163,13 @@ def train(arguments: Arguments, data: LabelledSplits, resume_from: str | None, p
     if args.push_to_hub:
         check_hub(args, model)
     tokenizer = load_tokenizer(arguments.model, model)
-    calibrated_length = model.config.calibration.max_length  # of a checkpoint that takes no steps
-    max_length = arguments.data.max_length or calibrated_length or min(MAX_LENGTH, tokenizer.model_max_length)
+    earlier_length = continued.calibration.max_length if continued else None
+    default_length = earlier_length or min(MAX_LENGTH, tokenizer.model_max_length)
+    max_length = arguments.data.max_length or default_length
+    if earlier_length not in (None, max_length):
+        change = f"from {earlier_length} to {max_length} tokens"
+        advice = "leave it out to keep the checkpoint's limit"
+        logger.warning("--max_length changes where texts are truncated %s; %s", change, advice)
     splits, lengths = tokenize_splits(data.splits, tokenizer, max_length, arguments.loss.consistency > 0)
     model.config.calibration.max_length = tokenizer.model_max_length  # which engines read, also without a calibration
     log_report(data.report, lengths)
@@ -221,6 +229,9 @@ def train(arguments: Arguments, data: LabelledSplits, resume_from: str | None, p
         scores |= measure_strange_texts(scored, open_world)
     elif not model.config.calibration.scales:
         logger.info("no validation rows were scored: no lexical head, and the model's probabilities are not calibrated")
+    if continued is not None:
+        basis = "its earlier weights" if takes_steps else "its earlier taxonomy"
+        log_removed(form, continued, model.config, basis)
 
     # ── Publish: files, model card, Hub ──────────────────────────────────────────────────────────────────────────────
     facts = result.metrics | run_facts(arguments, size, data.report) | {"best_epoch": trainer.best_epoch}

@@ -45,7 +45,7 @@ class DataArguments:
     max_length: int | None = flag(
         None,
         "Texts are truncated to this many tokens, and read in windows of the encoder's size. Default: 512 or the window, "
-        "or the limit of the checkpoint to score.",
+        "or the checkpoint's own limit.",
     )
     validation_size: float | None = flag(
         None, f"Share of texts for validation, if no rows are given. Default: {SHARE}."

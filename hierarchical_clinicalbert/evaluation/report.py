@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 from scipy.sparse import csr_matrix
 
-from configuration_hierarchical import Calibration
+from configuration_hierarchical import Calibration, HierarchicalConfig
 from decisions_hierarchical import MIN_FREQUENCY, Decisions, SetThreshold, guaranteed_threshold, threshold_index
 from hierarchical_clinicalbert.evaluation import plots
 from hierarchical_clinicalbert.evaluation.calibration import (
@@ -41,7 +41,7 @@ from hierarchical_clinicalbert.evaluation.metrics import (
     node_f1,
     scores_by_split,
 )
-from hierarchical_clinicalbert.evaluation.open_world import measure_novelty
+from hierarchical_clinicalbert.evaluation.open_world import MIN_REFERENCES, measure_novelty
 from hierarchical_clinicalbert.evaluation.sets import MEASURED_TARGET
 from open_world_hierarchical import OpenWorld
 
@@ -137,6 +137,23 @@ def measured_threshold(decisions: Decisions, calibration: Calibration) -> SetThr
     if (calibration.set_thresholds or [None] * 99)[threshold_index(MEASURED_TARGET)] is None:
         return None
     return guaranteed_threshold(decisions.guarantee, MEASURED_TARGET, calibration)
+
+
+def list_guarantees(form: Form, config: HierarchicalConfig) -> list[str]:
+    """Name what a checkpoint guarantees: prediction sets for `MEASURED_TARGET`, and p-values."""
+    has_sets = measured_threshold(form.decisions, config.calibration) is not None
+    sets = f"prediction sets for {share_format(0)(MEASURED_TARGET)} {form.decisions.guarantee}"
+    return [sets] * has_sets + ["p-values"] * bool(config.open_world)
+
+
+def log_removed(form: Form, old: HierarchicalConfig, new: HierarchicalConfig, basis: str) -> None:
+    """Warn of the `list_guarantees` that the old checkpoint has and the new one has not."""
+    kept = list_guarantees(form, new)
+    removed = [name for name in list_guarantees(form, old) if name not in kept]
+    if removed:
+        problem = f"{' and '.join(removed)} are removed: they were fitted to {basis}"
+        advice = f"to fit new ones, train with at least {MIN_REFERENCES} validation texts"
+        logger.warning("the checkpoint's %s; %s", problem, advice)
 
 
 def measure_sets(form: Form, splits: dict[str, ScoredSplit], calibration: Calibration) -> dict[str, Any]:

@@ -144,13 +144,10 @@ def continue_checkpoint(
     if not taxonomy.descriptions:
         taxonomy = Taxonomy(taxonomy.to_nested(), taxonomy.separator, stored.descriptions)
     if stored != taxonomy:
-        before = model.config.calibration
         with as_input_error(f"cannot change the taxonomy of {path}"):
             new, dropped = model.add_nodes(taxonomy, renamed=renamed, trains=takes_steps)
         kept = stored.num_nodes - len(dropped)
         logger.info("heads kept: %d; initialised: %s; dropped: %s", kept, list_names(new), list_names(dropped))
-        if before.set_thresholds and not model.config.calibration.set_thresholds:
-            logger.warning("prediction sets and p-values are removed: they were fitted for the other taxonomy")
     elif not takes_steps:
         raise InputError("no training steps, and --taxonomy is the checkpoint's: nothing would change")
     model.config.set_taxonomy(taxonomy)
@@ -223,7 +220,7 @@ def turn_off_dropout(text_config: PretrainedConfig) -> None:
 
 
 def load_tokenizer(arguments: ModelArguments, model: HierarchicalForSequenceClassification) -> PreTrainedTokenizerBase:
-    """Load the encoder's tokenizer, with a ``model_max_length`` of one window of the encoder.
+    """Load the encoder's tokenizer, with a ``model_max_length`` of at most one window.
 
     The configuration stores its special tokens, which each window of a longer text gets.
     """
@@ -240,8 +237,7 @@ def load_tokenizer(arguments: ModelArguments, model: HierarchicalForSequenceClas
         tokenizer.model_input_names = [*tokenizer.model_input_names, "attention_mask"]
     model.config.tokens_before, model.config.tokens_after = special_tokens(tokenizer)
     if model.window is not None:
-        # a checkpoint's tokenizer stores its --max_length, which this run may exceed
-        tokenizer.model_max_length = model.window if continued else min(tokenizer.model_max_length, model.window)
+        tokenizer.model_max_length = min(tokenizer.model_max_length, model.window)
     return tokenizer
 
 

@@ -10,7 +10,8 @@ import signal
 from pathlib import Path
 
 import pytest
-from conftest import DIVERGES, ROOT, STRIKE, complete, read_csv, same_weights, write_csv
+from conftest import DIVERGES, ROOT, STRIKE, clear_rows, complete, read_csv, same_weights, write_csv
+from transformers import AutoTokenizer, pipeline
 
 import push_to_hub
 import train
@@ -203,6 +204,57 @@ def test_a_run_that_continues_in_its_own_folder_forgets_nothing(place, words, fi
     assert same_weights(output, first)  # which it can be continued from again
     run(*line)
     assert not trained_on(first, 700) & set().union(*scored(output).values())
+
+
+def test_a_continued_checkpoint_keeps_its_limit_of_tokens_unless_a_flag_changes_it(
+    words, tiny_encoder, tmp_path, capsys
+):
+    base = tmp_path / "base"
+    line = [*words, "--data_path", write_csv(tmp_path / "a.csv", ROWS[:200])]
+    run(*line, "--model_name_or_path", tiny_encoder, "--max_length", 24, "--output_dir", base)
+    change = "--max_length changes where texts are truncated from 24 to 48 tokens; leave it out"
+    for flags, limit in ([], 24), (["--max_length", 48], 48), (["--max_length", 24], 24):
+        output = tmp_path / " ".join(map(str, ["next", *flags]))
+        capsys.readouterr()
+        run(*line, *flags, "--model_name_or_path", base, "--output_dir", output)
+        assert (change in capsys.readouterr().err) == (limit == 48)
+        tokenizer = AutoTokenizer.from_pretrained(output, trust_remote_code=True)
+        assert tokenizer.model_max_length == limit
+        assert report(output)["lengths"]["train"]["max_length"] == limit
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one path", "many nodes"])
+def test_what_a_continued_checkpoint_no_longer_guarantees_is_named_in_one_line(
+    words, clear_checkpoint, labels_checkpoint, tmp_path, capsys, several
+):
+    line = [*words, "--train_file", write_csv(tmp_path / "train.csv", clear_rows(4))]
+    if several:  # a checkpoint without p-values
+        line += ["--model_name_or_path", labels_checkpoint, "--tuning", "full"]
+        line += ["--label_delimiter", ";"]
+        guarantee, lost = "recall", "prediction sets for 90 % recall"
+    else:
+        line += ["--model_name_or_path", clear_checkpoint]
+        guarantee, lost = "coverage", "prediction sets for 90 % coverage and p-values"
+    reason = "they were fitted to its earlier weights; to fit new ones, train with at least 19"
+    message = f"the checkpoint's {lost} are removed: {reason} validation texts"
+    unseen = [{**row, "text": f"Case {i}: {row['text']}"} for i, row in enumerate(clear_rows(5))]
+    for count in (0, 5, 40):
+        validation: list[object] = ["--validation_size", 0]
+        if count:
+            rows = unseen[:: len(unseen) // count][:count]
+            validation = ["--validation_file", write_csv(tmp_path / f"{count}.csv", rows)]
+        output = tmp_path / f"{count} rows"
+        capsys.readouterr()
+        run(*line, *validation, "--output_dir", output)
+        assert capsys.readouterr().err.count(message) == (count < 40)
+        task = "hierarchical-text-classification"
+        classify = pipeline(task, model=str(output), trust_remote_code=True)
+        assert (classify.novelty_tests is not None) == (count == 40)
+        if count == 40:
+            assert "prediction_set" in classify("a case of colitis", **{guarantee: 0.9})
+        else:
+            with pytest.raises(ValueError, match=f"{guarantee}.* needs"):
+                classify("a case of colitis", **{guarantee: 0.9})
 
 
 def test_a_checkpoint_of_another_problem_type_is_refused(words, first, tmp_path):
