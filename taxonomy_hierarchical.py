@@ -12,11 +12,11 @@ Worth knowing:
 import difflib
 import re
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
 DISEASES = ["neoplasms", "digestive system diseases", "nervous system diseases", "cardiovascular diseases"]
 DEFAULT_TAXONOMY = {"general pathological conditions": None, "specific disease": DISEASES}
@@ -158,18 +158,42 @@ class Taxonomy:
             path.append(self.parents[path[-1]])
         return path[::-1]
 
+    @cached_property
+    def _equal_nodes(self) -> dict[str | tuple[str, ...], set[int]]:
+        """The ids of the nodes with a name, label or path, by its form of `normalise`."""
+        nodes: dict[str | tuple[str, ...], set[int]] = defaultdict(set)
+        for label, node in self._ids.items():
+            nodes[normalise(label)].add(node)
+        for path, node in self.node_of_path.items():
+            normalised = tuple(map(normalise, path))
+            nodes[normalised].add(node)
+            nodes[normalised[-1]].add(node)
+        return dict(nodes)
+
+    def find_path(self, names: tuple[str, ...]) -> int | None:
+        """Return the node with this path, or the only one equal by `normalise`, or None."""
+        if names in self.node_of_path:
+            return self.node_of_path[names]
+        equal = [*self._equal_nodes.get(tuple(map(normalise, names)), ())]
+        return equal[0] if len(equal) == 1 else None
+
     def id(self, label: str) -> int:
-        """Return the id of the node with this label or path. TaxonomyError: no node has it, or several nodes share the name."""
+        """Return the id of the node with this label or path, or the only one equal by `normalise`.
+
+        TaxonomyError: no node has it, or several nodes share the name.
+        """
         key = to_nfc(label.strip())
         if key in self._ids:
             return self._ids[key]
-        if same := [self.labels[node] for node, name in enumerate(self.names) if name == key]:
-            paths = " and ".join(map(quote_name, same[:3]))
+        equal = sorted(self._equal_nodes.get(normalise(key), ()))
+        if len(equal) == 1:
+            return equal[0]
+        if equal:
+            paths = " and ".join(quote_name(self.labels[node]) for node in equal[:3])
             raise TaxonomyError(f"the label {quote_name(label)} is ambiguous: it names {paths}; write the path")
-        near = [name for name in self._ids if name.casefold() == key.casefold()]
-        near += difflib.get_close_matches(key, list(self._ids), n=1)
+        near = nearest_name(key, self._ids)
         few = ", ".join(map(quote_name, self.labels[:5]))
-        hint = f"did you mean {quote_name(near[0])}?" if near else f"it has {few}, …"
+        hint = f"it has {few}, …" if near is None else f"did you mean {quote_name(near)}?"
         raise TaxonomyError(f"the label {quote_name(label)} is not in the taxonomy; {hint}")
 
     def known_nodes(self, old: "Taxonomy", renamed: dict[str, str] | None = None) -> dict[int, int]:
@@ -218,6 +242,26 @@ class Taxonomy:
 def to_nfc(name: Any) -> Any:
     """Convert a string to Unicode normal form NFC. Return any other value unchanged."""
     return unicodedata.normalize("NFC", name) if isinstance(name, str) else name
+
+
+def normalise(text: str, form: Literal["NFC", "NFKC"] = "NFKC") -> str:
+    """Return a text in a Unicode normal form, without format characters, and with single spaces.
+
+    Names that differ in width, ligatures or superscripts are equal in NFKC. Case is kept.
+    """
+    if not text.isascii():
+        for character in set(text):
+            if unicodedata.category(character) == "Cf":  # zero-width characters, soft hyphens, …
+                text = text.replace(character, "")
+        text = unicodedata.normalize(form, text)
+    return " ".join(text.split())
+
+
+def nearest_name(name: str, names: Iterable[str]) -> str | None:
+    """Return the name that a user may have meant: equal but for case, else similar, if any is."""
+    names = list(names)
+    near = [other for other in names if other.casefold() == name.casefold()]
+    return next(iter(near or difflib.get_close_matches(name, names, n=1)), None)
 
 
 def _named(children: Sequence | dict) -> list[tuple[Any, Any]]:

@@ -41,6 +41,7 @@ FILES: dict[str, str] = {
     "empty.csv": "",
     "ragged.csv": "text,label\na,b\nc\n",
     "kept.jsonl": "kept\n",
+    "equal.yaml": "- a b\n- a\u00a0b\n",
     "project/README.md": "A project of the user.\n",
     "analysis/test_predictions.csv": "row,label\n",
 }  # fmt: skip
@@ -75,6 +76,7 @@ TRAIN = [
     ((*DATA, "--max_steps", "0"), "--max_steps must be at least 1; leave it out to train for --num_train_epochs"),
     (("folder.csv", *DATA), "cannot read folder.csv: Is a directory"),
     ((*DATA, "--taxonomy", "list_key.yaml"), "a name must be text, not a list"),
+    ((*DATA, "--taxonomy", "equal.yaml"), r"equal.yaml: 'a b' and 'a\xa0b' are equal"),
     ((*DATA, "--text_column", "label"), "cannot be both"),
     ((*DATA, "--label_delimiter", ";", "--label_column", "a", "b"), "--label_delimiter needs one --label_column"),
     ((*DATA, "--label_separator", ""), "the label separator must be a non-empty text"),

@@ -160,6 +160,26 @@ def test_a_warm_start_with_a_grown_taxonomy_keeps_the_adapter_and_the_known_head
         torch.testing.assert_close(adapters[1][name], tensor)
 
 
+def test_labels_in_several_forms_are_one_class_of_the_checkpoint(tiny_encoder, tmp_path):
+    """Train on labels that differ in white space, invisible characters and width, and in case."""
+    wide = "\uff48eart\u200b failure"
+    forms = ["heart  failure", "heart\u00a0failure", wide, "Heart failure", "flu"]
+    rows = [{"text": f"Case {i}.", "label": forms[i % 5]} for i in range(20)]
+    output = tmp_path / "results"
+    words = ["--train_file", write_csv(tmp_path / "train.csv", rows), "--validation_size", 0]
+    words += ["--max_steps", 1, "--model_name_or_path", tiny_encoder, "--output_dir", output]
+    log = run(*words).stderr
+    assert "with their rows: 'Heart failure' (4) and 'heart failure' (12); if they mean" in log
+    stored = json.loads((output / "config.json").read_text())
+    assert {*stored["id2label"].values()} == {"heart failure", "Heart failure", "flu"}
+    report = json.loads((output / "data_report.json").read_text())
+    assert report["look_alikes"] == [{"Heart failure": 4, "heart failure": 12}]
+    test_file = write_csv(tmp_path / "test.csv", [{"text": "A case.", "label": wide}])
+    words = ["--do_train", "false", "--do_predict", "--model_name_or_path", output]
+    run(*words, "--test_file", test_file, "--output_dir", tmp_path / "scores")
+    assert read_csv(tmp_path / "scores" / "test_predictions.csv")[0]["label"] == "heart failure"
+
+
 def test_without_validation_rows_nothing_is_calibrated_and_nothing_guaranteed(uncalibrated_run, tmp_path):
     output, log = uncalibrated_run
     assert (output / "checkpoint-5").is_dir()  # by --save_strategy best

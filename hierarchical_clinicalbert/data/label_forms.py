@@ -14,7 +14,7 @@ import pandas as pd
 
 from configuration_hierarchical import MULTI_LABEL, SINGLE_LABEL
 from hierarchical_clinicalbert.data.tables import refuse_rows
-from taxonomy_hierarchical import Taxonomy, to_nfc
+from taxonomy_hierarchical import Taxonomy, normalise, to_nfc
 
 ZERO_OR_ONE = {**dict.fromkeys(("0", "0.0", "false"), 0), **dict.fromkeys(("1", "1.0", "true"), 1)}
 NO_NAME = "the label is neither text nor a whole number"
@@ -136,7 +136,10 @@ def read_indicator(cell: Any) -> int | None:
 
 
 def label_text(value: Any) -> str | None:
-    """Return a label as text, "" if it is missing, or None if it is neither text nor a whole number."""
+    """Return a label as text, "" if it is missing or invisible.
+
+    None: it is neither text nor a whole number.
+    """
     # JSON writers store integers as floats if the column has missing values
     if isinstance(value, float) and value.is_integer():
         value = int(value)
@@ -144,7 +147,8 @@ def label_text(value: Any) -> str | None:
         return ""
     if not isinstance(value, str | int) or isinstance(value, bool):
         return None
-    return to_nfc(str(value).strip())
+    label = to_nfc(str(value).strip())
+    return label if normalise(label) else ""
 
 
 def label_problem(path: tuple[Any, ...]) -> str | None:

@@ -1,10 +1,15 @@
 """Choose the taxonomy, and map labels to its nodes.
 
+Names are one class if `normalise` makes them equal. Where both are known, the exact name decides.
+
 A string that does not look like a name may be a text about a patient. Error messages report only its length.
 """
 
 import json
 import logging
+import re
+from collections import Counter
+from itertools import chain
 
 import pandas as pd
 
@@ -22,6 +27,8 @@ from taxonomy_hierarchical import (
     SHOWN_WORDS,
     Taxonomy,
     TaxonomyError,
+    list_names,
+    normalise,
     quote_name,
     to_nfc,
 )
@@ -29,6 +36,7 @@ from taxonomy_hierarchical import (
 logger = logging.getLogger(__name__)
 
 CODES_AND_NAMES = ("code", "label"), ("name",)  # columns of --class_names
+FROM_LABELS = "from the labels"  # the origin of a taxonomy that is built from them
 
 
 def resolve_labels(
@@ -49,10 +57,14 @@ def resolve_labels(
     if arguments.label_delimiter is not None and arguments.label_delimiter.strip() == separator.strip():
         raise InputError(f"--label_delimiter must differ from --label_separator, which is {separator!r}")
     codes = read_class_names(arguments.class_names)
-    names: dict[Label, Label] = {
-        label: codes.get(label, label) if isinstance(label, str) else tuple(codes.get(name, name) for name in label)
-        for label in places
-    }
+    codes = {normalise(code): name for code, name in codes.items()} | codes
+
+    def name_of(code: str) -> str:
+        return codes.get(code, codes.get(normalise(code), code))
+
+    names: dict[Label, Label] = {}
+    for label in places:
+        names[label] = name_of(label) if isinstance(label, str) else tuple(map(name_of, label))
 
     def find_nodes(taxonomy: Taxonomy) -> dict[Label, int]:
         nodes = {}
@@ -73,11 +85,13 @@ def resolve_labels(
             taxonomy, origin = Taxonomy(DEFAULT_TAXONOMY, separator), "the default, of the Medical Abstracts corpus"
             find_nodes(taxonomy)
         except InputError:
+            known = {*codes, *map(normalise, codes.values())}
             for label, place in places.items():
-                if codes and not {*codes, *codes.values()}.issuperset([label] if isinstance(label, str) else label):
+                parts = [label] if isinstance(label, str) else label
+                if codes and not known.issuperset(map(normalise, parts)):
                     problem = "is neither a code nor a name of --class_names"
                     raise InputError(f"{place}: the label {quote_name(label)} {problem}") from None
-            taxonomy, origin = build_from_labels(names, source, where, separator), "from the labels"
+            taxonomy, origin = build_from_labels(names, source, where, separator), FROM_LABELS
     counts = len(taxonomy.children(-1)), taxonomy.num_leaves, taxonomy.depth
     logger.info("taxonomy: %s: %d roots, %d leaves, %d levels", origin, *counts)
 
@@ -90,13 +104,15 @@ def resolve_labels(
 
 def find_node(taxonomy: Taxonomy, label: Label) -> int:
     """Return the node id of a label, or raise TaxonomyError if there is none or several nodes have it."""
-    if isinstance(label, tuple):
-        if label not in taxonomy.node_of_path:
-            raise TaxonomyError(f"the label columns must name the path from the root, and {quote_name(label)} is none")
-        return taxonomy.node_of_path[label]
     path = split_path(label, taxonomy.separator)
-    is_path = taxonomy.separator in label and path in taxonomy.node_of_path
-    return taxonomy.node_of_path[path] if is_path else taxonomy.id(label)
+    is_path = isinstance(label, tuple) or taxonomy.separator in label or len(path) > 1
+    node = taxonomy.find_path(path) if is_path else None
+    if node is not None:
+        return node
+    if isinstance(label, tuple):
+        problem = "the label columns must name the path from the root"
+        raise TaxonomyError(f"{problem}, and {quote_name(label)} is none")
+    return taxonomy.id(label)
 
 
 def split_path(label: Label, separator: str) -> tuple[str, ...]:
@@ -105,12 +121,23 @@ def split_path(label: Label, separator: str) -> tuple[str, ...]:
         return label
     # white space around a label was removed, also at the beginning or the end of a separator " > "
     label = label.removeprefix(separator.lstrip()) + separator[len(separator.rstrip()) :]
-    return tuple(part.strip() for part in label.split(separator))
+    any_space = r"\s+".join(map(re.escape, separator.split(" ")))  # such as a no-break space
+    return tuple(part.strip() for part in re.split(any_space, label))
 
 
 def build_from_labels(names: dict[Label, Label], source: SourceRows, where: str, separator: str) -> Taxonomy:
-    """Build the taxonomy from the paths in the labels, in sorted order."""
-    paths = sorted({split_path(name, separator) for name in names.values()})
+    """Build the taxonomy from the paths in the labels, in sorted order.
+
+    A name has its first form, in NFC, without format characters and with single spaces.
+    """
+    written = [split_path(name, separator) for name in names.values()]
+    forms = dict.fromkeys(chain.from_iterable(written))
+    shown = {normalise(form): normalise(form, "NFC") for form in reversed(forms)}
+    paths = sorted({tuple(shown[normalise(name)] for name in path) for path in written})
+    repeated = [shown[key] for key, count in Counter(map(normalise, forms)).items() if count > 1]
+    if repeated:
+        what = "labels in several forms that are equal in Unicode (NFKC), one class each"
+        logger.info("%s: %s", what, list_names(repeated))
     is_text = [any(len(x) > SHOWN_CHARACTERS or len(x.split()) > SHOWN_WORDS for x in path) for path in paths]
     if 2 * sum(is_text) > len(paths) > len(source.rows) / 2:  # nothing to learn, and the model would publish the texts
         problem = f"{sum(is_text)} of {len(paths)} labels are texts, not names of classes"

@@ -1,7 +1,7 @@
 """Count duplicates, conflicting labels, classes and lengths, for data_report.json and the log."""
 
 import logging
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from itertools import chain
 
@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from hierarchical_clinicalbert.data.label_forms import RowForm
-from taxonomy_hierarchical import Taxonomy, list_names
+from taxonomy_hierarchical import LISTED_NAMES, Taxonomy, list_names, normalise, quote_name
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +36,20 @@ def describe_split(rows: pd.DataFrame, taxonomy: Taxonomy, form: RowForm, droppe
     for node in sorted(counts):
         classes[str(taxonomy.levels[node])][taxonomy.labels[node]] = counts[node]
     return {"rows": len(rows), "dropped_rows": dropped, **form.describe(rows, taxonomy), "classes": classes}
+
+
+def find_look_alikes(rows: pd.DataFrame, taxonomy: Taxonomy) -> list[dict[str, int]]:
+    """Return each group of siblings whose names differ in case alone, see `normalise`.
+
+    Returns:
+        For each group, the number of rows at or below each of its nodes, by label.
+    """
+    groups: dict[tuple[int, str], list[int]] = defaultdict(list)
+    for node, name in enumerate(taxonomy.names):
+        groups[taxonomy.parents[node], normalise(name).casefold()].append(node)
+    counts = Counter(chain.from_iterable(map(taxonomy.with_ancestors, rows["nodes"])))
+    alike = [nodes for nodes in groups.values() if len(nodes) > 1]
+    return [{taxonomy.labels[node]: counts[node] for node in nodes} for nodes in alike]
 
 
 def length_report(lengths: Sequence[int], max_length: int) -> dict:
@@ -67,8 +81,22 @@ def log_splits(report: dict) -> None:
         logger.warning("the checkpoint's training texts are unknown: no rows are split off, and scores are unverified")
     if texts := report["unlabelled_texts"]:
         logger.info("unlabelled texts, none of them in a split: %s", f"{texts:,}")
+    if groups := report["look_alikes"]:
+        shown = describe_look_alikes(groups)
+        logger.warning("separate classes that differ in case alone, with their rows: %s", shown)
     if untrained := report["classes_without_training_rows"]:
         logger.warning("%d classes without training rows: %s", len(untrained), list_names(untrained))
+
+
+def describe_look_alikes(groups: list[dict[str, int]]) -> str:
+    """List the first groups of `find_look_alikes`, and say what to do."""
+    shown = [
+        " and ".join(f"{quote_name(label)} ({count:,})" for label, count in group.items())
+        for group in groups[:LISTED_NAMES]
+    ]
+    if len(groups) > LISTED_NAMES:
+        shown.append(f"{len(groups) - LISTED_NAMES:,} more in data_report.json")
+    return f"{'; '.join(shown)}; if they mean the same, write their labels alike"
 
 
 def list_rows(rows: dict[str, int]) -> str:

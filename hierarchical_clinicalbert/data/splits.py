@@ -21,8 +21,15 @@ import pandas as pd
 from decisions_hierarchical import build_decisions
 from hierarchical_clinicalbert.data.arguments import DataArguments
 from hierarchical_clinicalbert.data.label_forms import RowForm
-from hierarchical_clinicalbert.data.labels import resolve_labels
-from hierarchical_clinicalbert.data.report import SPLITS, count_by_split, describe_split, log_splits, rows_by_split
+from hierarchical_clinicalbert.data.labels import FROM_LABELS, resolve_labels
+from hierarchical_clinicalbert.data.report import (
+    SPLITS,
+    count_by_split,
+    describe_split,
+    find_look_alikes,
+    log_splits,
+    rows_by_split,
+)
 from hierarchical_clinicalbert.data.sources import SourceRows
 from hierarchical_clinicalbert.data.trained_texts import NO_TRAINED_TEXTS, TrainedTexts, text_hash
 from hierarchical_clinicalbert.errors import InputError
@@ -96,6 +103,7 @@ def split_rows(
         "sources": source.sources,
         "columns": {"text": next(iter(source.columns), None), "label": source.columns[1:]},
         "taxonomy": origin,
+        "look_alikes": find_look_alikes(labelled, taxonomy) if origin == FROM_LABELS else [],
         # a resumed run checks that its labels and training rows are the same
         "split": {
             "method": "by class, identical texts kept together" if shares else "as given",

@@ -12,24 +12,35 @@ from hierarchical_clinicalbert.errors import InputError
 from hierarchical_clinicalbert.files import read_text, read_yaml, unique_names
 from hierarchical_clinicalbert.reading.columns import find_column, listed
 from hierarchical_clinicalbert.reading.sources import Source
-from taxonomy_hierarchical import MAX_DEPTH, Taxonomy, TaxonomyError, quote_name, to_nfc
+from taxonomy_hierarchical import (
+    MAX_DEPTH,
+    Taxonomy,
+    TaxonomyError,
+    normalise,
+    quote_name,
+    to_nfc,
+)
 
 
 def read_taxonomy(path: str | Path, separator: str = "/") -> Taxonomy:
     """Read nested ``.yaml``, ``.yml`` or ``.json``, or a table ``.csv`` or ``.tsv``, see `build_from_table`.
 
     Raises:
-        InputError: the file cannot be read, or is not a taxonomy.
+        InputError: the file cannot be read, or is not a taxonomy, or see `refuse_equal_nodes`.
     """
     suffix = Path(path).suffix.lower()
     try:
         if suffix in (".csv", ".tsv"):
-            return build_from_table(read_table(Source(str(path), suffix.removeprefix("."))), separator)
-        if suffix == ".json":
-            return Taxonomy(json.loads(read_text(path), object_pairs_hook=unique_names), separator)
-        if suffix in (".yaml", ".yml"):
-            return Taxonomy(read_yaml(path), separator)
-        raise TaxonomyError(f"expected .yaml, .yml, .json, .csv or .tsv, not {suffix!r}")
+            table = read_table(Source(str(path), suffix.removeprefix(".")))
+            tree = build_from_table(table, separator)
+        elif suffix == ".json":
+            tree = Taxonomy(json.loads(read_text(path), object_pairs_hook=unique_names), separator)
+        elif suffix in (".yaml", ".yml"):
+            tree = Taxonomy(read_yaml(path), separator)
+        else:
+            raise TaxonomyError(f"expected .yaml, .yml, .json, .csv or .tsv, not {suffix!r}")
+        refuse_equal_nodes(tree)
+        return tree
     except RecursionError as error:
         raise InputError(f"{path} is nested too deeply; at most {MAX_DEPTH} levels are supported") from error
     except InputError:
@@ -38,13 +49,24 @@ def read_taxonomy(path: str | Path, separator: str = "/") -> Taxonomy:
         raise InputError(f"{path}: {error}") from error
 
 
+def refuse_equal_nodes(tree: Taxonomy) -> None:
+    """Raise TaxonomyError if two paths are equal by `normalise`."""
+    first: dict[tuple[str, ...], tuple[str, ...]] = {}
+    for path in sorted(tree.node_of_path, key=len):  # ancestors first, which are what differs
+        other = first.setdefault(tuple(map(normalise, path)), path)
+        if other != path:
+            both = " and ".join(quote_name(names[-1]) for names in (other, path))
+            raise TaxonomyError(f"{both} are equal in Unicode (NFKC): keep one, or rename one")
+
+
 def build_from_table(table: pd.DataFrame, separator: str) -> Taxonomy:
     """Build a taxonomy from the columns ``parent``, ``child`` or ``name``, and possibly ``description``.
 
     A child without a parent is a root. So is a parent that is no node's child.
 
     Raises:
-        TaxonomyError, InputError: a column is missing, a name is empty, a child has two parents, or there is a cycle.
+        TaxonomyError, InputError: a column is missing, a name is empty, a child has two parents, or
+            there is a cycle.
     """
     candidates = (("child", "name"), ("parent",), ("description",))
     child_column, parent_column, text_column = (find_column([*table], None, names) for names in candidates)
@@ -52,6 +74,8 @@ def build_from_table(table: pd.DataFrame, separator: str) -> Taxonomy:
         raise TaxonomyError(f"expected columns 'parent' and 'child' (or 'name'), found {listed(table)}")
     names, parents = ([to_nfc(name.strip()) for name in table[column]] for column in (child_column, parent_column))
     refuse_rows(table, [child_column], (None if name else "the name is empty" for name in names))
+    own = {normalise(name): name for name in reversed(names)} | {name: name for name in names}
+    parents = [own.get(name, own.get(normalise(name), name)) for name in parents]
 
     # ── The parent of each child ─────────────────────────────────────────────────────────────────────────────────────
     parent_of: dict[str, str] = {}  # "" for no parent

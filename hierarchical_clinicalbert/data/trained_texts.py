@@ -15,6 +15,7 @@ from pathlib import Path
 
 from hierarchical_clinicalbert.errors import as_input_error
 from hierarchical_clinicalbert.files import write_json
+from taxonomy_hierarchical import normalise
 
 TRAINED_TEXTS = "trained_texts.json"
 
@@ -46,15 +47,9 @@ NO_TRAINED_TEXTS = TrainedTexts()
 
 
 def text_hash(text: str) -> str:
-    """Return a hash of a text in NFKC, without format characters, case-folded, with white space collapsed."""
-    if not text.isascii():
-        for character in set(text):
-            if unicodedata.category(character) == "Cf":  # byte order marks, zero-width characters, soft hyphens
-                text = text.replace(character, "")
-        text = unicodedata.normalize("NFKC", text)
-    normalised = " ".join(
-        unicodedata.normalize("NFKC", text.casefold()).split()
-    )  # case-folding decomposes some letters
+    """Return a hash of a text as `normalise` gives it, case-folded."""
+    folded = normalise(text).casefold()
+    normalised = unicodedata.normalize("NFKC", folded)  # case-folding decomposes some letters
     return hashlib.blake2b(normalised.encode(), digest_size=16).hexdigest()
 
 

@@ -9,6 +9,7 @@ import pytest
 from conftest import ROOT
 from labelled_files import MANY, SECRET, csv_file, json_lines, label_sets, labels_of, load, nodes_of, paths_of, write
 
+from configuration_hierarchical import HierarchicalConfig
 from hierarchical_clinicalbert.errors import InputError
 from hierarchical_clinicalbert.training.arguments import parse
 from taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy
@@ -158,6 +159,93 @@ def test_names_that_are_not_unique_need_their_path(tmp_path):
 def test_a_name_is_one_class_however_its_letters_are_composed(tmp_path):
     rows = [("one", "caf\u00e9"), ("two", "cafe\u0301"), ("three", "tea")]
     assert nodes_of(load(train_file=csv_file(tmp_path / "a.csv", rows), validation_size=0)) == [0, 0, 1]
+
+
+# the same name with other spaces, an invisible character, a wide letter, and a ligature
+PLAIN = "flu of fish"
+SPACED = "flu\u00a0of fish"
+EQUAL = [SPACED, "flu \u2009 of fish", "flu of\u200b fish", "flu of \uff46ish", "flu of \ufb01sh"]
+
+
+@pytest.mark.parametrize("prefix", ["", "fever/"])
+def test_forms_of_a_name_that_are_equal_in_unicode_are_one_class(tmp_path, caplog, prefix):
+    rows = [(f"text {i}", prefix + form) for i, form in enumerate([*EQUAL, PLAIN, "cold"])]
+    with caplog.at_level(logging.INFO):
+        data = load(train_file=csv_file(tmp_path / "a.csv", rows), validation_size=0)
+    assert labels_of(data) == [PLAIN] * 6 + ["cold"]
+    assert f"equal in Unicode (NFKC), one class each: {PLAIN!r}" in caplog.text
+    forms = ["10\u2075 cells", "105 cells", "\u00b5g", "\u03bcg"]
+    rows = [(f"text {i}", form) for i, form in enumerate(forms)]
+    shown = labels_of(load(train_file=csv_file(tmp_path / "b.csv", rows), validation_size=0))
+    assert shown == ["10\u2075 cells", "10\u2075 cells", "\u00b5g", "\u00b5g"]  # the first form
+
+
+def test_a_label_is_the_node_of_a_given_taxonomy_whose_name_is_equal_in_unicode(tmp_path):
+    known = Taxonomy({"sea": [SPACED], "land": ["cold"]})
+    forms = [*EQUAL, PLAIN]
+    expected = [SPACED] * len(forms)
+    tree = write(tmp_path / "tree.json", json.dumps(known.to_nested()))
+    for given in ({"known": known}, {"taxonomy": tree}):
+        for label in ("{}", "sea/{}", "sea / {}", "\uff53ea/{}"):
+            rows = [(f"text {i}", label.format(form)) for i, form in enumerate(forms)]
+            file = csv_file(tmp_path / "a.csv", rows)
+            assert labels_of(load(**given, train_file=file, validation_size=0)) == expected
+    columns = [(f"text {i}", "sea\u200b", form) for i, form in enumerate(forms)]
+    file = csv_file(tmp_path / "b.csv", columns, ("text", "l1", "l2"))
+    data = load(known=known, train_file=file, label_column=["l1", "l2"], validation_size=0)
+    assert labels_of(data) == expected
+    file = json_lines(tmp_path / "c.jsonl", [forms, ["cold"]])
+    sets = load(known=known, train_file=file, validation_size=0)
+    assert label_sets(sets) == {"text 0": {SPACED}, "text 1": {"cold"}}
+    file = csv_file(tmp_path / "d.csv", [("one", "\uff23 1"), ("two", "C\u00a01")])
+    names = json.dumps({"C 1": PLAIN})
+    data = load(known=known, train_file=file, class_names=names, validation_size=0)
+    assert labels_of(data) == expected[:2]
+
+
+def test_a_checkpoint_whose_names_are_equal_in_unicode_keeps_them_apart(tmp_path):
+    names = [PLAIN, SPACED, "cold"]
+    HierarchicalConfig(taxonomy=names).save_pretrained(tmp_path)
+    known = HierarchicalConfig.from_pretrained(tmp_path).tree
+    rows = [(f"text {i}", name) for i, name in enumerate(known.labels)]
+    file = csv_file(tmp_path / "a.csv", rows)
+    assert labels_of(load(known=known, train_file=file, validation_size=0)) == names
+    file = csv_file(tmp_path / "b.csv", [("one", EQUAL[2])])
+    with pytest.raises(InputError, match=rf"ambiguous: it names '{PLAIN}' and 'flu\\xa0of fish'"):
+        load(known=known, train_file=file, validation_size=0)
+    known = Taxonomy({"sea": [PLAIN], "land": [PLAIN], "air": [SPACED]})
+    file = csv_file(tmp_path / "c.csv", [("one", PLAIN)])
+    with pytest.raises(InputError, match=f"it names 'sea/{PLAIN}' and 'land/{PLAIN}' and 'flu"):
+        load(known=known, train_file=file, validation_size=0)
+
+
+def test_a_separator_may_have_other_white_space_in_labels(tmp_path):
+    rows = [("one", "a\u00a0>\u00a0b"), ("two", "a  > c"), ("three", "a > b")]
+    file = csv_file(tmp_path / "a.csv", rows)
+    data = load(train_file=file, label_separator=" > ", validation_size=0)
+    assert paths_of(data) == [("a", "b"), ("a", "c"), ("a", "b")]
+
+
+def test_an_invisible_label_is_missing(tmp_path):
+    rows = csv_file(tmp_path / "a.csv", [("one", "a"), ("two", "b"), ("three", "\u200b\ufeff")])
+    with pytest.raises(InputError, match="line 4, column 'label': the label is missing"):
+        load(train_file=rows, validation_size=0)
+
+
+def test_classes_that_differ_in_case_alone_are_named_with_their_rows(tmp_path, caplog):
+    labels = ["Lung/Cyst", "lung", "LUNG", "lung", "heart", "neoplasms/Neoplasms"]
+    labels += ["Stra\u00dfe", "STRASSE"]
+    file = csv_file(tmp_path / "a.csv", [(f"text {i}", label) for i, label in enumerate(labels)])
+    data = load(train_file=file, validation_size=0)
+    assert len(set(nodes_of(data))) == 7
+    found = [dict(group) for group in data.report["look_alikes"]]
+    assert found == [{"LUNG": 1, "lung": 2, "Lung": 1}, {"STRASSE": 1, "Stra\u00dfe": 1}]
+    (line,) = [line for line in caplog.messages if "in case alone" in line]
+    assert "with their rows: 'LUNG' (1) and 'lung' (2) and 'Lung' (1); 'STRASSE' (1) and" in line
+    assert line.endswith("; if they mean the same, write their labels alike")
+    caplog.clear()  # a given taxonomy means what it says
+    assert load(train_file=file, known=data.taxonomy, validation_size=0).report["look_alikes"] == []
+    assert "in case alone" not in caplog.text
 
 
 # ── The taxonomy ─────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -43,6 +43,13 @@ def test_names_stay_as_they_are_written(tmp_path):
     assert read_taxonomy(tmp_path / "tree.csv") == Taxonomy({"caf\u00e9": ["hot", "cold"]})
 
 
+def test_a_parent_is_the_node_whose_name_is_equal_in_unicode(tmp_path):
+    rows = ",lung\u00a0cancer\n,flu\nlung cancer,small cell\nｌｕｎｇ\u200b cancer,other\n"
+    (tmp_path / "tree.csv").write_text(f"parent,child\n{rows}")
+    tree = read_taxonomy(tmp_path / "tree.csv")  # with the name as it is in its own row
+    assert tree == Taxonomy({"lung\u00a0cancer": ["small cell", "other"], "flu": None})
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
@@ -54,6 +61,12 @@ def test_names_stay_as_they_are_written(tmp_path):
         ("t.csv", "parent,child\na,b\nb,c\nc,a\n,d\n", "t.csv: .* cycle: '[abc]' > '[abc]' > '[abc]' > '[abc]'"),
         ("t.csv", "parent,child\na,c\nb,c\n", "t.csv: 'c' has two parents: 'a' and 'b'"),
         ("t.csv", "parent,child\na,b\n,b\n", "t.csv: 'b' has two parents: 'a' and no parent"),
+        (
+            "t.csv",
+            "parent,child\n,a\u00a0b\n,a  b\n",
+            r"t.csv: 'a\\xa0b' and 'a  b' are equal in Unicode \(NFKC\): keep",
+        ),
+        ("t.yaml", "a: [b, c]\n\uff41: [b]\n", r"t.yaml: 'a' and '\uff41' are equal in Unicode"),
         ("t.csv", "parent,child\na,b\na, \n", "t.csv, line 3, column 'child': the name is empty"),
         ("t.csv", "parent,child\na,b\n", "t.csv: .* at least two leaves"),
         ("t.csv", 'parent,child,description\n,a,"of a\n,b,of b\n', "t.csv, line 2: a quotation mark is not closed"),
