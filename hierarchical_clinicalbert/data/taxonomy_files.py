@@ -16,6 +16,7 @@ from taxonomy_hierarchical import (
     MAX_DEPTH,
     Taxonomy,
     TaxonomyError,
+    nearest_name,
     normalise,
     quote_name,
     to_nfc,
@@ -62,11 +63,11 @@ def refuse_equal_nodes(tree: Taxonomy) -> None:
 def build_from_table(table: pd.DataFrame, separator: str) -> Taxonomy:
     """Build a taxonomy from the columns ``parent``, ``child`` or ``name``, and possibly ``description``.
 
-    A child without a parent is a root. So is a parent that is no node's child.
+    A child without a parent is a root. In a table without any, parents without a row are roots.
 
     Raises:
-        TaxonomyError, InputError: a column is missing, a name is empty, a child has two parents, or
-            there is a cycle.
+        TaxonomyError, InputError: a column is missing, a name is empty, a child has two parents, a
+            parent has no row although a root has one, or there is a cycle.
     """
     candidates = (("child", "name"), ("parent",), ("description",))
     child_column, parent_column, text_column = (find_column([*table], None, names) for names in candidates)
@@ -83,6 +84,14 @@ def build_from_table(table: pd.DataFrame, separator: str) -> Taxonomy:
         if parent_of.setdefault(child, parent) != parent:
             first, second = (quote_name(name) if name else "no parent" for name in (parent_of[child], parent))
             raise TaxonomyError(f"{quote_name(child)} has two parents: {first} and {second}")
+    unknown = [parent for parent in parents if parent and parent not in parent_of]
+    if unknown and "" in parents:
+        first = unknown[0]
+        near = nearest_name(first, (child for child in names if parent_of[child] != first))
+        advice = f"did you mean {quote_name(near)}?" if near else "add one, as roots have theirs"
+        problem = f"the parent {quote_name(first)} has no row of its own; {advice}"
+        problems = (problem if parent == first else None for parent in parents)
+        refuse_rows(table, [parent_column], problems)
     try:
         TopologicalSorter({child: [parent] for child, parent in parent_of.items()}).prepare()
     except CycleError as error:

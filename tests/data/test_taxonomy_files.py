@@ -12,7 +12,8 @@ from taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy
 
 def test_every_file_gives_the_same_taxonomy(tmp_path):
     leaf, *diseases = ("general pathological conditions", *DEFAULT_TAXONOMY["specific disease"])
-    rows = [("", leaf), *(("specific disease", disease) for disease in diseases)]
+    roots = [("", leaf), ("", "specific disease")]
+    rows = [*roots, *(("specific disease", disease) for disease in diseases)]
     files = {
         "tree.yaml": f"{leaf}:\nspecific disease:\n" + "".join(f"  - {disease}\n" for disease in diseases),
         "tree.json": json.dumps({leaf: {}, "specific disease": dict.fromkeys(diseases)}),
@@ -43,6 +44,11 @@ def test_names_stay_as_they_are_written(tmp_path):
     assert read_taxonomy(tmp_path / "tree.csv") == Taxonomy({"caf\u00e9": ["hot", "cold"]})
 
 
+def test_in_a_table_without_rows_of_roots_parents_that_are_no_child_are_the_roots(tmp_path):
+    (tmp_path / "tree.csv").write_text("parent,child\na,b\nb,c\nb,d\ne,f\n")
+    assert read_taxonomy(tmp_path / "tree.csv") == Taxonomy({"a": {"b": ["c", "d"]}, "e": ["f"]})
+
+
 def test_a_parent_is_the_node_whose_name_is_equal_in_unicode(tmp_path):
     rows = ",lung\u00a0cancer\n,flu\nlung cancer,small cell\nｌｕｎｇ\u200b cancer,other\n"
     (tmp_path / "tree.csv").write_text(f"parent,child\n{rows}")
@@ -61,6 +67,16 @@ def test_a_parent_is_the_node_whose_name_is_equal_in_unicode(tmp_path):
         ("t.csv", "parent,child\na,b\nb,c\nc,a\n,d\n", "t.csv: .* cycle: '[abc]' > '[abc]' > '[abc]' > '[abc]'"),
         ("t.csv", "parent,child\na,c\nb,c\n", "t.csv: 'c' has two parents: 'a' and 'b'"),
         ("t.csv", "parent,child\na,b\n,b\n", "t.csv: 'b' has two parents: 'a' and no parent"),
+        (
+            "t.csv",
+            "parent,child\n,lung\n,liver\nlugn,benign\nliver,cyst\nlugn,malign\n",
+            "line 4, column 'parent': the parent 'lugn' has no row .*; did you mean 'lung'",
+        ),
+        (
+            "t.csv",
+            "parent,child\n,lung\n,liver\nskin,skins\n",  # its own child is not what it means
+            "the parent 'skin' has no row of its own; add one, as roots have theirs$",
+        ),
         (
             "t.csv",
             "parent,child\n,a\u00a0b\n,a  b\n",
