@@ -16,13 +16,11 @@ from pathlib import Path
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 import datasets
-import numpy as np
 import transformers
-from datasets import Dataset, DatasetDict, concatenate_datasets
+from datasets import DatasetDict, concatenate_datasets
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from configuration_hierarchical import HierarchicalConfig
 from hierarchical_clinicalbert.checkpoint_files import METRICS, is_checkpoint, read_config
 from hierarchical_clinicalbert.data.labels import read_class_names
 from hierarchical_clinicalbert.data.report import log_report
@@ -31,7 +29,6 @@ from hierarchical_clinicalbert.data.splits import LabelledSplits, split_rows
 from hierarchical_clinicalbert.errors import InputError, run_command
 from hierarchical_clinicalbert.evaluation import plots
 from hierarchical_clinicalbert.evaluation.forms import Form, form_of
-from hierarchical_clinicalbert.evaluation.label_issues import list_label_issues
 from hierarchical_clinicalbert.evaluation.report import (
     calibrate_splits,
     log_metrics,
@@ -61,7 +58,6 @@ from hierarchical_clinicalbert.training.score import (
     learn_known_texts,
     score_splits,
     scoring_trainer,
-    token_counts,
 )
 from hierarchical_clinicalbert.training.teacher import teach
 from hierarchical_clinicalbert.training.tokens import build_collator, tokenize_splits
@@ -189,8 +185,6 @@ def train(arguments: Arguments, data: LabelledSplits, resume_from: str | None, p
         heads_init = initialise_heads(trainer, splits["train"], arguments.model, known)
     data_report = data.report | {"lengths": lengths, "heads_init": heads_init, "untrained_classes": untrained}
     if args.should_save:
-        if arguments.data.label_issues:
-            data_report["label_issues"] = write_label_issues(form, splits["train"], model.config, output)
         write_json(output / "data_report.json", data_report)
     settings = run_settings(arguments, model, tokenizer.model_max_length, heads_init)
     trainer.write_card = functools.partial(write_card, trainer, settings, data_report)
@@ -281,19 +275,6 @@ def build_trainer(
         loss_function=loss_function,
         consistency=loss.consistency,
     )
-
-
-def write_label_issues(form: Form, rows: Dataset, config: HierarchicalConfig, folder: Path) -> int:
-    """Write ``label_issues.csv`` for tokenized training rows; return the number of rows in it."""
-    rows = rows.select(np.flatnonzero(np.array(rows["text_id"]) >= 0))  # without those that a teacher labelled
-    counts = token_counts(rows, config.text_config.vocab_size)
-    labels = form.decisions.targets(rows["labels"][:]).numpy()
-    columns = (np.array(rows[column]) for column in ("text_id", "row"))
-    issues, file = list_label_issues(form, counts, labels, *columns), folder / resume.LABEL_ISSUES
-    issues.to_csv(file, index=False, float_format="%.6f")
-    known = "in a test, 65 to 79 % of such rows were labelled correctly (docs/results.md)"
-    logger.info("%d of %d training rows have a label that may be wrong; %s: %s", len(issues), len(rows), known, file)
-    return len(issues)
 
 
 def replace_scores(uncalibrated: dict[str, float], calibrated: dict[str, float]) -> dict[str, float]:

@@ -106,7 +106,6 @@ TRAIN = [
     ((*NOWHERE, "--output_dir", "analysis", "--do_train", "false"), f"analysis/test_predictions.csv, {NOT_OURS}"),
     ((*DATA, "--resume_from_checkpoint", "nowhere"), "cannot resume from nowhere: there is no such folder"),
     ((*DATA, "--do_train", "false"), "--do_train false needs a trained checkpoint"),
-    ((*DATA, "--do_train", "false", "--label_issues"), "--label_issues lists labelled training rows"),
 ]  # fmt: skip
 
 

@@ -1,7 +1,11 @@
-"""Check the scripts that classify texts and halve an encoder."""
+"""Check the scripts that classify texts, list labels that may be wrong, and halve an encoder."""
 
+import csv
+import io
+
+import pytest
 import torch
-from conftest import run, untrained_model
+from conftest import clear_rows, run, untrained_model, write_csv
 from transformers import AutoConfig, AutoModel, AutoTokenizer, BertModel, pipeline
 
 
@@ -13,6 +17,33 @@ def test_the_script_prints_a_path_for_each_predicted_label(labels_checkpoint, tm
     assert len(paths) == 2
     expected = ["→ " + " → ".join(f"{node['label']} ({node['score']:.0%})" for node in path) for path in paths]
     assert printed == ["", "  Colitis with epilepsy", *expected, ""]
+
+
+def test_exchanged_labels_are_listed_first_with_the_true_one(tmp_path):
+    pytest.importorskip("cleanlab")
+    rows = clear_rows(1, wrong=False)
+    true = [row["label"] for row in rows]
+    wrong = [7, 40, 75]
+    for number in wrong:
+        rows[number]["label"] = true[number - 20]
+    file = write_csv(tmp_path / "train.csv", [*rows, rows[7] | {"label": true[7]}])  # a text with both labels
+    printed = run(file, command="examples/label_issues.py").stdout
+    listed = [*csv.DictReader(io.StringIO(printed))]
+    assert list(listed[0]) == ["row", "label", "likely_label", "score"]
+    assert sorted(int(row["row"]) for row in listed[:3]) == wrong
+    assert all(row["label"] == rows[int(row["row"])]["label"] for row in listed)
+    assert [row["likely_label"] for row in listed[:3]] == [true[int(row["row"])] for row in listed[:3]]
+    scores = [float(row["score"]) for row in listed]
+    assert scores == sorted(scores)
+    assert "We treated" not in printed
+
+
+def test_too_few_texts_of_a_label_are_reported_in_one_line(tmp_path):
+    pytest.importorskip("cleanlab")
+    file = write_csv(tmp_path / "train.csv", clear_rows(1)[:1] * 9)
+    done = run(file, command="examples/label_issues.py", check=False)
+    message = "two labels need at least 5 different texts each: give more rows"
+    assert (done.returncode, done.stderr) == (2, f"label_issues.py: error: {message}\n")
 
 
 def test_half_of_an_encoder_has_every_second_layer_and_the_last(tiny_encoder, tmp_path):

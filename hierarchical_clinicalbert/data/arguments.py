@@ -53,4 +53,3 @@ class DataArguments:
     test_size: float | None = flag(
         None, f"Share of the texts to use as test rows, if one source is split. Default: {SHARE}."
     )
-    label_issues: bool = flag(False, "List the training rows whose labels may be wrong.")

@@ -25,7 +25,7 @@ number for the same text, and ``thresholds`` those of `Calibration`.
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from decimal import ROUND_FLOOR, Context
 from typing import Any
 
@@ -232,14 +232,6 @@ class OnePathForm(FormBase):
         label = torch.from_numpy(one_hot(labels, self.tree.num_nodes)).float()
         return (self.decisions.sum_to_root(label) <= label).numpy()
 
-    def decisions_of(self, scores: np.ndarray, labels: np.ndarray) -> Iterator[tuple[int, Any, Any, Any, np.ndarray]]:
-        """Yield each decision's parent, its choices, the rows whose path takes it, the choice that each has, and its logits."""
-        targets = self.decisions.outcome_targets(torch.from_numpy(labels)).numpy()
-        for nodes in self.tree.decisions:
-            rows = np.flatnonzero(targets[:, nodes].any(axis=1))
-            pairs = np.ix_(rows, nodes)
-            yield self.tree.parents[nodes[0]], np.array(nodes), rows, targets[pairs].argmax(axis=1), scores[pairs]
-
     def scored_pairs(self, p: Predictions) -> tuple[np.ndarray, np.ndarray]:
         """Return the probability of each row's predicted leaf, and whether it is correct, (num_rows,) each.
 
@@ -293,39 +285,6 @@ class OnePathForm(FormBase):
         of_texts = by_row.groupby(texts).mean()
         return PredictedSets(self.decisions, of_labels, of_texts, self.confidence(logits, texts), "min")
 
-    # ── Labels that may be wrong: see `evaluation.label_issues` ──────────────────────────────────────────────────────────
-
-    def rank_issues(
-        self, found: pd.DataFrame, scores: np.ndarray, labels: np.ndarray, texts: np.ndarray
-    ) -> pd.DataFrame:
-        """Return one line per row of `evaluation.label_issues.find_issues`, by ``probability_of_label``.
-
-        Columns:
-            index: of the row.
-            decision: the decision in which the row's label is least probable.
-            better: the suggested label, in a list. It is the decision's best other choice. If the row's label is a leaf, and a
-                leaf below this choice is more probable, it is the most probable such leaf.
-            why: whether another row of the text contradicts the label.
-        """
-        tree, listed = self.tree, found.drop_duplicates("index").reset_index(drop=True)
-        index, better = listed["index"].to_numpy(), listed["better"].to_numpy(copy=True)
-        probabilities = self.decisions(torch.from_numpy(scores[index]))[0].exp().numpy()
-        given = np.take_along_axis(probabilities, labels[index, None], axis=1)[:, 0]
-        for place in np.flatnonzero(labels[index] < tree.num_leaves):
-            leaves = tree.leaves_at_or_below[better[place]]
-            best = leaves[probabilities[place, leaves].argmax()]
-            if probabilities[place, best] > given[place]:
-                better[place] = best
-        nodes_of = pd.Series(labels).groupby(texts).agg(set)
-        contradicted = [len(tree.deepest(nodes)) > 1 for nodes in nodes_of[texts[index]]]
-        columns = {
-            "better": better[:, None].tolist(),
-            "why": np.where(contradicted, "conflicting duplicate", "unlikely label"),
-            "probability_of_label": given,
-            "probability_of_better_label": np.take_along_axis(probabilities, better[:, None], axis=1)[:, 0],
-        }
-        return listed.assign(**columns).sort_values("probability_of_label", kind="stable")
-
     # ── What a reader sees ───────────────────────────────────────────────────────────────────────────────────────────
 
     def plots(self, p: Predictions, per_class: list[dict]) -> dict[str, Figure | None]:
@@ -376,14 +335,6 @@ class ManyNodesForm(FormBase):
     def known_nodes(self, labels: np.ndarray) -> np.ndarray:
         """Return which nodes a label tells of, (num_rows, num_nodes) of bool: all."""
         return np.ones(labels.shape, dtype=bool)
-
-    def decisions_of(self, scores: np.ndarray, labels: np.ndarray) -> Iterator[tuple[int, Any, Any, Any, np.ndarray]]:
-        """Yield each node, its choices (-1: a text lacks it), the rows in which it is open, the choice of each, and its logits."""
-        is_open = self.decisions.open_decisions(torch.from_numpy(labels)).numpy()
-        for node in range(self.tree.num_nodes):
-            rows = np.flatnonzero(is_open[:, node])
-            logits = np.stack([np.zeros(len(rows)), scores[rows, node]], axis=1)
-            yield node, np.array([-1, node]), rows, labels[rows, node].astype(int), logits
 
     def scored_pairs(self, p: Predictions) -> tuple[np.ndarray, np.ndarray]:
         """Return the probabilities of at least 0.1, of pairs of text and node, and whether these labels are 1, (num_pairs,) each."""
@@ -445,26 +396,6 @@ class ManyNodesForm(FormBase):
         of_labels = pd.DataFrame({"text": texts[rows], "node": nodes, "held": sets[rows, nodes].astype(float)})
         of_texts = pd.DataFrame({"nodes": sets.sum(axis=1).astype(float)}).groupby(texts).mean()
         return PredictedSets(self.decisions, of_labels, of_texts, self.confidence(logits, texts), "mean")
-
-    # ── Labels that may be wrong: see `evaluation.label_issues` ──────────────────────────────────────────────────────────
-
-    def rank_issues(
-        self, found: pd.DataFrame, scores: np.ndarray, labels: np.ndarray, texts: np.ndarray
-    ) -> pd.DataFrame:
-        """Return one line per row of `evaluation.label_issues.find_issues`, by ``probability_of_label``.
-
-        Columns:
-            index: of the row.
-            decision: the node whose label is least probable, given its parent.
-            better: the nodes of the text with those that are missing, and without those that are unlikely and the nodes below.
-            why: whether the text should have the node of the decision.
-        """
-        listed = found.drop_duplicates("index").reset_index(drop=True)
-        wrong = found.groupby("index")["decision"].agg(set)[listed["index"]]
-        pairs = zip(labels[listed["index"]] == 1, wrong, strict=True)
-        changed = [{*np.flatnonzero(given).tolist()} ^ nodes for given, nodes in pairs]
-        better = [{node for node in nodes if nodes.issuperset(self.tree.path(node))} for nodes in changed]
-        return listed.assign(why=np.where(listed["better"] < 0, "unlikely label", "missing label"), better=better)
 
     # ── What a reader sees ───────────────────────────────────────────────────────────────────────────────────────────
 

@@ -42,7 +42,6 @@ class LexicalClassifier:
         weight: the weights, sparse, (num_classes, V).
         bias: (num_classes,).
         log_prior: what the decision scores of the classifier hold of the classes' frequencies, (num_nodes,) or 0.
-        removed_prior: what they lack of these frequencies, (num_nodes,) or 0.
         phrases: how often each token occurs in each class's phrase, (num_classes, V), or None. `fit_classifier` sets it.
     """
 
@@ -50,7 +49,6 @@ class LexicalClassifier:
     weight: csc_matrix
     classes: np.ndarray
     log_prior: np.ndarray | float = 0.0
-    removed_prior: np.ndarray | float = 0.0
     phrases: csr_matrix | None = None
 
     def __init__(self, decisions: Decisions, counts: csr_matrix, outcomes: np.ndarray):
@@ -150,7 +148,7 @@ class NodeClassifier(LexicalClassifier):
 
     ``counts`` are (num_rows, V), and ``labels`` 1 or 0, (num_rows, num_nodes). A node whose open rows do not hold both labels
     has weights of 0. The node's log-odds in these rows (`ManyNodes.initial_biases`) are subtracted: the encoder's head starts
-    from them, and they would count twice. They are the ``removed_prior``.
+    from them, and they would count twice.
     """
 
     default_size = 2**27  # deep nodes have few open rows, so their fits are short
@@ -159,7 +157,7 @@ class NodeClassifier(LexicalClassifier):
         super().__init__(decisions, counts, labels)
         is_open = decisions.open_decisions(torch.from_numpy(labels)).numpy()
         prior = decisions.initial_biases(decisions.count_outcomes(torch.from_numpy(labels))).numpy()
-        self.removed_prior, self.classes = prior, self.learnable(decisions, labels)
+        self.classes = self.learnable(decisions, labels)
 
         def fit() -> Iterator[np.ndarray]:
             for node in self.classes:

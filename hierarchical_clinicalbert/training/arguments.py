@@ -311,9 +311,6 @@ def check_values(arguments: Arguments) -> None:
         "--unlabelled_file needs --teacher, or classes without training rows": (
             loss.teacher is None and data.unlabelled_file is not None and not (args.do_train and without_rows)
         ),
-        "--label_issues lists labelled training rows, and this run trains on none: leave it out": (
-            data.label_issues and (without_rows or not (args.do_train and args.num_train_epochs))
-        ),
         "--label_delimiter must not be empty": delimiter == "",
         "--label_delimiter needs one --label_column": delimiter is not None and len(columns) > 1,
         "FSDP needs GPUs; on CPUs use recipes/accelerate/ddp.yaml": fsdp and args.device.type == "cpu",

@@ -41,7 +41,6 @@ from modeling_hierarchical import HierarchicalForSequenceClassification
 logger = logging.getLogger(__name__)
 
 NEEDED = ("optimizer*", "scheduler.pt", "rng_state*.pth")  # besides the model; --save_only_model leaves them out
-LABEL_ISSUES = "label_issues.csv"
 
 
 def check_output_folder(args: HierarchicalTrainingArguments, model: str) -> None:
@@ -59,7 +58,7 @@ def check_output_folder(args: HierarchicalTrainingArguments, model: str) -> None
     # ── A folder without a run: whose files are these? ───────────────────────────────────────────────────────────────
     is_started = any((output / name).exists() for name in (TRAINED_TEXTS, "data_report.json"))
     if not (checkpoints or has_model or has_scores or is_started):
-        written = [*SCORE_FILES, *([CARD, LABEL_ISSUES] if args.do_train else [])]
+        written = [*SCORE_FILES, *([CARD] if args.do_train else [])]
         if own := next((file for pattern in written for file in sorted(output.glob(pattern))), None):
             problem = f"{own}, which a run would overwrite or delete, is not from a run"
             raise InputError(f"--output_dir {output}: {problem}: move it, or give another --output_dir")
@@ -215,7 +214,7 @@ def delete_run(output: Path, model: str) -> None:
     for folder in list_checkpoints(output):
         shutil.rmtree(folder)
     delete_description(output)
-    for name in (LABEL_ISSUES, *EXPORTED_FILES):  # exports of the earlier weights
+    for name in EXPORTED_FILES:  # exports of the earlier weights
         (output / name).unlink(missing_ok=True)
     if output.resolve() != Path(model).resolve():  # else the earlier weights would pass for those of a killed new run
         (output / "config.json").unlink(missing_ok=True)

@@ -110,7 +110,7 @@ def test_a_run_that_was_killed_after_its_last_step_takes_none_more(words, unbrok
 
 def test_overwriting_deletes_the_checkpoints_and_results_of_the_former_run_and_keeps_its_card(words, run_folder):
     kept = {run_folder / "notes.txt", run_folder / "checkpoint-best" / "heads.safetensors", run_folder / "mine.csv"}
-    gone = {run_folder / name for name in ("plots/old.png", "test_predictions.csv", "label_issues.csv", "metrics.json")}
+    gone = {run_folder / name for name in ("plots/old.png", "test_predictions.csv", "metrics.json")}
     for path in kept | gone:
         path.parent.mkdir(exist_ok=True)
         path.write_text("of the former run")
