@@ -20,7 +20,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hierarchical_clinicalbert.checkpoint_files import find_snapshot, is_checkpoint, require_encoder
+from hierarchical_clinicalbert.checkpoint_files import (
+    find_snapshot,
+    find_trained_texts,
+    is_checkpoint,
+    require_encoder,
+)
 from hierarchical_clinicalbert.errors import ArgumentParser, InputError, run_command
 from hierarchical_clinicalbert.prediction.input import SAMPLED_TEXTS, read_records, sample_texts
 from hierarchical_clinicalbert.prediction.model import DTYPES, Model, read_costs
@@ -73,7 +78,9 @@ def main(argv: list[str]) -> int:
             output.write_blocks(chain([first], records), options, partial(model.predict_blocks, prior=prior))
         files = [{"name": source.name, "bytes": source.size} for source in sources]
         manifest = {"model": arguments.model, "commit": arguments.revision, "options": options, "input": files}
-        num_problems = output.join_blocks(model.row_format, manifest)
+        # of a teacher: `train.py --teacher` then scores none of them
+        trained_texts = find_trained_texts(arguments.model) if arguments.probabilities else None
+        num_problems = output.join_blocks(model.row_format, manifest, trained_texts)
     problems = f"; {num_problems:,} rows could not be read: {output.errors}" if num_problems else ""
     print(f"done: {output.name}{problems}", file=sys.stderr)
     return 1 if num_problems else 0

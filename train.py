@@ -17,7 +17,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 import datasets
 import transformers
-from datasets import DatasetDict, concatenate_datasets
+from datasets import DatasetDict
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
@@ -133,7 +133,7 @@ def run(arguments: Arguments, prepare: Prepare) -> None:
 def train(arguments: Arguments, data: LabelledSplits, resume_from: str | None, prepare: Prepare) -> None:
     """Train, measure and publish a model. All files go to ``--output_dir``."""
     if arguments.loss.teacher is not None:
-        data = teach(arguments.loss.teacher, arguments, data)
+        data = teach(arguments.loss.teacher, arguments.data, data)
     form = form_of(data.taxonomy, data.problem_type)
     fitted = fit_to_data(arguments.training, data.splits, form, arguments.data.taxonomy is not None)
     arguments, args, output = arguments._replace(training=fitted), fitted, Path(fitted.output_dir)
@@ -261,12 +261,11 @@ def build_trainer(
         teacher_weight=loss.teacher_weight,
         temperature=loss.teacher_temperature,
     )
-    trained = [splits[name] for name in ("train", "halves") if name in splits]
     patience = args.early_stopping_patience if args.load_best_model_at_end else None
     return HierarchicalTrainer(
         model=model,
         args=args,
-        train_dataset=concatenate_datasets(trained) if trained else None,
+        train_dataset=splits.get("train"),
         eval_dataset=splits.get("validation"),
         processing_class=tokenizer,
         data_collator=build_collator(tokenizer, form.decisions.targets),

@@ -1,7 +1,8 @@
 """Write every second layer of a checkpoint's encoder as a new encoder, for a student that is almost twice as fast:
 
     python examples/half_encoder.py results/mine results/half
-    python train.py … --model_name_or_path results/half --teacher results/mine --output_dir results/fast
+    python predict.py --model results/mine --input train.csv --output teacher.parquet --probabilities
+    python train.py … --model_name_or_path results/half --teacher teacher.parquet --output_dir results/fast
     python push_to_hub.py --model results/fast --merge --repo_id user/name
 
 The adapter is merged first, and the last layer is kept. Train the student with ``--teacher``: texts that the checkpoint was trained

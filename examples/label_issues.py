@@ -29,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configuration_hierarchical import SINGLE_LABEL
 from hierarchical_clinicalbert.data.arguments import DataArguments
 from hierarchical_clinicalbert.data.sources import read_rows
-from hierarchical_clinicalbert.data.trained_texts import text_hash
 from hierarchical_clinicalbert.errors import ArgumentParser, InputError, print_result
+from hierarchical_clinicalbert.reading.columns import text_hash
 
 FOLDS = 5  # of cross-validation
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ MODEL_FILES = (
     *(*ADAPTER_FILES, WEIGHTS, WEIGHTS_INDEX, "model-*-of-*.safetensors"),
 )
 CHECKPOINT_FILES = (*MODEL_FILES, CARD, METRICS, PLOTS, *ENDPOINT_FILES, *EXPORTED_FILES)
+TRAINED_TEXTS = "trained_texts.json"  # hashes, which are never published: see `data.trained_texts`
 SCORE_FILES = ("validation_predictions.csv", "test_predictions.csv", PLOTS, METRICS)
 
 
@@ -51,6 +53,18 @@ def published_files(folder: Path) -> dict[str, Path | bytes]:
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines(keepends=True)
     files["requirements.txt"] = "".join(line for line in lines if line.startswith(packages)).encode()
     return files
+
+
+def find_trained_texts(checkpoint: str | Path) -> Path | None:
+    """Return the file with hashes of the texts that a checkpoint was trained on, if there is one.
+
+    For a ``checkpoint-N``, the run's folder is searched too.
+    """
+    # a symbolic link belongs to the run that contains the link
+    folder = Path(os.path.abspath(checkpoint))
+    is_part = re.fullmatch(r"checkpoint-\d+", folder.name)
+    folders = [folder, folder.parent] if is_part else [folder]
+    return next((file for one in folders if (file := one / TRAINED_TEXTS).is_file()), None)
 
 
 def is_local(name: str) -> bool:

@@ -78,7 +78,10 @@ def log_splits(report: dict) -> None:
     if left_out := list_rows(report["trained_before"]["left_out"]):
         logger.warning("left out, since the checkpoint was trained or calibrated on the texts: %s", left_out)
     if report["trained_before"]["scores"] == "unverified":
-        logger.warning("the checkpoint's training texts are unknown: no rows are split off, and scores are unverified")
+        logger.warning(
+            "not all training texts of the checkpoint or teacher are known: no rows are split off, "
+            "and scores are unverified"
+        )
     if texts := report["unlabelled_texts"]:
         logger.info("unlabelled texts, none of them in a split: %s", f"{texts:,}")
     if groups := report["look_alikes"]:

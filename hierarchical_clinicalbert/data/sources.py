@@ -109,16 +109,14 @@ def read_rows(arguments: DataArguments, trains: bool = True) -> SourceRows:
 
 
 def read_texts(
-    path: str, split: str, arguments: DataArguments, *others: str, flag: str = "--text_column"
+    path: str, split: str, arguments: DataArguments, flag: str = "--text_column"
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Read the texts of a file that is no split, in the first column, and ``others``. Describe it as `SourceRows.sources` does.
+    """Read the texts of a file that is no split, and describe it as `SourceRows.sources` does.
 
     ``flag`` is what messages advise to give if there is no column of texts.
     """
     source = _from_file(path, arguments.encoding)
     columns = choose_columns({source.name: source.columns}, arguments.text_column, TEXT_COLUMNS, flag)
-    for name in others:
-        columns += choose_columns({source.name: source.columns}, name, [], "of --teacher")
     table = source.read(columns)
     refuse_rows(table, columns, map(text_problem, table[columns[0]]))
     return table, {"split": split, "name": source.name, "dataset": None, "sha256": source.sha256}

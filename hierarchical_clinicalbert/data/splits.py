@@ -31,8 +31,9 @@ from hierarchical_clinicalbert.data.report import (
     rows_by_split,
 )
 from hierarchical_clinicalbert.data.sources import SourceRows
-from hierarchical_clinicalbert.data.trained_texts import NO_TRAINED_TEXTS, TrainedTexts, text_hash
+from hierarchical_clinicalbert.data.trained_texts import NO_TRAINED_TEXTS, TrainedTexts
 from hierarchical_clinicalbert.errors import InputError
+from hierarchical_clinicalbert.reading.columns import text_hash
 from taxonomy_hierarchical import Taxonomy
 
 logger = logging.getLogger(__name__)

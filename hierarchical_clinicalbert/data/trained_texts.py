@@ -4,20 +4,15 @@ The hashes are never published: they reveal who is in the training data. A resum
 earlier runs only, and so repeats its first split.
 """
 
-import hashlib
 import json
-import os
-import re
-import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from hierarchical_clinicalbert.checkpoint_files import TRAINED_TEXTS, find_trained_texts
 from hierarchical_clinicalbert.errors import as_input_error
 from hierarchical_clinicalbert.files import write_json
-from taxonomy_hierarchical import normalise
-
-TRAINED_TEXTS = "trained_texts.json"
+from hierarchical_clinicalbert.reading.columns import text_hash
 
 
 @dataclass(frozen=True)
@@ -46,21 +41,15 @@ class TrainedTexts:
 NO_TRAINED_TEXTS = TrainedTexts()
 
 
-def text_hash(text: str) -> str:
-    """Return a hash of a text as `normalise` gives it, case-folded."""
-    folded = normalise(text).casefold()
-    normalised = unicodedata.normalize("NFKC", folded)  # case-folding decomposes some letters
-    return hashlib.blake2b(normalised.encode(), digest_size=16).hexdigest()
-
-
 def read_trained_texts(checkpoint: str | Path) -> TrainedTexts:
-    """Read which texts a checkpoint was trained on. For a ``checkpoint-N``, the run's folder is searched too."""
-    folder = Path(os.path.abspath(checkpoint))  # a symbolic link belongs to the run that contains the link
-    folders = [folder, folder.parent] if re.fullmatch(r"checkpoint-\d+", folder.name) else [folder]
-    file = next((path for parent in folders if (path := parent / TRAINED_TEXTS).is_file()), None)
-    if file is None:
-        return TrainedTexts(complete=False)
-    with as_input_error(f"{file}, which records what {checkpoint} was trained on, cannot be read"):
+    """Read which texts a checkpoint was trained on."""
+    file = find_trained_texts(checkpoint)
+    return TrainedTexts(complete=False) if file is None else read_hashes(file)
+
+
+def read_hashes(file: Path) -> TrainedTexts:
+    """Read the file of `write_trained_texts`, or a copy of it."""
+    with as_input_error(f"{file}, hashes of the texts that a model was trained on, cannot be read"):
         content = json.loads(file.read_text(encoding="utf-8"))
         sets = {name: frozenset(content[name]) for name in ("earlier", "this_run")}
         for name in ("validation", "earlier_validation"):  # absent from earlier versions

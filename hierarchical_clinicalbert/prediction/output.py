@@ -16,16 +16,19 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from hierarchical_clinicalbert.checkpoint_files import TRAINED_TEXTS
 from hierarchical_clinicalbert.errors import InputError
 from hierarchical_clinicalbert.files import write_json
 from hierarchical_clinicalbert.prediction.input import InputRow
@@ -38,7 +41,8 @@ ROWS = 1024  # per block: read, classified and written together
 BLOCKS_PER_FILE = 97  # in a folder: 99,328 rows
 PROGRESS_SECONDS = {True: 0.1, False: 60}  # between two updates of the progress on a terminal, and in a log
 BLOCK_NAME = r"\d{9}\.jsonl"
-OWN_PARTS = rf"{BLOCK_NAME}|part\.new|output\..+|(errors|summary)\.json.*"  # names of files in the folder of blocks
+# names of files in the folder of blocks
+OWN_PARTS = rf"{BLOCK_NAME}|part\.new|output\..+|(errors|summary|trained_texts)\.json.*"
 OutputRows = list[dict[str, Any]]
 
 
@@ -87,6 +91,7 @@ class RestartableOutput:
         self.marker = f"{self.name}/manifest.json" if self.is_folder else self.name
         self.errors = f"{self.name}/errors.jsonl" if self.is_folder else f"{self.name}.errors.jsonl"
         self.summary = self.marker if self.is_folder else f"{self.name}.summary.json"  # a folder's is in its manifest
+        self.trained_texts = f"{self._stem}{'' if self.is_folder else '.'}{TRAINED_TEXTS}"
         self.headers: list[dict[str, Any]] = []  # of the blocks: options, and digest of the input rows
         self.num_read = self.num_rows = 0  # records in the blocks, and those of them that could be read
 
@@ -119,7 +124,7 @@ class RestartableOutput:
         return [source for source in sources if source not in own]
 
     def delete(self) -> None:
-        """Delete the output, its error file, its summary and its blocks."""
+        """Delete the output, the files beside it, and its blocks."""
         for file in self._files():
             self.store.delete(file)
         self.store.delete_folder(self.parts)
@@ -171,11 +176,17 @@ class RestartableOutput:
                 self.num_rows += len(rows)
                 progress.update(len(block.records))
 
-    def join_blocks(self, row_format: RowFormat, manifest: dict[str, Any]) -> int:
+    def join_blocks(
+        self,
+        row_format: RowFormat,
+        manifest: dict[str, Any],
+        trained_texts: Path | None,
+    ) -> int:
         """Join the blocks into the output, delete them once it is stored, and return the number of unreadable rows.
 
         Args:
             manifest: what is written with the summary: entries about input and model.
+            trained_texts: a file to copy beside the output.
         """
         folder, size = self.store.new_folder(self.parts), BLOCKS_PER_FILE if self.is_folder else len(self.headers)
         new, new_errors, new_summary = (
@@ -199,6 +210,8 @@ class RestartableOutput:
                     self.store.put(new, f"{self.name}/{files[-1]['name']}")
         if num_problems:
             self.store.put(new_errors, self.errors)
+        if trained_texts is not None:
+            self.store.put(Path(shutil.copy(trained_texts, folder)), self.trained_texts)
         if self.is_folder:
             counts = {"rows": self.num_rows, "problems": num_problems, "parts": files}
             write_json(new, manifest | counts | {"summary": summary.content()})
@@ -213,7 +226,7 @@ class RestartableOutput:
         """Return the names that this output's files have or will have, without its blocks."""
         names = self.store.names(self.name) if self.is_folder else set()
         rows = sorted(f"{self.name}/{name}" for name in names if re.fullmatch(r"part-\d{5,}\.[a-z.]+", name))
-        return [self.marker, self.errors, self.summary, *rows]
+        return [self.marker, self.errors, self.summary, self.trained_texts, *rows]
 
     def _blocks(self) -> set[str]:
         """Return the names of the blocks that are written."""

@@ -19,7 +19,15 @@ import torch
 from decisions_hierarchical import build_decisions
 from hierarchical_clinicalbert.prediction.input import InputRow
 from hierarchical_clinicalbert.prediction.summary import Summary
-from hierarchical_clinicalbert.reading.results import join_lists, rounded, to_row
+from hierarchical_clinicalbert.reading.columns import text_hash
+from hierarchical_clinicalbert.reading.results import (
+    PROBABILITIES,
+    PROBABILITY_OF,
+    TEXT_HASH,
+    join_lists,
+    rounded,
+    to_row,
+)
 from hierarchical_clinicalbert.reading.stores import is_url
 
 TASKS = ".tasks.json"
@@ -60,13 +68,16 @@ class RowFormat:
             self.types |= {"uncertainty": number, "unsure_level": count}
         self.types |= {"tokens": count, "tokens_read": count, "truncated": pyarrow.bool_()}
         if self.classes:
-            self.types["probabilities"] = pyarrow.struct([(label, number) for label in self.classes])
+            probabilities = pyarrow.struct([(label, number) for label in self.classes])
+            self.types |= {TEXT_HASH: text, PROBABILITIES: probabilities}
 
     def row(self, number: int, record: InputRow, prediction: dict[str, Any]) -> dict[str, Any]:
         """Build the row, or the task, of a record from the pipeline's prediction."""
         row = {"id": record.id, "row": number, "descriptions": [], **to_row(prediction)}
         nodes = {label: score for level in prediction.get("levels", []) for label, score in level.items()}
-        row["probabilities"] = rounded({label: nodes[label] for label in self.classes})
+        if self.classes:
+            row[TEXT_HASH] = text_hash(record.text or "")
+            row[PROBABILITIES] = rounded({label: nodes[label] for label in self.classes})
         if self.decisions is not None:
             probabilities = torch.tensor([[nodes[label] for label in self.labels]], dtype=torch.float64)
             (entropies,) = self.decisions.entropies(probabilities).tolist()
@@ -97,10 +108,10 @@ class RowFormat:
                 stream.write("]\n")
             else:
                 writer = csv.writer(stream)
-                names = [name for name in self.types if name != "probabilities"]
-                writer.writerow([*names, *(f"probability of {label}" for label in self.classes)])
+                names = [name for name in self.types if name != PROBABILITIES]
+                writer.writerow([*names, *(f"{PROBABILITY_OF}{label}" for label in self.classes)])
                 for row in map(json.loads, lines):
-                    probabilities = row.pop("probabilities", {})
+                    probabilities = row.pop(PROBABILITIES, {})
                     writer.writerow([*join_lists(row).values(), *probabilities.values()])
 
     def write_parquet(self, file: Path, blocks: Iterable[list[str]]) -> None:

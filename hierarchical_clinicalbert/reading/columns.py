@@ -1,5 +1,6 @@
-"""Find the column of texts or labels."""
+"""Find the column of texts or labels, and check and hash texts."""
 
+import hashlib
 import json
 import math
 import unicodedata
@@ -7,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from hierarchical_clinicalbert.reading.rows import InputError
-from taxonomy_hierarchical import list_names, looks_like_name, quote_name, to_nfc
+from taxonomy_hierarchical import list_names, looks_like_name, normalise, quote_name, to_nfc
 
 TEXT_COLUMNS = ("medical_abstract", "abstract", "text", "sentence", "content", "document", "body")
 LABEL_COLUMNS = ("condition_label", "label", "labels", "category", "class", "condition_name")
@@ -78,6 +79,14 @@ def is_blank(text: str) -> bool:
     Unreadable are spaces, control and format characters, combining accents, and U+FFFD, which replaces lost characters.
     """
     return all(character == "\ufffd" or unicodedata.category(character)[0] in "CMZ" for character in text)
+
+
+def text_hash(text: str) -> str:
+    """Return a hash of a text as `normalise` gives it, case-folded."""
+    folded = normalise(text).casefold()
+    # case-folding decomposes some letters
+    normalised = unicodedata.normalize("NFKC", folded)
+    return hashlib.blake2b(normalised.encode(), digest_size=16).hexdigest()
 
 
 def listed(names: Iterable[str]) -> str:

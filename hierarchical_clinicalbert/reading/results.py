@@ -6,6 +6,10 @@ from hierarchical_clinicalbert.reading.columns import join_labels
 
 RESULT_VERSION = 2  # the `RESULT_VERSION` of pipeline_hierarchical.py that is read here; a checkpoint holds its own copy of that file
 DIGITS = 6
+# columns of `predict.py --probabilities`, by which `train.py --teacher` reads an output
+TEXT_HASH = "text_hash"
+PROBABILITIES = "probabilities"
+PROBABILITY_OF = "probability of "  # and a label, in CSV
 
 
 def check_version(classifier: Any) -> None:

@@ -64,10 +64,11 @@ class LossArguments:
         "none", "balanced: more weight for the rarer outcomes of each decision."
     )
     consistency: float = flag(0.0, "Weight of the loss between two views of a text. 0: whole texts.")
-    teacher: str | None = flag(None, "Checkpoint to learn from, or a file with columns text and probabilities.")
+    teacher: str | None = flag(
+        None, "Output of predict.py --probabilities, or a file with columns text and probabilities."
+    )
     teacher_weight: float = flag(0.5, "Share of the teacher in the loss. The rest is the labels'.")
     teacher_temperature: float = flag(2.0, "Divisor of the scores of both in that share.")
-    teacher_scores: str | None = flag(None, "File that keeps the teacher's scores, for other runs.")
 
 
 @dataclass
@@ -304,10 +305,6 @@ def check_values(arguments: Arguments) -> None:
         "--teacher teaches in training steps: leave it out, or train with --num_train_epochs above 0": (
             loss.teacher is not None and not (args.do_train and args.num_train_epochs)
         ),
-        "--teacher_scores keeps the scores of a checkpoint: leave it out, as --teacher is a file": (
-            loss.teacher_scores is not None and Path(loss.teacher or "").is_file()
-        ),
-        "--teacher_scores needs --teacher": loss.teacher is None and loss.teacher_scores is not None,
         "--unlabelled_file needs --teacher, or classes without training rows": (
             loss.teacher is None and data.unlabelled_file is not None and not (args.do_train and without_rows)
         ),

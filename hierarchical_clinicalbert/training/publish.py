@@ -35,7 +35,6 @@ def run_settings(
         "heads_init": heads_init,
         "contrastive_steps": None if heads_init is None else arguments.model.contrastive_steps,
         "train_precision": arguments.training.precision,
-        "teacher_scores": None,
     }
     if arguments.loss.teacher is None:
         settings |= {"teacher_weight": None, "teacher_temperature": None}

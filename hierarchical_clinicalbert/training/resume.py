@@ -21,21 +21,18 @@ from hierarchical_clinicalbert.checkpoint_files import (
     EXPORTED_FILES,
     METRICS,
     SCORE_FILES,
+    TRAINED_TEXTS,
     find_damage,
     is_checkpoint,
     read_config,
 )
 from hierarchical_clinicalbert.data.splits import LabelledSplits
-from hierarchical_clinicalbert.data.trained_texts import (
-    TRAINED_TEXTS,
-    TrainedTexts,
-    read_trained_texts,
-    write_trained_texts,
-)
+from hierarchical_clinicalbert.data.trained_texts import TrainedTexts, read_trained_texts, write_trained_texts
 from hierarchical_clinicalbert.errors import InputError, as_input_error
 from hierarchical_clinicalbert.publishing.card import delete_description
 from hierarchical_clinicalbert.training.arguments import HierarchicalTrainingArguments
 from hierarchical_clinicalbert.training.model import adapter_settings
+from hierarchical_clinicalbert.training.teacher import read_teachers_texts
 from modeling_hierarchical import HierarchicalForSequenceClassification
 
 logger = logging.getLogger(__name__)
@@ -81,11 +78,12 @@ def check_output_folder(args: HierarchicalTrainingArguments, model: str) -> None
 
 
 def read_earlier_texts(model: str, resume_from: str | None, teacher: str | None) -> TrainedTexts:
-    """Return the texts that the initial weights, and those of a ``--teacher``, were trained on."""
+    """Return the texts that the initial weights and the model behind ``--teacher`` were trained on."""
     if resume_from is not None:
         return read_trained_texts(resume_from)
-    taught_by = [] if teacher is None or Path(teacher).is_file() else [teacher]
-    trained = [read_trained_texts(checkpoint) for checkpoint in [model] * is_checkpoint(model) + taught_by]
+    trained = [read_trained_texts(model)] if is_checkpoint(model) else []
+    if teacher is not None:
+        trained.append(read_teachers_texts(teacher))
     validation = frozenset().union(*(one.validation for one in trained))
     return TrainedTexts(
         earlier=frozenset().union(*(one.all for one in trained)),

@@ -27,8 +27,8 @@ def tokenize_splits(
     """Set the tokenizer's limit to ``max_length``, tokenize texts up to this limit, and measure them by `length_report`.
 
     The columns are those of `TOKEN_COLUMNS` that the tokenizer has, ``length`` (of ``input_ids``), ``labels`` (lists of node
-    ids), ``row`` and ``text_id``. If asked for, training rows and a teacher's halves have
-    ``sentences``, see `training.views.sentence_numbers`. The other splits are sorted by length, to reduce padding. Nothing is padded.
+    ids), ``row`` and ``text_id``. If asked for, training rows have ``sentences``, see
+    `training.views.sentence_numbers`. The other splits are sorted by length, to reduce padding. Nothing is padded.
     """
     tokenizer.model_max_length = max_length
     if not tokenizer.is_fast:  # it has no token offsets
@@ -51,7 +51,7 @@ def tokenize_splits(
 
     tokenized, reports = DatasetDict(), {}
     for split, rows in splits.items():
-        training = split in ("train", "halves")
+        training = split == "train"
         encode = partial(tokens, with_sentences=sentences and training)
         rows = rows.map(
             encode,

@@ -1,4 +1,4 @@
-"""Consistency regularisation: train on two halves of each text, whose predictions must agree. A teacher labels halves, too.
+"""Consistency regularisation: train on two halves of each text, whose predictions must agree.
 
 Worth knowing:
 
@@ -10,7 +10,6 @@ Worth knowing:
 
 import re
 from collections.abc import Sequence
-from itertools import compress, pairwise
 
 import numpy as np
 import torch
@@ -65,18 +64,8 @@ def halves(
     return halved, *pair
 
 
-def half_texts(text: str, generator: np.random.Generator) -> list[str]:
-    """Return two random halves of a text's sentences, in their order, or none of fewer than three sentences."""
-    cuts = [0, *(boundary.end() for boundary in BOUNDARY.finditer(text)), len(text)]
-    sentences = [text[start:end] for start, end in pairwise(cuts) if start < end]
-    if len(sentences) < 3:
-        return []
-    parts = split_sentences(np.array([*map(len, sentences)]), generator)
-    return ["".join(compress(sentences, part)).strip() for part in parts]
-
-
 def split_sentences(counts: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Assign sentences of ``counts`` (S,) tokens or characters to halves, (2, S). In random order, each goes to the one with fewer."""
+    """Assign sentences of ``counts`` (S,) tokens to halves, (2, S). In random order, each goes to the one with fewer."""
     parts, tokens = np.zeros((2, len(counts)), dtype=bool), [0, 0]
     for sentence in generator.permutation(len(counts)):
         half = int(tokens[1] < tokens[0])

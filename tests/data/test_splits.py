@@ -12,8 +12,9 @@ import pytest
 from labelled_files import MANY, SECRET, csv_file, json_lines, label_sets, load
 
 from hierarchical_clinicalbert.data.report import length_report, log_report
-from hierarchical_clinicalbert.data.trained_texts import TrainedTexts, text_hash
+from hierarchical_clinicalbert.data.trained_texts import TrainedTexts
 from hierarchical_clinicalbert.errors import InputError
+from hierarchical_clinicalbert.reading.columns import text_hash
 from taxonomy_hierarchical import Taxonomy
 
 TREE = Taxonomy({"a": ["x", "y"], "b": ["z", {"c": ["u", "v"]}]})

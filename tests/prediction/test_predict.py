@@ -87,7 +87,8 @@ def test_predictions_equal_the_stock_pipeline_and_bad_rows_are_listed_separately
     assert messages[:3] == ["1 fields, where the header has 2", "the text is empty", "3 fields, where the header has 2"]
     assert messages[3].startswith("not UTF-8 text")
     assert messages[4] == "a quotation mark is not closed"
-    assert {path.name for path in tmp_path.iterdir()} == {"in.csv", "out.jsonl", *BESIDE}
+    beside = [*BESIDE, "out.jsonl.trained_texts.json"]
+    assert {path.name for path in tmp_path.iterdir()} == {"in.csv", "out.jsonl", *beside}
 
 
 def test_all_input_formats_give_the_same_predictions(checkpoint, texts, tmp_path):
@@ -304,6 +305,10 @@ def test_an_output_is_overwritten_only_once_the_new_run_can_start(checkpoint, te
         assert given[-1].read_bytes() == before
     assert predict(*given, "--overwrite", "--probabilities") == 0
     assert given[-1].read_bytes() != before
+    hashes = tmp_path / "out.jsonl.trained_texts.json"
+    assert hashes.read_bytes() == Path(checkpoint, "trained_texts.json").read_bytes()
+    assert predict(*given, "--overwrite") == 0
+    assert not hashes.exists()
 
 
 @pytest.mark.parametrize(

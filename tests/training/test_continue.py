@@ -148,7 +148,7 @@ def test_with_unknown_training_texts_nothing_is_split_off_and_scores_are_unverif
     (unknown / KEPT).unlink()
     line = [*words, "--model_name_or_path", unknown, "--train_file", place / "700.csv"]
     run(*line, "--test_file", write_csv(tmp_path / "test.csv", ROWS[700:]), "--output_dir", tmp_path / "next")
-    assert "the checkpoint's training texts are unknown: no rows are split off" in capsys.readouterr().err
+    assert "training texts of the checkpoint or teacher are known: no rows are split off" in capsys.readouterr().err
     assert report(tmp_path / "next")["splits"].keys() == {"train", "test"}
     assert report(tmp_path / "next")["trained_before"]["scores"] == "unverified"
     assert json.loads((tmp_path / "next" / KEPT).read_text())["complete"] is False  # a run that follows knows no more

@@ -1,15 +1,13 @@
 """Test that a model learns what a teacher says of the texts, and that no text of the teacher's training is scored."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import CLEAR, clear_rows, read_csv, write_csv
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoTokenizer
 
+import predict
 import train
 from decisions_hierarchical import build_decisions
 from hierarchical_clinicalbert.errors import InputError
@@ -18,6 +16,7 @@ from taxonomy_hierarchical import Taxonomy
 WRONG = dict(zip(CLEAR, [*CLEAR][1:] + [*CLEAR][:1], strict=True))  # a wrong label for each class
 GENERAL = "general pathological conditions"
 TREE = {"specific disease": [label for label in CLEAR if label != GENERAL], GENERAL: None}
+UNKNOWN = "not all training texts of the checkpoint or teacher are known: no rows are split off"
 FORMS = pytest.mark.parametrize("teacher", ["clear_checkpoint", "labels_checkpoint"], ids=["one path", "many nodes"])
 
 
@@ -31,11 +30,17 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
-def teach(encoder: str, teacher: str, folder: Path, *flags: object) -> list[dict[str, str]]:
+def ask(checkpoint: str, output: object, *inputs: object, problems: int = 0) -> None:
+    """Write the probabilities that a checkpoint gives to the texts of files. Flags may follow the inputs."""
+    words = ["--model", checkpoint, "--output", output, "--probabilities", "--input", *inputs]
+    assert predict.main(list(map(str, words))) == problems
+
+
+def teach(encoder: str, teacher: object, folder: Path, *flags: object) -> list[dict[str, str]]:
     """Train a student, and return its predictions of the test rows."""
     words = ["--quantization", "none", "--learning_rate", "3e-3", "--max_steps", 120, "--validation_size", 0]
     words += ["--teacher_temperature", 1, "--taxonomy", folder / "tree.json", "--test_file", folder / "test.csv"]
-    words += ["--output_dir", folder / "results", *form_flags(teacher)]
+    words += ["--output_dir", folder / "results"]
     train.main(list(map(str, [*words, "--model_name_or_path", encoder, "--teacher", teacher, *flags])))
     return read_csv(folder / "results" / "test_predictions.csv")
 
@@ -54,20 +59,26 @@ def learnt(rows: list[dict[str, str]]) -> bool:
 
 
 @FORMS
-def test_a_student_learns_from_its_teacher_and_not_from_the_labels(tiny_encoder, teacher, folder, request):
-    checkpoint, scores = request.getfixturevalue(teacher), folder / "scores.safetensors"
-    flags = ["--train_file", folder / "train.csv", "--teacher_weight", 1, "--teacher_scores", scores]
-    assert learnt(teach(tiny_encoder, checkpoint, folder, *flags))
+def test_a_student_learns_from_an_output_and_not_from_the_labels(tiny_encoder, teacher, folder, request):
+    output, checkpoint = folder / "said.jsonl", request.getfixturevalue(teacher)
+    ask(checkpoint, output, folder / "train.csv")
+    flags = ["--train_file", folder / "train.csv", "--teacher_weight", 1, *form_flags(checkpoint)]
+    assert learnt(teach(tiny_encoder, output, folder, *flags))
 
-    # the stored scores are the probabilities of the teacher as a user loads it
-    model = AutoModel.from_pretrained(checkpoint, trust_remote_code=True)
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True)
-    texts = [row["text"] for row in read_csv(folder / "train.csv")]
-    with torch.inference_mode():
-        expected = model(**tokenizer(texts, padding=True, return_tensors="pt")).node_log_probs
-        found = model.heads.decisions(load_file(scores)["scores"])[0]
-    # it is scored as the pipeline does, on some processors in bfloat16
-    torch.testing.assert_close(found.sort(0).values, expected.sort(0).values, rtol=0, atol=0.1)
+
+def test_all_formats_of_an_output_teach_the_same(tiny_encoder, clear_checkpoint, folder):
+    """A row without a text is in no output, a repeated text twice, and ids replace the numbers."""
+    rows = read_csv(folder / "train.csv")
+    given = [{"id": f"n{i}", "text": row["text"]} for i, row in enumerate([*rows, rows[3], {"text": ""}])]
+    write_csv(folder / "given.csv", given[::-1])
+    weights = []
+    for name in ("said.jsonl", "said.csv", "said.parquet", "said.tasks.json", "said/"):
+        ask(clear_checkpoint, f"{folder}/{name}", folder / "given.csv", "--id_column", "id", problems=1)
+        flags = ["--train_file", folder / "train.csv", "--overwrite_output_dir", "--max_steps", 2]
+        teach(tiny_encoder, f"{folder}/{name}", folder, *flags)
+        weights.append(load_file(folder / "results" / "heads.safetensors"))
+        assert weights[-1].keys() == weights[0].keys()
+        assert all(value.equal(weights[0][key]) for key, value in weights[-1].items())
 
 
 @FORMS
@@ -101,35 +112,21 @@ def test_probabilities_of_labels_become_those_of_all_nodes(form, given, expected
 def test_a_teacher_labels_texts_that_have_none(tiny_encoder, teacher, folder, request):
     """Train on a file of texts alone, with no weight on the teacher's scores. Those of the test rows are left out."""
     write_csv(folder / "texts.csv", [{"text": row["text"]} for row in clear_rows(1) + clear_rows(3)])
+    checkpoint, output = request.getfixturevalue(teacher), folder / "said.parquet"
+    ask(checkpoint, output, folder / "texts.csv")
     flags = ["--unlabelled_file", folder / "texts.csv", "--teacher_weight", 0, "--max_steps", 60]
-    assert learnt(teach(tiny_encoder, request.getfixturevalue(teacher), folder, *flags))
+    assert learnt(teach(tiny_encoder, output, folder, *flags, *form_flags(checkpoint)))
     report = json.loads((folder / "results" / "data_report.json").read_text())
     assert report["unlabelled_texts"] == 90
 
 
-def test_other_runs_read_the_scores_of_texts_and_their_halves(
-    tiny_encoder, clear_checkpoint, labels_checkpoint, folder, capsys
-):
-    rows = [{"text": row["text"], "label": row["label"]} for row in clear_rows(1, wrong=False)]
-    joined = [rows[i] | {"text": " ".join(row["text"] for row in rows[i : i + 3])} for i in range(0, 90, 3)]
-    flags = ["--train_file", write_csv(folder / "joined.csv", joined), "--teacher_scores", folder / "scores"]
-    flags += ["--overwrite_output_dir", "true", "--max_steps", 1]
-    for seed, scored in enumerate((True, False)):
-        teach(tiny_encoder, clear_checkpoint, folder, *flags, "--seed", seed)
-        log = capsys.readouterr().err
-        assert ("the teacher scores" in log) == scored
-        num_halves = int(re.search(r"halves of training texts, which the teacher labels: (\d+)", log)[1])
-        assert 50 < num_halves <= 60  # two of each text, but those that are the whole text
-    assert len(load_file(folder / "scores")["scores"]) == len(joined) + num_halves
-    with pytest.raises(InputError, match="scores of another teacher: give another file"):
-        teach(tiny_encoder, labels_checkpoint, folder, *flags)
-
-
-def test_texts_of_the_teachers_training_are_never_scored(tiny_encoder, clear_checkpoint, folder):
-    """Split a file off which the teacher was trained on the first half."""
-    rows = clear_rows(1) + clear_rows(4)
+@pytest.mark.parametrize("name", ["said.jsonl", "said/"])
+def test_texts_of_the_teachers_training_are_never_scored(name, tiny_encoder, clear_checkpoint, folder, capsys):
+    """Split a file off which the teacher was trained on the first half. Then remove the hashes of these texts."""
+    rows, output = clear_rows(1) + clear_rows(4), f"{folder}/{name}"
     write_csv(folder / "all.csv", rows)
-    words = ["--data_path", folder / "all.csv", "--model_name_or_path", tiny_encoder, "--teacher", clear_checkpoint]
+    ask(clear_checkpoint, output, folder / "all.csv")
+    words = ["--data_path", folder / "all.csv", "--model_name_or_path", tiny_encoder, "--teacher", output]
     words += ["--max_steps", 1, "--quantization", "none", "--output_dir", folder / "results"]
     train.main(list(map(str, words)))
     scored = [
@@ -137,19 +134,34 @@ def test_texts_of_the_teachers_training_are_never_scored(tiny_encoder, clear_che
     ]
     assert len(scored) == 36
     assert {rows[int(row["row"])]["text"] for row in scored}.isdisjoint(row["text"] for row in clear_rows(1))
+    known = json.loads((folder / "results" / "trained_texts.json").read_text())
+    assert {*json.loads(Path(clear_checkpoint, "trained_texts.json").read_text())["this_run"]} <= {*known["earlier"]}
+
+    Path(f"{output}trained_texts.json" if name.endswith("/") else f"{output}.trained_texts.json").unlink()
+    train.main(list(map(str, [*words, "--overwrite_output_dir"])))
+    report = json.loads((folder / "results" / "data_report.json").read_text())
+    assert report["splits"].keys() == {"train"}
+    assert report["trained_before"]["scores"] == "unverified"
+    assert UNKNOWN in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--teacher", "{encoder}"], "--teacher {encoder} is neither a file nor a checkpoint"),
+        (["--teacher", "{clear}"], "there is no such file; give an output of predict.py --probabilities, or a file"),
+        (["--teacher", "user/name"], "--teacher user/name: there is no such file; give an output of predict.py"),
+        (["--teacher", "{folder}/said.csv"], "has no probabilities of 89 of 90 training texts"),
+        (["--teacher", "{folder}/few.csv"], "line 2, column 'probabilities': it lacks classes of the data"),
         (
-            ["--teacher", "{clear}", "--label_delimiter", ";"],
-            "is for single_label_classification, the data are for multi",
+            ["--teacher", "{folder}/said.csv", "--label_delimiter", ";"],
+            "it lacks classes of the data: the teacher has another taxonomy",
         ),
-        (["--teacher", "{clear}", "--taxonomy", "{folder}/other.json"], "has another taxonomy than the data"),
-        (["--teacher", "{clear}", "--num_train_epochs", "0"], "--teacher teaches in training steps"),
-        (["--teacher", "{folder}/train.csv"], "train.csv has no column 'probabilities' (of --teacher)"),
+        (
+            ["--teacher", "{folder}/said.csv", "--taxonomy", "{folder}/other.json"],
+            "the label 'neoplasms' is not in the taxonomy",
+        ),
+        (["--teacher", "{folder}/said.csv", "--num_train_epochs", "0"], "--teacher teaches in training steps"),
+        (["--teacher", "{folder}/train.csv"], "train.csv has no probabilities: give an output of predict.py"),
         (
             ["--teacher", "{folder}/votes.csv"],
             "votes.csv, line 2, column 'probabilities': the label 'colitis' is not in the",
@@ -157,24 +169,29 @@ def test_texts_of_the_teachers_training_are_never_scored(tiny_encoder, clear_che
         (["--teacher", "{folder}/inner.csv"], "share the number of 'specific disease' among the labels below it"),
         (["--teacher", "{folder}/twice.csv"], "line 3, column 'probabilities': its text has an earlier row"),
         (["--teacher", "{folder}/same.csv"], "line 2, column 'probabilities': two of its labels are the same node"),
-        (
-            ["--teacher", "{folder}/train.csv", "--teacher_scores", "s"],
-            "--teacher_scores keeps the scores of a checkpoint",
-        ),
+        (["--teacher", "{folder}/said.csv", "--taxonomy", "{folder}/tree.json"], "--teacher needs texts to teach"),
         (["--unlabelled_file", "texts.csv"], "--unlabelled_file needs --teacher, or classes without training rows"),
-        (["--teacher", "{clear}", "--teacher_weight", "2"], "--teacher_weight must be at least 0 and at most 1, not 2"),
+        (
+            ["--teacher", "{folder}/said.csv", "--teacher_weight", "2"],
+            "--teacher_weight must be at least 0 and at most 1, not 2",
+        ),
     ],
 )
 def test_a_teacher_that_cannot_teach_is_refused(flags, message, tiny_encoder, clear_checkpoint, folder):
-    (folder / "other.json").write_text(json.dumps([*CLEAR]))
+    (folder / "other.json").write_text(json.dumps([label for label in CLEAR if label != "neoplasms"] + ["other"]))
+    write_csv(folder / "one.csv", [clear_rows(1)[0]])
+    ask(clear_checkpoint, folder / "said.csv", folder / "one.csv")
+    (said,) = read_csv(folder / "said.csv")
+    write_csv(folder / "few.csv", [{name: cell for name, cell in said.items() if not name.endswith("of neoplasms")}])
     for name, label in (("votes", "colitis"), ("inner", "specific disease")):
         write_csv(folder / f"{name}.csv", [{"text": "pain", "probabilities": json.dumps({label: 1})}])
     write_csv(folder / "twice.csv", [{"text": text, "probabilities": '{"neoplasms": 1}'} for text in ("pain", "Pain ")])
     both = json.dumps({"neoplasms": 1, "specific disease/neoplasms": 1})
     write_csv(folder / "same.csv", [{"text": "pain", "probabilities": both}])
     names = {"encoder": tiny_encoder, "clear": clear_checkpoint, "folder": folder}
-    words = ["--train_file", folder / "train.csv", "--model_name_or_path", tiny_encoder, "--output_dir", folder / "out"]
-    words += ["--validation_size", 0]
+    words = ["--model_name_or_path", tiny_encoder, "--output_dir", folder / "out"]
+    if "{folder}/tree.json" not in flags:
+        words += ["--train_file", folder / "train.csv", "--validation_size", 0]
     with pytest.raises(InputError) as raised:
         train.main([*map(str, words), *(flag.format(**names) for flag in flags)])
     assert message.format(**names) in str(raised.value)

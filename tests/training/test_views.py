@@ -3,11 +3,10 @@
 import itertools
 
 import datasets
-import numpy as np
 
 from decisions_hierarchical import OnePath
 from hierarchical_clinicalbert.training.tokens import build_collator, tokenize_splits
-from hierarchical_clinicalbert.training.views import NO_SENTENCE, half_texts, halves, sentence_numbers
+from hierarchical_clinicalbert.training.views import NO_SENTENCE, halves, sentence_numbers
 from taxonomy_hierarchical import Taxonomy
 
 TEXTS = [
@@ -85,16 +84,3 @@ def test_halves_share_out_the_sentences_in_their_order(tokenizer):
     assert len(set(deals[3])) > 20  # of seven sentences, another deal in most steps
     both = [0 in one and 0 in other for one, other in deals[3]]
     assert 0.5 < sum(both) / len(both) < 0.9
-
-
-def test_half_texts_share_out_the_sentences_in_their_order():
-    for sentences, text in zip(SENTENCES, TEXTS, strict=True):
-        for seed in range(20):
-            found = half_texts(text, np.random.default_rng(seed))
-            kept = [[one for one in sentences if one in half] for half in found]
-            assert [" ".join(half) for half in kept] == found
-            if len(sentences) < 3:
-                assert found == []
-            else:
-                assert {*kept[0], *kept[1]} == {*sentences}
-                assert {*kept[0]} & {*kept[1]} <= {sentences[0]}
