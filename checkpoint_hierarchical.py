@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import MODEL_MAPPING, AutoModel, PretrainedConfig, PreTrainedModel
@@ -52,6 +53,9 @@ ADAPTER_PREFIX = "base_model.model."  # how PeftModel names the module that it w
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 HEADS_WEIGHTS = "heads.safetensors"
 ADAPTER_FILES = (HEADS_WEIGHTS, f"{ADAPTER_SUBFOLDER}/adapter_config.json", f"{ADAPTER_SUBFOLDER}/{ADAPTER_WEIGHTS}")
+SELF_TEST_TEXT = "Colonoscopy was performed in 120 patients with suspected inflammatory bowel disease."
+# how far rounding may move a log-probability, in nats, by what rounds most
+SELF_TEST_TOLERANCES = {"float32": 0.01, "float16": 0.1, "bfloat16": 0.3, "quantized": 1.0}
 # one lock for the whole process, although each checkpoint has its own copy of this module
 LOADING = vars(threading).setdefault("_hierarchical_loading", threading.RLock())
 PADDING_SENSITIVE = ("convbert", "nystromformer", "yoso")  # their convolutions and hashes include padding tokens
@@ -316,6 +320,77 @@ def check_tokenizer(tokenizer: Any, model: Any) -> None:
     if largest >= embeddings:
         problem = f"its largest token id is {largest:,}, and the encoder has {embeddings:,} embeddings"
         raise ValueError(f"the tokenizer of {name} does not belong to this encoder: {problem}")
+
+
+def record_self_test(model: Any, tokenizer: Any = None) -> None:
+    """Store a model's log-probabilities of `SELF_TEST_TEXT` in its configuration, for `check_self_test`.
+
+    `set_calibration` and `add_nodes` do so where a test is stored. Call it after training of your own.
+
+    Args:
+        tokenizer: the model's tokenizer. By default the tokens are those that the configuration stores.
+    """
+    if tokenizer is None:
+        input_ids = model.config.self_test["input_ids"]
+    else:
+        input_ids = tokenizer(SELF_TEST_TEXT, verbose=False)["input_ids"]
+    in_training = [module for module in model.modules() if module.training]
+    model.eval()
+    log_probs = self_test_log_probs(model, input_ids)
+    for module in in_training:
+        module.training = True
+    model.config.self_test = {
+        "input_ids": input_ids,
+        "log_probs": [round(value, 6) for value in log_probs.tolist()],
+        "dtype": coarsest_dtype(model),
+        **library_versions(),
+    }
+
+
+def check_self_test(model: Any, tokenizer: Any) -> None:
+    """Raise ValueError where a model has other log-probabilities of `SELF_TEST_TEXT` than when it was saved.
+
+    Releases of transformers have loaded other models' remote code with random weights, or with wrong logits. Nothing is
+    computed with the versions that saved the checkpoint, or where no test is stored.
+    """
+    stored = model.config.self_test
+    versions = library_versions()
+    if stored is None or versions.items() <= stored.items():
+        return
+    if tokenizer(SELF_TEST_TEXT, verbose=False)["input_ids"] != stored["input_ids"]:
+        problem = "its tokenizer splits the text of the self-test into other tokens"
+    else:
+        log_probs = self_test_log_probs(model, stored["input_ids"])
+        largest = (log_probs - torch.tensor(stored["log_probs"])).abs().max().item()
+        dtypes = {stored["dtype"], coarsest_dtype(model)}
+        tolerance = max(SELF_TEST_TOLERANCES.get(dtype, 0.0) for dtype in dtypes)
+        if largest <= tolerance:
+            return
+        explained = f"and rounding ({' and '.join(sorted(dtypes))}) explains up to {tolerance}"
+        problem = f"a log-probability of its self-test differs by {largest:.2g}, {explained}"
+    saved, here = (f"torch {of['torch']} and transformers {of['transformers']}" for of in (stored, versions))
+    advice = "install these versions, or call record_self_test if you have changed the model"
+    raise ValueError(f"{model.name_or_path}: {problem}. It was saved with {saved}, here are {here}: {advice}")
+
+
+@torch.inference_mode()
+def self_test_log_probs(model: Any, input_ids: list[int]) -> Tensor:
+    """Return a model's log-probabilities of all nodes for one text, (num_nodes,)."""
+    tokens = torch.tensor([input_ids], device=model.device)
+    output = model(input_ids=tokens, attention_mask=torch.ones_like(tokens))
+    return output.node_log_probs[0].float().cpu()
+
+
+def coarsest_dtype(model: Any) -> str:
+    """Return the name of the encoder's dtype, or "quantized"."""
+    if any(weight.dtype in (torch.int8, torch.uint8) for weight in model.encoder.parameters()):
+        return "quantized"
+    return str(model.encoder.dtype).removeprefix("torch.")
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions that may change a model's results, without torch's build, such as ``+cpu``."""
+    return {"torch": torch.__version__.partition("+")[0], "transformers": transformers.__version__}
 
 
 def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:

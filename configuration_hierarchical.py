@@ -32,8 +32,10 @@ ENCODER_FIELDS = ("hidden_size", "num_hidden_layers", "max_position_embeddings",
 # ENCODER_FIELDS repeat text_config, and a stored attn_implementation can name a repository of unpinned code
 NOT_READ = (*ENCODER_FIELDS, "attn_implementation", "_attn_implementation", "format_version")
 # fields that are stored if they are given
-IF_GIVEN = ("window", "tokens_before", "tokens_after", "page", "open_world", "lexical_entries")
+IF_GIVEN = ("window", "tokens_before", "tokens_after", "page", "open_world", "lexical_entries", "self_test")
 LISTS = (list, tuple)
+# what ``self_test`` holds, see `checkpoint_hierarchical.record_self_test`
+SELF_TEST_FIELDS = {"input_ids", "log_probs", "dtype", "torch", "transformers"}
 PAGE = {"title": str, "medical": bool, "examples": list}  # what ``page`` may hold
 DEFAULT_ENCODER = "emilyalsentzer/Bio_ClinicalBERT"
 DEFAULT_ENCODER_REVISION = "d5892b39a4adaed74b92212a44081509db72f87b"
@@ -143,6 +145,8 @@ class HierarchicalConfig(PretrainedConfig):
             ``examples``, a list of texts. Each may be missing.
         calibration: a `Calibration`, or a dict of its fields.
         open_world: the number of references of the model's `OpenWorld`. None without one.
+        self_test: the token ids of a short text, this model's log-probabilities of all nodes for it, and the dtype and versions
+            that computed them: see `check_self_test`.
         problem_type: ``"multi_label_classification"`` for multi-label models. By default a text has one path.
 
     Raises:
@@ -174,6 +178,7 @@ class HierarchicalConfig(PretrainedConfig):
         page: dict[str, Any] | None = None,
         calibration: Calibration | dict | None = None,
         open_world: int | None = None,
+        self_test: dict[str, Any] | None = None,
         problem_type: str | None = None,
         **kwargs,
     ):
@@ -202,6 +207,13 @@ class HierarchicalConfig(PretrainedConfig):
         problem_type = problem_type or SINGLE_LABEL
         if problem_type not in (SINGLE_LABEL, MULTI_LABEL):
             raise ValueError(f"problem_type must be {SINGLE_LABEL!r} or {MULTI_LABEL!r}, not {problem_type!r}")
+
+        self.self_test = self_test
+        if self_test is not None:
+            is_complete = isinstance(self_test, dict) and self_test.keys() == SELF_TEST_FIELDS
+            if not is_complete or len(self_test["log_probs"]) != tree.num_nodes:
+                fields = ", ".join(sorted(SELF_TEST_FIELDS))
+                raise ValueError(f"self_test must hold {fields}, with log_probs of {tree.num_nodes} nodes")
 
         given, number = kwargs.pop("id2label", None), kwargs.pop("num_labels", None)
         kwargs.pop("label2id", None)

@@ -35,13 +35,27 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import can_return_tuple
 
 try:
-    from .checkpoint_hierarchical import build_encoder, load_checkpoint, position_limit, save_checkpoint, share_encoder
+    from .checkpoint_hierarchical import (
+        build_encoder,
+        load_checkpoint,
+        position_limit,
+        record_self_test,
+        save_checkpoint,
+        share_encoder,
+    )
     from .configuration_hierarchical import Calibration, HierarchicalConfig, read_tree
     from .decisions_hierarchical import Decisions, build_decisions, calibrate
     from .open_world_hierarchical import OpenWorld
     from .taxonomy_hierarchical import Taxonomy, list_names
 except ImportError:  # as a top-level module of the repository, not as remote code of a checkpoint
-    from checkpoint_hierarchical import build_encoder, load_checkpoint, position_limit, save_checkpoint, share_encoder
+    from checkpoint_hierarchical import (
+        build_encoder,
+        load_checkpoint,
+        position_limit,
+        record_self_test,
+        save_checkpoint,
+        share_encoder,
+    )
     from configuration_hierarchical import Calibration, HierarchicalConfig, read_tree
     from decisions_hierarchical import Decisions, build_decisions, calibrate
     from open_world_hierarchical import OpenWorld
@@ -686,6 +700,8 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
             self.heads.lexical = head.to(self.heads.weight.device)
             self.config.lexical_vocab_size, self.config.lexical_entries = len(head.idf), len(head.weight)
         self.heads.fill_buffers()
+        if self.config.self_test is not None:
+            self.record_self_test()
 
     def add_nodes(
         self,
@@ -757,3 +773,4 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         return super().push_to_hub(*arguments, **named)
 
     share_encoder = share_encoder
+    record_self_test = record_self_test

@@ -30,12 +30,12 @@ from transformers import Pipeline, PreTrainedModel
 from transformers.utils import logging
 
 try:
-    from .checkpoint_hierarchical import check_tokenizer, position_limit, special_tokens
+    from .checkpoint_hierarchical import check_self_test, check_tokenizer, position_limit, special_tokens
     from .decisions_hierarchical import build_decisions
     from .open_world_hierarchical import NOVELTY, NoveltyTests, estimate_prior, fitted_prior, read_prior
     from .taxonomy_hierarchical import quote_name
 except ImportError:  # as a top-level module of the repository, not as remote code of a checkpoint
-    from checkpoint_hierarchical import check_tokenizer, position_limit, special_tokens
+    from checkpoint_hierarchical import check_self_test, check_tokenizer, position_limit, special_tokens
     from decisions_hierarchical import build_decisions
     from open_world_hierarchical import NOVELTY, NoveltyTests, estimate_prior, fitted_prior, read_prior
     from taxonomy_hierarchical import quote_name
@@ -136,6 +136,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
                 with torch.inference_mode():
                     self.model(**self.tokenizer("a", return_tensors="pt"))
             use_cpu_kernels(self.model.encoder)
+        check_self_test(self.model, self.tokenizer)
         # a tokenizer keeps its truncation as state, which threads share: this copy never truncates
         self._tokenizer = copy.deepcopy(self.tokenizer)
         self._tokens_before, self._tokens_after = map(len, special_tokens(self._tokenizer))

@@ -218,7 +218,6 @@ def train(arguments: Arguments, data: LabelledSplits, resume_from: str | None, p
         open_world = learn_known_texts(scorer, splits["train"], scored["validation"]) if takes_steps else None
         for one in (model, scorer.model):
             one.set_calibration(calibration, lexical, open_world)
-        trainer.save_model(_internal_call=True)
         scores = replace_scores(scores, calibrated) | measure_sets(form, scored, calibration)
         scores |= measure_strange_texts(scored, open_world)
     elif not model.config.calibration.scales:
@@ -226,6 +225,11 @@ def train(arguments: Arguments, data: LabelledSplits, resume_from: str | None, p
     if continued is not None:
         basis = "its earlier weights" if takes_steps else "its earlier taxonomy"
         log_removed(form, continued, model.config, basis)
+
+    # the Trainer's model may be quantized or sharded
+    scorer.model.record_self_test(tokenizer)
+    model.config.self_test = scorer.model.config.self_test
+    trainer.save_model(_internal_call=True)
 
     # ── Publish: files, model card, Hub ──────────────────────────────────────────────────────────────────────────────
     facts = result.metrics | run_facts(arguments, size, data.report) | {"best_epoch": trainer.best_epoch}

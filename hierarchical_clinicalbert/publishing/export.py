@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
+from checkpoint_hierarchical import check_self_test
 from hierarchical_clinicalbert.checkpoint_files import (
     ADAPTER_FILES,
     EXPORTED_FILES,
@@ -44,6 +45,10 @@ def export_merged(folder: Path, output: Path) -> None:
     merged = load_merged(folder)
     if merged.has_adapter:
         raise InputError(f"--merge: the adapter of {folder} is not plain LoRA over floating-point weights")
+    if merged.config.self_test is not None:
+        with as_input_error(f"--merge: cannot merge {folder}"):
+            check_self_test(merged, AutoTokenizer.from_pretrained(folder, trust_remote_code=True))
+        merged.record_self_test()
     merged.save_pretrained(output)
     for name in set(list_files(folder)) - set(ADAPTER_FILES):
         if not (output / name).exists():

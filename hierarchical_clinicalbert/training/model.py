@@ -236,6 +236,7 @@ def load_tokenizer(arguments: ModelArguments, model: HierarchicalForSequenceClas
     if "attention_mask" not in tokenizer.model_input_names:  # else batches would have no mask
         tokenizer.model_input_names = [*tokenizer.model_input_names, "attention_mask"]
     model.config.tokens_before, model.config.tokens_after = special_tokens(tokenizer)
+    model.config.self_test = None  # of an earlier checkpoint, which training changes
     if model.window is not None:
         tokenizer.model_max_length = min(tokenizer.model_max_length, model.window)
     return tokenizer

@@ -13,7 +13,7 @@ from scipy.sparse import csr_matrix
 from torch import nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from checkpoint_hierarchical import check_tokenizer
+from checkpoint_hierarchical import check_self_test, check_tokenizer
 from decisions_hierarchical import DEFAULT_THRESHOLD
 from hierarchical_clinicalbert.errors import as_input_error
 from hierarchical_clinicalbert.evaluation.forms import Form, form_of
@@ -43,6 +43,7 @@ def scoring_trainer(
         model: PreTrainedModel = AutoModel.from_pretrained(folder, trust_remote_code=True)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
         check_tokenizer(tokenizer, model)
+        check_self_test(model, tokenizer)
     if args.device.type == "cpu":
         use_cpu_kernels(model.encoder)
     return HierarchicalTrainer(
