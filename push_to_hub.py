@@ -24,6 +24,7 @@ from hierarchical_clinicalbert.data.sources import read_texts
 from hierarchical_clinicalbert.errors import ROOT, ArgumentParser, InputError, as_input_error, run_command
 from hierarchical_clinicalbert.publishing import card
 from hierarchical_clinicalbert.publishing.export import export_merged, export_onnx, load_merged
+from hierarchical_clinicalbert.publishing.fingerprint import check_scores
 from hierarchical_clinicalbert.publishing.hub import (
     SPACE_FILES,
     Target,
@@ -56,7 +57,9 @@ def main(argv: list[str]) -> None:
         space = find_target(api, namespaces, "--space_id", arguments.space_id, "space", private=private)
     with as_input_error(f"cannot publish the card {folder / CARD}"):
         readme = (folder / CARD).read_text(encoding="utf-8-sig")
-        RepoCard(readme).validate()  # on the Hub
+        model_card = RepoCard(readme)
+        model_card.validate()  # on the Hub
+        check_scores(folder, config, model_card)
         result = None
         if examples:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)

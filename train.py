@@ -40,6 +40,7 @@ from hierarchical_clinicalbert.evaluation.report import (
 from hierarchical_clinicalbert.files import lock, write_json
 from hierarchical_clinicalbert.machine import keep_memory
 from hierarchical_clinicalbert.publishing.card import classify_example, delete_description, delete_scores
+from hierarchical_clinicalbert.publishing.fingerprint import write_fingerprint
 from hierarchical_clinicalbert.training import resume
 from hierarchical_clinicalbert.training.arguments import Arguments, fit_to_data, parse
 from hierarchical_clinicalbert.training.cpu import KEPT_MEMORY
@@ -240,6 +241,7 @@ def train(arguments: Arguments, data: LabelledSplits, resume_from: str | None, p
         plots.write(plots.training_curves(trainer.state.log_history, drawn), output / "plots" / "training_curves.png")
         shown = classify_example(scorer.model, tokenizer)
         write_card(trainer, settings, data_report, output, metrics, shown)
+        write_fingerprint(output, output, scorer.model)
         write_json(output / METRICS, metrics)
         logger.info("checkpoint, metrics and plots are in %s", output)
     log_metrics(form, scores, scored)
@@ -318,6 +320,7 @@ def score_checkpoint(arguments: Arguments, data: LabelledSplits) -> None:
         delete_scores(output)
         write_json(output / "data_report.json", data.report | {"lengths": lengths})
         classes = write_scores(form, scored, config.calibration.thresholds, output)
+        write_fingerprint(output, Path(scorer.model.name_or_path), scorer.model)
         write_json(output / METRICS, metrics | classes)
         logger.info("metrics and plots are in %s", output)
     log_metrics(form, metrics, scored)

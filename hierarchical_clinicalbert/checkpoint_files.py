@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 CARD, METRICS, PLOTS = "README.md", "metrics.json", "plots/*.png"
+FINGERPRINT = "fingerprint.json"  # of the weights that the scores belong to
 ENDPOINT_FILES = ("handler.py", "requirements.txt")  # for Inference Endpoints
 ONNX_FILE, QUANTIZED_ONNX_FILE = "onnx/model.onnx", "onnx/model_quantized.onnx"
 TRUNCATION_FILE = "sentence_bert_config.json"  # where text-embeddings-inference reads the length to truncate at
@@ -34,9 +35,9 @@ MODEL_FILES = (
     *("config.json", *SHIPPED_FILES, *TOKENIZER_FILES),
     *(*ADAPTER_FILES, WEIGHTS, WEIGHTS_INDEX, "model-*-of-*.safetensors"),
 )
-CHECKPOINT_FILES = (*MODEL_FILES, CARD, METRICS, PLOTS, *ENDPOINT_FILES, *EXPORTED_FILES)
+CHECKPOINT_FILES = (*MODEL_FILES, CARD, METRICS, FINGERPRINT, PLOTS, *ENDPOINT_FILES, *EXPORTED_FILES)
 TRAINED_TEXTS = "trained_texts.json"  # hashes, which are never published: see `data.trained_texts`
-SCORE_FILES = ("validation_predictions.csv", "test_predictions.csv", PLOTS, METRICS)
+SCORE_FILES = ("validation_predictions.csv", "test_predictions.csv", PLOTS, METRICS, FINGERPRINT)
 
 
 def list_files(folder: Path, patterns: tuple[str, ...] = CHECKPOINT_FILES) -> list[str]:

@@ -11,8 +11,8 @@ import torch
 from conftest import CORPUS, ROOT, first_rows, read_csv, run, run_outside, snippets, train_label_sets, write_csv
 from gradio_client import Client
 from hub_server import HubServer
-from huggingface_hub import RepoCard
-from safetensors.torch import load, load_file, save
+from huggingface_hub import ModelCard, RepoCard
+from safetensors.torch import load, load_file, save, save_file
 from space_server import SpaceServer
 from transformers import AutoTokenizer
 
@@ -22,7 +22,7 @@ from decisions_hierarchical import guaranteed_threshold, threshold_at
 from modeling_hierarchical import HierarchicalForSequenceClassification, Tokens
 
 ADAPTER_REPOSITORY = {
-    *(".gitattributes", "README.md", "config.json", "metrics.json"),
+    *(".gitattributes", "README.md", "config.json", "metrics.json", "fingerprint.json"),
     *("handler.py", "requirements.txt"),  # for Inference Endpoints
     *SHIPPED_FILES,
     *("heads.safetensors", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"),
@@ -134,6 +134,78 @@ def test_publishing_again_makes_no_commit_and_a_change_makes_one(hub, checkpoint
     run(*words, *branch, command="push_to_hub.py", settings=environment)
     assert hub.files("alice/again", "merged-form").keys() == MERGED_REPOSITORY - {"plots/training_curves.png"}
     assert hub.files("alice/again") == main
+
+
+# casts a checkpoint, or merges its adapter, as a user's own script does
+SAVE_AGAIN = """
+import shutil, torch
+from transformers import AutoModel
+source, target = {source!r}, {target!r}
+AutoModel.from_pretrained(source, trust_remote_code=True, dtype=torch.{dtype}).save_pretrained(target)
+for name in ("README.md", "metrics.json", "fingerprint.json", "tokenizer.json", "tokenizer_config.json"):
+    shutil.copy(f"{{source}}/{{name}}", target)
+print("{{}}")
+"""
+
+
+def test_scores_are_published_with_the_weights_that_were_scored_alone(hub, checkpoint, tmp_path):
+    """Weights that are cast, merged or saved again are the same. Weights that training could have changed are not."""
+    environment = hub.environment(token="hf_alice")
+
+    def publish(folder: Path, *flags: str):
+        words = ("--model", folder, "--repo_id", "alice/scored", "--dry_run", *flags)
+        return run(*words, command="push_to_hub.py", settings=environment, check=False)
+
+    # ── the same weights in other forms ──
+    merged = tmp_path / "float32"
+    for source, dtype in ((checkpoint, "float32"), (checkpoint, "bfloat16"), (merged, "float16")):
+        code = SAVE_AGAIN.format(source=str(source), target=str(tmp_path / dtype), dtype=dtype)
+        run_outside(code, tmp_path, environment)
+        for flags in ([], ["--merge"]):
+            done = publish(tmp_path / dtype, *flags)
+            assert done.returncode == 0, (dtype, done.stderr)
+
+    # ── other weights, calibration or scores ──
+    heads = "heads.safetensors"
+
+    def negate(folder: Path, file: str, chosen: str) -> None:
+        stored = load_file(folder / file)
+        weights = {name: -weight if name == chosen else weight for name, weight in stored.items()}
+        save_file(weights, folder / file, {"format": "pt"})
+
+    def scale(folder: Path) -> None:
+        stored = json.loads((folder / "config.json").read_text())
+        stored["calibration"]["scales"][0] *= 1.01
+        (folder / "config.json").write_text(json.dumps(stored))
+
+    adapter = "adapter/adapter_model.safetensors"
+    lora = next(name for name, weight in load_file(checkpoint / adapter).items() if weight.any())
+    dense = "encoder.encoder.layer.0.output.dense.weight"
+    changes = {
+        "heads": (checkpoint, lambda folder: negate(folder, heads, "weight"), "heads.weight differs"),
+        "adapter": (checkpoint, lambda folder: negate(folder, adapter, lora), f"{lora} differs"),
+        "calibration": (checkpoint, scale, "the taxonomy or the calibration differs"),
+        "record": (checkpoint, lambda folder: (folder / "fingerprint.json").unlink(), "fingerprint.json is missing"),
+        "merged": (merged, lambda folder: negate(folder, "model.safetensors", dense), f"{dense} differs"),
+        "cast": (
+            tmp_path / "bfloat16",
+            lambda folder: negate(folder, "model.safetensors", "heads.weight"),
+            "heads.weight differs",
+        ),
+    }
+    for name, (source, change, problem) in changes.items():
+        folder = shutil.copytree(source, tmp_path / name)
+        change(folder)
+        done = publish(folder)
+        assert done.returncode == 2, name
+        assert problem in done.stderr.splitlines()[-1]
+        assert "Traceback" not in done.stderr
+    (folder / "metrics.json").unlink()  # the card still has the scores
+    assert publish(folder).returncode == 2
+    card = ModelCard.load(folder / "README.md")
+    card.data.eval_results = None
+    (folder / "README.md").write_text(str(card))
+    assert publish(folder).returncode == 0
 
 
 def test_a_dry_run_lists_the_files_and_sends_nothing(hub, checkpoint):
@@ -432,7 +504,7 @@ def test_training_pushes_whole_checkpoints(hub, checkpoint):
     assert [commit.title for commit in commits] == [*during, "End of training"]
     for commit in commits[:-1]:  # without scores
         plots = {name for name in ADAPTER_REPOSITORY if name.startswith("plots/")}
-        assert commit.files.keys() == ADAPTER_REPOSITORY - plots - {"metrics.json"}
+        assert commit.files.keys() == ADAPTER_REPOSITORY - plots - {"metrics.json", "fingerprint.json"}
         assert "Training is not finished." in commit.files["README.md"].decode()
     files = hub.files("alice/trained")
     assert files.keys() == ADAPTER_REPOSITORY
