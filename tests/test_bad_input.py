@@ -82,10 +82,9 @@ TRAIN = [
     ((*DATA, "--text_column", "label"), "cannot be both"),
     ((*DATA, "--label_delimiter", ";", "--label_column", "a", "b"), "--label_delimiter needs one --label_column"),
     ((*DATA, "--label_separator", ""), "the label separator must be a non-empty text"),
-    ((*DATA, "--lora_dropout", "nan"), "--lora_dropout must be at least 0 and below 1, not nan"),
+    ((*DATA, "--label_smoothing_factor", "nan"), "--label_smoothing_factor must be at least 0 and below 1, not nan"),
     ((*DATA, "--learning_rate", "-1"), "--learning_rate must be more than 0, not -1.0"),
     ((*DATA, "--remove_unused_columns", "true"), "--remove_unused_columns is not supported"),
-    ((*DATA, *RANDOM, "--lora_target_modules", "query", "word_embeddings"), "embeddings.word_embeddings is an embedding"),
     (("null.yaml", *DATA), "the recipe null.yaml: save_total_limit has no value; leave the key out for its default"),
     ((*DATA, "--seed", "-1"), "--seed must be at least 0 and below 4,294,967,296"),
     ((*DATA, "--metric_for_best_model", "acuracy"), "--metric_for_best_model acuracy is not measured on these validation rows; it is one of loss, "),
@@ -260,10 +259,7 @@ ENCODERS = {
         slow_tokenizer,
         "BertweetTokenizer is not a fast tokenizer (of the tokenizers library), which serving the checkpoint requires",
     ),
-    "no linear layers": (
-        without_linear_layers,
-        "GPT2Model has no linear layers: name its layers by --lora_target_modules",
-    ),
+    "no linear layers": (without_linear_layers, "GPT2Model has no linear layers: give --tuning full"),
     "code of its own": (hostile_code(model_type="hostile"), "contains custom code"),
 }
 

@@ -148,7 +148,7 @@ def test_a_warm_start_with_a_grown_taxonomy_keeps_the_adapter_and_the_known_head
     assert "\n# Synthetic abstracts by disease\n" in card
     assert "Not a medical device" in card
     assert "heads kept: 6; initialised: 'infections'" in log
-    assert "the adapter keeps its settings: lora_r 16, lora_alpha 32, lora_dropout " in log
+    assert "the adapter keeps its settings: lora_r 16, lora_alpha 32" in log
     new = AutoModel.from_pretrained(tmp_path / "results", trust_remote_code=True, merge_adapter=False)
     after = new.config.tree
     assert (after.num_leaves, after.descriptions) == (6, {"neoplasms": "cancer and benign tumours"})

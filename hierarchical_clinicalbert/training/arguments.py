@@ -41,8 +41,6 @@ class ModelArguments:
     tuning: Literal["lora", "full"] = flag("lora", "lora trains an adapter and the heads, full trains every weight.")
     lora_r: int = flag(16, "Rank of the adapter.")
     lora_alpha: int = flag(32, "The adapter's output is scaled by lora_alpha / lora_r.")
-    lora_dropout: float = flag(0.0, "Dropout on the adapter's input.")
-    lora_target_modules: list[str] = flag(["all-linear"], "Names of the adapted layers, such as query value.")
     pooling: Literal["mean", "cls", "label_attention", "family_attention"] = flag(
         "mean", "Mean of the token vectors, the first one, or means weighted for each node or family of leaves."
     )
@@ -157,7 +155,7 @@ class Arguments(NamedTuple):
 RANGES = {
     **dict.fromkeys(("lora_r", "lora_alpha", "per_device_train_batch_size", "per_device_eval_batch_size"), "[1, inf)"),
     **dict.fromkeys(("gradient_accumulation_steps", "save_total_limit"), "[1, inf)"),
-    **dict.fromkeys(("lora_dropout", "label_smoothing_factor"), "[0, 1)"),
+    "label_smoothing_factor": "[0, 1)",
     **dict.fromkeys(("learning_rate", "heads_learning_rate", "teacher_temperature"), "(0, inf)"),
     "teacher_weight": "[0, 1]",
     **dict.fromkeys(("num_train_epochs", "focal_gamma", "consistency", "weight_decay", "max_grad_norm"), "[0, inf)"),

@@ -14,7 +14,6 @@ from accelerate.utils import parse_flag_from_env
 from huggingface_hub import snapshot_download
 from peft import LoraConfig, inject_adapter_in_model, prepare_model_for_kbit_training
 from peft.functional import cast_adapter_dtype, set_adapter
-from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig, PreTrainedTokenizerBase
 
@@ -27,7 +26,7 @@ from hierarchical_clinicalbert.checkpoint_files import (
     read_config,
     require_encoder,
 )
-from hierarchical_clinicalbert.errors import InputError, as_input_error, one_line
+from hierarchical_clinicalbert.errors import InputError, as_input_error
 from hierarchical_clinicalbert.machine import has_bf16
 from hierarchical_clinicalbert.reading.foreign_code import refuse_foreign_code
 from hierarchical_clinicalbert.training.arguments import ModelArguments
@@ -87,32 +86,24 @@ def build_model(
 
 
 def add_adapter(encoder: nn.Module, arguments: ModelArguments) -> None:
-    """Freeze an encoder, and inject a LoRA adapter with new weights in float32, in place.
+    """Freeze an encoder, and inject a LoRA adapter over its linear layers, with new weights in float32, in place.
 
-    InputError: ``--lora_target_modules`` names no layer, or one that cannot be adapted.
+    InputError: the encoder has no linear layers, or PEFT cannot adapt them.
     """
     prepare_model_for_kbit_training(encoder, use_gradient_checkpointing=False)  # the Trainer enables it
-    targets = arguments.lora_target_modules
-    if targets == ["all-linear"]:  # PEFT's own all-linear also adapts a pooler
-        linear = (name for name, module in encoder.named_modules() if isinstance(module, nn.Linear))
-        targets = sorted({name.rsplit(".", 1)[-1] for name in linear})
-        if not targets:
-            problem = f"{type(encoder).__name__} has no linear layers"
-            raise InputError(f"{problem}: name its layers by --lora_target_modules, or give --tuning full")
+    # PEFT's own all-linear also adapts a pooler
+    linear = (name for name, module in encoder.named_modules() if isinstance(module, nn.Linear))
+    targets = sorted({name.rsplit(".", 1)[-1] for name in linear})
+    if not targets:
+        raise InputError(f"{type(encoder).__name__} has no linear layers: give --tuning full")
     lora = LoraConfig(
         r=arguments.lora_r,
         lora_alpha=arguments.lora_alpha,
-        lora_dropout=arguments.lora_dropout,
         target_modules=targets,
         task_type="FEATURE_EXTRACTION",
     )
-    try:
+    with as_input_error(f"cannot adapt {type(encoder).__name__}", "give --tuning full"):
         inject_adapter_in_model(lora, encoder)
-    except ValueError as error:
-        raise InputError(f"--lora_target_modules {' '.join(targets)}: {one_line(error)}") from error
-    for name, module in encoder.named_modules():
-        if isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), nn.Embedding):
-            raise InputError(f"--lora_target_modules {' '.join(targets)}: {name} is an embedding, not a layer")
     cast_adapter_dtype(encoder, "default")  # over 4-bit layers it is bfloat16, in which small steps round to zero
 
 
@@ -156,8 +147,7 @@ def continue_checkpoint(
 
 def adapter_settings(adapter: LoraConfig) -> dict[str, Any]:
     """Return the settings of an adapter, by the flags that give them."""
-    sizes = {"lora_r": adapter.r, "lora_alpha": adapter.lora_alpha, "lora_dropout": adapter.lora_dropout}
-    return sizes | {"lora_target_modules": sorted(adapter.target_modules)}
+    return {"lora_r": adapter.r, "lora_alpha": adapter.lora_alpha}
 
 
 # ── Fetch and load ───────────────────────────────────────────────────────────────────────────────────────────────────

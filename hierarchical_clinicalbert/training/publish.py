@@ -24,7 +24,7 @@ def run_settings(
 ) -> dict[str, Any]:
     """Return the settings of a run for its card.
 
-    A continued adapter keeps its own rank, scale and dropout. If ``heads_init`` is None, trained heads were kept, and there were no
+    A continued adapter keeps its own rank and scale. If ``heads_init`` is None, trained heads were kept, and there were no
     contrastive steps.
     """
     settings = {
@@ -42,7 +42,7 @@ def run_settings(
         settings["teacher"] = Path(arguments.loss.teacher).name
     if model.has_adapter:
         return settings | adapter_settings(model.encoder.peft_config["default"])
-    return settings | dict.fromkeys(("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"))
+    return settings | dict.fromkeys(("lora_r", "lora_alpha"))
 
 
 def run_facts(arguments: Arguments, size: dict[str, int | float], data_report: dict[str, Any]) -> dict[str, Any]:

@@ -164,7 +164,7 @@ def model_settings(config: HierarchicalConfig, adapter: LoraConfig | None) -> di
         "pooling": config.pooling,
         "problem_type": config.problem_type,
     }
-    return settings | {**adapter_settings(adapter), "lora_dropout": None} if adapter else settings
+    return settings | adapter_settings(adapter) if adapter else settings
 
 
 def refuse_to_resume(checkpoint: str, problem: str) -> NoReturn:

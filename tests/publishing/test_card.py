@@ -40,7 +40,7 @@ SETTINGS = {
     "model_revision": COMMIT,
     "quantization": "4bit",
     "tuning": "lora",
-    "lora_target_modules": ["query", "value"],
+    "lora_r": 16,
     "attn_implementation": None,
     "focal_gamma": 1.0,
     "learning_rate": 6e-4,
@@ -420,7 +420,7 @@ def test_the_training_section_shows_encoder_settings_size_time_and_machine(writt
     for words in (
         f"[{ENCODER}](https://huggingface.co/{ENCODER}) at revision `{COMMIT}`",
         "665,862 of 23,231,238 parameters (2.9%)",
-        "| lora_target_modules | query, value |",
+        "| lora_r | 16 |",
         "| learning_rate | 0.0006 |",
         "Training time from step 1,200 on, where it was resumed, evaluations included: 2.1 minutes.",
         f"transformers {environment['versions']['transformers']}",

@@ -34,7 +34,7 @@ def words(tiny_encoder, tmp_path_factory) -> list[str]:
     """Return the flags of a run of 10 steps that saves every second step."""
     given = [ROOT / "recipes" / "quickstart.yaml", "--model_name_or_path", tiny_encoder]
     given += first_rows("corpus", tmp_path_factory.mktemp("data"), 64, 16, 16)
-    given += ["--max_steps", 10, "--per_device_train_batch_size", 4, "--lora_dropout", 0.1, "--consistency", 1]
+    given += ["--max_steps", 10, "--per_device_train_batch_size", 4, "--consistency", 1]
     for name in ("save", "eval"):
         given += [f"--{name}_strategy", "steps", f"--{name}_steps", 2]
     given += ["--load_best_model_at_end", "false"]  # all steps count
@@ -147,7 +147,7 @@ STATES = {  # of a run, by what is in its folder
         ("finished", (), f"{HOLDS_A_RUN}, or --overwrite_output_dir true, or --resume_from_checkpoint auto"),
         ("finished", SCORE, HOLDS_A_RUN),
         ("finished", (*OVERWRITE, "--model_name_or_path", "{last}"), "--overwrite_output_dir true would delete {last}"),
-        ("finished", (*OVERWRITE, "--lora_target_modules", "q"), "'q'"),
+        ("finished", (*OVERWRITE, "--report_to", "nothing_of_the_kind"), "nothing_of_the_kind is not supported"),
         ("without checkpoints", RESUME, f"{HOLDS_A_RUN}, or --overwrite_output_dir true"),
         ("killed", (), f"{HOLDS_A_RUN}, or --overwrite_output_dir true, or --resume_from_checkpoint auto"),
     ],
