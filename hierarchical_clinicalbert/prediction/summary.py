@@ -48,7 +48,6 @@ class Summary:
             p_values = np.arange(len(self.ranks)) / (self.num_references + 1)
             num_strange = int(np.array(self.ranks)[p_values <= NOVELTY].sum())
             content["strange"] = {"novelty": NOVELTY, "rows": num_strange, "share": num_strange / total}
-            content["kolmogorov_smirnov"] = self.kolmogorov_smirnov()
         classes: list[dict[str, Any]] = []
         for label in self.training or self.classes:
             share, training_share = self.classes.get(label, 0.0) / total, self.training.get(label)
@@ -57,20 +56,3 @@ class Summary:
                 classes.append({"label": label, "share": share, **trained})
         content["classes"] = sorted(classes, key=lambda one: -abs(one["share"] - one.get("training_share", 0.0)))
         return rounded(content)
-
-    def kolmogorov_smirnov(self) -> dict[str, float]:
-        """Compare the texts with the validation texts by the two-sample Kolmogorov–Smirnov test, with its asymptotic p-value.
-
-        The p-values hold the ranks of the texts among the validation texts, which is all that the test reads.
-        """
-        n, m = self.num_references, self.num_rows
-        at_most = np.cumsum(self.ranks) / max(1, m)  # the share of p-values up to k / (n + 1)
-        of_validation = np.arange(n + 1) / n
-        statistic = max(np.abs(at_most[:-1] - of_validation).max(), np.abs(at_most[1:] - of_validation).max())
-        return {"statistic": float(statistic), "p_value": kolmogorov(statistic * np.sqrt(n * m / (n + m)))}
-
-
-def kolmogorov(x: float) -> float:
-    """Return the probability that a Kolmogorov variable exceeds x. scipy has it, which a small installation lacks."""
-    k = np.arange(1, 101)  # below 0.2, the sum needs more terms, and is 1 up to 1e-12
-    return 1.0 if x < 0.2 else float(-2 * ((-1.0) ** k * np.exp(-2 * (k * x) ** 2)).sum())
