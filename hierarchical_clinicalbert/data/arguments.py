@@ -7,9 +7,18 @@ SHARE = 0.1  # of the rows, for validation and for the test
 
 
 # ruff: noqa: RUF009 - `flag` returns a dataclass field
-def flag(default: Any, help: str, **metadata: Any) -> Any:
-    """Return a dataclass field with the metadata that HfArgumentParser reads."""
-    metadata["help"] = help
+def flag(
+    default: Any, help: str, group: str = "data", interval: str | None = None, fixed: bool = False, **metadata: Any
+) -> Any:
+    """Return a dataclass field with all that describes a flag, see `training.arguments.Parser`.
+
+    Args:
+        group: the section of ``--help`` that shows it.
+        interval: its values. A bracket includes the bound, a parenthesis excludes it.
+        fixed: whether any other value than the default is refused.
+        metadata: further arguments of `argparse.ArgumentParser.add_argument`.
+    """
+    metadata |= {"help": help, "group": group, "interval": interval, "fixed": fixed}
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -46,6 +55,7 @@ class DataArguments:
         None,
         "Texts are truncated to this many tokens, and read in windows of the encoder's size. Default: 512 or the window, "
         "or the checkpoint's own limit.",
+        interval="[8, inf)",
     )
     validation_size: float | None = flag(
         None, f"Share of texts for validation, if no rows are given. Default: {SHARE}."

@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -14,6 +15,7 @@ import torch
 from accelerate.utils import parse_flag_from_env
 from transformers import HfArgumentParser, SchedulerType, TrainingArguments
 from transformers.hf_argparser import string_to_bool
+from transformers.trainer_utils import HubStrategy
 
 from configuration_hierarchical import DEFAULT_ENCODER, DEFAULT_ENCODER_REVISION
 from hierarchical_clinicalbert.checkpoint_files import is_local
@@ -30,25 +32,40 @@ logger = logging.getLogger(__name__)
 FEW_ROWS = 32  # training rows per leaf, on average, below which heads start from prototypes, and phrases count in the lexical head
 
 
+# groups of flags, see `flag`
+model_flag = partial(flag, group="model")
+heads_flag = partial(flag, group="heads")
+training_flag = partial(flag, group="training")
+publishing_flag = partial(flag, group="publishing")
+# of transformers: another value would change the scored rows, the scored model, or how a run resumes
+fixed_flag = partial(flag, help=argparse.SUPPRESS, group="training", fixed=True)
+
+
 # ruff: noqa: RUF009 - `flag` returns a dataclass field
 @dataclass
 class ModelArguments:
-    model_name_or_path: str = flag(DEFAULT_ENCODER, "Encoder, or checkpoint to continue: a Hub id or a folder.")
-    model_revision: str | None = flag(None, "Commit, tag or branch on the Hub. The checkpoint records the commit.")
-    quantization: Literal["none", "8bit", "4bit"] | None = flag(
+    model_name_or_path: str = model_flag(DEFAULT_ENCODER, "Encoder, or checkpoint to continue: a Hub id or a folder.")
+    model_revision: str | None = model_flag(
+        None, "Commit, tag or branch on the Hub. The checkpoint records the commit."
+    )
+    quantization: Literal["none", "8bit", "4bit"] | None = model_flag(
         None, "Precision of the frozen weights. Default: 4bit with an adapter, else none."
     )
-    tuning: Literal["lora", "full"] = flag("lora", "lora trains an adapter and the heads, full trains every weight.")
-    lora_r: int = flag(16, "Rank of the adapter.")
-    lora_alpha: int = flag(32, "The adapter's output is scaled by lora_alpha / lora_r.")
-    pooling: Literal["mean", "cls", "label_attention", "family_attention"] = flag(
+    tuning: Literal["lora", "full"] = model_flag(
+        "lora", "lora trains an adapter and the heads, full trains every weight."
+    )
+    lora_r: int = model_flag(16, "Rank of the adapter.", interval="[1, inf)")
+    lora_alpha: int = model_flag(32, "The adapter's output is scaled by lora_alpha / lora_r.", interval="[1, inf)")
+    pooling: Literal["mean", "cls", "label_attention", "family_attention"] = heads_flag(
         "mean", "Mean of the token vectors, the first one, or means weighted for each node or family of leaves."
     )
-    heads_init: Literal["prototypes", "random"] | None = flag(
+    heads_init: Literal["prototypes", "random"] | None = heads_flag(
         None, f"Initial heads. Default: prototypes, of texts and names, below {FEW_ROWS} rows a class."
     )
-    contrastive_steps: int = flag(0, "Steps of contrastive training, before heads are initialised.")
-    lexical_head: bool | None = flag(
+    contrastive_steps: int = heads_flag(
+        0, "Steps of contrastive training, before heads are initialised.", interval="[0, inf)"
+    )
+    lexical_head: bool | None = heads_flag(
         None, "Linear classifier over the tokens. Default: true up to a size, see the log."
     )
 
@@ -57,60 +74,102 @@ class ModelArguments:
 class LossArguments:
     """Flags of `training.losses` and `training.views`. The loss also uses ``--label_smoothing_factor``."""
 
-    focal_gamma: float = flag(0.0, "Exponent of (1 - p) in the focal loss. 0: cross-entropy.")
-    class_weighting: Literal["none", "balanced"] = flag(
+    focal_gamma: float = training_flag(
+        0.0, "Exponent of (1 - p) in the focal loss. 0: cross-entropy.", interval="[0, inf)"
+    )
+    class_weighting: Literal["none", "balanced"] = training_flag(
         "none", "balanced: more weight for the rarer outcomes of each decision."
     )
-    consistency: float = flag(0.0, "Weight of the loss between two views of a text. 0: whole texts.")
-    teacher: str | None = flag(
+    consistency: float = training_flag(
+        0.0, "Weight of the loss between two views of a text. 0: whole texts.", interval="[0, inf)"
+    )
+    teacher: str | None = training_flag(
         None, "Output of predict.py --probabilities, or a file with columns text and probabilities."
     )
-    teacher_weight: float = flag(0.5, "Share of the teacher in the loss. The rest is the labels'.")
-    teacher_temperature: float = flag(2.0, "Divisor of the scores of both in that share.")
+    teacher_weight: float = training_flag(
+        0.5, "Share of the teacher in the loss. The rest is the labels'.", interval="[0, 1]"
+    )
+    teacher_temperature: float = training_flag(2.0, "Divisor of the scores of both in that share.", interval="(0, inf)")
 
 
 @dataclass
 class HierarchicalTrainingArguments(TrainingArguments):
     """TrainingArguments of transformers, with defaults for this task."""
 
-    output_dir: str = flag("results", "Folder for the checkpoint.")
-    resume_from_checkpoint: str | None = flag(None, "Checkpoint to resume from, or auto: the last one in --output_dir.")
-    overwrite_output_dir: bool = flag(False, "Overwrite the folder's run. Training deletes its checkpoints.")
-    do_train: bool | None = flag(None, "Train. Default: yes, unless --do_eval or --do_predict is given.")
-    do_eval: bool | None = flag(None, "Score the validation rows at the end; calibrate after training. Default: yes.")
-    do_predict: bool | None = flag(None, "Score the test rows. Default: yes.")
-    num_train_epochs: float = flag(5.0, "Passes over the training rows. 0: new heads, no training.")
-    per_device_train_batch_size: int = flag(16, "Texts per device and step.")
-    per_device_eval_batch_size: int = flag(32, "Texts per device and step in evaluation.")
-    learning_rate: float = flag(6e-4, "Peak learning rate of the encoder or its adapter.")
-    heads_learning_rate: float | None = flag(None, "Peak learning rate of the heads. Default: --learning_rate.")
-    weight_decay: float = flag(0.01, "Weight decay.")
-    warmup_steps: float = flag(0.1, "Number of warm-up steps, or, below 1, their share of all steps.")
-    lr_scheduler_type: str = flag("cosine", "Schedule of the learning rate.")
-    eval_strategy: str = flag("epoch", "When to evaluate.")
-    save_strategy: str = flag("epoch", "When to save.")
-    # the Trainer's filter waits for the GPU at every step, and logs earlier losses in place of one that is not finite
-    logging_nan_inf_filter: bool = flag(False, argparse.SUPPRESS)
-    save_total_limit: int | None = flag(2, "Number of checkpoints to keep.")
-    load_best_model_at_end: bool = flag(True, "Load the best checkpoint at the end.")
-    metric_for_best_model: str | None = flag("macro_f1", "Metric that selects the best checkpoint.")
-    restore_callback_states_from_checkpoint: bool = flag(True, "Resume with the saved count for early stopping.")
-    early_stopping_patience: int | None = flag(
-        2, "Stop after this many evaluations without improvement, with --load_best_model_at_end. 0: never."
+    output_dir: str = training_flag("results", "Folder for the checkpoint.")
+    resume_from_checkpoint: str | None = training_flag(
+        None, "Checkpoint to resume from, or auto: the last one in --output_dir."
     )
-    train_sampling_strategy: str = flag(
+    overwrite_output_dir: bool = training_flag(False, "Overwrite the folder's run. Training deletes its checkpoints.")
+    do_train: bool | None = training_flag(None, "Train. Default: yes, unless --do_eval or --do_predict is given.")
+    do_eval: bool | None = training_flag(
+        None, "Score the validation rows at the end; calibrate after training. Default: yes."
+    )
+    do_predict: bool | None = training_flag(None, "Score the test rows. Default: yes.")
+    num_train_epochs: float = training_flag(
+        5.0, "Passes over the training rows. 0: new heads, no training.", interval="[0, inf)"
+    )
+    max_steps: int = training_flag(-1, "Steps, in place of --num_train_epochs.")
+    per_device_train_batch_size: int = training_flag(16, "Texts per device and step.", interval="[1, inf)")
+    per_device_eval_batch_size: int = training_flag(32, "Texts per device and step in evaluation.", interval="[1, inf)")
+    gradient_accumulation_steps: int = training_flag(1, "Batches of a step.", interval="[1, inf)")
+    activation_checkpointing: bool | None = training_flag(None, "Compute activations twice, to save memory.")
+    learning_rate: float = training_flag(6e-4, "Peak learning rate of the encoder or its adapter.", interval="(0, inf)")
+    heads_learning_rate: float | None = heads_flag(
+        None, "Peak learning rate of the heads. Default: --learning_rate.", interval="(0, inf)"
+    )
+    weight_decay: float = training_flag(0.01, "Weight decay.", interval="[0, inf)")
+    max_grad_norm: float = training_flag(1.0, "Largest norm of the gradient. 0: any.", interval="[0, inf)")
+    label_smoothing_factor: float = training_flag(0.0, "Label smoothing.", interval="[0, 1)")
+    warmup_steps: float = training_flag(0.1, "Number of warm-up steps, or, below 1, their share of all steps.")
+    lr_scheduler_type: str = training_flag("cosine", "Schedule of the learning rate.")
+    eval_strategy: str = training_flag("epoch", "When to evaluate.")
+    eval_steps: float | None = training_flag(None, "Steps between evaluations, or, below 1, their share of all.")
+    save_strategy: str = training_flag("epoch", "When to save.")
+    save_steps: float = training_flag(500, "Steps between saves, or, below 1, their share of all.")
+    # the Trainer's filter waits for the GPU at every step, and logs earlier losses in place of one that is not finite
+    logging_nan_inf_filter: bool = training_flag(False, argparse.SUPPRESS)
+    save_total_limit: int | None = training_flag(2, "Number of checkpoints to keep.", interval="[1, inf)")
+    load_best_model_at_end: bool = training_flag(True, "Load the best checkpoint at the end.")
+    metric_for_best_model: str | None = training_flag("macro_f1", "Metric that selects the best checkpoint.")
+    early_stopping_patience: int | None = training_flag(
+        2,
+        "Stop after this many evaluations without improvement, with --load_best_model_at_end. 0: never.",
+        interval="[0, inf)",
+    )
+    train_sampling_strategy: str = training_flag(
         "group_by_length",
         "Order of the training rows. group_by_length reduces padding.",
         choices=["random", "sequential", "group_by_length", "batch_rebalance"],
     )
-    report_to: list[str] = flag(["none"], "Services to log to: tensorboard, trackio, ...")
-    title: str | None = flag(None, "Title of the card and the page. Default: from the names of the roots.")
-    medical: bool | None = flag(None, "Warn against use for diagnosis. Default: with the default taxonomy.")
-    project: str | None = flag(None, "Project that trackio logs to. Default: the name of --output_dir.")
-    run_name: str | None = flag(None, "Name of the run in these services. Default: the name of --output_dir.")
-    logging_steps: float = flag(10, "Steps between log lines, or, below 1, their share of all.")
-    remove_unused_columns: bool = flag(False, argparse.SUPPRESS)
-    bf16: bool | None = flag(None, "bfloat16 autocast. Default: true if native.")
+    report_to: list[str] = training_flag(["none"], "Services to log to: tensorboard, trackio, ...")
+    title: str | None = publishing_flag(None, "Title of the card and the page. Default: from the names of the roots.")
+    medical: bool | None = publishing_flag(None, "Warn against use for diagnosis. Default: with the default taxonomy.")
+    project: str | None = training_flag(None, "Project that trackio logs to. Default: the name of --output_dir.")
+    run_name: str | None = training_flag(None, "Name of the run in these services. Default: the name of --output_dir.")
+    logging_steps: float = training_flag(10, "Steps between log lines, or, below 1, their share of all.")
+    bf16: bool | None = training_flag(None, "bfloat16 autocast. Default: true if native.")
+    seed: int = training_flag(42, "Seed.", interval="[0, 4294967296)")
+    data_seed: int | None = training_flag(
+        None, "Seed of the order of rows. Default: --seed.", interval="[0, 4294967296)"
+    )
+    dataloader_num_workers: int = training_flag(0, "Processes that load batches.", interval="[0, inf)")
+    push_to_hub: bool = publishing_flag(False, "Push the model at each save.")
+    hub_model_id: str | None = publishing_flag(None, "Repository on the Hub. Default: the name of --output_dir.")
+    hub_private_repo: bool | None = publishing_flag(None, "Create a private repository.")
+    hub_strategy: HubStrategy | str = publishing_flag("every_save", "When to push: end or every_save.")
+
+    batch_eval_metrics: bool = fixed_flag(False)
+    bf16_full_eval: bool = fixed_flag(False)
+    dataloader_drop_last: bool = fixed_flag(False)
+    dataloader_persistent_workers: bool = fixed_flag(False)
+    enable_jit_checkpoint: bool = fixed_flag(False)
+    eval_do_concat_batches: bool = fixed_flag(True)
+    fp16_full_eval: bool = fixed_flag(False)
+    label_names: list[str] | None = fixed_flag(None)
+    prediction_loss_only: bool = fixed_flag(False)
+    remove_unused_columns: bool = fixed_flag(False)
+    restore_callback_states_from_checkpoint: bool = fixed_flag(True)
 
     def __post_init__(self):
         if not torch.accelerator.is_available():
@@ -151,40 +210,6 @@ class Arguments(NamedTuple):
     training: HierarchicalTrainingArguments
 
 
-# Intervals: a bracket includes the bound, a parenthesis excludes it.
-RANGES = {
-    **dict.fromkeys(("lora_r", "lora_alpha", "per_device_train_batch_size", "per_device_eval_batch_size"), "[1, inf)"),
-    **dict.fromkeys(("gradient_accumulation_steps", "save_total_limit"), "[1, inf)"),
-    "label_smoothing_factor": "[0, 1)",
-    **dict.fromkeys(("learning_rate", "heads_learning_rate", "teacher_temperature"), "(0, inf)"),
-    "teacher_weight": "[0, 1]",
-    **dict.fromkeys(("num_train_epochs", "focal_gamma", "consistency", "weight_decay", "max_grad_norm"), "[0, inf)"),
-    **dict.fromkeys(("early_stopping_patience", "contrastive_steps", "dataloader_num_workers"), "[0, inf)"),
-    **dict.fromkeys(("seed", "data_seed"), "[0, 4294967296)"),
-    "max_length": "[8, inf)",
-}
-# Flags of transformers that would change the scored rows, the scored model, or how a run resumes.
-FIXED_FLAGS = {
-    **dict.fromkeys(("batch_eval_metrics", "dataloader_drop_last", "prediction_loss_only"), False),
-    **dict.fromkeys(("bf16_full_eval", "fp16_full_eval", "remove_unused_columns"), False),
-    **dict.fromkeys(("dataloader_persistent_workers", "enable_jit_checkpoint"), False),
-    **dict.fromkeys(("eval_do_concat_batches", "restore_callback_states_from_checkpoint"), True),
-    "label_names": None,
-}
-# Flags of transformers that ``--help`` shows beside this project's own.
-USUAL_FLAGS = (
-    *("max_steps", "seed", "gradient_accumulation_steps", "label_smoothing_factor", "activation_checkpointing"),
-    *("eval_steps", "save_steps", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy"),
-)
-# The group of a flag in the help; all others belong to training.
-GROUPS = {
-    **dict.fromkeys(("help", "help_all"), "options"),
-    **dict.fromkeys(DataArguments.__annotations__, "data"),
-    **dict.fromkeys(ModelArguments.__annotations__, "model"),
-    **dict.fromkeys(("pooling", "heads_init", "contrastive_steps", "lexical_head", "heads_learning_rate"), "heads"),
-    **dict.fromkeys(("title", "medical", "push_to_hub"), "publishing"),
-    **dict.fromkeys((name for name in TrainingArguments.__annotations__ if name.startswith("hub_")), "publishing"),
-}
 METRIC_SCHEDULERS = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)  # they follow a metric of evaluation
 
 
@@ -193,9 +218,10 @@ def parse(argv: list[str]) -> Arguments:
     # ── Parser: a bare switch means true ─────────────────────────────────────────────────────────────────────────────
     classes, usage = [*Arguments.__annotations__.values()], "train.py [recipe.yaml] [--flag value ...]"
     parser = Parser(dataclass_types=classes, prog="train.py", usage=usage, formatter_class=HelpFormatter)
-    parser.add_argument("--help-all", action="help", help="show all flags of transformers' TrainingArguments, too")
+    shown = "show all flags of transformers' TrainingArguments, too"
+    parser.add_argument("--help-all", action="help", help=shown, group="options")
     inherited = TrainingArguments.__annotations__.keys() - HierarchicalTrainingArguments.__annotations__.keys()
-    hidden = {*FIXED_FLAGS} | (set() if "--help-all" in argv else inherited - {*USUAL_FLAGS})
+    hidden = set() if "--help-all" in argv else inherited
     for action in parser._actions:
         if action.type is string_to_bool:
             action.nargs, action.const = "?", True
@@ -241,14 +267,28 @@ VALUES = {int: "INTEGER", float: "NUMBER", string_to_bool: "true|false"}  # what
 
 
 class Parser(HfArgumentParser, ArgumentParser):
-    """A parser of dataclasses whose errors are one line, and whose help is in groups, see `GROUPS`."""
+    """A parser of dataclasses whose errors are one line, and whose help is in groups, see `flag`."""
+
+    def __init__(self, *args: Any, **settings: Any):
+        self.groups: dict[str, str] = {}  # of the help, by the name of a flag
+        super().__init__(*args, add_help=False, **settings)
+        self.add_argument("-h", "--help", action="help", help="show this help message and exit", group="options")
+
+    def add_argument(
+        self, *names: str, group: str | None = None, interval: str | None = None, fixed: bool = False, **settings: Any
+    ) -> argparse.Action:
+        """Add an argument of a field. `check_values` reads its interval, and whether it is fixed."""
+        action = super().add_argument(*names, **settings)
+        inherited_group = "publishing" if action.dest.startswith("hub_") else "training"
+        self.groups[action.dest] = group or inherited_group
+        return action
 
     def format_help(self) -> str:
         formatter = self._get_formatter()
         formatter.add_usage(self.usage, self._actions, [])
         for group in ("options", "data", "model", "heads", "training", "publishing"):
             formatter.start_section(group)
-            formatter.add_arguments([one for one in self._actions if GROUPS.get(one.dest, "training") == group])
+            formatter.add_arguments([action for action in self._actions if self.groups[action.dest] == group])
             formatter.end_section()
         return formatter.format_help()
 
@@ -270,17 +310,14 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 def check_values(arguments: Arguments) -> None:
     """Raise InputError for a value that would fail only after hours, or be silently misread."""
     # ── Single values ────────────────────────────────────────────────────────────────────────────────────────────────
-    values = {name: value for part in arguments for name, value in vars(part).items()}
-    for name, interval in RANGES.items():
-        value, (low, high) = values[name], map(float, interval[1:-1].split(","))
-        bounds = [low] * (interval[0] == "[") + [high] * (interval[-1] == "]")  # that the interval includes
-        if value is not None and not (low < value < high or value in bounds):
-            lower = "at least" if interval[0] == "[" else "more than"
-            upper = "" if high == float("inf") else f" and {'at most' if high in bounds else 'below'} {high:,.0f}"
-            raise InputError(f"--{name} must be {lower} {low:,.0f}{upper}, not {value}")
-    for name, default in FIXED_FLAGS.items():
-        if values[name] not in (default, None):
-            raise InputError(f"--{name} is not supported: it would change the scores, or how a run resumes")
+    for part in arguments:
+        for field in dataclasses.fields(part):
+            value = getattr(part, field.name, None)
+            interval = field.metadata.get("interval")
+            if interval is not None and value is not None:
+                check_interval(field.name, value, interval)
+            if field.metadata.get("fixed") and value not in (field.default, None):
+                raise InputError(f"--{field.name} is not supported: it would change the scores, or how a run resumes")
 
     # ── Other problems, and whether they occur ───────────────────────────────────────────────────────────────────────
     model, data, loss, args = arguments
@@ -313,6 +350,16 @@ def check_values(arguments: Arguments) -> None:
     for problem, occurs in problems.items():
         if occurs:
             raise InputError(problem)
+
+
+def check_interval(name: str, value: float, interval: str) -> None:
+    """Raise InputError for a value of a flag that is not in an interval, such as "[0, 1)"."""
+    low, high = map(float, interval[1:-1].split(","))
+    bounds = [low] * (interval[0] == "[") + [high] * (interval[-1] == "]")  # that the interval includes
+    if not (low < value < high or value in bounds):
+        lower = "at least" if interval[0] == "[" else "more than"
+        upper = "" if high == float("inf") else f" and {'at most' if high in bounds else 'below'} {high:,.0f}"
+        raise InputError(f"--{name} must be {lower} {low:,.0f}{upper}, not {value}")
 
 
 def fit_to_data(

@@ -16,7 +16,13 @@ from configuration_hierarchical import DEFAULT_ENCODER_REVISION, MULTI_LABEL, SI
 from hierarchical_clinicalbert.data.arguments import DataArguments
 from hierarchical_clinicalbert.errors import InputError
 from hierarchical_clinicalbert.evaluation.forms import form_of
-from hierarchical_clinicalbert.training.arguments import FIXED_FLAGS, LossArguments, ModelArguments, fit_to_data, parse
+from hierarchical_clinicalbert.training.arguments import (
+    HierarchicalTrainingArguments,
+    LossArguments,
+    ModelArguments,
+    fit_to_data,
+    parse,
+)
 from hierarchical_clinicalbert.training.score import SCORING_ARGUMENTS
 from taxonomy_hierarchical import Taxonomy
 
@@ -47,7 +53,8 @@ def test_the_help_shows_each_flag_of_the_project_once_in_groups_and_those_of_tra
     ):
         assert f"--{flag} " in dict(groups)[name]
     every = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
-    without_effect = {*FIXED_FLAGS, "logging_nan_inf_filter"}
+    ours = HierarchicalTrainingArguments.__dataclass_fields__.values()
+    without_effect = {"logging_nan_inf_filter", *(field.name for field in ours if field.metadata.get("fixed"))}
     assert every - without_effect <= {*re.findall(r"^  --(\w+)", helped["--help-all"], re.MULTILINE)}
 
 
