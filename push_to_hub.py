@@ -64,7 +64,7 @@ def main(argv: list[str]) -> None:
         if examples:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
             result = card.classify_example(load_merged(folder), tokenizer, examples[0])
-        readme = card.update_for_publishing(readme, target.repo_id, arguments.merge, examples, result)
+        readme = card.update_for_publishing(readme, config, target.repo_id, arguments.merge, examples, result)
 
     with tempfile.TemporaryDirectory() as scratch:
         # ── Collect the files, in the requested form ─────────────────────────────────────────────────────────────────

@@ -1,12 +1,14 @@
 """Write the model card: collect a run's facts, and render card.md.jinja as README.md of a checkpoint.
 
-The parts that differ between the two forms of label are in card.<problem_type>.md.jinja.
+What differs between the two forms of label is in card.<problem_type>.md.jinja. What publishing writes anew is in
+card.parts.md.jinja.
 
 Worth knowing:
 
 1. The Hub reads the front matter. It holds the results as `EvalResult`s, with the numbers of metrics.json.
 2. Names of classes, columns and files are user text, which `escape` makes harmless. Files and folders are shown by name, without their path.
-3. A card is written before the id on the Hub is final. `update_for_publishing` replaces the id, and keeps edits made by hand.
+3. A card is written before the id on the Hub is final. `update_for_publishing` renders the parts with the id again, and keeps
+   what was written by hand outside of them.
 """
 
 import re
@@ -16,7 +18,6 @@ from typing import Any
 
 import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from jinja2.utils import htmlsafe_json_dumps
 from transformers import PreTrainedTokenizerBase
 
 from configuration_hierarchical import HierarchicalConfig
@@ -43,19 +44,8 @@ NOT_SHARES = ("log_loss", "ece")  # types of metrics
 
 MEDICAL_EXAMPLE = "Colonoscopy was performed in 120 patients with suspected inflammatory bowel disease."
 LICENCE = "apache-2.0"  # of the weights, as an identifier of the Hub
-OUTPUT_NOTE = "Of the result, with two decimals:"
-# the example in the card's code, and the output below it
-CODE, OUTPUT = (
-    re.compile(r'classify\(("(?:[^"\\]|\\.)*")'),
-    re.compile(rf"(?s)({OUTPUT_NOTE}\n\n(`+)text\n).*?(\n\2\n)"),
-)
 MODEL_PLACEHOLDER = "your-name/your-model"
-PLACEHOLDER_NOTE = f"`{MODEL_PLACEHOLDER}` stands for the model's id on the Hub; the checkpoint's folder works too."
-ADAPTER_SENTENCE = (
-    "The checkpoint holds the heads and a PEFT adapter (`adapter/`), which is added to the encoder as it is loaded. The\n"
-    "encoder is read from the place named below."
-)
-WHOLE_MODEL_SENTENCE = "The repository holds the whole model, with the encoder's weights."
+PARTS = ("use", "result", "loading")  # that publishing writes anew
 
 
 def write(
@@ -76,8 +66,10 @@ def write(
         example_result: what `classify_example` returns.
     """
     facts = collect_facts(folder, config, settings, data_report, metrics)
-    facts |= {"model_id": model_id or MODEL_PLACEHOLDER, "placeholder_note": "" if model_id else PLACEHOLDER_NOTE}
-    card = ModelCard.from_template(metadata(facts), template_path=str(TEMPLATE), example_result=example_result, **facts)
+    facts["model_id"] = model_id or MODEL_PLACEHOLDER
+    has_adapter = config.adapter_subfolder is not None
+    facts["part"] = render_parts(config, facts["model_id"], example(config), example_result, has_adapter)
+    card = ModelCard.from_template(metadata(facts), template_path=str(TEMPLATE), **facts)
     (folder / "README.md").write_text(f"{str(card).rstrip()}\n", encoding="utf-8")
 
 
@@ -99,34 +91,78 @@ def delete_description(folder: Path) -> None:
     delete_scores(folder)
 
 
-def update_for_publishing(
-    text: str, model_id: str, merged: bool, examples: list[str], example_result: dict[str, Any] | None = None
-) -> str:
-    """Replace the model's id in a card's metadata and snippets, and keep edits made by hand.
+def render_parts(
+    config: HierarchicalConfig, model_id: str, text: str, example_result: dict[str, Any] | None, has_adapter: bool
+) -> dict[str, str]:
+    """Render the `PARTS` of a card, each between two comments.
 
     Args:
+        text: the example in the code.
+        example_result: what `classify_example` returns for it. None: the card shows no result.
+        has_adapter: whether the checkpoint is in the adapter form.
+    """
+    form = form_of(config.tree, config.problem_type)
+    output = printed(example_result) if example_result else ""
+    facts = {
+        "form_template": form_template(config),
+        "placeholder": MODEL_PLACEHOLDER,
+        "model_id": model_id,
+        "example": text,
+        "output": output,
+        "fence": fence(output),
+        "has_adapter": has_adapter,
+        "offers_sets": measured_threshold(form.decisions, config.calibration) is not None,
+        "guarantee": form.decisions.guarantee,
+    }
+    template = TEMPLATE.with_name("card.parts.md.jinja").read_text(encoding="utf-8")
+    parts = jinja2.Template(template).make_module(facts)
+    return {name: "\n".join((start_of(name), getattr(parts, name)(), end_of(name))) for name in PARTS}
+
+
+def start_of(part: str) -> str:
+    return f"<!-- {part}: publishing writes this part anew -->"
+
+
+def end_of(part: str) -> str:
+    return f"<!-- end of {part} -->"
+
+
+def update_for_publishing(
+    text: str,
+    config: HierarchicalConfig,
+    model_id: str,
+    merged: bool,
+    examples: list[str],
+    example_result: dict[str, Any] | None = None,
+) -> str:
+    """Write the model's id into a card's metadata, and its `PARTS` anew. Other edits by hand are kept.
+
+    Args:
+        config: of the checkpoint, before an adapter is merged.
         merged: whether to describe the merged model in place of the adapter.
-        examples: texts for the widget, the first one also for the code. Without any, the card keeps its own.
-        example_result: what `classify_example` returns for the first of them.
+        examples: texts for the widget, the first one also for the code. Without any, the widget keeps its own.
+        example_result: what `classify_example` returns for the first of them. None: the card keeps its own.
 
     Raises:
         ValueError, yaml.YAMLError: the metadata cannot be read.
     """
     card = ModelCard(text)
-    old_id = card.data.model_name or MODEL_PLACEHOLDER
     if card.data.model_name:
         card.data.model_name = model_id
     if merged and card.data.get("base_model_relation") == "adapter":
         card.data.base_model_relation = "finetune"  # "merge" on the Hub means several models in one
     if examples:
         card.data.widget = [{"text": example} for example in examples]
-    if example_result and (code := CODE.search(card.text)) and OUTPUT.search(card.text):
-        output = printed(example_result)
-        card.text = OUTPUT.sub(lambda found: found[1] + output + found[3], card.text)
-        card.text = card.text.replace(code[1], htmlsafe_json_dumps(examples[0]))
-    card.text = card.text.replace(f'"{old_id}"', f'"{model_id}"').replace(f"{PLACEHOLDER_NOTE}\n\n", "")
-    if merged:
-        card.text = card.text.replace(ADAPTER_SENTENCE, WHOLE_MODEL_SENTENCE)
+    shown = examples[0] if examples else example(config)
+    has_adapter = config.adapter_subfolder is not None and not merged
+    parts = render_parts(config, model_id, shown, example_result, has_adapter)
+    if example_result is None:
+        parts.pop("result")
+    for name, part in parts.items():
+        before, start, rest = card.text.partition(start_of(name))
+        _, end, after = rest.partition(end_of(name))
+        if start and end:
+            card.text = before + part + after
     return str(card) if card.data.to_dict() else card.text  # not with empty metadata
 
 
@@ -140,7 +176,6 @@ def collect_facts(
     tree, form = config.tree, form_of(config.tree, config.problem_type)
 
     # ── Model, data and training ─────────────────────────────────────────────────────────────────────────────────────
-    parts_template = TEMPLATE.with_name(f"card.{config.problem_type}.md.jinja")
     drawn, origin, start = tree.draw(), report["taxonomy"], settings.get("model_name_or_path")
     facts = {
         # functions
@@ -148,8 +183,6 @@ def collect_facts(
         "count": "{:,}".format,
         "score": "{:.4f}".format,
         "source_name": source_name,
-        "printed": printed,
-        "output_note": OUTPUT_NOTE,
         # values
         "licence": LICENCE,
         "example": example(config),
@@ -159,10 +192,9 @@ def collect_facts(
         "metrics": metrics,
         "tree": tree,
         "encoder": config.encoder_name_or_path if encoder_on_hub(config) else None,
-        "form": ADAPTER_SENTENCE if config.adapter_subfolder else WHOLE_MODEL_SENTENCE,
         "drawn": drawn.split("\n"),
-        "fence": "`" * max(3, 1 + max(map(len, re.findall("`+", drawn)), default=0)),
-        "parts_template": jinja2.Template(parts_template.read_text(encoding="utf-8")),
+        "fence": fence(drawn),
+        "form_template": form_template(config),
         "offers_sets": measured_threshold(form.decisions, config.calibration) is not None,
         "guarantee": form.decisions.guarantee,
         "title": config.page.get("title") or default_title(tree),
@@ -205,6 +237,12 @@ def collect_facts(
             if (file := folder / "plots" / f"{(name := pattern.format(level=k))}.png").is_file()
         },
     }
+
+
+def form_template(config: HierarchicalConfig) -> jinja2.Template:
+    """Return the template of what differs between the two forms of label."""
+    file = TEMPLATE.with_name(f"card.{config.problem_type}.md.jinja")
+    return jinja2.Template(file.read_text(encoding="utf-8"))
 
 
 def default_title(tree: Taxonomy) -> str:
@@ -307,3 +345,9 @@ def escape(text: str) -> str:
     """Replace characters with a meaning in Markdown or HTML by numeric entities, and put the text on one line."""
     special = r"[\\`*\[\]<>|&$~#!]|(?<![^\W_])_|_(?![^\W_])"  # an underscore inside a word has no meaning
     return re.sub(special, lambda matched: f"&#{ord(matched[0])};", " ".join(text.split()))
+
+
+def fence(text: str) -> str:
+    """Return the backticks that can enclose a text as code."""
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    return "`" * max(3, 1 + longest)

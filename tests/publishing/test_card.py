@@ -213,7 +213,9 @@ def test_hostile_names_break_neither_front_matter_nor_tables_nor_code(written, p
     outside = text.replace(f"{fence}text\n{drawn}\n{fence}", "")
     for code in re.findall(r"^```\w+\n.*?^```$", outside, re.M | re.S):
         outside = outside.replace(code, "")
-    outside = re.sub('"<commit>"|</?(details|summary)>', "", outside.split("\n---\n", 1)[1])
+    outside = re.sub(
+        '"<commit>"|</?(details|summary)>|<!-- .* (anew|use|result|loading) -->', "", outside.split("\n---\n", 1)[1]
+    )
     assert not re.search(r"[<>]|\$\$|\*bold|\[link|\}\}|\{\{|\{%|%\}", outside.replace("{{ config }} {% raw %}", ""))
     assert "&#60;script&#62;alert(1)&#60;/script&#62;" in outside
     assert not re.findall(r"^(?:---|# heading)", outside, re.M)
@@ -246,7 +248,7 @@ def test_renaming_keeps_what_was_written_by_hand(written):
     by_hand = by_hand.replace(
         "## Use\n", "## Demo\n\nSee old/model-2 and its [Space](https://hf.co/spaces/old/model).\n\n## Use\n"
     )
-    renamed, parsed = ModelCard(card.update_for_publishing(by_hand, "new/model", False, [])), ModelCard(by_hand)
+    renamed, parsed = ModelCard(card.update_for_publishing(by_hand, config, "new/model", False, [])), ModelCard(by_hand)
     assert renamed.text == parsed.text.replace('"old/model"', '"new/model"')
     assert all('"new/model"' in snippet for snippet in snippets(str(renamed)))
     assert "See old/model-2 and its [Space](https://hf.co/spaces/old/model)." in renamed.text
@@ -259,21 +261,22 @@ def test_renaming_keeps_what_was_written_by_hand(written):
 
 def test_a_merged_card_describes_the_whole_model_and_has_the_given_examples(written):
     results = [{"labels": [{"label": label, "score": 0.5}]} for label in ("before", "after")]
-    text, examples = written(example_result=results[0]), ['One "\\" text.', "Another."]
+    config, examples = make_config(), ['One "\\" text.', "Another."]
+    text = written(config, example_result=results[0])
     old = re.search(r'classify\((".*?")', text)[1]
-    renamed = card.update_for_publishing(text, "me/model", True, examples, results[1])
+    renamed = card.update_for_publishing(text, config, "me/model", True, examples, results[1])
     assert ("after" in section(renamed, "Use"), "before" in section(renamed, "Use"), old in renamed) == (
         True,
         False,
         False,
     )
     assert ast.literal_eval(re.search(r'classify\((".*?(?<!\\)")', renamed)[1]) == examples[0]
-    edited = text.replace(card.OUTPUT_NOTE, "See:")  # by hand
-    assert old in card.update_for_publishing(edited, "me/model", True, examples, results[1])
+    edited = re.sub("<!-- end of (?:use|loading) -->", "", text)  # by hand: these parts are the user's own
+    assert card.update_for_publishing(edited, config, "me/model", True, examples, results[1]).count(old) == 3
     assert ModelCard(renamed).data.base_model_relation == "finetune"
     assert ModelCard(renamed).data.widget == [{"text": text} for text in examples]
-    assert card.WHOLE_MODEL_SENTENCE in renamed
-    assert card.ADAPTER_SENTENCE not in renamed
+    assert "The repository holds the whole model" in renamed
+    assert "PEFT adapter (`adapter/`)" not in renamed
 
 
 # ── sections ─────────────────────────────────────────────────────────────────────────────────────────────────────────
