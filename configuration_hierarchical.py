@@ -18,15 +18,13 @@ from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
-from transformers.utils import logging
 
 try:
     from .taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy, TaxonomyError, to_nfc
 except ImportError:  # as a top-level module of the repository, not as remote code of a checkpoint
     from taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy, TaxonomyError, to_nfc
 
-logger = logging.get_logger(__name__)
-FORMAT_VERSION, READABLE = 3, (2, 3)  # of config.json. In version 2, prediction sets of one path followed another rule
+FORMAT_VERSION = 3  # of config.json
 SINGLE_LABEL, MULTI_LABEL = "single_label_classification", "multi_label_classification"
 ENCODER_FIELDS = ("hidden_size", "num_hidden_layers", "max_position_embeddings", "pad_token_id")
 # ENCODER_FIELDS repeat text_config, and a stored attn_implementation can name a repository of unpinned code
@@ -136,7 +134,7 @@ class HierarchicalConfig(PretrainedConfig):
         head_dropout: dropout probability before the heads.
         initializer_range: standard deviation of new head weights.
         lexical_vocab_size: the number of token ids of the lexical head. None without one.
-        lexical_entries: the number of its weights that are not 0. None if all weights are stored, as in earlier releases.
+        lexical_entries: the number of its weights. None without one.
         window: the longest input of the encoder, in tokens; a longer text is read in several windows. By default the encoder's
             number of positions.
         tokens_before, tokens_after: ids of the special tokens that the tokenizer puts before and after a text. Without them, a
@@ -220,8 +218,10 @@ class HierarchicalConfig(PretrainedConfig):
         super().__init__(problem_type=problem_type, **kwargs)
         self.set_taxonomy(tree)
         self.calibration.check(tree.num_nodes, len(self.id2label))
-        if (lexical_vocab_size is None) != (self.calibration.lexical_weight is None):
-            raise ValueError("lexical_vocab_size and the calibration's lexical_weight must be given together")
+        of_lexical_head = (lexical_vocab_size, lexical_entries, self.calibration.lexical_weight)
+        if None in of_lexical_head and any(value is not None for value in of_lexical_head):
+            together = "lexical_vocab_size, lexical_entries and the calibration's lexical_weight"
+            raise ValueError(f"{together} must be given together")
         given = {int(i): to_nfc(label) for i, label in given.items()} if isinstance(given, dict) else given
         if given not in (None, self.id2label) or number not in (None, len(self.id2label)):
             problem = "id2label is not the list of the taxonomy's classes, or num_labels not their number"
@@ -242,19 +242,11 @@ class HierarchicalConfig(PretrainedConfig):
             ValueError: the configuration has another format, a given taxonomy is not the stored one, or see the class.
         """
         version = config_dict.get("format_version")
-        if version not in READABLE:
-            problem = (
-                f"its format_version is {version!r}, and this code reads versions {' and '.join(map(str, READABLE))}"
-            )
+        if version != FORMAT_VERSION:  # where a later release maps the fields of this format
+            readable = f"this code reads version {FORMAT_VERSION}"
+            problem = f"its format_version is {version!r}, and {readable}"
             advice = "use another release, or trust_remote_code=True, which runs the code that the checkpoint holds"
             raise ValueError(f"{problem}: {advice}")
-        if version == 2 and config_dict.get("problem_type") != MULTI_LABEL and config_dict.get("calibration"):
-            of_sets = {name for name in config_dict["calibration"] if name.startswith("set_")}
-            if of_sets:
-                problem = "the checkpoint's thresholds of prediction sets are those of an earlier release"
-                logger.warning("%s, and are not read: train again, or load it with trust_remote_code=True", problem)
-            kept = {name: value for name, value in config_dict["calibration"].items() if name not in of_sets}
-            config_dict = {**config_dict, "calibration": kept}
         own = {*inspect.signature(cls.__init__).parameters, "id2label", "label2id", "num_labels"} - {"text_config"}
         given = {name: kwargs.pop(name) for name in [*kwargs] if name in own}
         if given.get("taxonomy") is not None and read_tree(**{**config_dict, **given}) != read_tree(**config_dict):

@@ -96,30 +96,22 @@ class LexicalHead(nn.Module):
 
     Attributes:
         idf, bias: (V,) and (num_classes,).
-        weight: the weights that are not 0, for one token after the other, (num_entries,). Checkpoints of earlier releases hold all
-            weights, (num_classes, V).
-        classes: the class of each weight, (num_entries,). None if all weights are stored.
-        counts: the number of weights of each token, (V,). None if all weights are stored.
+        weight: the weights that are not 0, for one token after the other, (num_entries,).
+        classes: the class of each weight, (num_entries,).
+        counts: the number of weights of each token, (V,).
     """
 
-    classes: Any
-    counts: Any
+    classes: Tensor
+    counts: Tensor
 
-    def __init__(self, vocab_size: int, num_classes: int, num_entries: int | None = None):
+    def __init__(self, vocab_size: int, num_classes: int, num_entries: int):
         super().__init__()
-        shapes = {
-            "idf": (vocab_size,),
-            "weight": (num_classes, vocab_size) if num_entries is None else (num_entries,),
-            "bias": (num_classes,),
-        }
-        for name, shape in shapes.items():
-            value = torch.empty(shape, dtype=torch.float32)
+        for name, size in {"idf": vocab_size, "weight": num_entries, "bias": num_classes}.items():
+            value = torch.empty(size, dtype=torch.float32)
             self.register_parameter(name, nn.Parameter(value, requires_grad=False))
         # whole numbers are buffers, which keep their dtype: weights are loaded and moved in others
-        sizes = {} if num_entries is None else {"classes": num_entries, "counts": vocab_size}
-        for name in ("classes", "counts"):
-            size = sizes.get(name)
-            self.register_buffer(name, None if size is None else torch.empty(size, dtype=torch.int32))
+        for name, size in {"classes": num_entries, "counts": vocab_size}.items():
+            self.register_buffer(name, torch.empty(size, dtype=torch.int32))
 
     @classmethod
     def of_weights(cls, idf: Tensor, weight: Tensor, bias: Tensor) -> "LexicalHead":
@@ -134,12 +126,12 @@ class LexicalHead(nn.Module):
         return head
 
     def weights(self) -> dict[str, Tensor]:
-        """Return the arguments of `of_weights`, where ``weight`` is sparse, or dense if all weights are stored."""
-        weight = self.weight
-        if self.classes is not None:
-            tokens = torch.repeat_interleave(torch.arange(len(self.idf), device=weight.device), self.counts.long())
-            places = torch.stack([self.classes.long(), tokens])
-            weight = torch.sparse_coo_tensor(places, weight, (len(self.bias), len(self.idf)), check_invariants=True)
+        """Return the arguments of `of_weights`, where ``weight`` is sparse."""
+        tokens = torch.arange(len(self.idf), device=self.weight.device)
+        tokens = tokens.repeat_interleave(self.counts.long())
+        places = torch.stack([self.classes.long(), tokens])
+        size = (len(self.bias), len(self.idf))
+        weight = torch.sparse_coo_tensor(places, self.weight, size, check_invariants=True)
         return {"idf": self.idf, "weight": weight, "bias": self.bias}
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -160,9 +152,6 @@ class LexicalHead(nn.Module):
         tfidf = nn.functional.normalize((1 + counts.log()) * self.idf[ids].float() * is_token)
 
         # ── Product with the weights ─────────────────────────────────────────────────────────────────────────────────
-        if self.classes is None:
-            vectors = torch.zeros(len(ids), vocab_size, device=ids.device).scatter_add(1, ids, tfidf)
-            return nn.functional.linear(vectors, self.weight.float(), self.bias.float())
         if torch.compiler.is_exporting():
             return self.add_up(ids, tfidf)
         step = max(1, ENTRIES_AT_ONCE // max(1, len(self.weight)))
@@ -286,7 +275,7 @@ class HierarchicalHeads(nn.Module):
             self.register_buffer(name, torch.empty(self.num_nodes, dtype=torch.float32), persistent=False)
         self.lexical = None
         if config.lexical_vocab_size is not None:
-            sizes = config.lexical_vocab_size, self.decisions.num_classes, config.lexical_entries
+            sizes = (config.lexical_vocab_size, self.decisions.num_classes, config.lexical_entries)
             self.lexical = LexicalHead(*sizes)
         self.open_world = None
         if config.open_world is not None:

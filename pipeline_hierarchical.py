@@ -70,7 +70,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
     - ``p_value``: the share of validation texts that look at least as strange to the encoder, the text itself included;
     - ``known``: the label of the deepest node of ``path`` whose own p-value is above ``novelty``, or None. For texts like the
       validation texts, None has a probability of at most ``novelty`` if a node is predicted. Each of ``labels`` has a ``known``, too. All are absent
-      if training had too few validation texts, and in checkpoints of earlier releases;
+      if training had too few validation texts;
     - ``prediction_set``, with ``coverage`` or ``recall``: ``{"label", "score"}`` of its nodes;
     - ``expected_cost``, with ``costs``: that of the prediction;
     - ``tokens``: the length of the text in tokens, special ones included, and ``tokens_read``, how many of them the model read;

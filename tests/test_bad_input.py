@@ -286,7 +286,16 @@ HEADS, WHOLE = "heads.safetensors", "model.safetensors"
 ADAPTER, ADAPTER_CONFIG = "adapter/adapter_model.safetensors", "adapter/adapter_config.json"
 CHECKPOINTS = {
     "config torn": ("adapter_form", cut("config.json"), "config.json is not a configuration"),
-    "format unknown": ("self_contained", edit("config.json", format_version="1.5"), "its format_version is '1.5'"),
+    "format of another release": (
+        "self_contained",
+        edit("config.json", format_version=2),
+        "its format_version is 2",
+    ),
+    "lexical weights of all tokens": (
+        "self_contained",
+        edit("config.json", lexical_entries=None),
+        "and the calibration's lexical_weight must be given together",
+    ),
     "of another kind": ("encoder", lambda folder: None, "it is not a checkpoint of this project"),
     "taxonomy a text": ("adapter_form", edit("config.json", taxonomy="abc"), "a taxonomy is a list or a mapping"),
     "thresholds of another": (
@@ -294,7 +303,11 @@ CHECKPOINTS = {
     "recall not a list": (
         "self_contained", edit("config.json", calibration={"set_thresholds": 0.3}), "calibration: set_thresholds must be a list of 99 numbers"),
     "another width": ("self_contained", edit("config.json", "text_config", hidden_size=32), "have other shapes than its configuration says"),
-    "words without weight": ("adapter_form", edit("config.json", calibration={}), "lexical_vocab_size and the calibration's lexical_weight must be given together"),
+    "words without weight": (
+        "adapter_form",
+        edit("config.json", calibration={}),
+        "and the calibration's lexical_weight must be given together",
+    ),
     "encoder elsewhere": (
         "adapter_form", edit("config.json", encoder_name_or_path="/nowhere"), "the encoder is the folder /nowhere"),
     "encoder not pinned": (
@@ -305,7 +318,10 @@ CHECKPOINTS = {
     "adapter config torn": ("adapter_form", cut(ADAPTER_CONFIG), "adapter_config.json is not the configuration of a PEFT adapter"),
     "weights lost": ("self_contained", lose(WHOLE, "heads.weight"), "lacks 1 weights of a Hierarchical"),
     "weights left over": (
-        "self_contained", edit("config.json", lexical_vocab_size=None, calibration={}), "does not fit its config.json"),
+        "self_contained",
+        edit("config.json", lexical_vocab_size=None, lexical_entries=None, calibration={}),
+        "does not fit its config.json",
+    ),
     "weights torn": ("self_contained", cut(WHOLE), "SafetensorError"),
     "weights not numbers": ("self_contained", not_numbers, "its weights are damaged"),
     "tokenizer of another": ("self_contained", more_tokens, "the tokenizer of checkpoint does not belong to this encoder: its largest token id is 73"),
@@ -340,14 +356,15 @@ def test_commands_refuse_a_newer_format_and_predict_runs_the_code_that_comes_wit
     folder = copy_checkpoint("self_contained", place / "checkpoint")
     edit("config.json", format_version=4)(folder)
     (folder / "README.md").write_text("---\nlicense: mit\n---\n")
-    expected = "config.json cannot be used: its format_version is 4, and this code reads versions 2 and 3: "
+    expected = "config.json cannot be used: its format_version is 4, "
+    expected += "and this code reads version 3: "
     expected += "use another release, or trust_remote_code=True, which runs the code that the checkpoint holds"
     model = ("--model_name_or_path", "checkpoint", "--output_dir", "results")
     assert expected in refusal(train.main, *model, "--do_train", "false", "--do_predict", "--test_file", "rows.csv")
     assert expected in refusal(train.main, *model, "--train_file", "rows.csv")
     assert expected in refusal(push_to_hub.main, "--model", "checkpoint", "--repo_id", "someone/model")
     code = (folder / "configuration_hierarchical.py").read_text()
-    newer = code.replace("FORMAT_VERSION, READABLE = 3, (2, 3)", "FORMAT_VERSION, READABLE = 4, (4,)")
+    newer = code.replace("FORMAT_VERSION = 3", "FORMAT_VERSION = 4")
     assert newer != code
     (folder / "configuration_hierarchical.py").write_text(newer)
     assert predict.main([*PREDICTION]) == 0

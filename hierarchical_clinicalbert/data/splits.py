@@ -141,7 +141,7 @@ def _leave_out_trained(rows: pd.DataFrame, trained: TrainedTexts) -> tuple[pd.Da
 def _labels_hash(rows: pd.DataFrame) -> str:
     """Return a hash of the labels of all rows but the test rows."""
     labels = [*rows.loc[rows["split"] != "test", "nodes"]]
-    return hashlib.sha256(json.dumps([False, labels]).encode()).hexdigest()  # False: as unfinished runs have hashed it
+    return hashlib.sha256(json.dumps(labels).encode()).hexdigest()
 
 
 def _rows_hash(rows: pd.DataFrame) -> str:

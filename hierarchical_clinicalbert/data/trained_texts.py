@@ -51,9 +51,8 @@ def read_hashes(file: Path) -> TrainedTexts:
     """Read the file of `write_trained_texts`, or a copy of it."""
     with as_input_error(f"{file}, hashes of the texts that a model was trained on, cannot be read"):
         content = json.loads(file.read_text(encoding="utf-8"))
-        sets = {name: frozenset(content[name]) for name in ("earlier", "this_run")}
-        for name in ("validation", "earlier_validation"):  # absent from earlier versions
-            sets[name] = frozenset(content.get(name, []))
+        names = ("earlier", "this_run", "validation", "earlier_validation")
+        sets = {name: frozenset(content[name]) for name in names}
         return TrainedTexts(**sets, complete=bool(content["complete"]))
 
 

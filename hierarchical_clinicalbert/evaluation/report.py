@@ -60,7 +60,7 @@ class ScoredSplit:
         rows: numbers in the source, (num_rows,).
         token_counts: how often each token occurs, (num_rows, V).
         nodes: labelled nodes of each row.
-        vectors: as in the model's outputs, (num_rows, H + 1); None if the code of an older checkpoint scored the rows.
+        vectors: as in the model's outputs, (num_rows, H + 1).
     """
 
     scores: np.ndarray
@@ -178,7 +178,7 @@ def measure_sets(form: Form, splits: dict[str, ScoredSplit], calibration: Calibr
 def measure_strange_texts(splits: dict[str, ScoredSplit], open_world: OpenWorld | None) -> dict[str, float]:
     """Measure how strange the test texts look, by `measure_novelty`: ``test_strange`` and others, or nothing."""
     test = splits.get("test")
-    if test is None or test.vectors is None or open_world is None or not open_world.has_tests:
+    if test is None or open_world is None or not open_world.has_tests:
         return {}
     measured = measure_novelty(open_world, test.vectors, test.texts, test.nodes)
     return {f"test_{name}": share for name, share in measured.items()}

@@ -67,12 +67,13 @@ def score_splits(trainer: HierarchicalTrainer, splits: DatasetDict) -> tuple[dic
         if name in splits and is_requested is not False:
             rows = splits[name]
             output = trainer.predict(rows, ignored, metric_key_prefix=PREFIXES[name])
-            logits, scores, *vectors = output.predictions
+            logits, scores, vectors = output.predictions
             texts, numbers = (np.array(rows[column]) for column in ("text_id", "row"))
             counts = token_counts(rows, config.text_config.vocab_size)
             nodes = rows["labels"][:]
             labels = form.decisions.targets(nodes).numpy()
-            scored[name] = ScoredSplit(scores, logits, labels, texts, numbers, counts, nodes, *vectors)
+            of_texts = (labels, texts, numbers, counts, nodes, vectors)
+            scored[name] = ScoredSplit(scores, logits, *of_texts)
             metrics |= output.metrics
     return scored, metrics | measure(form, scored, config.calibration.thresholds or DEFAULT_THRESHOLD)
 

@@ -68,8 +68,6 @@ class HierarchicalTrainer(Trainer):
             self.args._n_gpu = 1
             self._train_batch_size = self.args.train_batch_size
         self.decisions = self.model.heads.decisions
-        # in evaluation they are computed, and gathered where they are not ignored; the code of an older checkpoint has none
-        self.has_vectors = "vectors" in self.model.config.keys_to_ignore_at_inference
         self.loss_function: Any = loss_function.to(self.args.device) if loss_function else self.decisions.loss
         self.consistency = consistency
         self.resumed: ResumedRun | None = None  # in a run that resumes
@@ -112,8 +110,8 @@ class HierarchicalTrainer(Trainer):
             divergence = sum_per_item(self.decisions.divergence(first, second), items)
             loss = sum(losses) / 2 + self.consistency * divergence
         else:
-            asked = {"output_vectors": True} if self.has_vectors and not model.training else {}
-            outputs = model(**inputs, **asked)
+            # in evaluation, vectors are gathered where they are not ignored
+            outputs = model(**inputs, output_vectors=not model.training)
             loss = self.loss_function(outputs["decision_logits"], labels, num_items_in_batch=items, **taught)
         if items is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes

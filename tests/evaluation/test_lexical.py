@@ -160,12 +160,9 @@ def test_a_token_is_weighted_by_how_differently_the_classes_use_it():
 
 
 def test_a_text_alone_is_scored_as_in_a_batch_and_tokens_beyond_the_vocabulary_count_for_nothing():
-    weights = classifier_of(rows(300)).weights()
-    ours, earlier = LexicalHead.of_weights(**weights), LexicalHead(VOCABULARY, TREE.num_leaves)
-    earlier.load_state_dict(weights | {"weight": weights["weight"].to_dense()})  # as earlier releases stored it
+    ours = LexicalHead.of_weights(**classifier_of(rows(300)).weights())
     ids = [[5, 9, 9], [3] * 12, [11]]
     together = ours(**padded(ids))
-    torch.testing.assert_close(earlier(**padded(ids)), together)
     for i, tokens in enumerate(ids):
         torch.testing.assert_close(ours(torch.tensor([[*tokens, VOCABULARY + 3]]), None)[0], together[i])
 

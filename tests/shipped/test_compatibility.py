@@ -12,7 +12,6 @@ import pytest
 from conftest import ROOT, copy_checkpoint, run_outside
 
 from checkpoint_hierarchical import SHIPPED_FILES
-from configuration_hierarchical import HierarchicalConfig
 from modeling_hierarchical import HierarchicalForSequenceClassification
 
 FOLDER = ROOT / "tests" / "checkpoint"
@@ -55,17 +54,6 @@ print(json.dumps(found))
             found = {label: score for level in one["levels"] for label, score in level.items()}
             assert [found[label] for label in stored["labels"]] == pytest.approx(probabilities, abs=1e-5)
     assert {path.name for path in (tmp_path / "self_contained").iterdir()} >= {*SHIPPED_FILES, "model.safetensors"}
-
-
-def test_thresholds_of_the_earlier_rule_are_not_read():
-    several, one = (
-        json.loads((FOLDER / form / "config.json").read_text()) for form in ("several_labels", "self_contained")
-    )
-    for stored, version in ((several, 3), (several, 2), (one, 3)):
-        calibration = HierarchicalConfig.from_dict(stored | {"format_version": version}).calibration
-        assert calibration.set_thresholds == stored["calibration"]["set_thresholds"]
-    calibration = HierarchicalConfig.from_dict(one | {"format_version": 2}).calibration
-    assert (calibration.set_thresholds, calibration.scales) == (None, one["calibration"]["scales"])
 
 
 def test_a_folder_does_not_take_the_place_of_a_pinned_encoder(monkeypatch, tmp_path):
