@@ -5,22 +5,19 @@ Worth knowing:
 1. The strangeness of a text is the Mahalanobis distance of its vector from the nearest class. Classes have a normal distribution
    each, with a covariance in common (Lee et al., 2018, "A simple unified framework for detecting out-of-distribution samples";
    for encoders of text: Podolskiy et al., 2021, "Revisiting Mahalanobis distance for transformer-based out-of-domain
-   detection"). In the test of all texts, the energy of `Decisions.energy` is added, scaled so that both vary equally among
-   validation texts. On CLINC150, the sum is better than either (`benchmarks/open_world.py`).
+   detection"). The energy of `Decisions.energy` is added, scaled so that both vary equally among validation texts. On CLINC150,
+   the sum is better than either (`benchmarks/open_world.py`).
 2. The p-value of a text is the share of validation texts that are at least as strange, the text itself included. If the text is
    drawn like them, its p-value is at most α with probability at most α (Bates et al., 2023, "Testing for outliers with conformal
    p-values").
-3. A leaf's test asks whether a text is like the leaf's validation texts. An inner node's test asks whether it is like a text of
-   a child that training has not seen. So its validation texts are measured against the classes of the node's other children.
-4. `evaluation.open_world` fits the numbers that are stored here. No vector of a single training text is among them: a class that
+3. `evaluation.open_world` fits the numbers that are stored here. No vector of a single training text is among them: a class that
    one text has counts as its parent.
-5. Probabilities are calibrated for the class frequencies of the validation rows, the *prior*. `Decisions.adapt` corrects them
+4. Probabilities are calibrated for the class frequencies of the validation rows, the *prior*. `Decisions.adapt` corrects them
    for another prior. It assumes label shift: texts of one class look the same in both populations.
-6. `estimate_prior` needs no labels. `benchmarks/shift.py` measures what it gains, and that it does no harm where nothing shifted.
+5. `estimate_prior` needs no labels. `benchmarks/shift.py` measures what it gains, and that it does no harm where nothing shifted.
 """
 
-from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from numbers import Real
 from statistics import NormalDist
 from typing import Any
@@ -37,9 +34,9 @@ except ImportError:  # as a top-level module of the repository, not as remote co
     from decisions_hierarchical import Decisions
     from taxonomy_hierarchical import Taxonomy, quote_name
 
-NOVELTY = 0.05  # the p-value up to which a text, or a node of its path, is unknown
-MAX_REFERENCES = 999  # of a test
-FULL_PRECISION = 10**6  # numbers: 4 MB. In half precision, 500 nodes at BERT's base size take less
+STRANGE = 0.05  # the largest p-value of a text that is counted, and shown, as strange
+MAX_REFERENCES = 999
+FULL_PRECISION = 10**6  # numbers: 4 MB. In half precision, 1,500 nodes at BERT's base size take less
 MAX_STEPS = 1000  # of the EM algorithm
 SHRINKAGE = 2.0  # mean variances that are added to all variances, for the weights of new classes
 TOLERANCE = 1e-6  # largest change of a frequency in its last step
@@ -51,27 +48,27 @@ SIGNIFICANCE = 0.05  # of a shift, corrected for the number of classes (Bonferro
 
 
 class OpenWorld(nn.Module):
-    """Strangeness of texts, and its p-values. There is one test for each node, and test N, of all texts.
+    """Strangeness of texts, and its p-values.
 
     Args:
-        num_references: number of stored strangeness values.
+        num_references: number of validation texts whose strangeness is stored.
 
     Attributes:
         center: mean of the training texts' vectors, (H,).
         whitening: turns vectors minus ``center`` into vectors whose covariance within the classes is the identity, (H, H).
         means: whitened means of the classes, (N + 1, H). A class is a node with the texts that have no label below it. The last
-            class is of texts without a label. Both are in half precision if all tensors, with `MAX_REFERENCES` for each test,
-            would hold more than `FULL_PRECISION` numbers.
+            class is of texts without a label. Both are in half precision if all tensors, with `MAX_REFERENCES`, would hold more
+            than `FULL_PRECISION` numbers.
         shares: share of the training texts in each class, (N + 1,).
         energy_weight: factor of the energy, (1,).
-        references: strangeness of validation texts in ascending order, for one test after the other, (num_references,).
-        counts: number of references of each test, (N + 1,).
+        references: strangeness of validation texts in ascending order, (num_references,).
     """
 
     def __init__(self, tree: Taxonomy, hidden_size: int, num_references: int):
         super().__init__()
-        self.tree, num_classes = tree, tree.num_nodes + 1
-        most = hidden_size * (hidden_size + num_classes + 1) + num_classes * (MAX_REFERENCES + 2) + 1
+        self.tree = tree
+        num_classes = tree.num_nodes + 1
+        most = hidden_size * (hidden_size + num_classes + 1) + num_classes + 1 + MAX_REFERENCES
         precision = torch.float32 if most <= FULL_PRECISION else torch.float16
         shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "center": ((hidden_size,), torch.float32),
@@ -80,7 +77,6 @@ class OpenWorld(nn.Module):
             "shares": ((num_classes,), torch.float32),
             "energy_weight": ((1,), torch.float32),
             "references": ((num_references,), torch.float32),
-            "counts": ((num_classes,), torch.int32),
         }
         for name, (shape, kind) in shapes.items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=kind), requires_grad=False))
@@ -93,19 +89,20 @@ class OpenWorld(nn.Module):
         return (whitened.square().sum(1, keepdim=True) - 2 * whitened @ means.T + squares).clamp(min=0).sqrt()
 
     def forward(self, vectors: Tensor) -> Tensor:
-        """Return the strangeness of texts in each test, (B, N + 1), from the model's ``vectors``, (B, H + 1)."""
-        distances, energies = self.distances(vectors[:, :-1]), vectors[:, -1:].to(self.center.device)
-        parents = torch.tensor(self.tree.parents, device=distances.device)
-        parents = parents.where(parents >= 0, self.tree.num_nodes).expand(len(vectors), -1)
-        nearest = distances
-        for _ in range(self.tree.depth):  # each pass reaches one level more
-            nearest = distances.scatter_reduce(1, parents, nearest[:, :-1], "amin")
-        return torch.cat([nearest[:, :-1], nearest[:, -1:] + self.energy_weight * energies], 1)
+        """Return the strangeness of texts, (B,), from the model's ``vectors``, (B, H + 1)."""
+        energies = vectors[:, -1].to(self.center.device)
+        return self.distances(vectors[:, :-1]).amin(1) + self.energy_weight * energies
 
     @property
-    def has_tests(self) -> bool:
+    def has_references(self) -> bool:
         """Whether there are references. There are none after a change of the taxonomy, and on a meta device they cannot be read."""
-        return not self.counts.is_meta and len(self.references) > 0
+        return not self.references.is_meta and len(self.references) > 0
+
+    def p_values(self, strangeness: Tensor) -> Tensor:
+        """Return the p-values of texts, (B,) in float64 on the CPU: (1 + number of references at least as strange) / (n + 1)."""
+        references = self.references.float().cpu()  # a user may have cast the model
+        num_below = torch.searchsorted(references, strangeness.float().cpu())
+        return (1 + len(references) - num_below).double() / (len(references) + 1)
 
     # ── Class means, for classes that are added without training ─────────────────────────────────────────────────────
 
@@ -130,7 +127,7 @@ class OpenWorld(nn.Module):
 
     @classmethod
     def of_means(cls, tree: Taxonomy, means: Tensor) -> "OpenWorld":
-        """Return one without tests, with the given means of the first classes, (C, H), and a covariance of the identity."""
+        """Return one without references, with the given means of the first classes, (C, H), and a covariance of the identity."""
         num_known, size = means.shape
         one = cls(tree, size, 0)
         for weight in one.parameters():
@@ -140,51 +137,14 @@ class OpenWorld(nn.Module):
         return one.to(means.device)
 
     def of_nodes(self, tree: Taxonomy, known: Mapping[int, int]) -> "OpenWorld":
-        """Return what is known of the nodes of another taxonomy, where ``known`` gives their ids here, without tests."""
+        """Return what is known of the nodes of another taxonomy, where ``known`` gives their ids here, without references."""
         other = OpenWorld(tree, len(self.center), 0)
-        state = self.state_dict() | {"references": self.references[:0], "counts": torch.zeros_like(other.counts)}
+        state = self.state_dict() | {"references": self.references[:0]}
         for name in ("means", "shares"):
             state[name] = torch.zeros_like(getattr(other, name))
             state[name][[*known, -1]] = getattr(self, name)[[*known.values(), -1]].to(state[name])
         other.load_state_dict(state)
         return other.to(self.center.device)
-
-
-class NoveltyTests:
-    """The tests of an `OpenWorld`, on lists. In all methods, ``strangeness`` are a text's values in each test, (N + 1,).
-
-    Attributes:
-        references: of each test, in ascending order.
-        test_of: for each node, and then for all texts, the number of its test: its own, or that of its nearest ancestor with one.
-    """
-
-    def __init__(self, open_world: OpenWorld):
-        tree, counts = open_world.tree, open_world.counts.tolist()
-        self.num_leaves = tree.num_leaves
-        self.references = [values.tolist() for values in open_world.references.cpu().split(counts)]
-        self.test_of = [*range(tree.num_nodes + 1)]
-        for node in tree.reading_order:  # parents first
-            if not counts[node]:
-                self.test_of[node] = self.test_of[tree.parents[node]]  # a root's -1 is the test of all texts
-
-    def p_value(self, strangeness: Sequence[float], node: int = -1) -> float:
-        """Return the p-value of a text at a node, by default among all texts: (1 + number of references at least as strange) / (n + 1)."""
-        test = self.test_of[node]
-        references = self.references[test]
-        return (1 + len(references) - bisect_left(references, strangeness[test])) / (len(references) + 1)
-
-    def known(self, path: Sequence[int], strangeness: Sequence[float], novelty: float) -> int | None:
-        """Return the deepest node of a path whose p-value is above ``novelty``.
-
-        A text is strange if its p-value among all texts is at most ``novelty``. Of a strange text no leaf is known, because it can
-        only belong to an unseen child of an inner node. If no node is known, return None for a strange text, else the root. So
-        for texts like the validation texts, None has a probability of at most ``novelty``.
-        """
-        is_strange = self.p_value(strangeness) <= novelty
-        for node in reversed(path):
-            if self.p_value(strangeness, node) > novelty and not (is_strange and node < self.num_leaves):
-                return node
-        return path[0] if path and not is_strange else None
 
 
 # ── Other class frequencies ───────────────────────────────────────────────────────────────────────────────────────────

@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from itertools import chain, islice
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -32,17 +32,17 @@ from transformers.utils import logging
 try:
     from .checkpoint_hierarchical import check_self_test, check_tokenizer, position_limit, special_tokens
     from .decisions_hierarchical import build_decisions
-    from .open_world_hierarchical import NOVELTY, NoveltyTests, estimate_prior, fitted_prior, read_prior
+    from .open_world_hierarchical import estimate_prior, fitted_prior, read_prior
     from .taxonomy_hierarchical import quote_name
 except ImportError:  # as a top-level module of the repository, not as remote code of a checkpoint
     from checkpoint_hierarchical import check_self_test, check_tokenizer, position_limit, special_tokens
     from decisions_hierarchical import build_decisions
-    from open_world_hierarchical import NOVELTY, NoveltyTests, estimate_prior, fitted_prior, read_prior
+    from open_world_hierarchical import estimate_prior, fitted_prior, read_prior
     from taxonomy_hierarchical import quote_name
 
 logger = logging.get_logger(__name__)
 
-RESULT_VERSION = 2  # of the fields of a result. In version 1, they differed between the forms of label
+RESULT_VERSION = 3  # of the fields of a result: any change of these raises it
 TOKENS_ON_CPU, TOKENS_ELSEWHERE = 2048, 32_768  # in a batch, padding included
 TEXTS_AHEAD = 512
 CHARACTERS = 2**20  # that are tokenized at once
@@ -67,10 +67,8 @@ class HierarchicalTextClassificationPipeline(Pipeline):
       multi-label ones. Each has ``label``, ``score`` (its probability), ``path`` (``{"label", "score"}`` of every node from the
       root to it) and, where the taxonomy has one, ``description``;
     - ``label``, ``score``, ``path``: those of the first of ``labels``; None, None and [] without one;
-    - ``p_value``: the share of validation texts that look at least as strange to the encoder, the text itself included;
-    - ``known``: the label of the deepest node of ``path`` whose own p-value is above ``novelty``, or None. For texts like the
-      validation texts, None has a probability of at most ``novelty`` if a node is predicted. Each of ``labels`` has a ``known``, too. All are absent
-      if training had too few validation texts;
+    - ``p_value``: the share of validation texts that look at least as strange to the encoder, the text itself included. It is
+      absent if training had too few validation texts;
     - ``prediction_set``, with ``coverage`` or ``recall``: ``{"label", "score"}`` of its nodes;
     - ``expected_cost``, with ``costs``: that of the prediction;
     - ``tokens``: the length of the text in tokens, special ones included, and ``tokens_read``, how many of them the model read;
@@ -95,10 +93,9 @@ class HierarchicalTextClassificationPipeline(Pipeline):
             classes, as `estimate_prior` returns it, or a mapping from their labels. It corrects all probabilities, and
             ``coverage`` is then for texts with these frequencies. Excludes ``recall``.
         levels: whether results have ``levels``.
-        novelty: the p-value up to which ``known`` rejects a node, by default 0.05.
 
     Attributes:
-        novelty_tests: the tests behind the p-values, or None.
+        has_p_values: whether results have a ``p_value``.
         result_version: `RESULT_VERSION` of the checkpoint's own code.
 
     Raises:
@@ -117,7 +114,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         self.decisions = build_decisions(self.tree, model.config.problem_type)  # on the CPU, where the results are
         open_world = model.heads.open_world
         # offloaded weights cannot be read here
-        self.novelty_tests = NoveltyTests(open_world) if open_world is not None and open_world.has_tests else None
+        self.has_p_values = open_world is not None and open_world.has_references
         super().__init__(model, *args, **kwargs)
         check_tokenizer(self.tokenizer, self.model)
         reads_windows = model.config.tokens_before is not None
@@ -150,22 +147,19 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         costs: str | Mapping | None = None,
         prior: list[float] | Mapping[str, float] | None = None,
         levels: bool | None = None,
-        novelty: float | None = None,
         **unknown: Any,
     ) -> tuple[dict, dict, dict]:
         if unknown:
-            known = "batch_size, top_k, max_length, coverage, recall, costs, prior, levels and novelty"
+            known = "batch_size, top_k, max_length, coverage, recall, costs, prior and levels"
             raise ValueError(f"{min(unknown)!r} is not an argument of this pipeline; it has {known}")
         for name, value in (("top_k", top_k), ("max_length", max_length)):
             check_number(name, value, 1)
-        if novelty is not None and not (isinstance(novelty, Real) and 0 <= novelty < 1):
-            raise ValueError(f"novelty must be a number from 0 to below 1, not {novelty!r}")
         calibration, guarantee = self.model.config.calibration, without_none({"coverage": coverage, "recall": recall})
         self.decisions.set_threshold(calibration, **guarantee)
         prepared = None if costs is None else self.decisions.prepare_costs(costs)
         frequencies = None if prior is None else read_prior(self.decisions, calibration, prior)
         output = {"guarantee": guarantee or None, "costs": prepared, "prior": frequencies}
-        output |= {"top_k": top_k, "levels": levels, "novelty": novelty}
+        output |= {"top_k": top_k, "levels": levels}
         # arguments that are not given leave those of the pipeline as they are
         return without_none({"max_length": max_length}), {}, without_none(output)
 
@@ -288,7 +282,10 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         calibration, of_batches = self.model.config.calibration, [batch.result() for batch in pending.outputs]
         order = torch.tensor(pending.order).argsort()
         joined = {name: torch.cat([batch[name] for batch in of_batches])[order] for name in of_batches[0]}
-        uncorrected, strangeness = joined["node_log_probs"].double().exp(), joined.get("strangeness")
+        uncorrected = joined["node_log_probs"].double().exp()
+        p_values: list[float] | None = None
+        if self.has_p_values:
+            p_values = self.model.heads.open_world.p_values(joined["strangeness"]).tolist()
         probabilities = uncorrected
         if prior is not None:
             probabilities = self.decisions.adapt(uncorrected, fitted_prior(calibration), prior)
@@ -301,8 +298,8 @@ class HierarchicalTextClassificationPipeline(Pipeline):
             nodes = predicted[i].nonzero().flatten().tolist()
             if sets is not None:
                 output["prediction_set"] = sets[i].nonzero().flatten().tolist()
-            strange = None if strangeness is None else strangeness[i].tolist()
-            yield self.postprocess(probabilities[i].tolist(), nodes, *tokens, expected_cost, strange, **output)
+            p_value = None if p_values is None else p_values[i]
+            yield self.postprocess(probabilities[i].tolist(), nodes, *tokens, expected_cost, p_value, **output)
 
     def _length(self, max_length: int | None = None) -> int:
         """Return the length in tokens at which texts are truncated, or raise ValueError if the tokenizer does not allow it."""
@@ -331,9 +328,9 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         return rows, counts
 
     def _forward(self, model_inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        outputs = self.model(**model_inputs, output_vectors=self.novelty_tests is not None)
+        outputs = self.model(**model_inputs, output_vectors=self.has_p_values)
         kept = {"node_log_probs": outputs["node_log_probs"]}
-        if self.novelty_tests:
+        if self.has_p_values:
             kept["strangeness"] = self.model.heads.open_world(outputs["vectors"])
         return kept
 
@@ -344,14 +341,13 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         tokens: int,
         tokens_read: int,
         expected_cost: float | None,
-        strangeness: list[float] | None,
+        p_value: float | None,
         top_k: int | None = None,
         prediction_set: list[int] | None = None,
         levels: bool = False,
-        novelty: float = NOVELTY,
     ) -> dict[str, Any]:
-        """Build a result from the probabilities of all nodes, the predicted nodes, the numbers of tokens, and the strangeness."""
-        tree, tests = self.tree, self.novelty_tests
+        """Build a result from the probabilities of all nodes, the predicted nodes, the numbers of tokens, and the p-value."""
+        tree = self.tree
         if math.isnan(sum(probabilities)):
             raise ValueError("the model's probabilities are not numbers: its weights are damaged")
 
@@ -365,13 +361,10 @@ class HierarchicalTextClassificationPipeline(Pipeline):
             labels.append({**path[-1], "path": path})
             if description := tree.descriptions.get(tree.labels[node]):
                 labels[-1]["description"] = description
-            if tests and strangeness:
-                known = tests.known(tree.path(node), strangeness, novelty)
-                labels[-1]["known"] = None if known is None else tree.labels[known]
         first = labels[0] if labels else {"label": None, "score": None, "path": []}
         result = {"labels": labels, **{name: first[name] for name in ("label", "score", "path")}}
-        if tests and strangeness:
-            result |= {"p_value": tests.p_value(strangeness), "known": first.get("known")}
+        if p_value is not None:
+            result["p_value"] = p_value
         if prediction_set is not None:
             by_score = sorted(prediction_set, key=lambda node: -probabilities[node])
             result["prediction_set"] = with_scores(by_score)

@@ -38,7 +38,7 @@ from sklearn.covariance import ledoit_wolf
 from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import normalize
 
-from open_world_hierarchical import NOVELTY, NoveltyTests
+from open_world_hierarchical import STRANGE
 
 NEAREST, BATCH = 10, 64
 SCORES = ("largest probability", "entropy", "energy", "nearest texts")
@@ -73,8 +73,8 @@ def main() -> None:
 # ── Models and their outputs ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def run_model(classify: Any, texts: list[str]) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-    """Return vectors (num_texts, H), strangeness (num_texts, num_nodes + 1), and the scores that need no training text."""
+def run_model(classify: Any, texts: list[str]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Return vectors (num_texts, H), and the scores that need no training text."""
     model, leaves = classify.model, classify.tree.num_leaves
 
     def outputs(_: list[int], batch: Any) -> tuple[torch.Tensor, ...]:
@@ -86,8 +86,8 @@ def run_model(classify: Any, texts: list[str]) -> tuple[np.ndarray, np.ndarray, 
     vectors, log_probs, distances, strangeness = (values.numpy() for values in arrays)
     probabilities = np.exp(log_probs)
     scores = {"largest probability": -probabilities.max(1), "entropy": -(probabilities * log_probs).sum(1)}
-    scores |= {"energy": vectors[:, -1], "Mahalanobis": distances, "Mahalanobis and energy": strangeness[:, -1]}
-    return vectors[:, :-1], strangeness, scores
+    scores |= {"energy": vectors[:, -1], "Mahalanobis": distances, "Mahalanobis and energy": strangeness}
+    return vectors[:, :-1], scores
 
 
 def train(arguments: argparse.Namespace, name: str, *words: Any, **flags: Any) -> tuple[Any, dict[str, float]]:
@@ -104,25 +104,26 @@ def read_texts(file: Path) -> pd.DataFrame:
 def separation(known: np.ndarray, unknown: np.ndarray) -> dict[str, float]:
     """Return the AUROC, and the share of unknown texts above 95 % of the known ones, from scores of both."""
     labels = np.r_[np.zeros(len(known)), np.ones(len(unknown))]
-    threshold = np.quantile(known, 1 - NOVELTY)
+    threshold = np.quantile(known, 1 - STRANGE)
     return {"auroc": roc_auc_score(labels, np.r_[known, unknown]), "found": float((unknown > threshold).mean())}
 
 
 def compare(classify: Any, training: list[str], known: list[str], unknown: list[str]) -> list[dict]:
     """Return a row for each score: how well it tells unknown texts from known ones."""
-    of_training, _, _ = run_model(classify, training)
+    of_training, _ = run_model(classify, training)
     covariance, _ = ledoit_wolf(of_training.astype(np.float64))
     whitening, center = np.linalg.cholesky(np.linalg.inv(covariance)), of_training.mean(0)
-    tests, parts, flagged = NoveltyTests(classify.model.heads.open_world), [], []
+    open_world, parts, flagged = classify.model.heads.open_world, [], []
     for texts in (known, unknown):
-        vectors, strangeness, scores = run_model(classify, texts)
+        vectors, scores = run_model(classify, texts)
         cosines = normalize(vectors) @ normalize(of_training).T
         scores["nearest texts"] = 1 - np.partition(cosines, -NEAREST, axis=1)[:, -NEAREST]
         scores["relative Mahalanobis"] = scores["Mahalanobis"] ** 2 - np.square((vectors - center) @ whitening).sum(1)
         parts.append(scores)
-        flagged.append(np.mean([tests.p_value(row) <= NOVELTY for row in strangeness.tolist()]))
+        p_values = open_world.p_values(torch.from_numpy(scores["Mahalanobis and energy"]))
+        flagged.append((p_values <= STRANGE).double().mean().item())
     rows = [{"score": score, **separation(parts[0][score], parts[1][score])} for score in SCORES]
-    rows[-1] |= {"found_by_p_value": float(flagged[1]), "false_alarms": float(flagged[0])}
+    rows[-1] |= {"found_by_p_value": flagged[1], "false_alarms": flagged[0]}
     return rows
 
 
@@ -148,7 +149,6 @@ def ohsumed(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure each run of `LEFT_OUT`."""
     results = {}
     labels = read_texts(arguments.data / "ohsumed" / "labels.csv")
-    parents = dict(zip(labels["label"], labels["parent"], strict=True))
     rows = {split: read_texts(arguments.data / "ohsumed" / f"{split}.csv") for split in ("train", "test")}
     for name, (leaves, branch) in LEFT_OUT.items():
         folder, unknown = arguments.runs / f"ohsumed-{name}-files", {*leaves, *branch}
@@ -162,33 +162,25 @@ def ohsumed(arguments: argparse.Namespace) -> dict[str, Any]:
         recipe = harness.ROOT / "recipes" / "ohsumed.yaml"
         classify, metrics = train(arguments, f"ohsumed-{name}", recipe, **FLAGS["ohsumed"], **files)
 
-        # ── Unknown leaves, the unknown branch, and known texts ──────────────────────────────────────────────────────
+        # ── Unknown leaves, and the unknown branch ──────────────────────────────────────────────────────────────────
         test = rows["test"]
         parts = {"leaves": test[test["label"].isin(leaves)], "branch": test[test["label"].isin(branch)]}
         for part, table in parts.items():
             compared = compare(classify, list(kept["train"]["text"]), list(kept["test"]["text"]), list(table["text"]))
             results[f"{name}, {part}"] = {"texts": len(table), "scores": compared}
-        known = classify([*parts["leaves"]["text"]])
-        names = [parents[label] for label in parts["leaves"]["label"]]
-        shares = {
-            "parent": [one["known"] == parent for one, parent in zip(known, names, strict=True)],
-            "leaf": [one["known"] == one["label"] for one in known],
-            "nothing": [one["known"] is None for one in known],
-        }
-        results[f"{name}, leaves"] |= {"known": {share: float(np.mean(values)) for share, values in shares.items()}}
-        measured = {key: metrics[f"test_{key}"] for key in ("accuracy", "strange", "unknown", "known_above")}
+        measured = {key: metrics[f"test_{key}"] for key in ("accuracy", "strange")}
         results[f"{name}, false alarms"] = measured
     return {"ohsumed": results}
 
 
 def made_up_texts(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the p-value of each made-up text by each model of `ohsumed`, and what the model knows of it."""
+    """Return the p-value of each made-up text by each model of `ohsumed`."""
     file, results = harness.ROOT / "benchmarks" / "strange_texts.txt", {}
     texts = file.read_text(encoding="utf-8").splitlines()
     for name in LEFT_OUT:
         classify = harness.load_classifier(arguments.runs / f"ohsumed-{name}")
         results[name] = [
-            {"text": text, **{field: one[field] for field in ("label", "score", "p_value", "known")}}
+            {"text": text, **{field: one[field] for field in ("label", "score", "p_value")}}
             for text, one in zip(texts, classify(texts), strict=True)
         ]
     return {"texts": results}
@@ -205,7 +197,7 @@ def print_results(results: dict[str, Any]) -> None:
     for name, rows in results.get("texts", {}).items():
         print(f"\nMade-up texts, {name}")
         columns = [("text", "{text:.40}"), ("class", "{label}"), ("probability", "{score:.2f}")]
-        harness.print_rows(rows, [*columns, ("p-value", "{p_value:.3f}"), ("known", "{known}")], left=2)
+        harness.print_rows(rows, [*columns, ("p-value", "{p_value:.3f}")], left=2)
 
 
 def print_scores(rows: list[dict]) -> None:
@@ -213,7 +205,7 @@ def print_scores(rows: list[dict]) -> None:
     for row in rows:
         if "found_by_p_value" in row:
             shown = f"{row['found_by_p_value']:.1%} of the unknown and {row['false_alarms']:.1%} of the known texts"
-            print(f"\nAt p ≤ {NOVELTY}: {shown}")
+            print(f"\nAt p ≤ {STRANGE}: {shown}")
 
 
 if __name__ == "__main__":

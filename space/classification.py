@@ -42,7 +42,6 @@ class Classification(TypedDict, total=False):
         labels: the deepest predicted nodes, most probable first: one, or for a multi-label model any number.
         label, score, path: those of the first of them; null and an empty path without one.
         p_value: the share of validation texts that look at least as strange to the encoder.
-        known: the deepest node of the path with a p-value above 0.05 among its own texts, or null.
         prediction_set: nodes with the requested coverage, most probable first. It is missing without a coverage.
         tokens, tokens_read, truncated: the length of the text in tokens, how many the model has read, and whether these differ.
         levels: if asked for: for each level, from the roots down, the probability of every node.
@@ -53,7 +52,6 @@ class Classification(TypedDict, total=False):
     score: float | None
     path: list[Node]
     p_value: float
-    known: str | None
     prediction_set: list[Node]
     tokens: int
     tokens_read: int

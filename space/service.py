@@ -60,8 +60,6 @@ class ClassifiedRow(TypedDict, total=False):
     scores: list[float]
     paths: list[list[str]]
     p_value: float
-    known: str | None
-    known_labels: list[str | None]
     prediction_set: list[str]
     tokens: int
     tokens_read: int

@@ -30,7 +30,7 @@ RANKED = 10  # words in the table of the largest weights
 MAX_CLASSES = 12  # most bars in the summary of a file
 PAGE = 20  # rows of a file that are shown at once
 SHOWN_CHARACTERS = 200  # of a row's text
-NOVELTY = 0.05  # the p-value up to which a text is shown as strange
+STRANGE = 0.05  # the p-value up to which a text is shown as strange
 UNCERTAIN = 0.5  # the prediction of a row is uncertain below this probability
 PROBLEMS = 200  # most that are shown
 SORT_BUTTON = "<button type='button' data-sets='page' data-value='1 {0}'>{0}</button>"
@@ -90,11 +90,9 @@ def result(tree: Any, classified: Classification, held: str) -> str:
     if is_strange(classified):
         reason = "" if "prediction_set" in classified else f"<p class='held'>{held}</p>"
         chips = join_first([chip(tree, node["label"], node["score"]) for node in classified["labels"]])
-        known = dict.fromkeys(name_html(node["known"]) for node in classified["labels"] if node.get("known"))
         return panel(
             f"{KICKER}<p class='class none'>Unlike the texts this model was trained on</p>"
             f"<p class='note'>{percent(classified['p_value'])} of the validation texts look as strange to the model. "
-            f"It looks like a text of {', '.join(known) or 'none of these classes'}. "
             f"Its prediction would be: {chips or 'no label'}</p>{reason}{truncation(classified)}"
         )
     nodes, others = classified["labels"][:MAX_FULL], classified["labels"][MAX_FULL:]
@@ -106,21 +104,17 @@ def result(tree: Any, classified: Classification, held: str) -> str:
 
 
 def is_strange(result: Mapping[str, Any]) -> bool:
-    return result.get("p_value", 1) <= NOVELTY
+    return result.get("p_value", 1) <= STRANGE
 
 
 def predicted(tree: Any, node: Prediction) -> str:
-    """Render a predicted node below the nodes above it, with its description, its probability, and what of its path is known."""
+    """Render a predicted node below the nodes above it, with its description and its probability."""
     *above, name = (tree.names[tree.id(step["label"])] for step in node["path"])
     path = f"<p class='path'>{''.join(f'{name_html(one)} › ' for one in above)}</p>" if above else ""
     described = f"<p class='note'>{escape_html(node['description'])}</p>" if "description" in node else ""
-    unknown, known = "", node.get("known", node["label"])
-    if known != node["label"]:
-        like = f", but like those of {name_html(known)}" if known else ""
-        unknown = f"<p class='note warning'>Unlike the known texts of {name_html(node['label'])}{like}.</p>"
     return (
         f"<div>{path}<p class='class'>{name_html(name)}</p>{described}"
-        f"<p class='certainty'>{bar(node['score'])}{percent(node['score'])} probability</p>{unknown}</div>"
+        f"<p class='certainty'>{bar(node['score'])}{percent(node['score'])} probability</p></div>"
     )
 
 

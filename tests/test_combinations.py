@@ -129,7 +129,7 @@ def build_model(case: Case, folder: Path, tokenizer: Any, seed: int) -> Hierarch
             inputs = tokenizer(texts, padding=True, return_tensors="pt")
             vectors = model.eval()(**inputs, output_vectors=True).vectors.numpy()
         nodes = [[i % num_nodes] for i in range(len(texts))]
-        open_world = fit_open_world(model.config.tree, vectors[:60, :-1], nodes[:60], vectors[60:], nodes[60:])
+        open_world = fit_open_world(model.config.tree, vectors[:60, :-1], nodes[:60], vectors[60:])
     model.set_calibration(calibration, lexical, open_world)
     model.record_self_test(tokenizer)
     model.config.self_test["transformers"] = "0.0"  # so that pipelines compute it

@@ -5,7 +5,6 @@ In this file ``vectors`` are those of the model's outputs, (num_texts, H + 1), t
 """
 
 from itertools import chain
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,10 +12,10 @@ from scipy.sparse import csr_matrix
 from sklearn.covariance import ledoit_wolf
 from torch import nn
 
-from open_world_hierarchical import MAX_REFERENCES, NOVELTY, NoveltyTests, OpenWorld
+from open_world_hierarchical import MAX_REFERENCES, STRANGE, OpenWorld
 from taxonomy_hierarchical import Taxonomy
 
-MIN_REFERENCES = 19  # of a node's test: with fewer, no p-value could be 0.05
+MIN_REFERENCES = 19  # with fewer, no p-value could be 0.05
 MIN_VARIANCE = 1e-10  # of the least direction, as a share of the largest: below, the inverse covariance is noise
 
 
@@ -26,7 +25,6 @@ def fit_open_world(
     vectors: np.ndarray,
     nodes: list[list[int]],
     validation_vectors: np.ndarray,
-    validation_nodes: list[list[int]],
     seed: int = 0,
 ) -> OpenWorld | None:
     """Fit an `OpenWorld`; return None if validation texts are fewer than `MIN_REFERENCES`, or the texts of a class do not differ.
@@ -60,18 +58,16 @@ def fit_open_world(
     for name, values in stored.items():
         getattr(fitted, name).copy_(torch.as_tensor(values))
     fitted.energy_weight.zero_()
-    spread, of_energies = fitted(torch.from_numpy(validation_vectors))[:, -1].std(), validation_vectors[:, -1].std()
-    if of_energies:
-        fitted.energy_weight.copy_(spread / of_energies)
+    spread_of_energies = validation_vectors[:, -1].std()
+    if spread_of_energies:
+        spread = fitted(torch.from_numpy(validation_vectors)).std()
+        fitted.energy_weight.copy_(spread / spread_of_energies)
 
     # ── References, computed from what is stored ─────────────────────────────────────────────────────────────────────
     generator = np.random.default_rng(seed)
-    references = [
-        np.sort(generator.permutation(values)[:MAX_REFERENCES] if len(values) >= MIN_REFERENCES else values[:0])
-        for values in reference_values(fitted, validation_vectors, validation_nodes)
-    ]
-    fitted.references = nn.Parameter(torch.tensor(np.concatenate(references), dtype=torch.float32), requires_grad=False)
-    fitted.counts.copy_(torch.tensor([*map(len, references)]))
+    some = generator.permutation(len(validation_vectors))[:MAX_REFERENCES]
+    strangeness = fitted(torch.from_numpy(validation_vectors))[torch.from_numpy(some)]
+    fitted.references = nn.Parameter(strangeness.sort().values, requires_grad=False)
     return fitted
 
 
@@ -104,45 +100,8 @@ def merge_texts(texts: np.ndarray, nodes: list[list[int]]) -> tuple[np.ndarray, 
 
 
 @torch.no_grad()
-def reference_values(open_world: OpenWorld, vectors: np.ndarray, nodes: list[list[int]]) -> list[np.ndarray]:
-    """Return the strangeness of validation texts in each test, N + 1 arrays.
-
-    A text is a reference at each of its nodes. At an inner node, the node's children that the text has are left out: so it
-    looks as strange as a text of a child that training has not seen.
-    """
-    tree, given = open_world.tree, torch.from_numpy(vectors)
-    own, nearest = open_world.distances(given[:, :-1]).numpy(), open_world(given).numpy()
-    values: list[list[float]] = [[] for _ in range(tree.num_nodes)]
-    for row, labelled in enumerate(map(tree.with_ancestors, nodes)):
-        for node in labelled:
-            others = [child for child in tree.children(node) if child not in labelled]
-            strangeness = min(own[row, node], nearest[row, others].min(initial=np.inf))
-            if np.isfinite(strangeness):
-                values[node].append(strangeness)
-    return [*map(np.array, values), nearest[:, tree.num_nodes]]
-
-
-@torch.no_grad()
-def measure_novelty(
-    open_world: OpenWorld, vectors: np.ndarray, texts: np.ndarray, nodes: list[list[int]]
-) -> dict[str, float]:
-    """Measure how many texts like the training texts look strange, at `NOVELTY`.
-
-    Returns:
-        ``strange``: the share of texts whose p-value is at most that. ``unknown``: the share of labels whose path has no known
-        node. ``known_above``: the share of labels whose deepest known node is an ancestor. Rows are those of `merge_texts`.
-    """
-    first, merged = merge_texts(texts, nodes)
-    tests, tree = NoveltyTests(open_world), open_world.tree
-    rows = open_world(torch.from_numpy(vectors[first])).tolist()
-    known: list[tuple[int, Any]] = [
-        (label, tests.known(tree.path(label), row, NOVELTY))
-        for row, labelled in zip(rows, merged, strict=True)
-        for label in tree.deepest(labelled)
-    ]
-    shares = {
-        "strange": [tests.p_value(row) <= NOVELTY for row in rows],
-        "unknown": [node is None for _, node in known],
-        "known_above": [node not in (None, label) for label, node in known],
-    }
-    return {name: float(np.mean(values)) for name, values in shares.items() if values}
+def share_of_strange(open_world: OpenWorld, vectors: np.ndarray, texts: np.ndarray) -> float:
+    """Return the share of texts whose p-value is at most `STRANGE`, from rows with the number of each one's text."""
+    _, first = np.unique(texts, return_index=True)
+    p_values = open_world.p_values(open_world(torch.from_numpy(vectors[first])))
+    return (p_values <= STRANGE).double().mean().item()

@@ -58,8 +58,8 @@ class RowFormat:
         self.types |= {"labels": texts, "scores": numbers, "paths": pyarrow.list_(texts)}
         if config.tree.descriptions:
             self.types["descriptions"] = texts
-        if open_world is not None and open_world.has_tests:
-            self.types |= {"p_value": number, "known": text, "known_labels": texts}
+        if open_world is not None and open_world.has_references:
+            self.types["p_value"] = number
         if (arguments.coverage, arguments.recall) != (None, None):
             self.types["prediction_set"] = texts
         if arguments.costs is not None:

@@ -4,10 +4,8 @@ import json
 from collections import defaultdict
 from typing import Any
 
-import numpy as np
-
 from hierarchical_clinicalbert.reading.results import rounded
-from open_world_hierarchical import NOVELTY, OpenWorld
+from open_world_hierarchical import STRANGE, OpenWorld
 
 
 class Summary:
@@ -19,13 +17,12 @@ class Summary:
     """
 
     def __init__(self, labels: list[str], open_world: OpenWorld | None):
-        self.num_rows, self.num_truncated, self.num_references = 0, 0, 0
+        self.num_rows, self.num_truncated, self.num_strange = 0, 0, 0
         self.classes: dict[str | None, float] = defaultdict(float)  # in texts; None is for texts without a label
         self.training: dict[str | None, float] = {}  # shares of the classes in the training texts
         if open_world is not None:
             self.training = dict(zip([*labels, None], open_world.shares.tolist(), strict=True))
-            self.num_references = int(open_world.counts[-1])
-        self.ranks = [0] * (self.num_references + 2)  # how many p-values are k / (num_references + 1)
+        self.has_p_values = open_world is not None and open_world.has_references
 
     def add(self, lines: list[str]) -> None:
         """Count rows or tasks, given as lines of JSON. A text with several labels counts as an equal part of each."""
@@ -36,18 +33,17 @@ class Summary:
             self.num_truncated += row["truncated"]
             for label in row["labels"] or [None]:
                 self.classes[label] += 1 / max(1, len(row["labels"]))
-            if self.num_references:
-                self.ranks[round(row["p_value"] * (self.num_references + 1))] += 1
+            if self.has_p_values:
+                self.num_strange += row["p_value"] <= STRANGE
 
     def content(self) -> dict[str, Any]:
         """Return the summary. Shares of classes are in the order of their difference from training, the largest first."""
         total = max(1, self.num_rows)
         truncated = {"rows": self.num_truncated, "share": self.num_truncated / total}
         content: dict[str, Any] = {"rows": self.num_rows, "truncated": truncated}
-        if self.num_references:
-            p_values = np.arange(len(self.ranks)) / (self.num_references + 1)
-            num_strange = int(np.array(self.ranks)[p_values <= NOVELTY].sum())
-            content["strange"] = {"novelty": NOVELTY, "rows": num_strange, "share": num_strange / total}
+        if self.has_p_values:
+            strange = {"rows": self.num_strange, "share": self.num_strange / total}
+            content["strange"] = {"max_p_value": STRANGE, **strange}
         classes: list[dict[str, Any]] = []
         for label in self.training or self.classes:
             share, training_share = self.classes.get(label, 0.0) / total, self.training.get(label)

@@ -4,7 +4,7 @@ from typing import Any
 
 from hierarchical_clinicalbert.reading.columns import join_labels
 
-RESULT_VERSION = 2  # the `RESULT_VERSION` of pipeline_hierarchical.py that is read here; a checkpoint holds its own copy of that file
+RESULT_VERSION = 3  # the `RESULT_VERSION` of pipeline_hierarchical.py that is read here; a checkpoint holds its own copy of that file
 DIGITS = 6
 # columns of `predict.py --probabilities`, by which `train.py --teacher` reads an output
 TEXT_HASH = "text_hash"
@@ -23,8 +23,8 @@ def check_version(classifier: Any) -> None:
 def to_row(result: dict[str, Any]) -> dict[str, Any]:
     """Build a row from a result: nodes become their labels, and numbers have six digits.
 
-    ``labels``, ``scores``, ``paths``, ``descriptions`` and ``known_labels`` are lists, and ``label``, ``score``, ``path`` and
-    ``known`` are of the first. There are descriptions if a node has one. ``levels`` are left out.
+    ``labels``, ``scores``, ``paths`` and ``descriptions`` are lists, and ``label``, ``score`` and ``path`` are of the first.
+    There are descriptions if a node has one. ``levels`` are left out.
     """
     nodes = result["labels"]
     row = {name: result[name] for name in ("label", "score")} | {"path": names(result["path"]), "labels": names(nodes)}
@@ -32,8 +32,6 @@ def to_row(result: dict[str, Any]) -> dict[str, Any]:
     if any("description" in node for node in nodes):
         row["descriptions"] = [node.get("description") for node in nodes]
     row |= {name: value for name, value in result.items() if name not in (*row, "levels")}
-    if "known" in row:
-        row["known_labels"] = [node["known"] for node in nodes]
     if "prediction_set" in row:
         row["prediction_set"] = names(row["prediction_set"])
     return rounded(row)

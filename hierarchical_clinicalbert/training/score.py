@@ -87,9 +87,9 @@ def learn_known_texts(scorer: HierarchicalTrainer, rows: Dataset, validation: Sc
     first, nodes = merge_texts(np.array(rows["text_id"][:]), rows["labels"][:])
     some = np.random.default_rng(0).permutation(len(first))[:MAX_TEXTS]
     vectors = scorer.embed(rows.select(first[some])["input_ids"][:], scorer.model.mean).cpu().numpy()
-    first, of_validation = merge_texts(validation.texts, validation.nodes)
+    _, first_of_validation = np.unique(validation.texts, return_index=True)
     known = [nodes[text] for text in some]
-    return fit_open_world(scorer.model.config.tree, vectors, known, validation.vectors[first], of_validation)
+    return fit_open_world(scorer.model.config.tree, vectors, known, validation.vectors[first_of_validation])
 
 
 def fit_lexical_head(

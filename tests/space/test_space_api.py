@@ -48,7 +48,7 @@ def test_the_rows_of_a_file_are_classified_as_single_texts(form, tmp_path):
     assert "20,001 characters; at most 20,000" in result["problems"][2]["problem"]
     for row in result["rows"]:
         single = form.classify(row["text"], **{form.guarantee: 0.9})
-        assert row == close({"line": row["line"], "text": row["text"], "result_version": 2, **to_row(single)})
+        assert row == close({"line": row["line"], "text": row["text"], "result_version": 3, **to_row(single)})
 
 
 def test_a_file_in_another_encoding_needs_its_name(form, tmp_path):
@@ -65,7 +65,7 @@ def test_the_api_is_typed_and_documented(form):
     assert [one["parameter_name"] for one in api["/classify"]["parameters"]] == ["text", form.guarantee, "levels"]
     types = {name: endpoint["returns"][0]["python_type"]["type"] for name, endpoint in api.items()}
     fields = form.classify(TEXTS[0], levels=True, **{form.guarantee: 0.9})
-    assert all(f"{field}: " in types["/classify"] for field in (*fields, "p_value", "known"))
+    assert all(f"{field}: " in types["/classify"] for field in (*fields, "p_value"))
     assert "words: list[dict(word: str, start: int, end: int, weight: float" in types["/explain"]
     assert "problems: list[dict(line: int, problem: str)]" in types["/classify_file"]
     assert "paths: list[list[str]]" in types["/classify_file"]

@@ -249,7 +249,7 @@ def test_what_a_continued_checkpoint_no_longer_guarantees_is_named_in_one_line(
         assert capsys.readouterr().err.count(message) == (count < 40)
         task = "hierarchical-text-classification"
         classify = pipeline(task, model=str(output), trust_remote_code=True)
-        assert (classify.novelty_tests is not None) == (count == 40)
+        assert classify.has_p_values == (count == 40)
         if count == 40:
             assert "prediction_set" in classify("a case of colitis", **{guarantee: 0.9})
         else:

@@ -53,7 +53,7 @@ def known_texts() -> tuple[OpenWorld, np.ndarray, np.ndarray]:
     places, spread = generator.normal(size=(tree.num_leaves, 32)), np.linspace(0.2, 2, 32)
     vectors = (places[leaves] + spread * generator.normal(size=(200, 32))).astype(np.float32)
     nodes = leaves[:, None].tolist()
-    return fit_open_world(tree, vectors, nodes, np.c_[vectors, np.zeros(200, np.float32)], nodes), vectors, leaves
+    return fit_open_world(tree, vectors, nodes, np.c_[vectors, np.zeros(200, np.float32)]), vectors, leaves
 
 
 def outputs(model: HierarchicalForSequenceClassification) -> dict[str, dict[str, np.ndarray]]:
