@@ -35,7 +35,6 @@ DEFAULT_THRESHOLD = 0.5  # least probability of a predicted node, before calibra
 NODE_PRICE = 1.5
 THRESHOLD_STEPS = 10**6  # thresholds of one path are multiples of 1e-6
 MIN_FREQUENCY = 1e-9  # of a node: with 0 or 1, the odds of a certain node would be undefined
-MAX_COST = 1e300  # the sum of two is finite
 # of prediction sets: one for all texts; or for each band of confidence, its greatest probability and its threshold
 SetThreshold = float | list[tuple[float, float]]
 
@@ -367,60 +366,13 @@ class OnePath(Decisions):
         """Return what each node adds to the entropy of the choice among siblings, from P(node | parent)."""
         return entr(given_parent)
 
-    def predict(
-        self, probabilities: Tensor, thresholds: list[float] | float | None = None, costs: "str | Tensor | None" = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Predict the most probable leaf, or with ``costs`` of `prepare_costs` the leaf of least expected cost.
-
-        In a tie of costs, it is the most probable leaf. ``thresholds`` have no effect.
-
-        Returns:
-            The predicted nodes with their ancestors, (B, N) of bool. Then the expected cost, (B,), None without costs.
-        """
-        of_leaves, least = probabilities[:, : self.num_leaves], None
-        if costs is not None:
-            expected = self.expected_costs(probabilities, costs)
-            least = expected.min(1).values
-            of_leaves = of_leaves.where(expected <= least[:, None] * (1 + 1e-9), -1.0)  # tied, up to rounding
-        return self.outcome_targets(of_leaves.argmax(1)) > 0, least
-
-    def expected_costs(self, probabilities: Tensor, costs: "str | Tensor") -> Tensor:
-        """Return the expected cost of predicting each leaf, (B, num_leaves), from node probabilities (B, N).
-
-        The expected cost of predicting j is Σ P(i) · costs[i, j] over the correct leaf i. The leaf of least expected cost is the
-        Bayes decision (Elkan, 2001, "The Foundations of Cost-Sensitive Learning"). The distance of two leaves is the number of
-        nodes on exactly one of their paths. So the expected distance is the sum of 1 - P over the nodes on j's path, and of P
-        over all other nodes.
-        """
-        if isinstance(costs, Tensor):
-            return probabilities[:, : self.num_leaves] @ costs
-        distances = probabilities.sum(1, keepdim=True) + self.sum_to_root(1 - 2 * probabilities)
-        return distances[:, : self.num_leaves]
+    def predict(self, probabilities: Tensor, thresholds: list[float] | float | None = None) -> Tensor:
+        """Predict the most probable leaf: with its ancestors, (B, N) of bool. ``thresholds`` have no effect."""
+        return self.outcome_targets(probabilities[:, : self.num_leaves].argmax(1)) > 0
 
     def node_thresholds(self, thresholds: list[float] | None) -> list[float] | None:
         """Return None: leaves compete, and no node has a threshold of its own."""
         return None
-
-    def prepare_costs(self, costs: Any) -> "str | Tensor":
-        """Check the costs of errors: "distance", or {correct leaf: {predicted leaf: cost}}.
-
-        Return "distance", or a table (num_leaves, num_leaves): correct leaves by predicted ones.
-        """
-        if isinstance(costs, str) and costs == "distance":
-            return costs
-        if not isinstance(costs, Mapping) or not all(isinstance(row, Mapping) for row in costs.values()):
-            raise ValueError('for single-path models, costs are "distance", or {correct leaf: {predicted leaf: cost}}')
-        table = torch.full((self.num_leaves, self.num_leaves), math.nan, dtype=torch.float64)
-        for correct, row in costs.items():
-            for predicted, cost in row.items():
-                pair = self.tree.id(str(correct)), self.tree.id(str(predicted))
-                if max(pair) >= self.num_leaves:
-                    raise ValueError(f"costs are of leaves, and {self.tree.labels[max(pair)]!r} is none")
-                table[pair] = read_cost(cost, f"predicting {predicted} for {correct}")
-        for correct, predicted in table.isnan().nonzero().tolist():
-            pair_labels = f"predicting {self.tree.labels[predicted]!r} for {self.tree.labels[correct]!r}"
-            raise ValueError(f"costs: the cost of {pair_labels} is missing")
-        return table
 
     def prediction_sets(self, probabilities: Tensor, threshold: SetThreshold | Tensor) -> Tensor:
         """Return which nodes are in each text's prediction set, (B, num_nodes) bool, from P(node), (B, num_nodes).
@@ -662,42 +614,15 @@ class ManyNodes(Decisions):
         """Return the entropy of each node's decision, from P(node | parent). Siblings are independent given their parent."""
         return entr(given_parent) + entr(1 - given_parent)
 
-    def predict(
-        self,
-        probabilities: Tensor,
-        thresholds: list[float] | float | None = None,
-        costs: tuple[float, float] | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Predict the nodes that reach their thresholds, or with ``costs`` of `prepare_costs` the set of least expected cost.
-
-        A predicted node is wrong with probability 1 - P, and a node that is left out is missing with probability P. Costs add
-        up over nodes, so each is decided alone: predicted if inventing · (1 - P) <= missing · P.
-
-        Returns:
-            The predicted nodes with their ancestors, (B, N) of bool. Then the expected cost, (B,), None without costs.
-        """
+    def predict(self, probabilities: Tensor, thresholds: list[float] | float | None = None) -> Tensor:
+        """Predict the nodes that reach their thresholds: with their ancestors, (B, N) of bool."""
         least = DEFAULT_THRESHOLD if thresholds is None else thresholds
-        if costs is not None:
-            missing, inventing = costs
-            least = inventing / (missing + inventing)
         reached = probabilities >= torch.as_tensor(least, dtype=probabilities.dtype)
-        predicted = self.sum_at_or_below(reached.float()) > 0
-        if costs is None:
-            return predicted, None
-        return predicted, torch.where(predicted, inventing * (1 - probabilities), missing * probabilities).sum(1)
+        return self.sum_at_or_below(reached.float()) > 0
 
     def node_thresholds(self, thresholds: list[float] | None) -> list[float]:
         """Return the least probability at which each node is predicted, from those of the calibration, if there are some."""
         return thresholds or [DEFAULT_THRESHOLD] * self.num_nodes
-
-    def prepare_costs(self, costs: Any) -> tuple[float, float]:
-        """Check the costs {"missing": a, "inventing": b} of a node; return both, of which one is positive."""
-        if not isinstance(costs, Mapping) or costs.keys() != {"missing", "inventing"}:
-            raise ValueError('for multi-label models, costs are {"missing": a number, "inventing": a number}')
-        missing, inventing = (read_cost(costs[name], f"{name} a node") for name in ("missing", "inventing"))
-        if missing + inventing == 0:
-            raise ValueError("the costs of missing and of inventing a node are both 0: one must be positive")
-        return missing, inventing
 
     def prediction_sets(self, probabilities: Tensor, threshold: SetThreshold | Tensor) -> Tensor:
         """Return the nodes that reach the threshold, (B, num_nodes) bool, from P(node), (B, num_nodes)."""
@@ -737,17 +662,3 @@ def guaranteed_threshold(name: str, share: float, calibration: Calibration) -> S
     if isinstance(threshold, list):
         return [*zip([*(calibration.set_bands or []), 1.0], threshold, strict=True)]
     return threshold
-
-
-# ── Costs of errors ──────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def read_cost(value: Any, what: str) -> float:
-    """Read a cost from 0 to 1e300, or raise ValueError. ``what`` is for the message."""
-    try:
-        cost = float(value)
-    except (TypeError, ValueError, OverflowError):
-        cost = math.nan
-    if not 0 <= cost <= MAX_COST:
-        raise ValueError(f"costs: {what}: a cost is a number from 0 to 1e300, not {quote_name(value)}")
-    return cost

@@ -70,7 +70,6 @@ class HierarchicalTextClassificationPipeline(Pipeline):
     - ``p_value``: the share of validation texts that look at least as strange to the encoder, the text itself included. It is
       absent if training had too few validation texts;
     - ``prediction_set``, with ``coverage`` or ``recall``: ``{"label", "score"}`` of its nodes;
-    - ``expected_cost``, with ``costs``: that of the prediction;
     - ``tokens``: the length of the text in tokens, special ones included, and ``tokens_read``, how many of them the model read;
     - ``truncated``: whether these numbers differ;
     - ``levels``, with ``levels=True``: for each level, from the roots down, the probability of every node.
@@ -84,11 +83,6 @@ class HierarchicalTextClassificationPipeline(Pipeline):
             `OnePath.prediction_sets`. Excludes any ``max_length`` other than the validation rows had.
         recall: for multi-label models, the share of a text's correct nodes that the prediction set holds on average. Otherwise
             like ``coverage``.
-        costs: predict the leaf of least expected cost (see `OnePath.expected_costs`; in a tie, the most probable). Excludes
-            ``top_k``. ``"distance"`` is the number of edges between correct and predicted leaf, with roots joined by a node
-            above them. A table is ``{correct leaf: {predicted leaf: cost}}``. For multi-label models
-            ``{"missing": a, "inventing": b}`` are the costs of each false negative and each false positive node: see
-            `ManyNodes.predict`.
         prior: how frequent the classes are in these texts, if they are not like the validation rows: a list in the order of the
             classes, as `estimate_prior` returns it, or a mapping from their labels. It corrects all probabilities, and
             ``coverage`` is then for texts with these frequencies. Excludes ``recall``.
@@ -144,22 +138,19 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         max_length: int | None = None,
         coverage: float | None = None,
         recall: float | None = None,
-        costs: str | Mapping | None = None,
         prior: list[float] | Mapping[str, float] | None = None,
         levels: bool | None = None,
         **unknown: Any,
     ) -> tuple[dict, dict, dict]:
         if unknown:
-            known = "batch_size, top_k, max_length, coverage, recall, costs, prior and levels"
+            known = "batch_size, top_k, max_length, coverage, recall, prior and levels"
             raise ValueError(f"{min(unknown)!r} is not an argument of this pipeline; it has {known}")
         for name, value in (("top_k", top_k), ("max_length", max_length)):
             check_number(name, value, 1)
         calibration, guarantee = self.model.config.calibration, without_none({"coverage": coverage, "recall": recall})
         self.decisions.set_threshold(calibration, **guarantee)
-        prepared = None if costs is None else self.decisions.prepare_costs(costs)
         frequencies = None if prior is None else read_prior(self.decisions, calibration, prior)
-        output = {"guarantee": guarantee or None, "costs": prepared, "prior": frequencies}
-        output |= {"top_k": top_k, "levels": levels}
+        output = {"guarantee": guarantee or None, "prior": frequencies, "top_k": top_k, "levels": levels}
         # arguments that are not given leave those of the pipeline as they are
         return without_none({"max_length": max_length}), {}, without_none(output)
 
@@ -208,8 +199,6 @@ class HierarchicalTextClassificationPipeline(Pipeline):
                     f"{self.decisions.guarantee} needs texts truncated at {fitted} tokens, like the validation rows: give "
                     f"max_length={fitted} or the tokenizer that was saved with the checkpoint"
                 )
-        if {"costs", "top_k"} <= output.keys():
-            raise ValueError("costs choose one prediction for each text: give either costs or top_k")
 
     def _classify(self, items: Iterable, batch_size: int | None, truncation: dict, output: dict) -> Iterator:
         """Yield the results of the items, in their order. Some batches are read ahead."""
@@ -269,15 +258,13 @@ class HierarchicalTextClassificationPipeline(Pipeline):
     def _collect(
         self,
         pending: PendingTexts,
-        costs: Any = None,
         prior: Tensor | None = None,
         guarantee: dict[str, float] | None = None,
         **output: Any,
     ) -> Iterator:
         """Yield the results of pending texts in order.
 
-        ``costs`` and ``prior`` are those of `Decisions.prepare_costs` and `read_prior`, and ``output`` are arguments of
-        `postprocess`.
+        ``prior`` is that of `read_prior`, and ``output`` are arguments of `postprocess`.
         """
         calibration, of_batches = self.model.config.calibration, [batch.result() for batch in pending.outputs]
         order = torch.tensor(pending.order).argsort()
@@ -291,15 +278,14 @@ class HierarchicalTextClassificationPipeline(Pipeline):
             probabilities = self.decisions.adapt(uncorrected, fitted_prior(calibration), prior)
         threshold = self.decisions.set_threshold(calibration, prior, **(guarantee or {}))
         sets = None if threshold is None else self.decisions.prediction_sets(uncorrected, threshold)
-        predicted, expected_costs = self.decisions.predict(probabilities, calibration.thresholds, costs)
+        predicted = self.decisions.predict(probabilities, calibration.thresholds)
         for i, tokens in enumerate(pending.tokens):
             # one text at a time: a list of floats takes four times the memory of a tensor
-            expected_cost = None if expected_costs is None else expected_costs[i].item()
             nodes = predicted[i].nonzero().flatten().tolist()
             if sets is not None:
                 output["prediction_set"] = sets[i].nonzero().flatten().tolist()
             p_value = None if p_values is None else p_values[i]
-            yield self.postprocess(probabilities[i].tolist(), nodes, *tokens, expected_cost, p_value, **output)
+            yield self.postprocess(probabilities[i].tolist(), nodes, *tokens, p_value, **output)
 
     def _length(self, max_length: int | None = None) -> int:
         """Return the length in tokens at which texts are truncated, or raise ValueError if the tokenizer does not allow it."""
@@ -340,7 +326,6 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         predicted: list[int],
         tokens: int,
         tokens_read: int,
-        expected_cost: float | None,
         p_value: float | None,
         top_k: int | None = None,
         prediction_set: list[int] | None = None,
@@ -368,8 +353,6 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         if prediction_set is not None:
             by_score = sorted(prediction_set, key=lambda node: -probabilities[node])
             result["prediction_set"] = with_scores(by_score)
-        if expected_cost is not None:
-            result["expected_cost"] = expected_cost
         result |= {"tokens": tokens, "tokens_read": tokens_read, "truncated": tokens_read < tokens}
         if levels:
             result["levels"] = [{} for _ in range(tree.depth)]

@@ -28,7 +28,7 @@ from hierarchical_clinicalbert.checkpoint_files import (
 )
 from hierarchical_clinicalbert.errors import ArgumentParser, InputError, run_command
 from hierarchical_clinicalbert.prediction.input import SAMPLED_TEXTS, read_records, sample_texts
-from hierarchical_clinicalbert.prediction.model import DTYPES, Model, read_costs
+from hierarchical_clinicalbert.prediction.model import DTYPES, Model
 from hierarchical_clinicalbert.prediction.output import RestartableOutput
 from hierarchical_clinicalbert.prediction.rows import OUTPUTS, file_name, output_kind
 from hierarchical_clinicalbert.reading.rows import FOLDER, KINDS
@@ -53,7 +53,6 @@ def main(argv: list[str]) -> int:
         raise InputError(f"--input {error}") from error
     if arguments.id_column is None and all(source.kind == FOLDER for source in sources):
         arguments.id_column = "id"  # the name of a text's file
-    arguments.costs, costs_description = read_costs(arguments.costs)
     output = RestartableOutput(arguments.output, output_kind(arguments.output, arguments.output_format))
     with output.lock():
         sources = output.check(sources, arguments.overwrite)
@@ -69,7 +68,7 @@ def main(argv: list[str]) -> int:
             if arguments.overwrite:
                 output.delete()
             flags = {flag: value for flag, value in vars(arguments).items() if flag not in WITHOUT_EFFECT}
-            options = flags | {"costs": costs_description, "output_format": output.kind} | model.description
+            options = flags | {"output_format": output.kind} | model.description
             prior = None
             if arguments.adapt_prior:
                 again = read_records(sources, arguments.text_column, arguments.id_column)
@@ -117,8 +116,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
         type=float,
         help="multi-label: also write a set of nodes with this share of the correct ones, on average",
     )
-    costs = "distance, a CSV table (rows: correct leaf, columns: predicted), or for multi-label missing=NUMBER,inventing=NUMBER"
-    add("--costs", help=f"minimise the expected cost of errors; the costs are {costs}")
     sample = f"estimated on at most {SAMPLED_TEXTS:,} of them"
     add("--adapt_prior", action="store_true", help=f"correct probabilities for the texts' class frequencies, {sample}")
     add("--uncertainty", action="store_true", help="also write the entropy, and the level that contributes most to it")

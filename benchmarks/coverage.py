@@ -168,7 +168,7 @@ def precision_scores(
     sets, predicted, held, losses, scores = {}, {}, {}, {}, {}
     for name, probabilities in nodes.items():
         sets[name] = decisions.prediction_sets(torch.from_numpy(probabilities), set_threshold).numpy()
-        chosen, _ = decisions.predict(torch.from_numpy(probabilities), node_thresholds)
+        chosen = decisions.predict(torch.from_numpy(probabilities), node_thresholds)
         predicted[name] = chosen[:, : decisions.num_classes].numpy()
         held[name] = held_shares(form, sets[name], labels)
         losses[name] = log_losses(probabilities[:, : decisions.num_classes], labels, is_label)

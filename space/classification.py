@@ -28,11 +28,10 @@ class Node(TypedDict):
 
 
 class Prediction(Node, total=False):
-    """A predicted node, every node from the root to it, its description if the taxonomy has one, and what is known of its path."""
+    """A predicted node, every node from the root to it, and its description if the taxonomy has one."""
 
     path: list[Node]
     description: str
-    known: str | None
 
 
 class Classification(TypedDict, total=False):

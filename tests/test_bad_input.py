@@ -504,8 +504,6 @@ PREDICT = [
     (("--output_format", "parquet"), "--output_format is for a folder"),
     (("--ray_gpus_per_actor", "1"), "--ray_gpus_per_actor need --ray"),
     (("--ray", "local", "--ray_gpus_per_actor", "-1"), "or a fraction of one, not -1"),
-    (("--costs", "empty.csv"), "is missing"),
-    (("--costs", "none.csv"), "cannot read none.csv: No such file or directory"),
     (("--output", "out.txt"), "must end in one of"),
     (("--output", "hf://datasets/me/out/"), "write to a disk or an object store"),
     (("--output", os.fsdecode(b"out\xe9/")), "surrogates not allowed"),

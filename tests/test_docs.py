@@ -3,13 +3,14 @@
 The tests parse README.md, docs/ and the other pages, so they need no change when a page changes.
 """
 
+import json
 import os
 import re
 import shlex
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, complete
+from conftest import ROOT, complete, predict_here, write_csv
 from forked import LIBRARIES
 from labelled_files import load
 
@@ -79,9 +80,40 @@ def test_snippets_run_in_a_process_that_does_not_see_the_repository(
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).symlink_to(checkpoint)
     code = "\n".join(blocks(page, "python"))
+    if "predictions.jsonl" in code:
+        predict_probabilities(clear_checkpoint, tmp_path)
     settings = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = complete("-c", code, cwd=tmp_path, environment=settings, modules=LIBRARIES)
     assert done.returncode == 0, done.stderr[-4000:]
+
+
+def predict_probabilities(checkpoint: str, folder: Path) -> list[dict]:
+    """Write predictions.jsonl to a folder, and return its rows. In some texts, two classes are nearly as probable."""
+    words = ("sepsis", "carcinoma", "colitis", "migraine", "stroke")
+    rows = [{"text": f"We treated {one} and {other}."} for one in words for other in words]
+    output = folder / "predictions.jsonl"
+    source = write_csv(folder / "texts.csv", rows)
+    assert predict_here("--model", checkpoint, "--input", source, "--output", output, "--probabilities") == 0
+    return [json.loads(line) for line in output.read_text().splitlines()]
+
+
+def test_the_snippet_for_costs_of_errors_predicts_the_leaf_of_least_expected_cost(clear_checkpoint, tmp_path):
+    rows = predict_probabilities(clear_checkpoint, tmp_path)
+    (code,) = (block for block in blocks(ROOT / "docs" / "inference.md", "python") if "expected_costs" in block)
+    done = complete("-c", f"{code}\nprint(json.dumps(labels))", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    labels = json.loads(done.stdout)
+    for row, label in zip(rows, labels, strict=True):
+        expected_cost = {
+            leaf: sum(
+                probability * (10 if correct == "neoplasms" else 1)
+                for correct, probability in row["probabilities"].items()
+                if correct != leaf
+            )
+            for leaf in row["probabilities"]
+        }
+        assert expected_cost[label] == pytest.approx(min(expected_cost.values()), abs=1e-9)
+    assert labels != [row["label"] for row in rows]
 
 
 @pytest.mark.parametrize("page", [page for page in [*PAGES, *TABLES] if calls(page)], ids=name_of)

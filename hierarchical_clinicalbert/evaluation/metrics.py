@@ -48,7 +48,7 @@ class Predictions:
         self.true = targets[:, : decisions.num_nodes].numpy() == 1
         self.known = form.known_nodes(labels)
         thresholds = form.common_threshold(logits, labels) if thresholds is None else thresholds
-        self.chosen = decisions.predict(torch.from_numpy(self.probabilities), thresholds)[0].numpy()
+        self.chosen = decisions.predict(torch.from_numpy(self.probabilities), thresholds).numpy()
         self.counts = confusion_counts(self.true, self.chosen & self.known)
 
     def score(self, nodes: Any, score: Callable[[np.ndarray], float]) -> float | None:

@@ -22,7 +22,6 @@ from hierarchical_clinicalbert.prediction.output import Block, OutputRows
 from hierarchical_clinicalbert.prediction.rows import TASKS, RowFormat, output_kind
 from hierarchical_clinicalbert.reading.foreign_code import refuse_foreign_code
 from hierarchical_clinicalbert.reading.results import check_version
-from hierarchical_clinicalbert.reading.sources import Source, open_rows
 
 DTYPES = ("fp32", "bf16", "int8")
 KEPT_MEMORY = (32 * 2**20, 2**30, 64 * 2**20)  # arguments of `keep_memory`, which saves a tenth of the time
@@ -93,37 +92,6 @@ class Model:
             yield block, self.predict(block, prior)
 
 
-def read_costs(flag: str | None) -> tuple[str | dict | None, str | None]:
-    """Parse ``--costs``. Return the pipeline's argument, and a description that changes with the content of a file.
-
-    The file is read here, because the nodes of a cluster may not have it.
-
-    Raises:
-        InputError: the file cannot be read, or the flag has another form.
-    """
-    if flag is None or flag == "distance":
-        return flag, flag
-    if flag.endswith(".csv"):
-        table = read_cost_table(flag)
-        return table, hashlib.sha256(json.dumps(table).encode()).hexdigest()
-    pairs = [pair.partition("=") for pair in flag.split(",")]
-    if sorted(name for name, _, _ in pairs) != ["inventing", "missing"]:
-        raise InputError(f"--costs {flag}: give distance, a .csv file, or missing=NUMBER,inventing=NUMBER")
-    return {name: cost for name, _, cost in pairs}, flag
-
-
-def read_cost_table(file: str) -> dict[str, dict[str, str]]:
-    """Read a table of costs: the first column names the correct leaves, the other columns are predicted ones."""
-    table: dict[str, dict[str, str]] = {}
-    with open_rows(Source(file, "csv")) as reader:
-        first, *leaves = reader.columns or [""]  # an empty file has none
-        for row in reader.read(reader.columns):
-            if row.problem or row.values[first] in table:
-                raise InputError(f"--costs: {reader.place(row)}: {row.problem or 'this leaf has a row already'}")
-            table[row.values[first]] = {leaf: row.values[leaf] for leaf in leaves}
-    return table
-
-
 def load(arguments: Namespace, dtype: str, gpu: bool) -> Pipeline:
     """Load the checkpoint as a pipeline, or raise InputError."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # before its import, which warns about kernels
@@ -137,7 +105,7 @@ def load(arguments: Namespace, dtype: str, gpu: bool) -> Pipeline:
             raise InputError("--backend openvino needs OpenVINO: pip install openvino")
     elif dtype == "int8" and not has_int8_products():
         raise InputError("--dtype int8 needs a processor with VNNI or AMX, and a supported version of torch: give fp32")
-    named = {name: getattr(arguments, name) for name in ("batch_size", "coverage", "recall", "costs")}
+    named = {name: getattr(arguments, name) for name in ("batch_size", "coverage", "recall")}
     # pipelines of older checkpoints lack newer arguments
     given = {name: value for name, value in named.items() if value is not None}
     try:

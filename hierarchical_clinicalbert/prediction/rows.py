@@ -62,8 +62,6 @@ class RowFormat:
             self.types["p_value"] = number
         if (arguments.coverage, arguments.recall) != (None, None):
             self.types["prediction_set"] = texts
-        if arguments.costs is not None:
-            self.types["expected_cost"] = number
         if arguments.uncertainty:
             self.types |= {"uncertainty": number, "unsure_level": count}
         self.types |= {"tokens": count, "tokens_read": count, "truncated": pyarrow.bool_()}

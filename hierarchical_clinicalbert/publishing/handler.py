@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import pipeline
 
-PARAMETERS = ("top_k", "coverage", "recall", "costs", "prior", "levels")
+PARAMETERS = ("top_k", "coverage", "recall", "prior", "levels")
 
 
 class EndpointHandler:
@@ -24,7 +24,7 @@ class EndpointHandler:
     def __call__(self, data: dict[str, Any]) -> dict | list:
         """Return the pipeline's result for a text under ``"inputs"``, or its results for a list of texts.
 
-        ``"parameters"`` may hold ``top_k``, ``coverage``, ``recall``, ``costs``, ``prior`` and ``levels``, as arguments of the
+        ``"parameters"`` may hold ``top_k``, ``coverage``, ``recall``, ``prior`` and ``levels``, as arguments of the
         pipeline.
 
         Raises:

@@ -69,7 +69,7 @@ def teach(name: str, arguments: DataArguments, data: LabelledSplits) -> Labelled
 
     # ── Training rows ────────────────────────────────────────────────────────────────────────────
     if data.unlabelled:
-        chosen, _ = decisions.predict(torch.stack([probabilities[key] for key in data.unlabelled]))
+        chosen = decisions.predict(torch.stack([probabilities[key] for key in data.unlabelled]))
         numbers = np.arange(len(data.unlabelled))
         columns = {
             "text": [*data.unlabelled.values()],

@@ -119,7 +119,7 @@ def test_all_output_formats_hold_the_same_rows(checkpoint, texts, tmp_path):
     ids = ["a\rb", "plain", "c\r\nd", 7, 'q"\r,', "e\nf", "\r"]
     lines = [json.dumps({"text": text, "id": key}) + "\n" for key, text in zip(ids, texts, strict=False)]
     (tmp_path / "in.jsonl").write_text("".join(lines))
-    flags = ("--id_column", "id", "--probabilities", "--uncertainty", "--coverage", 0.5, "--costs", "distance")
+    flags = ("--id_column", "id", "--probabilities", "--uncertainty", "--coverage", 0.5)
     for kind in ("jsonl", "csv", "parquet"):
         assert predict(checkpoint, tmp_path / "in.jsonl", tmp_path / f"out.{kind}", *flags) == 0
     rows = read_json_lines(tmp_path / "out.jsonl")
@@ -338,28 +338,6 @@ def test_empty_texts_and_files_do_not_affect_other_rows(checkpoint, texts, tmp_p
     assert [(row["row"], row["problem"]) for row in problems] == [(n, "the text is empty") for n in (1, 2)]
 
 
-def test_costs_choose_the_leaf_and_their_content_is_an_option(checkpoint, texts, tmp_path):
-    classify = pipeline("hierarchical-text-classification", model=checkpoint, trust_remote_code=True)
-    leaves = classify.tree.labels[: classify.tree.num_leaves]
-    costs = {one: {other: 0 if one == other else 9 - i for i, other in enumerate(leaves)} for one in leaves}
-    table = pd.DataFrame(costs).T  # rows are the correct leaves
-    table.to_csv(tmp_path / "costs.csv")
-    given = (checkpoint, write_texts(tmp_path, texts), tmp_path / "out.jsonl", "--dtype", "fp32")
-    given += ("--costs", tmp_path / "costs.csv")
-    with kill_before_the_blocks_are_joined():
-        predict(*given)
-    table.replace(9, 10).to_csv(tmp_path / "costs.csv")
-    with pytest.raises(InputError, match="started with another costs:"):
-        predict(*given)
-    table.to_csv(tmp_path / "costs.csv")
-    assert predict(*given) == 0
-    rows = read_json_lines(tmp_path / "out.jsonl")
-    expected = classify(texts, costs=costs)
-    assert [row["label"] for row in rows] == [one["label"] for one in expected]
-    assert [row["label"] for row in rows] != [one["label"] for one in classify(texts)]
-    assert [row["expected_cost"] for row in rows] == pytest.approx([one["expected_cost"] for one in expected], abs=2e-5)
-
-
 @pytest.mark.parametrize("name", ["neoplasms > 9", "neoplasms; 9"])
 def test_labels_that_hold_a_separator_are_lists_of_json_in_csv(name, checkpoint, texts, tmp_path):
     folder = shutil.copytree(checkpoint, tmp_path / "checkpoint")
@@ -421,16 +399,6 @@ def test_sets_for_a_recall_are_the_pipelines_and_the_csv_is_training_data(labels
     data = load(train_file=tmp_path / "train.csv", known=classify.tree, **settings)
     read = [{classify.tree.labels[node] for node in nodes} for nodes in data.splits["train"]["nodes"]]
     assert read == [{*row["labels"]} for row in rows]
-
-
-def test_with_several_labels_costs_replace_the_thresholds(labels_checkpoint, texts, tmp_path):
-    flags = ("--dtype", "fp32", "--probabilities", "--costs", "missing=9,inventing=1")
-    predict(labels_checkpoint, write_texts(tmp_path, texts), tmp_path / "out.jsonl", *flags)
-    for row in read_json_lines(tmp_path / "out.jsonl"):
-        assert all(score >= 0.1 for score in row["scores"])
-        reached = {label for label, probability in row["probabilities"].items() if probability >= 0.1}
-        inner = {"specific disease"} if reached - {"specific disease", "general pathological conditions"} else set()
-        assert {*row["labels"]} == reached - inner
 
 
 def entropy_by_level(nodes: dict[str, float], tree: Taxonomy, several: bool) -> np.ndarray:

@@ -197,8 +197,8 @@ def serve(folder: Path, requests: list) -> list:
 
 
 PARAMETERS = {
-    "one_path": [{"coverage": 0.8}, {"costs": "distance"}, {"top_k": 2}, {"levels": True}],
-    "several_labels": [{"recall": 0.8}, {"costs": {"missing": 5, "inventing": 1}}, {"top_k": 2}],
+    "one_path": [{"coverage": 0.8}, {"top_k": 2}, {"levels": True}],
+    "several_labels": [{"recall": 0.8}, {"top_k": 2}],
 }
 
 
@@ -224,7 +224,7 @@ def test_a_bad_request_is_refused_in_one_line_without_its_text(published):
         ({"inputs": secret, "parameters": [1]}, '"parameters" must be an object with any of top_k'),
         ({"inputs": secret, "parameters": {"batch_size": 10**9}}, "must be an object with any of top_k"),
         ({"inputs": secret, "parameters": {"recall": 0.9}}, "this checkpoint guarantees a coverage, no recall"),
-        ({"inputs": secret, "parameters": {"costs": "/etc/passwd"}}, 'costs are "distance", or'),
+        ({"inputs": secret, "parameters": {"prior": "/etc/passwd"}}, "prior must be a list of"),
     ]
     answers = serve(published["one_path"], [request for request, _ in cases])
     for answer, (_, message) in zip(answers, cases, strict=True):

@@ -1,6 +1,3 @@
-from itertools import product
-
-import numpy as np
 import pytest
 import torch
 from conftest import untrained_model
@@ -58,30 +55,9 @@ def test_the_deepest_nodes_that_reach_their_threshold_are_predicted(classify):
             assert scores == sorted(scores, reverse=True)
 
 
-@pytest.mark.parametrize(("missing", "inventing"), [(5, 1), (1, 1), (1, 4), (2, 0), (0, 1)])
-def test_with_costs_no_other_set_of_nodes_has_a_lower_expected_cost(classify, missing, inventing):
-    sets = np.array(list(product([False, True], repeat=TREE.num_nodes)))
-    parents = np.array(TREE.parents)
-    closed = np.all((parents < 0) | sets[:, parents] | ~sets, axis=1)  # with a node its parent
-    for result in classify(TEXTS, costs={"missing": missing, "inventing": inventing}, levels=True):
-        p = np.array([next(level[label] for level in result["levels"] if label in level) for label in TREE.labels])
-        costs = np.where(sets[closed], inventing * (1 - p), missing * p).sum(1)
-        predicted = TREE.with_ancestors(TREE.id(node["label"]) for node in result["labels"])
-        cost = sum(inventing * (1 - p[i]) if i in predicted else missing * p[i] for i in range(TREE.num_nodes))
-        assert cost == pytest.approx(costs.min(), abs=1e-9)
-        assert result["expected_cost"] == pytest.approx(cost, abs=1e-9)
-
-
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"costs": "distance"}, 'for multi-label models, costs are {"missing": a number, "inventing": a number}'),
-        ({"costs": {"missing": 1}}, 'for multi-label models, costs are {"missing": a number, "inventing": a number}'),
-        ({"costs": {"missing": 1, "inventing": 1, "other": 1}}, "for multi-label models, costs are"),
-        ({"costs": {"missing": -1, "inventing": 1}}, "missing a node: a cost is a number from 0 to 1e300, not -1"),
-        ({"costs": {"missing": 1, "inventing": "inf"}}, "inventing a node: a cost is a number from 0 to 1e300"),
-        ({"costs": {"missing": 0, "inventing": 0}}, "are both 0: one must be positive"),
-        ({"costs": {"missing": 1, "inventing": 1}, "top_k": 1}, "give either costs or top_k"),
         (
             {"recall": 0.97},
             "recall 0.97 needs 33 labelled validation texts, and the checkpoint was calibrated on fewer",

@@ -138,56 +138,12 @@ def test_a_stream_is_read_no_further_than_needed(classify):
 
 
 # edges between the leaves of UNEVEN, with one node above all roots, in the order of LEAVES
-DISTANCES = np.array(
-    [
-        [0, 2, 3, 5, 5, 4],  # a/b/c
-        [2, 0, 3, 5, 5, 4],  # d
-        [3, 3, 0, 4, 4, 3],  # e
-        [5, 5, 4, 0, 2, 3],  # g
-        [5, 5, 4, 2, 0, 3],  # f/c
-        [4, 4, 3, 3, 3, 0],  # h
-    ]
-)
-
-
-@pytest.mark.parametrize("kind", ["distance", "table"])
-def test_with_costs_the_leaf_of_least_expected_cost_is_predicted(kind, checkpoint):
-    classify = pipeline("hierarchical-text-classification", model=checkpoint, trust_remote_code=True)
-    # with random costs, the most probable leaf seldom has the lowest expected cost
-    costs = DISTANCES if kind == "distance" else np.random.default_rng(0).exponential(1, DISTANCES.shape).round(3)
-    table = pd.DataFrame(costs, LEAVES, LEAVES).loc[LEAVES[::-1], [*LEAVES[2:], *LEAVES[:2]]]
-    given = {"distance": "distance", "table": table.to_dict("index")}[kind]
-    texts = [f"{text} {number}" for number in range(8) for text in TEXTS]
-    probabilities = one_by_one(checkpoint, texts)[:, : len(LEAVES)].astype(np.float64)
-    expected = probabilities @ costs
-    most_probable, results = classify(texts, levels=True), classify(texts, costs=given, levels=True)
-    assert any(one["label"] != other["label"] for one, other in zip(results, most_probable, strict=True))
-    for result, same, row, leaves in zip(results, most_probable, expected, probabilities, strict=True):
-        best = LEAVES.index(result["label"])
-        assert row[best] <= row.min() + 1e-4
-        assert result["expected_cost"] == pytest.approx(row[best], abs=1e-4)
-        assert result["score"] == pytest.approx(leaves[best], abs=1e-5)
-        assert [step["label"] for step in result["path"]] == [UNEVEN.labels[node] for node in UNEVEN.path(best)]
-        assert result["levels"] == same["levels"]
-
-
-ONES = {one: dict.fromkeys(LEAVES, 1.0) for one in LEAVES}
-
-
-def without(label: str, table: dict) -> dict:
-    return {one: value for one, value in table.items() if one != label}
-
-
 def test_arguments_of_a_call_override_arguments_of_the_pipeline(checkpoint, classify):
     load = partial(pipeline, "hierarchical-text-classification", model=checkpoint, trust_remote_code=True)
-    two, costly = load(top_k=2, max_length=16), load(costs="distance")
+    two = load(top_k=2, max_length=16)
     assert [len(result["labels"]) for result in (two("text"), two("text", top_k=3))] == [2, 3]
     assert two(LONG)["truncated"]
     assert not two(TEXTS[1], max_length=100)["truncated"]
-    for given in ({}, {"max_length": 64}):
-        found, expected = costly([*TEXTS, LONG], **given), classify([*TEXTS, LONG], costs="distance", **given)
-        for one, other in zip(found, expected, strict=True):
-            assert one["expected_cost"] == pytest.approx(other["expected_cost"], abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -224,15 +180,6 @@ def test_an_invalid_text_is_named_by_its_position(classify, item, message):
         ({"max_length": 2}, "leaves no room"),
         ({"stride": 16}, "'stride' is not an argument of this pipeline"),
         ({"truncation": True}, "'truncation' is not an argument of this pipeline"),
-        ({"costs": "distance", "top_k": 2}, "give either costs or top_k"),
-        ({"costs": {"missing": 5, "inventing": 1}}, 'for single-path models, costs are "distance", or'),
-        ({"costs": without("d", ONES)}, "costs: the cost of predicting 'a/b/c' for 'd' is missing"),
-        ({"costs": ONES | {"g": without("d", ONES["g"])}}, "costs: the cost of predicting 'd' for 'g' is missing"),
-        ({"costs": ONES | {"b": ONES["d"]}}, "costs are of leaves, and 'b' is none"),
-        (
-            {"costs": ONES | {"d": dict.fromkeys(LEAVES, -1)}},
-            "predicting a/b/c for d: a cost is a number from 0 to 1e300, not -1",
-        ),
     ],
 )
 def test_arguments_that_cannot_be_used_are_refused(classify, arguments, message):
