@@ -5,13 +5,12 @@ Token, rights, names and card are checked first. Model and Space are one commit 
 
 import argparse
 import json
-import logging
 import tempfile
 from pathlib import Path
 
-# silence bitsandbytes before its import: it suggests unpinned kernels from the Hub
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+import hierarchical_clinicalbert  # noqa: F401 - before bitsandbytes, see there
 
+# isort: split
 import transformers
 from huggingface_hub import CommitInfo, HfApi, RepoCard
 from huggingface_hub.utils import disable_progress_bars

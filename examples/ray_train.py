@@ -5,19 +5,18 @@ If a worker or its node fails, Ray restarts all workers, and they resume from th
 See docs/distributed_training.md.
 """
 
-import logging
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
-# before its import, which logs advice to install kernels from the Hub, whose code is not pinned
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
-from transformers import Trainer, TrainerCallback
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+import hierarchical_clinicalbert  # noqa: F401 - before bitsandbytes, see there
+
+# isort: split
+from transformers import Trainer, TrainerCallback
 
 from hierarchical_clinicalbert.errors import (
     ArgumentParser,

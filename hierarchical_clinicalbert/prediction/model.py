@@ -3,7 +3,6 @@
 import hashlib
 import importlib.util
 import json
-import logging
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from importlib.metadata import version
@@ -94,7 +93,6 @@ class Model:
 
 def load(arguments: Namespace, dtype: str, gpu: bool) -> Pipeline:
     """Load the checkpoint as a pipeline, or raise InputError."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # before its import, which warns about kernels
     keep_memory(*KEPT_MEMORY)
     if dtype == "int8" and gpu:
         raise InputError("--dtype int8 is for CPUs: give bf16 or fp32")
