@@ -12,9 +12,9 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
-# silence bitsandbytes before its import: it suggests unpinned kernels from the Hub, and warns of each 8-bit layer's cast
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+import hierarchical_clinicalbert  # noqa: F401 - before bitsandbytes, see there
 
+# isort: split
 import datasets
 import transformers
 from datasets import DatasetDict
@@ -61,7 +61,7 @@ from hierarchical_clinicalbert.training.score import (
     scoring_trainer,
 )
 from hierarchical_clinicalbert.training.teacher import teach
-from hierarchical_clinicalbert.training.tokens import build_collator, tokenize_splits
+from hierarchical_clinicalbert.training.tokens import Collator, tokenize_splits
 from hierarchical_clinicalbert.training.trainer import HierarchicalTrainer
 
 logger = logging.getLogger("train")
@@ -139,7 +139,10 @@ def train(arguments: Arguments, data: LabelledSplits, resume_from: str | None, p
     fitted = fit_to_data(arguments.training, data.splits, form, arguments.data.taxonomy is not None)
     arguments, args, output = arguments._replace(training=fitted), fitted, Path(fitted.output_dir)
     takes_steps = args.num_train_epochs > 0
-    heads_init = resume.check_resumed_data(resume_from, data.report) if resume_from else None
+    heads_init = None
+    if resume_from is not None:
+        resume.check_resumed_data(resume_from, data.report)
+        heads_init = resume.read_data_report(resume_from).get("heads_init")
 
     # ── Model: encoder, adapter, heads, tokenizer ────────────────────────────────────────────────────────────────────
     arguments = arguments._replace(model=fetch_model(arguments.model))  # the data are known to be usable
@@ -167,7 +170,8 @@ def train(arguments: Arguments, data: LabelledSplits, resume_from: str | None, p
         change = f"from {earlier_length} to {max_length} tokens"
         advice = "leave it out to keep the checkpoint's limit"
         logger.warning("--max_length changes where texts are truncated %s; %s", change, advice)
-    splits, lengths = tokenize_splits(data.splits, tokenizer, max_length, arguments.loss.consistency > 0)
+    tokenizer.model_max_length = max_length
+    splits, lengths = tokenize_splits(data.splits, tokenizer, arguments.loss.consistency > 0)
     model.config.calibration.max_length = tokenizer.model_max_length  # which engines read, also without a calibration
     log_report(data.report, lengths)
 
@@ -274,7 +278,7 @@ def build_trainer(
         train_dataset=splits.get("train"),
         eval_dataset=splits.get("validation"),
         processing_class=tokenizer,
-        data_collator=build_collator(tokenizer, form.decisions.targets),
+        data_collator=Collator(tokenizer, form.decisions.targets),
         compute_metrics=form.compute_metrics,
         callbacks=[EarlyStoppingCallback(patience)] if patience else None,
         loss_function=loss_function,
@@ -306,8 +310,8 @@ def score_checkpoint(arguments: Arguments, data: LabelledSplits) -> None:
 
     # ── Score ────────────────────────────────────────────────────────────────────────────────────────────────────────
     config, form = scorer.model.config, form_of(data.taxonomy, data.problem_type)
-    max_length = arguments.data.max_length or tokenizer.model_max_length
-    splits, lengths = tokenize_splits(data.splits, tokenizer, max_length)
+    tokenizer.model_max_length = arguments.data.max_length or tokenizer.model_max_length
+    splits, lengths = tokenize_splits(data.splits, tokenizer)
     log_report(data.report, lengths)
     scored, metrics = score_splits(scorer, splits)
     metrics |= measure_strange_texts(scored, getattr(scorer.model.heads, "open_world", None))

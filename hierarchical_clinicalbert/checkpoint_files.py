@@ -14,7 +14,7 @@ from transformers.utils import cached_file
 
 from checkpoint_hierarchical import ADAPTER_FILES, SHIPPED_FILES
 from configuration_hierarchical import HierarchicalConfig
-from hierarchical_clinicalbert.connection import find_hub_problem
+from hierarchical_clinicalbert.connection import go_offline_without_hub
 from hierarchical_clinicalbert.errors import PACKAGE, ROOT, InputError, as_input_error
 from hierarchical_clinicalbert.reading.foreign_code import refuse_foreign_code
 
@@ -105,7 +105,7 @@ def require_encoder(folder: str | Path) -> None:
 def require_hub_or_cache(what: str, name: str, revision: str | None) -> None:
     """Raise InputError if the Hub cannot be reached, and the cache holds no configuration and weights of a model."""
     was_offline = is_offline_mode()
-    problem = find_hub_problem()
+    problem = go_offline_without_hub()
     if problem is None:
         return
     file = try_to_load_from_cache(name, "config.json", revision=revision)

@@ -15,10 +15,11 @@ ANSWER_SECONDS = 10  # to connect, and to answer
 
 
 @cache
-def find_hub_problem() -> str | None:
-    """Return why the Hub cannot be used, or None if it answers, with any status. It is asked once in a process.
+def go_offline_without_hub() -> str | None:
+    """Set huggingface_hub offline if the Hub does not answer. It is asked once in a process.
 
-    Without an answer, huggingface_hub is offline from then on: it takes files from its cache, and other files fail at once.
+    Offline, huggingface_hub takes files from its cache, and other files fail at once. Return why the Hub cannot be used, or None if it
+    answers, with any status.
     """
     if is_offline_mode():
         return "HF_HUB_OFFLINE is set"

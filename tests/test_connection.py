@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, copy_checkpoint, run
+from conftest import ROOT, complete, copy_checkpoint, run
 from hub_server import HubServer
 from huggingface_hub import constants
 
@@ -122,6 +122,20 @@ def test_a_hub_that_never_answers_is_given_up(monkeypatch):
         endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
         for name, value in (("ENDPOINT", endpoint), ("HF_HUB_OFFLINE", False)):
             monkeypatch.setattr(constants, name, value)
-        problem = connection.find_hub_problem.__wrapped__()
+        problem = connection.go_offline_without_hub.__wrapped__()
         assert problem == f"the connection to {endpoint} failed (ReadTimeout: timed out)"
         assert constants.HF_HUB_OFFLINE
+
+
+@pytest.mark.parametrize("command", ["train", "predict", "push_to_hub"])
+def test_no_command_asks_the_hub_for_kernels_as_its_libraries_are_imported(hub, command):
+    """bitsandbytes asks for one on CPUs with bfloat16 products."""
+    num_requests = len(hub.requests)
+    done = complete(
+        "-c",
+        f"import {command}, peft",
+        environment=os.environ | hub.environment() | {"HF_HUB_OFFLINE": "0"},
+        modules=None,
+    )
+    assert done.returncode == 0, done.stderr
+    assert hub.requests[num_requests:] == []

@@ -15,7 +15,7 @@ import pyarrow.parquet
 from datasets.packaged_modules.csv.csv import CsvConfig
 
 from configuration_hierarchical import MULTI_LABEL, SINGLE_LABEL
-from hierarchical_clinicalbert.connection import find_hub_problem
+from hierarchical_clinicalbert.connection import go_offline_without_hub
 from hierarchical_clinicalbert.data.arguments import SHARE, DataArguments
 from hierarchical_clinicalbert.data.label_forms import (
     WRITTEN_LIST,
@@ -157,7 +157,7 @@ def find_split_sources(arguments: DataArguments, needs_rows: bool = True) -> tup
             loaded = datasets.load_from_disk(name)
     else:
         what = f"cannot load --dataset_name {name} (revision {arguments.dataset_revision or 'main'})"
-        if not Path(name).exists() and (problem := find_hub_problem()):  # `datasets` then looks in its cache
+        if not Path(name).exists() and (problem := go_offline_without_hub()):  # `datasets` then looks in its cache
             what += f": {problem}; give --train_file or --data_path, or a data set that is in the cache"
         with as_input_error(what):
             loaded = _load_dataset(name, arguments.dataset_config_name, arguments.dataset_revision)

@@ -13,7 +13,8 @@ Worth knowing about one path:
 About any number of nodes:
 
 5. Each node is a decision with a score z, given its parent: P(node) = P(parent) · σ(z). It is open for a text that has the
-   parent, or if the node is a root. Only open decisions show how well z is calibrated, so z is fitted on these pairs.
+   parent, or if the node is a root. What all nodes share is fitted on open decisions, and each node's own scale and bias on all
+   texts, see `evaluation.calibration`.
 6. Each node's threshold of best F1 is shrunk towards a common one, most if the node has few positives.
 7. The guarantee is conformal risk control (Angelopoulos, Bates, Fisch, Lei and Schuster, 2022). The loss of a text is the share
    of its true nodes that the set {P(node) >= t} misses. Texts without true nodes do not count.
@@ -209,9 +210,7 @@ class FormBase:
             size = f"{num_tokens:,} tokens and {num_classes:,} classes"
             logger.info("no lexical head: by default there is none for %s; --lexical_head true adds it", size)
             return None
-        classifier = self.classifier(self.decisions, counts, labels)
-        classifier.phrases = phrases
-        return classifier
+        return self.classifier(self.decisions, counts, labels, phrases)
 
 
 # ── One path a text ──────────────────────────────────────────────────────────────────────────────────────────────────

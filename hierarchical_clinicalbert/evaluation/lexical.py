@@ -42,17 +42,19 @@ class LexicalClassifier:
         weight: the weights, sparse, (num_classes, V).
         bias: (num_classes,).
         log_prior: what the decision scores of the classifier hold of the classes' frequencies, (num_nodes,) or 0.
-        phrases: how often each token occurs in each class's phrase, (num_classes, V), or None. `fit_classifier` sets it.
+        phrases: how often each token occurs in each class's phrase, (num_classes, V), or None.
     """
 
     default_size: int
     weight: csc_matrix
     classes: np.ndarray
     log_prior: np.ndarray | float = 0.0
-    phrases: csr_matrix | None = None
 
-    def __init__(self, decisions: Decisions, counts: csr_matrix, outcomes: np.ndarray):
+    def __init__(
+        self, decisions: Decisions, counts: csr_matrix, outcomes: np.ndarray, phrases: csr_matrix | None = None
+    ):
         self.decisions = decisions
+        self.phrases = phrases
         self.tfidf = TfidfTransformer(sublinear_tf=True).fit(counts)
         common = common_tokens(counts)
         idf = np.zeros_like(self.tfidf.idf_)
@@ -116,11 +118,11 @@ class LeafClassifier(LexicalClassifier):
 
     default_size = 2**24
 
-    def __init__(self, decisions: OnePath, counts: csr_matrix, labels: np.ndarray):
+    def __init__(self, decisions: OnePath, counts: csr_matrix, labels: np.ndarray, phrases: csr_matrix | None = None):
         is_leaf = labels < decisions.num_leaves
         counts, labels = counts[is_leaf], labels[is_leaf]
         self.classes, given = np.unique(labels, return_inverse=True)
-        super().__init__(decisions, counts, one_hot(given, len(self.classes)))
+        super().__init__(decisions, counts, one_hot(given, len(self.classes)), phrases)
         self.log_prior = np.log(decisions.count_outcomes(torch.from_numpy(labels)).numpy() + 0.5)
 
         model = LogisticRegression(C=REGULARISATION, max_iter=1000, tol=1e-3).fit(self.documents, labels)
@@ -153,8 +155,8 @@ class NodeClassifier(LexicalClassifier):
 
     default_size = 2**27  # deep nodes have few open rows, so their fits are short
 
-    def __init__(self, decisions: ManyNodes, counts: csr_matrix, labels: np.ndarray):
-        super().__init__(decisions, counts, labels)
+    def __init__(self, decisions: ManyNodes, counts: csr_matrix, labels: np.ndarray, phrases: csr_matrix | None = None):
+        super().__init__(decisions, counts, labels, phrases)
         is_open = decisions.open_decisions(torch.from_numpy(labels)).numpy()
         prior = decisions.initial_biases(decisions.count_outcomes(torch.from_numpy(labels))).numpy()
         self.classes = self.learnable(decisions, labels)

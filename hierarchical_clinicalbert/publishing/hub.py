@@ -17,7 +17,7 @@ from huggingface_hub.utils import filter_repo_objects
 
 from configuration_hierarchical import HierarchicalConfig
 from hierarchical_clinicalbert.checkpoint_files import CHECKPOINT_FILES, encoder_on_hub
-from hierarchical_clinicalbert.connection import find_hub_problem
+from hierarchical_clinicalbert.connection import go_offline_without_hub
 from hierarchical_clinicalbert.errors import InputError, as_input_error
 
 SPACE_FILES = (
@@ -56,7 +56,7 @@ def log_in(api: HfApi) -> tuple[str, ...]:
     InputError: there is no token, the Hub does not know it, or it may only read.
     """
     what = "cannot check the token (of HF_TOKEN or the login) on the Hub"
-    if problem := find_hub_problem():
+    if problem := go_offline_without_hub():
         raise InputError(f"{what}: {problem}")
     with as_input_error(what):
         who = api.whoami()

@@ -25,6 +25,7 @@ from hierarchical_clinicalbert.checkpoint_files import (
     find_damage,
     is_checkpoint,
     read_config,
+    read_json_object,
 )
 from hierarchical_clinicalbert.data.splits import LabelledSplits
 from hierarchical_clinicalbert.data.trained_texts import TrainedTexts, read_trained_texts, write_trained_texts
@@ -115,21 +116,20 @@ def find_checkpoint(requested: str, output_dir: str) -> str | None:
     return None
 
 
-def check_resumed_data(checkpoint: str, report: dict[str, Any]) -> str | None:
-    """Raise InputError if the run to resume had other training or validation rows or labels than a data report.
-
-    Return how the run to resume initialised its heads, None if unknown.
-    """
+def read_data_report(checkpoint: str) -> dict[str, Any]:
+    """Return the data report of the run to resume, empty if it has none."""
     file = Path(checkpoint).parent / "data_report.json"
-    if not file.is_file():
-        return None
-    with as_input_error(f"{file} cannot be read"):
-        stored = json.loads(file.read_text(encoding="utf-8"))
-        is_same = trained_data(stored) == trained_data(report)
+    return read_json_object(file) if file.is_file() else {}
+
+
+def check_resumed_data(checkpoint: str, report: dict[str, Any]) -> None:
+    """Raise InputError if the run to resume had other training or validation rows or labels than a data report."""
+    stored = read_data_report(checkpoint)
+    with as_input_error(f"the data report of the run of {checkpoint} cannot be used"):
+        is_same = not stored or trained_data(stored) == trained_data(report)
     if not is_same:
         remedy = "give the same data, columns, names, --taxonomy, --seed and split sizes"
         refuse_to_resume(checkpoint, f"it was trained on other rows or labels; {remedy}")
-    return stored.get("heads_init")
 
 
 def trained_data(report: dict[str, Any]) -> list:

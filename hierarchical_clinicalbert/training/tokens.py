@@ -22,15 +22,14 @@ TOKEN_COLUMNS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 def tokenize_splits(
-    splits: DatasetDict, tokenizer: PreTrainedTokenizerBase, max_length: int, sentences: bool = False
+    splits: DatasetDict, tokenizer: PreTrainedTokenizerBase, sentences: bool = False
 ) -> tuple[DatasetDict, dict[str, dict]]:
-    """Set the tokenizer's limit to ``max_length``, tokenize texts up to this limit, and measure them by `length_report`.
+    """Tokenize texts up to the tokenizer's limit, and measure them by `length_report`.
 
     The columns are those of `TOKEN_COLUMNS` that the tokenizer has, ``length`` (of ``input_ids``), ``labels`` (lists of node
     ids), ``row`` and ``text_id``. If asked for, training rows have ``sentences``, see
     `training.views.sentence_numbers`. The other splits are sorted by length, to reduce padding. Nothing is padded.
     """
-    tokenizer.model_max_length = max_length
     if not tokenizer.is_fast:  # it has no token offsets
         problem = "is not a fast tokenizer (of the tokenizers library), which serving the checkpoint requires"
         raise InputError(f"{type(tokenizer).__name__} {problem}: use another encoder")
@@ -70,12 +69,15 @@ def tokenize_splits(
 
 
 class Collator(DataCollatorWithPadding):
-    """Pad the `TOKEN_COLUMNS` of a batch. ``row`` and ``sentences`` become NumPy arrays, so halves do not wait for a GPU.
+    """Pad the `TOKEN_COLUMNS` of a batch to a multiple of 8 tokens, never beyond the tokenizer's limit.
 
-    ``targets`` turns the lists of node ids in ``labels`` into an array.
+    ``row`` and ``sentences`` become NumPy arrays, so halves do not wait for a GPU. ``targets``, such as `Decisions.targets`, turns
+    the lists of node ids in ``labels`` into an array.
     """
 
-    targets: Callable[[list], Tensor]
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, targets: Callable[[list], Tensor]):
+        super().__init__(tokenizer, pad_to_multiple_of=math.gcd(8, tokenizer.model_max_length))
+        self.targets = targets
 
     def __call__(self, features: list[dict]) -> BatchEncoding:
         own = {
@@ -95,10 +97,3 @@ class Collator(DataCollatorWithPadding):
             batch["sentences"] = np.full(tokens.shape, PADDING)
             batch["sentences"][tokens] = np.concatenate(own["sentences"])
         return batch
-
-
-def build_collator(tokenizer: PreTrainedTokenizerBase, targets: Callable[[list], Tensor]) -> Collator:
-    """Return a collator that pads to a multiple of 8 tokens, never beyond the tokenizer's limit, with `Decisions.targets`."""
-    collator = Collator(tokenizer, pad_to_multiple_of=math.gcd(8, tokenizer.model_max_length))
-    collator.targets = targets
-    return collator

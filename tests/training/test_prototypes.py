@@ -20,7 +20,7 @@ from hierarchical_clinicalbert.training.prototypes import (
     TYPICAL_SCORE,
     initialise_heads,
 )
-from hierarchical_clinicalbert.training.tokens import build_collator
+from hierarchical_clinicalbert.training.tokens import Collator
 from hierarchical_clinicalbert.training.trainer import HierarchicalTrainer
 from taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy
 
@@ -73,7 +73,7 @@ def trainer_of(minilm: str, folder, tree: Taxonomy = TREE, **settings) -> Hierar
         model=model,
         args=arguments(folder),
         processing_class=tokenizer,
-        data_collator=build_collator(tokenizer, model.heads.decisions.targets),
+        data_collator=Collator(tokenizer, model.heads.decisions.targets),
     )
 
 

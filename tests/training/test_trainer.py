@@ -12,7 +12,7 @@ from hierarchical_clinicalbert.training.arguments import HierarchicalTrainingArg
 from hierarchical_clinicalbert.training.losses import FocalLoss
 from hierarchical_clinicalbert.training.model import build_model, size_report
 from hierarchical_clinicalbert.training.sampler import LengthGroupedSampler
-from hierarchical_clinicalbert.training.tokens import build_collator
+from hierarchical_clinicalbert.training.tokens import Collator
 from hierarchical_clinicalbert.training.trainer import HierarchicalTrainer
 from hierarchical_clinicalbert.training.views import halves
 from modeling_hierarchical import HierarchicalForSequenceClassification
@@ -45,7 +45,7 @@ def loss(decisions: Decisions, data: Dataset) -> FocalLoss:
 
 
 def batch_of(model: HierarchicalForSequenceClassification, tokenizer, data: Dataset, some: range = range(8)) -> dict:
-    return build_collator(tokenizer, model.heads.decisions.targets)([data[i] for i in some])
+    return Collator(tokenizer, model.heads.decisions.targets)([data[i] for i in some])
 
 
 def arguments(folder, **settings) -> HierarchicalTrainingArguments:
@@ -69,7 +69,7 @@ def trainer(model, tokenizer, data, args, **settings) -> HierarchicalTrainer:
         "loss_function": loss(model.heads.decisions, data),
         **settings,
     }
-    collator = build_collator(tokenizer, model.heads.decisions.targets)
+    collator = Collator(tokenizer, model.heads.decisions.targets)
     return HierarchicalTrainer(model=model, args=args, processing_class=tokenizer, data_collator=collator, **given)
 
 

@@ -1,11 +1,12 @@
 """Test halves of texts against the sentences of the texts."""
 
+import copy
 import itertools
 
 import datasets
 
 from decisions_hierarchical import OnePath
-from hierarchical_clinicalbert.training.tokens import build_collator, tokenize_splits
+from hierarchical_clinicalbert.training.tokens import Collator, tokenize_splits
 from hierarchical_clinicalbert.training.views import NO_SENTENCE, halves, sentence_numbers
 from taxonomy_hierarchical import Taxonomy
 
@@ -24,7 +25,7 @@ def batch_of(tokenizer, texts, rows):
         encoded = tokenizer(text, return_offsets_mapping=True)
         numbers = sentence_numbers(text, [end for _, end in encoded.pop("offset_mapping")])
         features.append({**encoded, "sentences": numbers, "row": row})
-    batch = dict(build_collator(tokenizer, OnePath(Taxonomy(["a", "b"])).targets)(features))
+    batch = dict(Collator(tokenizer, OnePath(Taxonomy(["a", "b"])).targets)(features))
     return batch, batch.pop("sentences"), batch.pop("row").tolist()
 
 
@@ -48,7 +49,9 @@ def test_each_token_knows_its_sentence(tokenizer):
 def test_tokens_of_training_texts_know_their_sentences_also_where_texts_are_truncated(tokenizer):
     rows = {"text": ["a b. c d e? f g", "a"], "nodes": [[0], [1]], "row": [0, 1], "text_id": [0, 1]}
     splits = {split: datasets.Dataset.from_dict(rows) for split in ("train", "test")}
-    tokenized, _ = tokenize_splits(datasets.DatasetDict(splits), tokenizer, 6, sentences=True)
+    limited = copy.deepcopy(tokenizer)
+    limited.model_max_length = 6
+    tokenized, _ = tokenize_splits(datasets.DatasetDict(splits), limited, sentences=True)
     assert tokenized["train"]["sentences"][:] == [[-1, 0, 0, 0, 1, -1], [-1, 0, -1]]
     assert "sentences" not in tokenized["test"].column_names
 
