@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import constants, is_offline_mode, try_to_load_from_cache
-from huggingface_hub.utils import filter_repo_objects
 from safetensors import SafetensorError, safe_open
 from transformers.utils import cached_file
 
@@ -40,15 +39,34 @@ TRAINED_TEXTS = "trained_texts.json"  # hashes, which are never published: see `
 SCORE_FILES = ("validation_predictions.csv", "test_predictions.csv", PLOTS, METRICS, FINGERPRINT)
 
 
-def list_files(folder: Path, patterns: tuple[str, ...] = CHECKPOINT_FILES) -> list[str]:
+def list_files(folder: Path, patterns: tuple[str, ...]) -> list[str]:
     """Return the paths of a checkpoint's files, relative to its folder. Other files are left out."""
-    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return list(filter_repo_objects(files, allow_patterns=list(patterns)))
+    files = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    return sorted(path.relative_to(folder).as_posix() for path in files)
+
+
+def list_own_files(folder: Path) -> list[str]:
+    """Return the paths of the files that may be published, relative to a checkpoint's folder.
+
+    InputError: a link leads out of the folder. The Hub's cache may link to blobs of its repository.
+    """
+    names = list_files(folder, CHECKPOINT_FILES)
+    root = folder.resolve()
+    snapshots = [parent for parent in root.parents if parent.name == "snapshots"]
+    repositories = [one.parent for one in snapshots if one.parent.name.startswith("models--")]
+    allowed = [root, *(repository / "blobs" for repository in repositories)]
+
+    for name in names:
+        target = (folder / name).resolve()
+        if not any(target.is_relative_to(one) for one in allowed):
+            problem = f"{folder / name} is linked to {target}, outside the checkpoint's folder"
+            raise InputError(f"{problem}: replace the link by a copy to publish it, or delete it")
+    return names
 
 
 def published_files(folder: Path) -> dict[str, Path | bytes]:
     """Return a checkpoint's files to publish, by path in the repository, plus handler.py and requirements.txt."""
-    files: dict[str, Path | bytes] = {name: folder / name for name in list_files(folder)}
+    files: dict[str, Path | bytes] = {name: folder / name for name in list_own_files(folder)}
     files["handler.py"] = PACKAGE / "publishing" / "handler.py"
     packages = ("torch>", "transformers>")  # loading merges the adapter, so it needs no PEFT
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines(keepends=True)

@@ -24,7 +24,7 @@ from hierarchical_clinicalbert.checkpoint_files import (
     ONNX_FILE,
     QUANTIZED_ONNX_FILE,
     TRUNCATION_FILE,
-    list_files,
+    list_own_files,
 )
 from hierarchical_clinicalbert.errors import InputError, as_input_error, is_full_disk, one_line
 from modeling_hierarchical import HierarchicalForSequenceClassification
@@ -40,8 +40,10 @@ def export_merged(folder: Path, output: Path) -> None:
     """Write a checkpoint's self-contained form into ``output``: the adapter merged into the encoder in full precision.
 
     Raises:
-        InputError: the encoder cannot be loaded, or the adapter cannot be merged.
+        InputError: the encoder cannot be loaded, the adapter cannot be merged, or a link leads out
+            of the folder.
     """
+    names = list_own_files(folder)
     merged = load_merged(folder)
     if merged.has_adapter:
         raise InputError(f"--merge: the adapter of {folder} is not plain LoRA over floating-point weights")
@@ -50,7 +52,7 @@ def export_merged(folder: Path, output: Path) -> None:
             check_self_test(merged, AutoTokenizer.from_pretrained(folder, trust_remote_code=True))
         merged.record_self_test()
     merged.save_pretrained(output)
-    for name in set(list_files(folder)) - set(ADAPTER_FILES):
+    for name in set(names) - set(ADAPTER_FILES):
         if not (output / name).exists():
             (output / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(folder / name, output / name)

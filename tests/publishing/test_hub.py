@@ -233,6 +233,18 @@ def test_what_cannot_be_published_is_reported_in_one_line_before_anything_is_sen
             (folder / file).write_bytes(content)
         return {"--model": str(folder)}
 
+    def linked(name: str, link: str, source: Path = checkpoint) -> dict[str, str]:
+        """Return the flag for a copy of a checkpoint with a link to a file or folder elsewhere."""
+        folder = shutil.copytree(source, tmp_path / name)
+        elsewhere = tmp_path / f"elsewhere-{name}"
+        if (folder / link).exists():
+            (folder / link).rename(elsewhere)
+        else:
+            elsewhere.write_text("of a patient")
+        (folder / link).parent.mkdir(exist_ok=True)
+        (folder / link).symlink_to(elsewhere)
+        return {"--model": str(folder)}
+
     config = json.loads((checkpoint / "config.json").read_text()) | {"encoder_name_or_path": tiny_encoder}
     index = {"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model.safetensors"}}
     heads = (checkpoint / "heads.safetensors").read_bytes()
@@ -247,6 +259,15 @@ def test_what_cannot_be_published_is_reported_in_one_line_before_anything_is_sen
         (changed("torn", "heads.safetensors", heads[:100]), "heads.safetensors is damaged"),
         (changed("killed", "README.md", None), "README.md is missing"),
         ({"--model": tiny_encoder}, "is not a checkpoint of this project: its config.json is missing or of another"),
+        # links
+        (
+            linked("plot", "plots/z.png"),
+            f"plots/z.png is linked to {tmp_path}/elsewhere-plot, outside the checkpoint's",
+        ),
+        (linked("plots", "plots"), f".png is linked to {tmp_path}/elsewhere-plots/"),
+        (linked("onnx", "onnx/model.onnx", whole), "model.onnx is linked to "),
+        ({**linked("merge", "onnx/model.onnx"), "--merge": None}, "model.onnx is linked to "),
+        (linked("weights", "heads.safetensors"), "heads.safetensors is linked to "),
         # the examples
         ({"--examples": str(CORPUS / "test.csv")}, "test.csv has 150 texts; give 1 to 10"),
         (
@@ -274,6 +295,19 @@ def test_what_cannot_be_published_is_reported_in_one_line_before_anything_is_sen
         assert token is None or token not in done.stderr
     methods = {request.method for request in hub.requests[before:] if request.path != "/api/validate-yaml"}
     assert methods <= {"GET", "HEAD"}
+
+
+def test_a_checkpoint_in_the_cache_of_the_hub_whose_files_are_links_is_published(hub, published):
+    repo, settings = published["adapter"], hub.environment(token="hf_alice")
+    download = f"huggingface_hub.snapshot_download({repo!r})"
+    code = f"import json, huggingface_hub; print(json.dumps({download}))"
+    snapshot = Path(run_outside(code, "/", settings))
+    assert (snapshot / "heads.safetensors").is_symlink()
+    run("--model", snapshot, "--repo_id", "alice/copy", command="push_to_hub.py", settings=settings)
+    before, after = hub.files(repo), hub.files("alice/copy")
+    assert after.keys() == before.keys()
+    changed = {name for name in after if after[name] != before[name]}
+    assert changed == {"README.md"}  # which has the repository's id
 
 
 def test_a_failed_push_leaves_the_repository_unchanged(hub, checkpoint):
