@@ -703,7 +703,7 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
 
         Known nodes (`Taxonomy.known_nodes`) keep their heads, and their parts of the lexical head and the calibration. In the
         lexical head, a new class gets the mean of its relatives (`Decisions.relatives`). Prediction sets, the stored
-        prior and p-values are removed, unless nodes are only renamed.
+        prior and p-values are removed, unless nodes are only renamed, and keep their order.
 
         Args:
             vectors: of texts of each new class, (n, H), see `HierarchicalHeads.place`. Without them, new heads have random weights.

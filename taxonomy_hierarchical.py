@@ -201,7 +201,9 @@ class Taxonomy:
 
         It is the node with the same path. Without one, it is the node that moved: the only one of this name in both taxonomies.
         Taxonomies without a path in common have no node in common.
-        ``renamed`` are the new names of earlier nodes, by label. TaxonomyError: there is no such node, or name.
+        ``renamed`` are the new names of earlier nodes, by label.
+
+        TaxonomyError: there is no such node, or name, or two nodes would be one.
         """
         names = list(old.names)
         for label, name in (renamed or {}).items():
@@ -211,7 +213,14 @@ class Taxonomy:
                 )
             names[old.id(label)] = name
         path_of = {node: tuple(names[parent] for parent in old.path(node)) for node in range(old.num_nodes)}
-        known = {self.node_of_path[path]: node for node, path in path_of.items() if path in self.node_of_path}
+        node_of = {path: node for node, path in path_of.items()}
+        if replaced := path_of.keys() - node_of.values():
+            one = min(replaced)
+            other = node_of[path_of[one]]
+            both = f"{quote_name(old.labels[one])} and {quote_name(old.labels[other])}"
+            raise TaxonomyError(f"{both} would be one node: rename both, or neither")
+        shared = [path for path in node_of if path in self.node_of_path]
+        known = {self.node_of_path[path]: node_of[path] for path in shared}
         if not known:
             return {}
         uses = Counter(self.names), Counter(names)

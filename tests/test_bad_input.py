@@ -104,6 +104,7 @@ TRAIN = [
     ((*NOWHERE, "--output_dir", "project"), f"--output_dir project: project/README.md, {NOT_OURS}"),
     ((*NOWHERE, "--output_dir", "analysis", "--do_train", "false"), f"analysis/test_predictions.csv, {NOT_OURS}"),
     ((*DATA, "--resume_from_checkpoint", "nowhere"), "cannot resume from nowhere: there is no such folder"),
+    ((*DATA, "--do_train", "false", "--renamed_nodes", "{}"), "renames no nodes: leave out --renamed_nodes"),
     ((*DATA, "--do_train", "false"), "--do_train false needs a trained checkpoint"),
 ]  # fmt: skip
 

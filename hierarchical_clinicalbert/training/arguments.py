@@ -343,6 +343,9 @@ def check_values(arguments: Arguments) -> None:
         "--unlabelled_file needs --teacher, or classes without training rows": (
             loss.teacher is None and data.unlabelled_file is not None and not (args.do_train and without_rows)
         ),
+        "--do_train false renames no nodes: leave out --renamed_nodes": (
+            data.renamed_nodes is not None and not args.do_train
+        ),
         "--label_delimiter must not be empty": delimiter == "",
         "--label_delimiter needs one --label_column": delimiter is not None and len(columns) > 1,
         "FSDP needs GPUs; on CPUs use recipes/accelerate/ddp.yaml": fsdp and args.device.type == "cpu",

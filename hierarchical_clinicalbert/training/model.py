@@ -134,7 +134,8 @@ def continue_checkpoint(
     stored = model.config.tree
     if not taxonomy.descriptions:
         taxonomy = Taxonomy(taxonomy.to_nested(), taxonomy.separator, stored.descriptions)
-    if stored != taxonomy:
+    known = taxonomy.known_nodes(stored, renamed)
+    if stored != taxonomy or any(node != earlier for node, earlier in known.items()):
         with as_input_error(f"cannot change the taxonomy of {path}"):
             new, dropped = model.add_nodes(taxonomy, renamed=renamed, trains=takes_steps)
         kept = stored.num_nodes - len(dropped)

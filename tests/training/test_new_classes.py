@@ -356,6 +356,36 @@ def test_classes_are_added_to_a_checkpoint_without_training(known, tmp_path, row
     assert "The calibration is that of the earlier checkpoint, which lacked these classes." in card
 
 
+@pytest.mark.parametrize("trains", [False, True])
+def test_exchanged_names_take_their_heads_with_them(known, tmp_path, trains):
+    """The taxonomy stays equal. Steps, if there are any, are too small to change the heads."""
+    first, second, third = [*CLEAR][:3]
+    renamed = {first: second, second: first}
+    words = ["--model_name_or_path", known, "--renamed_nodes", json.dumps(renamed)]
+    same = dict.fromkeys([first, second, third], "")
+    words += ["--taxonomy", taxonomy_file(tmp_path / "same.csv", same)]
+    texts = [row["text"] for row in clear_rows(3)[::9]]
+    model, before = outputs_of(known, texts)
+    if trains:
+        rows = [{"text": text, "label": first} for text in texts]
+        words += ["--train_file", write_csv(tmp_path / "train.csv", rows), "--validation_size", 0]
+        words += ["--max_steps", 1, "--learning_rate", 1e-12, "--quantization", "none"]
+        model.set_calibration(Calibration())  # a run with steps drops it
+        tokenizer = AutoTokenizer.from_pretrained(known)
+        with torch.no_grad():
+            before = model(**tokenizer(texts, return_tensors="pt", padding=True))
+    log = run(*words, "--output_dir", tmp_path / "results").stderr
+    assert "heads kept: 3; initialised: none; dropped: none" in log
+    after_model, after = outputs_of(tmp_path / "results", texts)
+    ids = model.config.label2id
+    assert after_model.config.label2id == ids
+    for old, new in {**renamed, third: third}.items():
+        scores = after.logits[:, ids[new]]
+        torch.testing.assert_close(scores, before.logits[:, ids[old]], atol=1e-4, rtol=0)
+    apart = before.logits[:, ids[first]] - before.logits[:, ids[second]]
+    assert apart.abs().max() > 0.01
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -363,6 +393,10 @@ def test_classes_are_added_to_a_checkpoint_without_training(known, tmp_path, row
         (("--train_file", "rows.csv", "--num_train_epochs", "0", "--max_steps", "2"), "0 takes no steps: leave out --max_steps"),
         (("--taxonomy", "same.csv", "--model_name_or_path", "known"), "--taxonomy is the checkpoint's: nothing would change"),
         (("--taxonomy", "same.csv", "--renamed_nodes", '{"x": "neoplasms"}', "--model_name_or_path", "known"), "'x' is not in"),
+        (("--taxonomy", "same.csv", "--renamed_nodes", '{"neoplasms": "neoplasms"}', "--model_name_or_path", "known"),
+         "nothing would change"),
+        (("--taxonomy", "same.csv", "--renamed_nodes", '{"neoplasms": "digestive system diseases"}', "--model_name_or_path", "known"),
+         "'neoplasms' and 'digestive system diseases' would be one node: rename both, or neither"),
         (("--taxonomy", "grown.csv", "--unlabelled_file", "rows.csv", "--model_name_or_path", "known"), "for a new classifier"),
         (("--taxonomy", "same.csv", "--problem_type", MULTI_LABEL), "several labels without training rows need --unlabelled_file"),
         (("--taxonomy", "same.csv", "--renamed_nodes", '{"x": "y"}'), "--renamed_nodes is for the nodes of a checkpoint"),
