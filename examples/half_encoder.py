@@ -5,8 +5,8 @@
     python train.py … --model_name_or_path results/half --teacher teacher.parquet --output_dir results/fast
     python push_to_hub.py --model results/fast --merge --repo_id user/name
 
-The adapter is merged first, and the last layer is kept. Train the student with ``--teacher``: texts that the checkpoint was trained
-on are then not scored. The new encoder is not on the Hub, so ``--merge`` publishes it with the student.
+The adapter is merged first, and the last layer is kept. The hashes of the texts that the checkpoint was trained on are copied:
+train.py does not score the student on them. The new encoder is not on the Hub, so ``--merge`` publishes it with the student.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from transformers import AutoModel, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from hierarchical_clinicalbert.data.trained_texts import read_trained_texts, write_trained_texts
 from hierarchical_clinicalbert.reading.foreign_code import refuse_foreign_code
 
 
@@ -38,6 +39,7 @@ def main() -> None:
     encoder.config.num_hidden_layers = (num_layers + 1) // 2
     encoder.save_pretrained(arguments.output)
     AutoTokenizer.from_pretrained(arguments.checkpoint, trust_remote_code=True).save_pretrained(arguments.output)
+    write_trained_texts(Path(arguments.output), read_trained_texts(arguments.checkpoint), [], [])
 
 
 if __name__ == "__main__":

@@ -2,6 +2,9 @@
 
 import csv
 import io
+import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -59,3 +62,26 @@ def test_half_of_an_encoder_has_every_second_layer_and_the_last(tiny_encoder, tm
             expected = model.encoder.encoder.layer[layer](expected)
         found = AutoModel.from_pretrained(tmp_path / "half").eval()(**inputs).last_hidden_state
     torch.testing.assert_close(found, expected)
+
+
+def test_a_student_of_half_an_encoder_is_not_scored_on_the_texts_that_trained_it(
+    clear_checkpoint, tiny_encoder, tmp_path
+):
+    trained = clear_rows(1)[:3]
+    unseen = [{"text": f"A new text {i} about {row['text']}", "label": row["label"]} for i, row in enumerate(trained)]
+    train = write_csv(tmp_path / "train.csv", clear_rows(1))
+    test = write_csv(tmp_path / "test.csv", unseen + trained)
+
+    def report(checkpoint: Path, name: str) -> dict:
+        run(checkpoint, tmp_path / name, command="examples/half_encoder.py")
+        output = tmp_path / f"student of {name}"
+        words = ("--model_name_or_path", tmp_path / name, "--train_file", train, "--test_file", test)
+        run(*words, "--validation_size", 0, "--max_steps", 1, "--tuning", "full", "--output_dir", output)
+        return json.loads((output / "data_report.json").read_text())
+
+    found = report(Path(clear_checkpoint), "half")
+    assert found["trained_before"] == {"scores": "verified", "left_out": {"test": 3}}
+    assert found["splits"]["test"]["rows"] == 3
+    unknown = Path(shutil.copytree(clear_checkpoint, tmp_path / "copied"))
+    (unknown / "trained_texts.json").unlink()
+    assert report(unknown, "other half")["trained_before"]["scores"] == "unverified"

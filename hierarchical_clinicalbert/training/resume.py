@@ -23,6 +23,7 @@ from hierarchical_clinicalbert.checkpoint_files import (
     SCORE_FILES,
     TRAINED_TEXTS,
     find_damage,
+    find_trained_texts,
     is_checkpoint,
     read_config,
     read_json_object,
@@ -82,7 +83,10 @@ def read_earlier_texts(model: str, resume_from: str | None, teacher: str | None)
     """Return the texts that the initial weights and the model behind ``--teacher`` were trained on."""
     if resume_from is not None:
         return read_trained_texts(resume_from)
-    trained = [read_trained_texts(model)] if is_checkpoint(model) else []
+    is_trained = is_checkpoint(model) or find_trained_texts(
+        model
+    )  # examples/half_encoder.py writes an encoder with its texts
+    trained = [read_trained_texts(model)] if is_trained else []
     if teacher is not None:
         trained.append(read_teachers_texts(teacher))
     validation = frozenset().union(*(one.validation for one in trained))
