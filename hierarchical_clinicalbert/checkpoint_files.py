@@ -24,6 +24,10 @@ logger = logging.getLogger(__name__)
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 CARD, METRICS, PLOTS = "README.md", "metrics.json", "plots/*.png"
+OWN_PLOTS = (  # that a run writes and deletes: other plots are the user's
+    *("plots/training_curves.png", "plots/reliability_diagram.png", "plots/f1_by_frequency.png"),
+    *("plots/confusion_matrix_level_[0-9].png", "plots/confusion_matrix_level_[0-9][0-9].png"),
+)
 FINGERPRINT = "fingerprint.json"  # of the weights that the scores belong to
 ENDPOINT_FILES = ("handler.py", "requirements.txt")  # for Inference Endpoints
 ONNX_FILE, QUANTIZED_ONNX_FILE = "onnx/model.onnx", "onnx/model_quantized.onnx"
@@ -36,7 +40,7 @@ MODEL_FILES = (
 )
 CHECKPOINT_FILES = (*MODEL_FILES, CARD, METRICS, FINGERPRINT, PLOTS, *ENDPOINT_FILES, *EXPORTED_FILES)
 TRAINED_TEXTS = "trained_texts.json"  # hashes, which are never published: see `data.trained_texts`
-SCORE_FILES = ("validation_predictions.csv", "test_predictions.csv", PLOTS, METRICS, FINGERPRINT)
+SCORE_FILES = ("validation_predictions.csv", "test_predictions.csv", *OWN_PLOTS, METRICS, FINGERPRINT)
 
 
 def list_files(folder: Path, patterns: tuple[str, ...]) -> list[str]:

@@ -109,8 +109,10 @@ def test_a_run_that_was_killed_after_its_last_step_takes_none_more(words, unbrok
 
 
 def test_overwriting_deletes_the_checkpoints_and_results_of_the_former_run_and_keeps_its_card(words, run_folder):
-    kept = {run_folder / "notes.txt", run_folder / "checkpoint-best" / "heads.safetensors", run_folder / "mine.csv"}
-    gone = {run_folder / name for name in ("plots/old.png", "test_predictions.csv", "metrics.json")}
+    own = ("notes.txt", "checkpoint-best/heads.safetensors", "mine.csv", "plots/mine.png", "plots/mine.svg")
+    kept = {run_folder / name for name in own}
+    old_plot = "plots/confusion_matrix_level_9.png"  # of a deeper taxonomy
+    gone = {run_folder / name for name in (old_plot, "test_predictions.csv", "metrics.json")}
     for path in kept | gone:
         path.parent.mkdir(exist_ok=True)
         path.write_text("of the former run")
@@ -118,8 +120,9 @@ def test_overwriting_deletes_the_checkpoints_and_results_of_the_former_run_and_k
     line = [*words, "--output_dir", run_folder, "--overwrite_output_dir", "true"]
     run(*line, "--resume_from_checkpoint", "auto", "--do_train", "true", "--do_eval", "false")
     assert list_checkpoints(run_folder) == before
-    plot = run_folder / "plots" / "old.png"
-    assert all(path.exists() for path in (kept | gone) - {plot})  # it goes on, and writes its scores again
+    assert all(
+        path.exists() for path in (kept | gone) - {run_folder / old_plot}
+    )  # it goes on, and writes its scores again
     card = run_folder / "README.md"
     card.write_text(edited := card.read_text() + "\nOur data\n")
     refused("lower --learning_rate", *line, *DIVERGES)
