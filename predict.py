@@ -119,10 +119,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     sample = f"estimated on at most {SAMPLED_TEXTS:,} of them"
     add("--adapt_prior", action="store_true", help=f"correct probabilities for the texts' class frequencies, {sample}")
     add("--uncertainty", action="store_true", help="also write the entropy, and the level that contributes most to it")
-    dtypes = "bf16 if the machine supports it, else fp32; int8 is faster on CPUs with VNNI or AMX, and less accurate"
+    dtypes = "bf16 if the machine supports it, else fp32; int8, by OpenVINO on CPUs, is faster and less accurate"
     add("--dtype", choices=("auto", *DTYPES), default="auto", help=f"default: auto, which is {dtypes}")
-    backends = "openvino, which is faster on some CPUs, needs pip install openvino"
-    add("--backend", choices=("torch", "openvino"), default="torch", help=f"what runs the encoder; {backends}")
+    backends = (
+        "openvino, which is faster on some CPUs, needs pip install openvino; default: torch, but openvino for int8"
+    )
+    add("--backend", choices=("torch", "openvino"), help=f"what runs the encoder; {backends}")
     add("--batch_size", type=int, help="texts per batch; default: batches by number of tokens")
     addresses = "the cluster's address, auto, or local, which starts Ray on this machine; default: local"
     add("--ray", nargs="?", const="local", metavar="ADDRESS", help=f"classify on a Ray cluster: {addresses}")
@@ -140,6 +142,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise InputError(f"--output {arguments.output}: write to a disk or an object store, and upload the result")
     if arguments.revision is not None and Path(arguments.model).is_dir():
         raise InputError(f"--revision {arguments.revision} does not apply to the folder {arguments.model}")
+    if arguments.dtype == "int8" and arguments.backend == "torch":
+        raise InputError("--dtype int8 is OpenVINO's: leave out --backend torch, or give bf16 or fp32")
+    if arguments.backend is None:
+        arguments.backend = "openvino" if arguments.dtype == "int8" else "torch"
     if arguments.adapt_prior and "-" in arguments.input:
         raise InputError("--adapt_prior reads --input twice, and standard input can be read once: give a file")
     cpus, gpus = arguments.ray_cpus_per_actor, arguments.ray_gpus_per_actor
@@ -155,7 +161,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def open_model(arguments: argparse.Namespace) -> "AbstractContextManager[Model | RayJob]":
     """Load the model in this process, or on a Ray cluster."""
     if arguments.ray is None:
-        needs_cpu = arguments.backend == "openvino" or arguments.dtype == "int8"
+        needs_cpu = arguments.backend == "openvino"
         return nullcontext(Model(arguments, gpu=torch.accelerator.is_available() and not needs_cpu))
     if importlib.util.find_spec("ray") is None:
         raise InputError('--ray needs Ray: pip install "ray[default]"')

@@ -34,12 +34,12 @@ from decisions_hierarchical import SetThreshold, guaranteed_threshold
 from hierarchical_clinicalbert.evaluation.forms import Form, form_of
 from hierarchical_clinicalbert.evaluation.metrics import confusion_counts, macro_f1, micro_f1, one_hot
 from hierarchical_clinicalbert.evaluation.report import measured_threshold
-from hierarchical_clinicalbert.prediction.int8 import quantize
+from hierarchical_clinicalbert.prediction.openvino import OpenVinoEncoder, convert
 
 SPLITS = 100
 COVERAGES = (0.8, 0.9, 0.95)
 PRICES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 8.0)  # of a node, in leaves
-PRECISIONS = {  # the dtype of operations, and whether products are in 8 bits; processors without bfloat16 have the last one
+PRECISIONS = {  # the dtype of operations, and whether OpenVINO multiplies in 8 bits; processors without bfloat16 have the last one
     "fp32": (torch.float32, False),
     "bf16": (torch.bfloat16, False),
     "int8 and bf16": (torch.bfloat16, True),
@@ -135,9 +135,11 @@ def compare_precisions(arguments: argparse.Namespace) -> list[dict]:
     config = HierarchicalConfig.from_pretrained(arguments.model)
     form, calibration, nodes = form_of(config.tree, config.problem_type), config.calibration, {}
     for name, (dtype, in_8_bits) in PRECISIONS.items():
-        classify = harness.load_classifier(arguments.model, dtype=dtype, device="cpu")
+        loaded_dtype = torch.float32 if in_8_bits else dtype
+        classify = harness.load_classifier(arguments.model, dtype=loaded_dtype, device="cpu")
         if in_8_bits:
-            quantize(classify.model.encoder)
+            converted = convert(classify.model.encoder, classify.tokenizer.model_input_names, int8=True)
+            classify.model.encoder = OpenVinoEncoder(converted, dtype)
         nodes[name] = harness.node_probabilities(classify, texts)
     threshold = measured_threshold(form.decisions, calibration)
     key = {"processor": harness.processor(), "task": arguments.task, "split": "test", "texts": len(texts)}

@@ -7,7 +7,7 @@
   and with dynamic int8 weights; torch.compile in bfloat16, or in float32 on processors without bfloat16 products; OpenVINO in
   float32, in bfloat16, in static int8 by NNCF, calibrated on `CALIBRATION_TEXTS` texts, and in dynamic int8. ONNX Runtime uses
   the batches by length of this project's pipeline. torch.compile and OpenVINO run the encoder inside it.
-- This project: ``pipeline("hierarchical-text-classification")`` in float32, bfloat16 and int8.
+- This project: ``pipeline("hierarchical-text-classification")`` in float32 and bfloat16. Its int8 is OpenVINO's dynamic one.
 - Processors without bfloat16 products leave out bfloat16.
 
 A laptop without bfloat16 products is simulated by limiting the instruction set, for torch and OpenVINO. ONNX Runtime has no such
@@ -46,21 +46,19 @@ from checkpoint_hierarchical import load_encoder
 from configuration_hierarchical import HierarchicalConfig
 from hierarchical_clinicalbert.checkpoint_files import ONNX_FILE, QUANTIZED_ONNX_FILE
 from hierarchical_clinicalbert.machine import has_bf16, keep_memory
-from hierarchical_clinicalbert.prediction.int8 import quantize
 from hierarchical_clinicalbert.prediction.model import KEPT_MEMORY
 from hierarchical_clinicalbert.publishing.export import export_onnx
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from pipeline_hierarchical import TOKENS_ON_CPU, batches_by_length, padded_length
 from taxonomy_hierarchical import Taxonomy
 
-TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CALIBRATION_TEXTS = 300  # NNCF's default
 LIMITED_ISA = {name: os.environ[name] for name in ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA") if name in os.environ}
-OPENVINO_INT8 = ["static int8", "dynamic int8"]
 # also the type of the operations around int8 products
 FASTEST_FLOAT = "bf16" if has_bf16(cpu=True) and not LIMITED_ISA else "fp32"
 DTYPES = [dtype for dtype in TYPES if dtype != "bf16" or FASTEST_FLOAT == "bf16"]
-OPENVINO_DTYPES = [*(dtype for dtype in DTYPES if dtype != "int8"), *OPENVINO_INT8]
+OPENVINO_DTYPES = [*DTYPES, "static int8", "dynamic int8"]
 TAXONOMY = {f"group {i}": [f"class {i}.{j}" for j in range(5)] for i in range(5)}
 Peer = tuple[Callable, Callable[[list[str]], np.ndarray]]
 
@@ -113,11 +111,7 @@ def make_checkpoint(encoder: str, folder: Path, config: BertConfig | None = None
 
 def ours(model: str, dtype: str, **kwargs):
     """Return this project's pipeline."""
-    torch_dtype = TYPES[FASTEST_FLOAT if dtype == "int8" else dtype]
-    classify = harness.load_classifier(model, dtype=torch_dtype, device="cpu", **kwargs)
-    if dtype == "int8":
-        quantize(classify.model.encoder)
-    return classify
+    return harness.load_classifier(model, dtype=TYPES[dtype], device="cpu", **kwargs)
 
 
 def stock(model: str, dtype: str):
@@ -202,7 +196,7 @@ def peers(model: str, scratch: Path, texts: list[str]) -> dict[str, Peer]:
     leaves = tree.labels[: tree.num_leaves]
     export_onnx(Path(model), scratch)
     result: dict[str, Peer] = {}
-    for dtype in (dtype for dtype in DTYPES if dtype != "int8"):
+    for dtype in DTYPES:
         classify = partial(stock(model, dtype), truncation=True)
 
         def of_stock(texts: list[str], classify: Callable = classify) -> np.ndarray:

@@ -504,6 +504,7 @@ PREDICT = [
     (("--batch_size", "0"), "batch_size must be a whole number of at least 1, not 0"),
     (("--output_format", "parquet"), "--output_format is for a folder"),
     (("--ray_gpus_per_actor", "1"), "--ray_gpus_per_actor need --ray"),
+    (("--dtype", "int8", "--backend", "torch"), "--dtype int8 is OpenVINO's: leave out --backend torch"),
     (("--ray", "local", "--ray_gpus_per_actor", "-1"), "or a fraction of one, not -1"),
     (("--output", "out.txt"), "must end in one of"),
     (("--output", "hf://datasets/me/out/"), "write to a disk or an object store"),

@@ -16,7 +16,6 @@ from hierarchical_clinicalbert.checkpoint_files import MODEL_FILES, list_files
 from hierarchical_clinicalbert.errors import InputError, as_input_error, describe_error, one_line
 from hierarchical_clinicalbert.files import sha256
 from hierarchical_clinicalbert.machine import give_back_memory, has_bf16, keep_memory
-from hierarchical_clinicalbert.prediction.int8 import has_int8_products, quantize
 from hierarchical_clinicalbert.prediction.output import Block, OutputRows
 from hierarchical_clinicalbert.prediction.rows import TASKS, RowFormat, output_kind
 from hierarchical_clinicalbert.reading.foreign_code import refuse_foreign_code
@@ -94,15 +93,12 @@ class Model:
 def load(arguments: Namespace, dtype: str, gpu: bool) -> Pipeline:
     """Load the checkpoint as a pipeline, or raise InputError."""
     keep_memory(*KEPT_MEMORY)
-    if dtype == "int8" and gpu:
-        raise InputError("--dtype int8 is for CPUs: give bf16 or fp32")
     if arguments.backend == "openvino":
+        flag, other = ("--dtype int8", "bf16 or fp32") if dtype == "int8" else ("--backend openvino", "torch")
         if gpu:
-            raise InputError("--backend openvino is for CPUs: give torch")
+            raise InputError(f"{flag} is for CPUs: give {other}")
         if importlib.util.find_spec("openvino") is None:
-            raise InputError("--backend openvino needs OpenVINO: pip install openvino")
-    elif dtype == "int8" and not has_int8_products():
-        raise InputError("--dtype int8 needs a processor with VNNI or AMX, and a supported version of torch: give fp32")
+            raise InputError(f"{flag} needs OpenVINO: pip install openvino")
     named = {name: getattr(arguments, name) for name in ("batch_size", "coverage", "recall")}
     # pipelines of older checkpoints lack newer arguments
     given = {name: value for name, value in named.items() if value is not None}
@@ -125,8 +121,6 @@ def load(arguments: Namespace, dtype: str, gpu: bool) -> Pipeline:
             names = [*{*classifier.tokenizer.model_input_names, "attention_mask"}]
             converted = convert(classifier.model.encoder, names, dtype == "int8")
             classifier.model.encoder = OpenVinoEncoder(converted, operation_dtype(dtype))
-        elif dtype == "int8":
-            quantize(classifier.model.encoder)
         check_version(classifier)
         # checks the arguments before an existing output is overwritten; in place of an estimated prior, the stored one, or [], which
         # is refused

@@ -1,4 +1,4 @@
-"""Run an encoder with OpenVINO (``predict.py --backend openvino``)."""
+"""Run an encoder with OpenVINO (``predict.py --backend openvino``), also in 8 bits (``--dtype int8``)."""
 
 import contextlib
 import io
@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from hierarchical_clinicalbert.errors import InputError
-from hierarchical_clinicalbert.prediction.int8 import quantize, scales_of
 
 PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16"}  # OpenVINO's names
 GROUP = 64  # numbers of a token that share a scale
+LARGEST_INT8 = 127  # symmetric: -128 is not used
 
 
 class OpenVinoEncoder(nn.Module):
@@ -47,11 +47,27 @@ class Int8Weights(nn.Module):
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
-        self.scales = scales_of(linear.weight.detach())
-        self.weight, self.bias = (linear.weight.detach() / self.scales).round().to(torch.int8), linear.bias
+        weight = linear.weight.detach()
+        self.scales = scales_of(weight)
+        self.weight = (weight / self.scales).round().to(torch.int8)
+        self.bias = linear.bias
 
     def forward(self, input: Tensor) -> Tensor:
         return nn.functional.linear(input, self.weight * self.scales, self.bias)
+
+
+def scales_of(rows: Tensor) -> Tensor:
+    """Return the quantization step of each row, (num_rows, 1): its largest absolute value over 127, and more than 0."""
+    largest = rows.abs().amax(1, keepdim=True)
+    return (largest / LARGEST_INT8).clamp_min(torch.finfo(rows.dtype).tiny)
+
+
+def quantize(encoder: nn.Module) -> None:
+    """Replace each linear layer of a float32 encoder by `Int8Weights`, in place."""
+    for module in encoder.modules():
+        for name, layer in module.named_children():
+            if isinstance(layer, nn.Linear):
+                setattr(module, name, Int8Weights(layer))
 
 
 def convert(encoder: PreTrainedModel, names: Sequence[str], int8: bool = False) -> openvino.Model:
@@ -61,7 +77,7 @@ def convert(encoder: PreTrainedModel, names: Sequence[str], int8: bool = False) 
         InputError: the encoder cannot be converted.
     """
     if int8:
-        quantize(encoder, Int8Weights)
+        quantize(encoder)
     example = {name: torch.ones(2, 7, dtype=torch.long) for name in names}
     sizes = {name: {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO} for name in names}
     try:
@@ -69,4 +85,5 @@ def convert(encoder: PreTrainedModel, names: Sequence[str], int8: bool = False) 
             return openvino.convert_model(torch.export.export(encoder, (), example, dynamic_shapes=sizes))
     except Exception as error:  # the exporter raises anything on an encoder that it cannot trace
         problem = f"OpenVINO cannot run {type(encoder).__name__} ({type(error).__name__})"
-        raise InputError(f"{problem}: give --backend torch") from error
+        advice = "--dtype bf16 or fp32" if int8 else "--backend torch"
+        raise InputError(f"{problem}: give {advice}") from error

@@ -16,12 +16,17 @@ SMALL = {"vocab_size": 99, "hidden_size": 64, "num_hidden_layers": 2, "num_atten
 def test_predictions_equal_those_of_torch_and_nearly_in_8_bits(openvino, long_checkpoint, texts, long_texts, tmp_path):
     file = write_csv(tmp_path / "in.csv", [{"text": text} for text in [*texts, *long_texts.values()]])
     scores = {}
-    for backend, dtype in (("torch", "fp32"), ("openvino", "fp32"), ("openvino", "int8")):
-        output = tmp_path / f"{backend}-{dtype}.jsonl"
-        words = ("--backend", backend, "--dtype", dtype, "--probabilities")
+    flags = {
+        "torch": ("--dtype", "fp32"),
+        "openvino": ("--dtype", "fp32", "--backend", "openvino"),
+        "8 bits": ("--dtype", "int8"),
+    }
+    for name, words in flags.items():
+        output = tmp_path / f"{name}.jsonl"
+        words = (*words, "--probabilities")
         assert predict_here("--model", long_checkpoint, "--input", file, "--output", output, *words) == 0
         rows = [json.loads(line) for line in output.read_text().splitlines()]
-        scores[backend, dtype] = [list(row["probabilities"].values()) for row in rows]
+        scores[name] = [list(row["probabilities"].values()) for row in rows]
         assert [row["label"] for row in rows[-5:]] == list(long_texts)
     expected, exact, rounded = (torch.tensor(rows) for rows in scores.values())
     torch.testing.assert_close(exact, expected, atol=1e-4, rtol=0)
@@ -50,13 +55,15 @@ def test_an_encoder_that_cannot_be_converted_is_named(openvino, capsys):
 
     settings = {**SMALL, "pad_token_id": 1, "attention_window": 8, "max_position_embeddings": 66}
     encoder = AutoModel.from_config(AutoConfig.for_model("longformer", **settings)).eval()
-    with pytest.raises(InputError, match=r"^OpenVINO cannot run LongformerModel \(.+\): give --backend torch$"):
-        convert(encoder, ["input_ids", "attention_mask"])
+    for int8, advice in ((False, "--backend torch"), (True, "--dtype bf16 or fp32")):
+        with pytest.raises(InputError, match=rf"^OpenVINO cannot run LongformerModel \(.+\): give {advice}$"):
+            convert(encoder, ["input_ids", "attention_mask"], int8)
     assert "def forward" not in capsys.readouterr().err  # the graph that torch prints
 
 
-def test_a_missing_package_is_named(clear_checkpoint, monkeypatch, tmp_path):
+@pytest.mark.parametrize("flag", [("--backend", "openvino"), ("--dtype", "int8")])
+def test_a_missing_package_is_named(flag, clear_checkpoint, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "openvino", None)
-    words = ("--input", ROOT / "examples" / "unseen.csv", "--output", tmp_path / "out.jsonl", "--backend", "openvino")
-    with pytest.raises(InputError, match="--backend openvino needs OpenVINO: pip install openvino"):
+    words = ("--input", ROOT / "examples" / "unseen.csv", "--output", tmp_path / "out.jsonl", *flag)
+    with pytest.raises(InputError, match=f"^{' '.join(flag)} needs OpenVINO: pip install openvino$"):
         predict_here("--model", clear_checkpoint, *words)

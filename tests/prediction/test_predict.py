@@ -22,7 +22,6 @@ from transformers import pipeline
 
 from configuration_hierarchical import HierarchicalConfig
 from hierarchical_clinicalbert.errors import InputError
-from hierarchical_clinicalbert.prediction.int8 import has_int8_products
 from hierarchical_clinicalbert.prediction.output import RestartableOutput
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from taxonomy_hierarchical import Taxonomy
@@ -432,22 +431,7 @@ def test_the_uncertainty_is_the_entropy_and_names_the_level_that_adds_most(
         assert row["unsure_level"] == 1 + expected.argmax()
 
 
-@pytest.mark.skipif(not has_int8_products(), reason="this processor has no 8-bit products")
-@pytest.mark.parametrize("form", ["checkpoint", "long_checkpoint"])
-def test_int8_predicts_nearly_as_float32(form, request, texts, long_texts, tmp_path):
-    file = write_texts(tmp_path, [*texts, *long_texts.values()])
-    for name, dtype in (("a.jsonl", "fp32"), ("b.jsonl", "int8")):
-        predict(request.getfixturevalue(form), file, tmp_path / name, "--probabilities", "--dtype", dtype)
-    pairs = list(zip(*(read_json_lines(tmp_path / name) for name in ("a.jsonl", "b.jsonl")), strict=True))
-    assert any(a != b for a, b in pairs)
-    for a, b in pairs:
-        assert b["probabilities"] == pytest.approx(a["probabilities"], abs=0.02)
-    read_to_the_end = [b["label"] for _, b in pairs[-5:]] == list(long_texts)
-    assert read_to_the_end == (form == "long_checkpoint")
-
-
 def test_without_native_bfloat16_the_default_is_float32(checkpoint, texts, tmp_path, monkeypatch):
-    # int8 may be available all the same
     monkeypatch.setattr("hierarchical_clinicalbert.prediction.model.has_bf16", lambda cpu: False)
     file = write_texts(tmp_path, texts)
     predict(checkpoint, file, tmp_path / "a.jsonl", "--probabilities")
