@@ -65,7 +65,7 @@ def test_one_file_is_split_by_class_with_identical_texts_together(tmp_path, flag
 def test_hashes_of_the_report_are_those_by_which_runs_resume(tmp_path):
     data = load(data_path=csv_file(tmp_path / "a.csv", skewed(300, 0)), validation_size=0.15, test_size=0.1)
     everything = sorted((row["row"], row["nodes"]) for split in data.splits.values() for row in split)
-    labels = json.dumps([False, [nodes for _, nodes in everything]])
+    labels = json.dumps([nodes for _, nodes in everything])
     rows = {split: np.sort(np.array(data.splits[split]["row"], dtype=np.int64)) for split in ("train", "validation")}
     assert data.report["split"] == {
         "method": "by class, identical texts kept together", "split_off": {"test": 0.1, "validation": 0.15}, "seed": 0,
