@@ -2,11 +2,14 @@
 
 Worth knowing:
 
-1. The self-contained form has all weights in ``model.safetensors``. The adapter form has ``heads.safetensors`` and a plain PEFT
-   adapter in ``adapter/``; its encoder is fetched by name. The adapter is in a subfolder because a root-level
-   ``adapter_config.json`` on the Hub makes ``AutoModel`` load the bare encoder instead.
-2. Loading merges the adapter into the encoder's weights, which needs no PEFT and makes every forward faster.
-3. transformers fetches and copies only those shipped files that another one imports by a relative import.
+1. The self-contained form has all weights in ``model.safetensors``. The adapter form has
+   ``heads.safetensors`` and a plain PEFT adapter in ``adapter/``; its encoder is fetched by name.
+   The adapter is in a subfolder because a root-level ``adapter_config.json`` on the Hub makes
+   ``AutoModel`` load the bare encoder instead.
+2. Loading merges the adapter into the encoder's weights, which needs no PEFT and makes every
+   forward faster.
+3. transformers fetches and copies only those shipped files that another one imports by a relative
+   import.
 """
 
 import copy
@@ -46,21 +49,46 @@ CUSTOM_PIPELINES = {
         "type": "text",
     }
 }
-MODULES = ("taxonomy", "configuration", "decisions", "open_world", "checkpoint", "modeling", "cpu", "pipeline")
+MODULES = (
+    "taxonomy",
+    "configuration",
+    "decisions",
+    "open_world",
+    "checkpoint",
+    "modeling",
+    "cpu",
+    "pipeline",
+)
 SHIPPED_FILES = tuple(f"{module}_hierarchical.py" for module in MODULES)
 ADAPTER_SUBFOLDER = "adapter"
 ADAPTER_PREFIX = "base_model.model."  # how PeftModel names the module that it wraps
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 HEADS_WEIGHTS = "heads.safetensors"
-ADAPTER_FILES = (HEADS_WEIGHTS, f"{ADAPTER_SUBFOLDER}/adapter_config.json", f"{ADAPTER_SUBFOLDER}/{ADAPTER_WEIGHTS}")
-SELF_TEST_TEXT = "Colonoscopy was performed in 120 patients with suspected inflammatory bowel disease."
+ADAPTER_FILES = (
+    HEADS_WEIGHTS,
+    f"{ADAPTER_SUBFOLDER}/adapter_config.json",
+    f"{ADAPTER_SUBFOLDER}/{ADAPTER_WEIGHTS}",
+)
+SELF_TEST_TEXT = (
+    "Colonoscopy was performed in 120 patients with suspected inflammatory bowel disease."
+)
 # how far rounding may move a log-probability, in nats, by what rounds most
 SELF_TEST_TOLERANCES = {"float32": 0.01, "float16": 0.1, "bfloat16": 0.3, "quantized": 1.0}
 # one lock for the whole process, although each checkpoint has its own copy of this module
 LOADING = vars(threading).setdefault("_hierarchical_loading", threading.RLock())
-PADDING_SENSITIVE = ("convbert", "nystromformer", "yoso")  # their convolutions and hashes include padding tokens
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
-# arguments for the checkpoint's repository and code: the encoder has another repository, and its code is in transformers
+# their convolutions and hashes include padding tokens
+PADDING_SENSITIVE = ("convbert", "nystromformer", "yoso")
+HUB_ARGUMENTS = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "token",
+    "revision",
+    "subfolder",
+    "proxies",
+)
+# arguments for the checkpoint's repository and code: the encoder has another repository, and its
+# code is in transformers
 NOT_FOR_THE_ENCODER = (
     *("revision", "subfolder", "trust_remote_code", "code_revision", "adapter_kwargs"),
     *("_from_auto", "_from_pipeline", "_commit_hash"),
@@ -68,57 +96,97 @@ NOT_FOR_THE_ENCODER = (
 # settings of a LoRA adapter that `merge_lora` reads, or that have no effect on the merged weights
 HARMLESS_LORA_SETTINGS = (
     *("task_type", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
-    *("auto_mapping", "r", "lora_alpha", "lora_dropout", "target_modules", "megatron_core", "qalora_group_size"),
+    *(
+        "auto_mapping",
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "target_modules",
+        "megatron_core",
+        "qalora_group_size",
+    ),
 )
 
 
-# ── Load a checkpoint ────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Load a checkpoint ─────────────────────────────────────────────────────────────────────────────
 
 
 def load_checkpoint(
-    model_class: type, load_self_contained: Callable, name: str | Path, config: Any, merge_adapter: bool, **kwargs: Any
+    model_class: type,
+    load_self_contained: Callable,
+    name: str | Path,
+    config: Any,
+    merge_adapter: bool,
+    **kwargs: Any,
 ) -> Any:
-    """Load a checkpoint of either form. ``load_self_contained`` is transformers' `from_pretrained` for ``model_class``.
+    """Load a checkpoint of either form. ``load_self_contained`` is transformers' `from_pretrained`
+    for ``model_class``.
 
     Raises ValueError if weights are missing, or do not fit config.json.
     """
-    # AutoModel passes a config whose class is another object than `HierarchicalConfig` here, so the test is for the base class
+    # AutoModel passes a config whose class is another object than `HierarchicalConfig` here, so the
+    # test is for the base class
     if not isinstance(config, PretrainedConfig):
         dtype = {key: kwargs.pop(key) for key in ("dtype", "torch_dtype") if key in kwargs}
-        removed = dtype | {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}  # by the next call
+        # by the next call
+        removed = dtype | {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
         source = name if config is None else config
-        config, kwargs = HierarchicalConfig.from_pretrained(source, return_unused_kwargs=True, **kwargs)
+        config, kwargs = HierarchicalConfig.from_pretrained(
+            source, return_unused_kwargs=True, **kwargs
+        )
         kwargs |= removed
     info_wanted = kwargs.pop("output_loading_info", False)
-    with LOADING:  # transformers replaces functions of torch.nn.init, and some of its own, while it loads
+    # transformers replaces functions of torch.nn.init, and some of its own, while it loads
+    with LOADING:
         if config.adapter_subfolder is not None:
             model, info = load_adapter_form(model_class, name, config, merge_adapter, **kwargs)
         else:
             with as_value_error(name):
-                model, info = load_self_contained(name, config=config, output_loading_info=True, **kwargs)
+                model, info = load_self_contained(
+                    name, config=config, output_loading_info=True, **kwargs
+                )
             refuse_missing(name, model, info)
             if getattr(model, "hf_quantizer", None) is not None:
                 restore_dtypes(model)
-            if left_over := [weight for weight in info["unexpected_keys"] if weight.startswith("heads.")]:
-                raise ValueError(f"the weight {min(left_over)!r} of {name} does not fit its config.json")
+            if left_over := [
+                weight for weight in info["unexpected_keys"] if weight.startswith("heads.")
+            ]:
+                raise ValueError(
+                    f"the weight {min(left_over)!r} of {name} does not fit its config.json"
+                )
     return (model, info) if info_wanted else model
 
 
 def load_adapter_form(
     model_class: type, name: str | Path, config: Any, merge_adapter: bool, **kwargs: Any
 ) -> tuple[Any, dict[str, Any]]:
-    """Load the encoder by its name and revision, then the adapter and heads. Return the model and the loading info."""
+    """Load the encoder by its name and revision, then the adapter and heads.
+
+    Return the model and the loading info.
+    """
     hub = {argument: kwargs[argument] for argument in HUB_ARGUMENTS if argument in kwargs}
-    heads_file, config_file, adapter_file = (Path(cached_file(name, file, **hub)) for file in ADAPTER_FILES)
-    heads, adapter_config, adapter = load_file(heads_file), read_adapter_config(config_file), load_file(adapter_file)
-    encoder = load_encoder(config, **{key: kwargs[key] for key in kwargs if key not in NOT_FOR_THE_ENCODER})
+    heads_file, config_file, adapter_file = (
+        Path(cached_file(name, file, **hub)) for file in ADAPTER_FILES
+    )
+    heads = load_file(heads_file)
+    adapter_config = read_adapter_config(config_file)
+    adapter = load_file(adapter_file)
+    encoder = load_encoder(
+        config, **{key: kwargs[key] for key in kwargs if key not in NOT_FOR_THE_ENCODER}
+    )
     with init.no_init_weights():  # all weights are loaded below
         model = model_class(copy.deepcopy(config), encoder=encoder)
     if offloaded := [
         name for name, weight in encoder.named_parameters() if weight.is_meta
     ]:  # PEFT would skip them silently
-        advice = "give the model more memory, or load a checkpoint that was published by push_to_hub.py --merge"
-        raise ValueError(f"the encoder's {offloaded[0]} is offloaded, and the adapter cannot be added to it: {advice}")
+        advice = (
+            "give the model more memory, or load a checkpoint that was published by "
+            "push_to_hub.py --merge"
+        )
+        raise ValueError(
+            f"the encoder's {offloaded[0]} is offloaded, and the adapter cannot be added to "
+            f"it: {advice}"
+        )
     if merge_adapter and is_mergeable(encoder, adapter_config):
         merge_lora(encoder, adapter, adapter_config)
         load_heads(model, heads)
@@ -126,34 +194,60 @@ def load_adapter_form(
         inject_adapter(encoder, config_file.parent)
         load_heads_and_adapter(model, heads, adapter)
     model.heads.to(encoder.device)
-    if hasattr(encoder, "hf_device_map"):  # how pipelines and Trainers see that a model is already placed
-        devices = {".".join(filter(None, ("encoder", part))): device for part, device in encoder.hf_device_map.items()}
+    # how pipelines and Trainers see that a model is already placed
+    if hasattr(encoder, "hf_device_map"):
+        devices = {
+            ".".join(filter(None, ("encoder", part))): device
+            for part, device in encoder.hf_device_map.items()
+        }
         model.hf_device_map = {**devices, "heads": next(iter(devices.values()))}
     model.name_or_path = model.config.name_or_path = str(name)
     # a missing or unexpected weight has raised ValueError
-    return model.eval(), {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
+    return model.eval(), {
+        "missing_keys": set(),
+        "unexpected_keys": set(),
+        "mismatched_keys": set(),
+        "error_msgs": [],
+    }
 
 
 def load_encoder(config: HierarchicalConfig, **kwargs: Any) -> PreTrainedModel:
-    """Load the encoder that ``config`` names, at its pinned revision, by `AutoModel.from_pretrained`.
+    """Load the encoder that ``config`` names, at its pinned revision, by
+    `AutoModel.from_pretrained`.
 
-    Raises ValueError if the folder or weights are missing, the commit is not pinned, a local folder hides the encoder of the
-    Hub, or `check_encoder` raises it.
+    Raises ValueError if the folder or weights are missing, the commit is not pinned, a local folder
+    hides the encoder of the Hub, or `check_encoder` raises it.
     """
-    name, revision = config.encoder_name_or_path, config.encoder_revision
+    name = config.encoder_name_or_path
+    revision = config.encoder_revision
     if os.path.isdir(name):
         if revision is not None and not os.path.isabs(name):
-            problem = f"the folder {name} of the working directory hides the encoder {name} of the Hub"
-            raise ValueError(f"{problem}, at commit {revision}: load from another directory, or rename the folder")
+            problem = (
+                f"the folder {name} of the working directory hides the encoder {name} of the Hub"
+            )
+            raise ValueError(
+                f"{problem}, at commit {revision}: load from another directory, or rename "
+                "the folder"
+            )
         revision = "main"
     elif os.path.isabs(name):
-        advice = "publish it by push_to_hub.py --merge, or set encoder_name_or_path and encoder_revision in config.json"
-        raise ValueError(f"the encoder is the folder {name}, which is not on this machine: {advice}")
+        advice = (
+            "publish it by push_to_hub.py --merge, or set encoder_name_or_path and "
+            "encoder_revision in config.json"
+        )
+        raise ValueError(
+            f"the encoder is the folder {name}, which is not on this machine: {advice}"
+        )
     elif re.fullmatch("[0-9a-f]{40}", revision or "") is None:
         commit = f"the commit of {name} that this checkpoint was trained on, 40 hexadecimal digits"
         raise ValueError(f"encoder_revision must be {commit}, not {revision!r}")
-    kwargs |= {"config": config.text_config, "revision": revision, **without_pooler(config.text_config)}
-    kwargs |= {"output_loading_info": True, "trust_remote_code": False}  # None prompts at a terminal
+    kwargs |= {
+        "config": config.text_config,
+        "revision": revision,
+        **without_pooler(config.text_config),
+    }
+    # None prompts at a terminal
+    kwargs |= {"output_loading_info": True, "trust_remote_code": False}
     with quiet_loading(), as_value_error(name):
         encoder, info = AutoModel.from_pretrained(name, **kwargs)
     refuse_missing(name, encoder, info)
@@ -169,7 +263,10 @@ def build_encoder(text_config: PretrainedConfig) -> PreTrainedModel:
 
 
 def without_pooler(text_config: PretrainedConfig) -> dict[str, bool]:
-    """Return the argument that omits an encoder's pooler. A pooler would get no gradient, which is an error under DDP."""
+    """Return the argument that omits an encoder's pooler.
+
+    A pooler would get no gradient, which is an error under DDP.
+    """
     parameters = inspect.signature(MODEL_MAPPING[type(text_config)].__init__).parameters
     return {"add_pooling_layer": False} if "add_pooling_layer" in parameters else {}
 
@@ -180,7 +277,9 @@ def load_heads(model: Any, heads: dict[str, Tensor]) -> None:
     model.heads.load_state_dict(heads)
 
 
-def load_heads_and_adapter(model: Any, heads: dict[str, Tensor], adapter: dict[str, Tensor]) -> None:
+def load_heads_and_adapter(
+    model: Any, heads: dict[str, Tensor], adapter: dict[str, Tensor]
+) -> None:
     """Load stored heads and adapter weights into a model with an adapter."""
     peft = import_peft()
     adapter = {name.removeprefix(ADAPTER_PREFIX): tensor for name, tensor in adapter.items()}
@@ -189,46 +288,73 @@ def load_heads_and_adapter(model: Any, heads: dict[str, Tensor], adapter: dict[s
     peft.set_peft_model_state_dict(model.encoder, adapter)
 
 
-def adapter_weights(encoder: PreTrainedModel, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+def adapter_weights(
+    encoder: PreTrainedModel, state_dict: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """Return the weights of an encoder's adapter, by default the current ones."""
-    # "auto", the default of save_embedding_layers, compares with the encoder's newest configuration on the Hub
-    return import_peft().get_peft_model_state_dict(encoder, state_dict=state_dict, save_embedding_layers=False)
+    # "auto", the default of save_embedding_layers, compares with the encoder's newest configuration
+    # on the Hub
+    return import_peft().get_peft_model_state_dict(
+        encoder, state_dict=state_dict, save_embedding_layers=False
+    )
 
 
 def inject_adapter(encoder: PreTrainedModel, folder: Path) -> None:
-    """Inject the adapter of a folder's adapter_config.json into an encoder, in place, with new weights in float32."""
+    """Inject the adapter of a folder's adapter_config.json into an encoder, in place, with new
+    weights in float32.
+    """
     peft = import_peft()
     peft.inject_adapter_in_model(peft.PeftConfig.from_pretrained(folder), encoder)
     encoder.requires_grad_(False)
-    # PEFT gives an adapter the dtype of the encoder, or of 4-bit computation: stored weights would be rounded to it
+    # PEFT gives an adapter the dtype of the encoder, or of 4-bit computation: stored weights would
+    # be rounded to it
     peft.functional.cast_adapter_dtype(encoder, "default")
 
 
 def share_encoder(model: Any, other: Any) -> None:
-    """Let a model use the encoder weights of ``other``, so that memory holds them once. Both keep their own adapter and heads.
+    """Let a model use the encoder weights of ``other``, so that memory holds them once. Both keep
+    their own adapter and heads.
 
-    Load both with ``merge_adapter=False``. Predictions do not change. Both models then contain the same linear modules. So
-    weights that a pipeline packs for the CPU are held once, too. Move both models to a device, or neither. An adapter that is
-    merged afterwards changes both.
+    Load both with ``merge_adapter=False``. Predictions do not change. Both models then contain the
+    same linear modules. So weights that a pipeline packs for the CPU are held once, too. Move both
+    models to a device, or neither. An adapter that is merged afterwards changes both.
 
-    Raises ValueError where an adapter is merged, weights are quantized, or the models have different encoders.
+    Raises ValueError where an adapter is merged, weights are quantized, or the models have
+    different encoders.
     """
     if not (model.has_adapter and other.has_adapter):
-        raise ValueError("only encoders whose adapters are separate can be shared: load both with merge_adapter=False")
+        raise ValueError(
+            "only encoders whose adapters are separate can be shared: load both with "
+            "merge_adapter=False"
+        )
     own, shared = (
-        {name.replace(".base_layer", ""): (name, weight) for name, weight in weights if "lora_" not in name}
+        {
+            name.replace(".base_layer", ""): (name, weight)
+            for name, weight in weights
+            if "lora_" not in name
+        }
         for weights in (model.encoder.named_parameters(), other.encoder.named_parameters())
     )
-    names = [f"{one.config.encoder_name_or_path} at {one.config.encoder_revision}" for one in (model, other)]
+    names = [
+        f"{one.config.encoder_name_or_path} at {one.config.encoder_revision}"
+        for one in (model, other)
+    ]
     if names[0] != names[1]:
         raise ValueError(f"the encoders are different: {' and '.join(names)}")
-    kinds = [[(weight.dtype, weight.device, type(weight)) for _, weight in one.values()] for one in (own, shared)]
+    kinds = [
+        [(weight.dtype, weight.device, type(weight)) for _, weight in one.values()]
+        for one in (own, shared)
+    ]
     if kinds[0] != kinds[1] or not all(dtype.is_floating_point for dtype, *_ in kinds[0]):
-        raise ValueError("the encoders differ in dtype or device, or are quantized: load both with the same arguments")
+        raise ValueError(
+            "the encoders differ in dtype or device, or are quantized: load both with the "
+            "same arguments"
+        )
     for place, (name, weight) in own.items():
         shared_name, shared_weight = shared[place]
         weight.data = shared_weight.data
-        (layer, _, _), (shared_layer, _, _) = name.rpartition("."), shared_name.rpartition(".")
+        layer, _, _ = name.rpartition(".")
+        shared_layer, _, _ = shared_name.rpartition(".")
         module = other.encoder.get_submodule(shared_layer)
         if isinstance(module, nn.Linear):
             model.encoder.set_submodule(layer, module)
@@ -245,10 +371,14 @@ def import_peft() -> Any:
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Silence warnings about poolers and pretraining heads. Disable the online conversion of .bin files: it gets the token."""
+    """Silence warnings about poolers and pretraining heads.
+
+    Disable the online conversion of .bin files: it gets the token.
+    """
     name = "DISABLE_SAFETENSORS_CONVERSION"
     with LOADING:  # both settings are global to the process
-        verbosity, conversion = logging.get_verbosity(), os.environ.get(name)
+        verbosity = logging.get_verbosity()
+        conversion = os.environ.get(name)
         logging.set_verbosity_error()
         os.environ[name] = "1"
         try:
@@ -260,38 +390,52 @@ def quiet_loading() -> Iterator[None]:
                 os.environ[name] = conversion
 
 
-# ── Check what was loaded ────────────────────────────────────────────────────────────────────────────────────────────
+# ── Check what was loaded ─────────────────────────────────────────────────────────────────────────
 
 
 @contextmanager
 def as_value_error(name: str | Path) -> Iterator[None]:
-    """Replace two errors of transformers by a clear ValueError: weights of other shapes, and code in a .bin file."""
+    """Replace two errors of transformers by a clear ValueError: weights of other shapes, and code
+    in a .bin file.
+    """
     try:
         yield
     except Exception as error:
         if "ignore_mismatched_sizes" in str(error):
             problem = f"the weights of {name} have other shapes than its configuration says"
         elif type(error).__name__ == "UnpicklingError":
-            problem = f"{name} holds a .bin file with more than tensors, which could run code: it is not loaded"
+            problem = (
+                f"{name} holds a .bin file with more than tensors, which could run code: it is "
+                "not loaded"
+            )
         else:
             raise
         raise ValueError(problem) from error
 
 
 def refuse_missing(name: str | Path, model: PreTrainedModel, info: dict[str, Any]) -> None:
-    """Raise ValueError if weights are missing. transformers only warns, and initialises them at random."""
+    """Raise ValueError if weights are missing. transformers only warns, and initialises them at
+    random.
+    """
     if missing := info["missing_keys"]:
-        raise ValueError(f"{name} lacks {len(missing)} weights of a {type(model).__name__}, such as {min(missing)!r}")
+        raise ValueError(
+            f"{name} lacks {len(missing)} weights of a {type(model).__name__}, such as "
+            f"{min(missing)!r}"
+        )
 
 
 def restore_dtypes(model: PreTrainedModel) -> None:
-    """Give the weights of a quantized model that are not quantized the dtype that was asked for, and the heads float32.
+    """Give the weights of a quantized model that are not quantized the dtype that was asked for,
+    and the heads float32.
 
-    transformers leaves every ``weight`` of a stored quantized model in the dtype in which it was stored.
+    transformers leaves every ``weight`` of a stored quantized model in the dtype in which it was
+    stored.
     """
     for name, weight in model.named_parameters():
         if weight.is_floating_point():
-            weight.data = weight.data.to(torch.float32 if name.startswith("heads.") else model.config.dtype)
+            weight.data = weight.data.to(
+                torch.float32 if name.startswith("heads.") else model.config.dtype
+            )
 
 
 def check_encoder(encoder: PreTrainedModel) -> None:
@@ -300,7 +444,8 @@ def check_encoder(encoder: PreTrainedModel) -> None:
     if config.is_encoder_decoder:
         problem = "has a decoder: use an encoder-only model"
     elif (
-        config.model_type in PADDING_SENSITIVE or "attention_mask" not in inspect.signature(encoder.forward).parameters
+        config.model_type in PADDING_SENSITIVE
+        or "attention_mask" not in inspect.signature(encoder.forward).parameters
     ):
         problem = "gives other outputs when its inputs are padded: use another encoder"
     else:
@@ -309,26 +454,40 @@ def check_encoder(encoder: PreTrainedModel) -> None:
 
 
 def check_tokenizer(tokenizer: Any, model: Any) -> None:
-    """Raise ValueError for a tokenizer without padding token or vocabulary, or with ids beyond the encoder's embeddings."""
-    name, embeddings = tokenizer.name_or_path, model.get_input_embeddings().num_embeddings
+    """Raise ValueError for a tokenizer without padding token or vocabulary, or with ids beyond the
+    encoder's embeddings.
+    """
+    name = tokenizer.name_or_path
+    embeddings = model.get_input_embeddings().num_embeddings
     if tokenizer.pad_token_id is None:
-        raise ValueError(f"the tokenizer of {name} has no padding token: set pad_token in its tokenizer_config.json")
+        raise ValueError(
+            f"the tokenizer of {name} has no padding token: set pad_token in its "
+            "tokenizer_config.json"
+        )
     # for a folder without tokenizer files, transformers builds a tokenizer with special tokens only
     if len(tokenizer) <= len(tokenizer.all_special_ids):
-        raise ValueError(f"{name} holds no tokenizer: its vocabulary has {len(tokenizer)} special tokens and no words")
+        raise ValueError(
+            f"{name} holds no tokenizer: its vocabulary has {len(tokenizer)} special tokens "
+            "and no words"
+        )
     largest = max(tokenizer.get_vocab().values())
     if largest >= embeddings:
-        problem = f"its largest token id is {largest:,}, and the encoder has {embeddings:,} embeddings"
+        problem = (
+            f"its largest token id is {largest:,}, and the encoder has {embeddings:,} embeddings"
+        )
         raise ValueError(f"the tokenizer of {name} does not belong to this encoder: {problem}")
 
 
 def record_self_test(model: Any, tokenizer: Any = None) -> None:
-    """Store a model's log-probabilities of `SELF_TEST_TEXT` in its configuration, for `check_self_test`.
+    """Store a model's log-probabilities of `SELF_TEST_TEXT` in its configuration, for
+    `check_self_test`.
 
-    `set_calibration` and `add_nodes` do so where a test is stored. Call it after training of your own.
+    `set_calibration` and `add_nodes` do so where a test is stored. Call it after training of your
+    own.
 
     Args:
-        tokenizer: the model's tokenizer. By default the tokens are those that the configuration stores.
+        tokenizer: the model's tokenizer. By default the tokens are those that the configuration
+        stores.
     """
     if tokenizer is None:
         input_ids = model.config.self_test["input_ids"]
@@ -348,10 +507,12 @@ def record_self_test(model: Any, tokenizer: Any = None) -> None:
 
 
 def check_self_test(model: Any, tokenizer: Any) -> None:
-    """Raise ValueError where a model has other log-probabilities of `SELF_TEST_TEXT` than when it was saved.
+    """Raise ValueError where a model has other log-probabilities of `SELF_TEST_TEXT` than when it
+    was saved.
 
-    Releases of transformers have loaded other models' remote code with random weights, or with wrong logits. Nothing is
-    computed with the versions that saved the checkpoint, or where no test is stored.
+    Releases of transformers have loaded other models' remote code with random weights, or with
+    wrong logits. Nothing is computed with the versions that saved the checkpoint, or where no test
+    is stored.
     """
     stored = model.config.self_test
     versions = library_versions()
@@ -368,9 +529,13 @@ def check_self_test(model: Any, tokenizer: Any) -> None:
             return
         explained = f"and rounding ({' and '.join(sorted(dtypes))}) explains up to {tolerance}"
         problem = f"a log-probability of its self-test differs by {largest:.2g}, {explained}"
-    saved, here = (f"torch {of['torch']} and transformers {of['transformers']}" for of in (stored, versions))
+    saved, here = (
+        f"torch {of['torch']} and transformers {of['transformers']}" for of in (stored, versions)
+    )
     advice = "install these versions, or call record_self_test if you have changed the model"
-    raise ValueError(f"{model.name_or_path}: {problem}. It was saved with {saved}, here are {here}: {advice}")
+    raise ValueError(
+        f"{model.name_or_path}: {problem}. It was saved with {saved}, here are {here}: {advice}"
+    )
 
 
 @torch.inference_mode()
@@ -389,38 +554,49 @@ def coarsest_dtype(model: Any) -> str:
 
 
 def library_versions() -> dict[str, str]:
-    """Return the versions that may change a model's results, without torch's build, such as ``+cpu``."""
+    """Return the versions that may change a model's results, without torch's build, such as
+    ``+cpu``.
+    """
     return {"torch": torch.__version__.partition("+")[0], "transformers": transformers.__version__}
 
 
 def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
     """Return the ids of the special tokens that a tokenizer puts before and after a text."""
     encoded = tokenizer("a", return_special_tokens_mask=True)
-    ids, is_special = encoded["input_ids"], encoded["special_tokens_mask"]
+    ids = encoded["input_ids"]
+    is_special = encoded["special_tokens_mask"]
     first = is_special.index(0)
     last = len(ids) - is_special[::-1].index(0)
     return ids[:first], ids[last:]
 
 
 def position_limit(encoder: PreTrainedModel) -> int | None:
-    """Return the longest input, in tokens, that an encoder has positions for; None if its configuration has no limit."""
+    """Return the longest input, in tokens, that an encoder has positions for; None if its
+    configuration has no limit.
+    """
     limit = getattr(encoder.config, "max_position_embeddings", None)
     if limit is not None and limit < 1:  # XLNet's -1
         return None
     table = getattr(getattr(encoder, "embeddings", None), "position_embeddings", None)
-    offset = getattr(table, "padding_idx", None)  # RoBERTa's family counts positions from padding_idx + 1
+    # RoBERTa's family counts positions from padding_idx + 1
+    offset = getattr(table, "padding_idx", None)
     return limit if limit is None or offset is None else limit - offset - 1
 
 
 def check_weights(what: str, stored: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Raise ValueError if stored tensors are missing, unexpected or of another shape. The message names the first."""
+    """Raise ValueError if stored tensors are missing, unexpected or of another shape.
+
+    The message names the first.
+    """
     for name in sorted(stored.keys() | expected.keys()):
         if name not in expected:
             problem = "does not fit this model"
         elif name not in stored:
             problem = "is missing from the checkpoint"
         elif stored[name].shape != expected[name].shape:
-            problem = f"has shape {tuple(stored[name].shape)}, expected {tuple(expected[name].shape)}"
+            problem = (
+                f"has shape {tuple(stored[name].shape)}, expected {tuple(expected[name].shape)}"
+            )
         else:
             continue
         raise ValueError(f"the {what} weight {name!r} {problem}")
@@ -437,33 +613,45 @@ def read_adapter_config(path: Path) -> dict[str, Any]:
     return content
 
 
-# ── Merge an adapter ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Merge an adapter ──────────────────────────────────────────────────────────────────────────────
 
 
 def adapted_layers(encoder: nn.Module, targets: list[str] | str) -> dict[str, nn.Module]:
-    """Return the modules that PEFT adapts: their names end with a target, or fully match the pattern of targets."""
-    pattern = targets if isinstance(targets, str) else rf"(.*\.)?({'|'.join(map(re.escape, targets))})"
+    """Return the modules that PEFT adapts: their names end with a target, or fully match the
+    pattern of targets.
+    """
+    pattern = (
+        targets if isinstance(targets, str) else rf"(.*\.)?({'|'.join(map(re.escape, targets))})"
+    )
     return {name: module for name, module in encoder.named_modules() if re.fullmatch(pattern, name)}
 
 
 def is_mergeable(encoder: nn.Module, adapter_config: dict[str, Any]) -> bool:
-    """Return whether `merge_lora` can merge an adapter: plain LoRA, over linear layers with floating-point weights."""
+    """Return whether `merge_lora` can merge an adapter: plain LoRA, over linear layers with
+    floating-point weights.
+    """
     plain = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, "gaussian")}
     for name, value in adapter_config.items():
         if value and name not in HARMLESS_LORA_SETTINGS and value not in plain.get(name, ()):
             return False
     return all(
         type(module) is nn.Linear
-        and type(module.weight) is nn.Parameter  # torchao quantizes by a tensor subclass in a plain layer
+        # torchao quantizes by a tensor subclass in a plain layer
+        and type(module.weight) is nn.Parameter
         and module.weight.is_floating_point()
         for module in adapted_layers(encoder, adapter_config["target_modules"]).values()
     )
 
 
 @torch.no_grad()
-def merge_lora(encoder: nn.Module, adapter: dict[str, Tensor], adapter_config: dict[str, Any]) -> None:
-    """Add a stored LoRA adapter to the weights that it adapts: W + (alpha / r) · B · A (Hu et al., 2021, section 4.1)."""
-    r, expected = adapter_config["r"], {}
+def merge_lora(
+    encoder: nn.Module, adapter: dict[str, Tensor], adapter_config: dict[str, Any]
+) -> None:
+    """Add a stored LoRA adapter to the weights that it adapts: W + (alpha / r) · B · A (Hu et al.,
+    2021, section 4.1).
+    """
+    r = adapter_config["r"]
+    expected = {}
     layers: dict[str, Any] = adapted_layers(encoder, adapter_config["target_modules"])
     for name, layer in layers.items():
         expected[f"{name}.lora_A.weight"] = torch.empty(r, layer.in_features, device="meta")
@@ -472,12 +660,15 @@ def merge_lora(encoder: nn.Module, adapter: dict[str, Tensor], adapter_config: d
     check_weights("adapter", adapter, expected)
     for name, layer in layers.items():
         weight = layer.weight
-        a, b = (adapter[f"{name}.lora_{part}.weight"].to(weight.device, torch.float32) for part in "AB")
+        a, b = (
+            adapter[f"{name}.lora_{part}.weight"].to(weight.device, torch.float32) for part in "AB"
+        )
         merged = torch.addmm(weight.float(), b, a, alpha=adapter_config["lora_alpha"] / r)
-        weight.data = merged.to(weight.dtype)  # a new tensor: the old one can be a memory map of the weights file
+        # a new tensor: the old one can be a memory map of the weights file
+        weight.data = merged.to(weight.dtype)
 
 
-# ── Write a checkpoint ───────────────────────────────────────────────────────────────────────────────────────────────
+# ── Write a checkpoint ────────────────────────────────────────────────────────────────────────────
 
 
 def save_checkpoint(
@@ -488,17 +679,26 @@ def save_checkpoint(
     state_dict: dict | None,
     **kwargs: Any,
 ) -> None:
-    """Write a model and the code that loads it. ``save_self_contained`` is transformers' `save_pretrained`."""
+    """Write a model and the code that loads it.
+
+    ``save_self_contained`` is transformers' `save_pretrained`.
+    """
     if kwargs.get("push_to_hub"):  # which would publish before the code is written
-        raise ValueError("save_pretrained writes a folder; to publish it, run push_to_hub.py on that folder")
-    type(model.config).from_dict(model.config.to_dict())  # raises for a changed id2label, which loading would refuse
-    code = {name: (Path(__file__).parent / name).read_bytes() for name in SHIPPED_FILES}  # before anything is written
+        raise ValueError(
+            "save_pretrained writes a folder; to publish it, run push_to_hub.py on that folder"
+        )
+    # raises for a changed id2label, which loading would refuse
+    type(model.config).from_dict(model.config.to_dict())
+    # before anything is written
+    code = {name: (Path(__file__).parent / name).read_bytes() for name in SHIPPED_FILES}
     if not model.has_adapter:
         prepare_self_contained(model)
         if getattr(model, "hf_quantizer", None) is not None:
             # transformers cannot undo what it does to quantized weights while it loads them
             kwargs.setdefault("save_original_format", False)
-        save_self_contained(folder, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
+        save_self_contained(
+            folder, is_main_process=is_main_process, state_dict=state_dict, **kwargs
+        )
     elif is_main_process:
         save_adapter_form(model, folder, model.state_dict() if state_dict is None else state_dict)
     if is_main_process:
@@ -509,17 +709,25 @@ def save_checkpoint(
 
 
 def set_auto_map(config: Any) -> None:
-    """Set ``auto_map`` and ``custom_pipelines`` in a configuration, and remove the encoder's local path."""
-    # copies: transformers puts classes into the second one when a pipeline is given this configuration
+    """Set ``auto_map`` and ``custom_pipelines`` in a configuration, and remove the encoder's local
+    path.
+    """
+    # copies: transformers puts classes into the second one when a pipeline is given this
+    # configuration
     config.auto_map, config.custom_pipelines = copy.deepcopy((AUTO_MAP, CUSTOM_PIPELINES))
     config.text_config.name_or_path = ""
 
 
 def prepare_self_contained(model: Any) -> None:
-    """Set up the model's configuration for the self-contained form. ValueError: the weights cannot be saved."""
+    """Set up the model's configuration for the self-contained form.
+
+    ValueError: the weights cannot be saved.
+    """
     for name, weight in model.named_parameters():
         if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
-            raise ValueError(f"{name} was repacked by bitsandbytes for this CPU: load the model again to save it")
+            raise ValueError(
+                f"{name} was repacked by bitsandbytes for this CPU: load the model again to save it"
+            )
     set_auto_map(model.config)
     model.config.adapter_subfolder = None
     # a local path is useless on another machine, and this form never loads the encoder by name
@@ -530,10 +738,17 @@ def prepare_self_contained(model: Any) -> None:
 def save_adapter_form(model: Any, folder: Path, state_dict: dict[str, Tensor]) -> None:
     """Write the heads, the adapter and the configuration, without the encoder."""
     heads, encoder = (
-        {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
+        {
+            name.removeprefix(prefix): tensor
+            for name, tensor in state_dict.items()
+            if name.startswith(prefix)
+        }
         for prefix in ("heads.", "encoder.")
     )
-    adapter = {ADAPTER_PREFIX + name: tensor for name, tensor in adapter_weights(model.encoder, encoder).items()}
+    adapter = {
+        ADAPTER_PREFIX + name: tensor
+        for name, tensor in adapter_weights(model.encoder, encoder).items()
+    }
     (folder / ADAPTER_SUBFOLDER).mkdir(parents=True, exist_ok=True)
     save_file(heads, folder / HEADS_WEIGHTS, {"format": "pt"})
     save_file(adapter, folder / ADAPTER_SUBFOLDER / ADAPTER_WEIGHTS, {"format": "pt"})
@@ -556,15 +771,24 @@ def save_adapter_form(model: Any, folder: Path, state_dict: dict[str, Tensor]) -
 
 
 def follow_umask(folder: Path) -> None:
-    """Set the permissions of weights files by the umask. safetensors creates files that only their owner can read."""
+    """Set the permissions of weights files by the umask. safetensors creates files that only their
+    owner can read.
+    """
     os.umask(umask := os.umask(0o077))  # the umask can only be read by setting it
-    for file in [*folder.glob("*.safetensors"), *(folder / ADAPTER_SUBFOLDER).glob("*.safetensors")]:
+    for file in [
+        *folder.glob("*.safetensors"),
+        *(folder / ADAPTER_SUBFOLDER).glob("*.safetensors"),
+    ]:
         file.chmod(0o666 & ~umask)
 
 
 def remove_other_form(folder: Path, adapter_form: bool) -> None:
-    """Delete weights of another form from an earlier save to the folder: they could be loaded, or published too."""
-    whole, shards, index = "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"
+    """Delete weights of another form from an earlier save to the folder: they could be loaded, or
+    published too.
+    """
+    whole = "model.safetensors"
+    shards = "model-*-of-*.safetensors"
+    index = "model.safetensors.index.json"
     # transformers has already deleted earlier shards
     of_whole = (whole if any(folder.glob(shards)) else index,)
     for pattern in (whole, shards, index) if adapter_form else (*ADAPTER_FILES, *of_whole):

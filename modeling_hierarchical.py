@@ -1,19 +1,22 @@
-"""A text encoder with a head for each decision of a taxonomy: one path per text, or any number of nodes.
+"""A text encoder with a head for each decision of a taxonomy: one path per text, or any number of
+nodes.
 
 Worth knowing:
 
-1. The heads are one matrix over all nodes, normalised for all decisions at once. A taxonomy of a thousand nodes
-   therefore costs about as much as one of ten. P(node) = P(parent) · P(node | parent) holds by construction.
-2. What the scores of the heads mean is in `decisions_hierarchical`: siblings share a softmax, or each node is a binary
-   decision.
-3. ``logits`` serve flat tools unchanged: their softmax is the leaf distribution. For multi-label models, their
-   sigmoids are the probabilities of all nodes.
-4. The heads are parameters of their own module, not an ``nn.Linear``, so no ``quantization_config`` reaches them.
-5. The heads' buffers are not saved. ``_init_weights`` refills them from the configuration, because transformers builds
-   models on the meta device.
-6. A text longer than the encoder's window is encoded as several windows, and pooled over the tokens of all of them, as in PLM-ICD
-   (Huang, Tsai and Chen, 2022, "PLM-ICD: Automatic ICD coding with pretrained language models"). Its windows follow from its own
-   tokens, never from the batch.
+1. The heads are one matrix over all nodes, normalised for all decisions at once. A taxonomy of a
+   thousand nodes therefore costs about as much as one of ten. P(node) = P(parent) · P(node |
+   parent) holds by construction.
+2. What the scores of the heads mean is in `decisions_hierarchical`: siblings share a softmax, or
+   each node is a binary decision.
+3. ``logits`` serve flat tools unchanged: their softmax is the leaf distribution. For multi-label
+   models, their sigmoids are the probabilities of all nodes.
+4. The heads are parameters of their own module, not an ``nn.Linear``, so no ``quantization_config``
+   reaches them.
+5. The heads' buffers are not saved. ``_init_weights`` refills them from the configuration, because
+   transformers builds models on the meta device.
+6. A text longer than the encoder's window is encoded as several windows, and pooled over the tokens
+   of all of them, as in PLM-ICD (Huang, Tsai and Chen, 2022, "PLM-ICD: Automatic ICD coding with
+   pretrained language models"). Its windows follow from its own tokens, never from the batch.
 """
 
 import math
@@ -61,11 +64,13 @@ except ImportError:  # as a top-level module of the repository, not as remote co
     from open_world_hierarchical import OpenWorld
     from taxonomy_hierarchical import Taxonomy, list_names
 
-if TYPE_CHECKING:  # never runs, but makes transformers fetch the file, which `save_pretrained` copies
+# never runs, but makes transformers fetch the file, which `save_pretrained` copies
+if TYPE_CHECKING:
     from .pipeline_hierarchical import HierarchicalTextClassificationPipeline  # noqa: F401
 
 
-TOKENS_AT_ONCE = 4096  # of several windows in one call of the encoder, twice as many in training: they bound its memory
+# of several windows in one call of the encoder, twice as many in training: they bound its memory
+TOKENS_AT_ONCE = 4096
 SCORES_AT_ONCE = 2**22  # numbers of label attention: more are computed in chunks of nodes
 ENTRIES_AT_ONCE = 2**26  # of the lexical head, times texts: texts beyond them are scored in parts
 FAMILY_WIDTH = 16  # nodes that are scored together from one vector of a text
@@ -76,10 +81,11 @@ NEW_LENGTH = 2.5  # of the weights of classes that are added without training, s
 class HierarchicalOutput(SequenceClassifierOutput):
     """Output of `HierarchicalForSequenceClassification`.
 
-    ``logits`` are the log-probabilities of the leaves (B, num_leaves). For multi-label models they are the logits of
-    the nodes' marginal probabilities (B, num_nodes). ``decision_logits`` are the scores of the decisions: the softmax among
-    siblings, or for multi-label models the sigmoid, is P(node | parent). ``vectors`` are the means of the texts' tokens and, in the
-    last column, the energies of the encoder's own scores, if ``output_vectors`` was given.
+    ``logits`` are the log-probabilities of the leaves (B, num_leaves). For multi-label models they
+    are the logits of the nodes' marginal probabilities (B, num_nodes). ``decision_logits`` are the
+    scores of the decisions: the softmax among siblings, or for multi-label models the sigmoid, is
+    P(node | parent). ``vectors`` are the means of the texts' tokens and, in the last column, the
+    energies of the encoder's own scores, if ``output_vectors`` was given.
     """
 
     node_log_probs: Tensor | None = None  # (B, num_nodes), leaves first
@@ -88,11 +94,13 @@ class HierarchicalOutput(SequenceClassifierOutput):
 
 
 class LexicalHead(nn.Module):
-    """Linear classifier over the bag of tokens, beside the encoder. Classes are the leaves, or for multi-label models all nodes.
+    """Linear classifier over the bag of tokens, beside the encoder. Classes are the leaves, or for
+    multi-label models all nodes.
 
-    Token weights are TF-IDF, (1 + log count) · idf, and a text's vector has length 1, as in scikit-learn's
-    `TfidfTransformer` with ``sublinear_tf``. `evaluation.lexical` multiplies ``idf`` by the variance of the token's
-    log-odds over the classes. It fits the head after training, without backpropagation.
+    Token weights are TF-IDF, (1 + log count) · idf, and a text's vector has length 1, as in
+    scikit-learn's `TfidfTransformer` with ``sublinear_tf``. `evaluation.lexical` multiplies ``idf``
+    by the variance of the token's log-odds over the classes. It fits the head after training,
+    without backpropagation.
 
     Attributes:
         idf, bias: (V,) and (num_classes,).
@@ -115,13 +123,21 @@ class LexicalHead(nn.Module):
 
     @classmethod
     def of_weights(cls, idf: Tensor, weight: Tensor, bias: Tensor) -> "LexicalHead":
-        """Build a head from weights of all classes and tokens, (num_classes, V), dense or sparse."""
+        """Build a head from weights of all classes and tokens, (num_classes, V), dense or
+        sparse.
+        """
         entries = weight.T.to_sparse().coalesce()
         tokens, classes = entries.indices()
         head = cls(len(idf), len(bias), len(classes))
         counts = torch.bincount(tokens, minlength=len(idf))
         head.load_state_dict(
-            {"idf": idf, "weight": entries.values(), "bias": bias, "classes": classes, "counts": counts}
+            {
+                "idf": idf,
+                "weight": entries.values(),
+                "bias": bias,
+                "classes": classes,
+                "counts": counts,
+            }
         )
         return head
 
@@ -135,13 +151,17 @@ class LexicalHead(nn.Module):
         return {"idf": self.idf, "weight": weight, "bias": self.bias}
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Return scores (B, num_classes) of token ids and a mask (B, T). Ids beyond the vocabulary are ignored."""
-        input_ids, vocab_size = input_ids.to(self.idf.device), len(self.idf)
+        """Return scores (B, num_classes) of token ids and a mask (B, T).
+
+        Ids beyond the vocabulary are ignored.
+        """
+        input_ids = input_ids.to(self.idf.device)
+        vocab_size = len(self.idf)
         counted = input_ids < vocab_size
         if attention_mask is not None:
             counted = counted & attention_mask.to(counted.device).bool()
 
-        # ── TF-IDF of each text's distinct tokens, at the first of equal ids; 0 elsewhere ────────────────────────────
+        # ── TF-IDF of each text's distinct tokens, at the first of equal ids; 0 elsewhere ─────────
         ids = input_ids.where(counted, vocab_size).sort(1).values
         is_first = nn.functional.pad(ids[:, 1:] != ids[:, :-1], (1, 0), value=True)
         group = is_first.long().cumsum(1) - 1
@@ -151,27 +171,38 @@ class LexicalHead(nn.Module):
         ids = ids.where(is_token, 0)
         tfidf = nn.functional.normalize((1 + counts.log()) * self.idf[ids].float() * is_token)
 
-        # ── Product with the weights ─────────────────────────────────────────────────────────────────────────────────
+        # ── Product with the weights ──────────────────────────────────────────────────────────────
         if torch.compiler.is_exporting():
             return self.add_up(ids, tfidf)
         step = max(1, ENTRIES_AT_ONCE // max(1, len(self.weight)))
-        return torch.cat([self.add_up(*part) for part in zip(ids.split(step), tfidf.split(step), strict=True)])
+        return torch.cat(
+            [self.add_up(*part) for part in zip(ids.split(step), tfidf.split(step), strict=True)]
+        )
 
     def add_up(self, ids: Tensor, tfidf: Tensor) -> Tensor:
-        """Return scores (B, num_classes) from token ids and their TF-IDF (B, T), by the weights of these tokens alone."""
+        """Return scores (B, num_classes) from token ids and their TF-IDF (B, T), by the weights of
+        these tokens alone.
+        """
         num_texts, length = ids.shape
-        ids, values = ids.flatten(), tfidf.flatten()
+        ids = ids.flatten()
+        values = tfidf.flatten()
         of_tokens = self.counts.long()
         counts = of_tokens[ids] * (values != 0)
-        source = torch.repeat_interleave(torch.arange(num_texts * length, device=ids.device), counts)
-        number = torch.arange(source.shape[0], device=ids.device) - (counts.cumsum(0) - counts)[source]
+        source = torch.repeat_interleave(
+            torch.arange(num_texts * length, device=ids.device), counts
+        )
+        number = (
+            torch.arange(source.shape[0], device=ids.device) - (counts.cumsum(0) - counts)[source]
+        )
         entry = (of_tokens.cumsum(0) - of_tokens)[ids[source]] + number
         target = source // length * len(self.bias) + self.classes[entry].long()
         scores = self.bias.float().repeat(num_texts)
-        return scores.scatter_add(0, target, values[source] * self.weight[entry].float()).view(num_texts, -1)
+        return scores.scatter_add(0, target, values[source] * self.weight[entry].float()).view(
+            num_texts, -1
+        )
 
 
-# ── Windows ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Windows ───────────────────────────────────────────────────────────────────────────────────────
 
 
 class Tokens(NamedTuple):
@@ -190,7 +221,11 @@ class Tokens(NamedTuple):
     text_of: Tensor | None = None
 
     def to(self, device: torch.device) -> "Tokens":
-        moved = {name: value.to(device) for name, value in self._asdict().items() if isinstance(value, Tensor)}
+        moved = {
+            name: value.to(device)
+            for name, value in self._asdict().items()
+            if isinstance(value, Tensor)
+        }
         return self._replace(**moved)
 
     def sum_over_texts(self, values: Tensor) -> Tensor:
@@ -201,58 +236,78 @@ class Tokens(NamedTuple):
         return sums.scatter_add(0, self.text_of[:, None].expand_as(values), values)
 
 
-def cut_into_windows(mask: Tensor, window: int, num_before: int, num_after: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Cut texts, given by their attention mask (B, T), into windows of nearly equal length, at most ``window`` tokens.
+def cut_into_windows(
+    mask: Tensor, window: int, num_before: int, num_after: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cut texts, given by their attention mask (B, T), into windows of nearly equal length, at most
+    ``window`` tokens.
 
-    A text that fits into one window stays as it is. Others have ``num_before`` special tokens at their start and ``num_after`` at
-    their end, which each of their windows gets. Sizes are computed from the mask, so that the graph can be exported.
+    A text that fits into one window stays as it is. Others have ``num_before`` special tokens at
+    their start and ``num_after`` at their end, which each of their windows gets. Sizes are computed
+    from the mask, so that the graph can be exported.
 
     Returns:
-        The text of each window, (K,). Which tokens are no padding, (K, W), padded on the right. The column of each token in the
-        texts, (K, W); in a text of several windows, -1, -2, … stand for the special tokens, those at the start first.
+        The text of each window, (K,). Which tokens are no padding, (K, W), padded on the right. The
+        column of each token in the texts, (K, W); in a text of several windows, -1, -2, … stand for
+        the special tokens, those at the start first.
     """
     tokens = mask.bool()
     num_texts, length = tokens.shape
     columns = torch.arange(length, device=mask.device).expand(num_texts, -1)
     # the columns of each text's tokens, in their order; padding goes to a further column
     places = (tokens.long().cumsum(1) - 1).where(tokens, length)
-    in_order = torch.zeros(num_texts, length + 1, dtype=torch.long, device=mask.device).scatter(1, places, columns)
+    in_order = torch.zeros(num_texts, length + 1, dtype=torch.long, device=mask.device).scatter(
+        1, places, columns
+    )
 
-    # ── How many windows, and which part of the text each has ────────────────────────────────────────────────────────
-    count, room = tokens.sum(1), window - num_before - num_after
+    # ── How many windows, and which part of the text each has ─────────────────────────────────────
+    count = tokens.sum(1)
+    room = window - num_before - num_after
     is_cut = count > window
-    before, after = num_before * is_cut.long(), num_after * is_cut.long()
+    before = num_before * is_cut.long()
+    after = num_after * is_cut.long()
     content = count - before - after
     windows = torch.where(is_cut, (content + room - 1) // room, 1)
     text_of = torch.repeat_interleave(torch.arange(num_texts, device=mask.device), windows)
-    number = torch.arange(text_of.shape[0], device=mask.device) - (windows.cumsum(0) - windows)[text_of]
-    before, content, windows, after = (values[text_of] for values in (before, content, windows, after))
-    start, end = number * content // windows, (number + 1) * content // windows
+    number = (
+        torch.arange(text_of.shape[0], device=mask.device) - (windows.cumsum(0) - windows)[text_of]
+    )
+    before, content, windows, after = (
+        values[text_of] for values in (before, content, windows, after)
+    )
+    start = number * content // windows
+    end = (number + 1) * content // windows
     lengths = before + end - start + after
 
-    # ── The column of each token ─────────────────────────────────────────────────────────────────────────────────────
+    # ── The column of each token ──────────────────────────────────────────────────────────────────
     place = torch.arange(lengths.max().item(), device=mask.device).expand(text_of.shape[0], -1)
     of_text = in_order[text_of].gather(1, (start[:, None] + place).clamp(max=length))
     from_end = place - (lengths - after)[:, None]  # 0 for the first special token at the end
     column = torch.where(place < before[:, None], -1 - place, of_text)
-    column = torch.where((from_end >= 0) & (from_end < after[:, None]), -1 - num_before - from_end, column)
+    column = torch.where(
+        (from_end >= 0) & (from_end < after[:, None]), -1 - num_before - from_end, column
+    )
     return text_of, place < lengths[:, None], column
 
 
 class HierarchicalHeads(nn.Module):
-    """All decisions of a taxonomy at once: (B, hidden_size), or with label attention (B, T, hidden_size), to (B, num_nodes).
+    """All decisions of a taxonomy at once: (B, hidden_size), or with label attention
+    (B, T, hidden_size), to (B, num_nodes).
 
-    A node's score is linear in the text's vector. With label attention, each node has its own vector of the text: a weighted
-    mean of the token vectors h. The weights are softmax(h · q / √hidden_size) over the tokens, for the node's query q
-    (Mullenbach et al., 2018, "Explainable prediction of medical codes from clinical text"). Queries start at 0, which is mean
-    pooling. With family attention, the leaves below a parent share its query, so there are fewer weighted means to compute.
+    A node's score is linear in the text's vector. With label attention, each node has its own
+    vector of the text: a weighted mean of the token vectors h. The weights are softmax(h · q /
+    √hidden_size) over the tokens, for the node's query q (Mullenbach et al., 2018, "Explainable
+    prediction of medical codes from clinical text"). Queries start at 0, which is mean pooling.
+    With family attention, the leaves below a parent share its query, so there are fewer weighted
+    means to compute.
 
-    With one path a text, an inner node adds its inclusive value, the logsumexp of its children's scores (the nested logit:
-    McFadden, 1978, "Modelling the choice of residential location"). Without the inner nodes' own weights this is a flat
-    softmax over the leaves. With them, leaves share their ancestors' weights. For multi-label models, the score stays as it is.
+    With one path a text, an inner node adds its inclusive value, the logsumexp of its children's
+    scores (the nested logit: McFadden, 1978, "Modelling the choice of residential location").
+    Without the inner nodes' own weights this is a flat softmax over the leaves. With them, leaves
+    share their ancestors' weights. For multi-label models, the score stays as it is.
 
-    A lexical head takes part in each decision: its weighted scores are added to the encoder's (a product of experts:
-    Hinton, 2002). The calibration applies to the sum.
+    A lexical head takes part in each decision: its weighted scores are added to the encoder's (a
+    product of experts: Hinton, 2002). The calibration applies to the sum.
     """
 
     def __init__(self, config: HierarchicalConfig):
@@ -262,17 +317,23 @@ class HierarchicalHeads(nn.Module):
         self.num_nodes = self.decisions.num_nodes
         self.dropout = nn.Dropout(config.head_dropout)
         # weights and calibration are float32, whatever the default dtype is
-        self.weight = nn.Parameter(torch.empty(self.num_nodes, config.hidden_size, dtype=torch.float32))
+        self.weight = nn.Parameter(
+            torch.empty(self.num_nodes, config.hidden_size, dtype=torch.float32)
+        )
         self.bias = nn.Parameter(torch.empty(self.num_nodes, dtype=torch.float32))
         self.query = None
         if config.pooling in ("label_attention", "family_attention"):
             self.blocks = self.query_blocks(config.pooling == "family_attention")
             num_queries = 1 + max(self.blocks["query_of"])
-            self.query = nn.Parameter(torch.empty(num_queries, config.hidden_size, dtype=torch.float32))
+            self.query = nn.Parameter(
+                torch.empty(num_queries, config.hidden_size, dtype=torch.float32)
+            )
             for name, values in self.blocks.items():
                 self.register_buffer(name, torch.tensor(values), persistent=False)
         for name in ("scale", "shift"):
-            self.register_buffer(name, torch.empty(self.num_nodes, dtype=torch.float32), persistent=False)
+            self.register_buffer(
+                name, torch.empty(self.num_nodes, dtype=torch.float32), persistent=False
+            )
         self.lexical = None
         if config.lexical_vocab_size is not None:
             sizes = (config.lexical_vocab_size, self.decisions.num_classes, config.lexical_entries)
@@ -291,7 +352,7 @@ class HierarchicalHeads(nn.Module):
             for name, values in self.blocks.items():
                 self.get_buffer(name).copy_(torch.tensor(values))
 
-    # ── Label attention ──────────────────────────────────────────────────────────────────────────────────────────────
+    # ── Label attention ───────────────────────────────────────────────────────────────────────────
 
     def query_blocks(self, shared: bool) -> dict[str, list]:
         """Divide the nodes into K blocks of at most `FAMILY_WIDTH` nodes with the same query.
@@ -300,8 +361,9 @@ class HierarchicalHeads(nn.Module):
             shared: whether a leaf has the query of its parent.
 
         Returns:
-            ``query_of``, the number of each node's query, (N,). ``block_query``, that of each block, (K,). ``block_nodes``, the nodes
-            of each block, padded with the first, (K, width). ``block_place``, where each node is among these, (N,).
+            ``query_of``, the number of each node's query, (N,). ``block_query``, that of each
+            block, (K,). ``block_nodes``, the nodes of each block, padded with the first,
+            (K, width). ``block_place``, where each node is among these, (N,).
         """
         tree = self.decisions.tree
         families: dict[int, list[int]] = {}  # by the node that has the query
@@ -325,10 +387,14 @@ class HierarchicalHeads(nn.Module):
         }
 
     def attend(self, tokens: Tokens, blocks: slice) -> Tensor:
-        """Score the tokens of texts by label attention, without biases, for some blocks of nodes: (B, blocks · width)."""
+        """Score the tokens of texts by label attention, without biases, for some blocks of nodes:
+        (B, blocks · width).
+        """
         query: Any = self.query
-        vectors, query = tokens.vectors, query[self.block_query[blocks]]
-        attention = nn.functional.linear(vectors, query) / vectors.shape[-1] ** 0.5  # (K, W, blocks)
+        vectors = tokens.vectors
+        query = query[self.block_query[blocks]]
+        # (K, W, blocks)
+        attention = nn.functional.linear(vectors, query) / vectors.shape[-1] ** 0.5
         if tokens.mask is not None:
             padding = tokens.mask.to(vectors.device).unsqueeze(-1) == 0
             attention = attention.masked_fill(padding, torch.finfo(attention.dtype).min)
@@ -340,14 +406,22 @@ class HierarchicalHeads(nn.Module):
             peak = peak.scatter_reduce(0, index, attention.detach().amax(1), "amax")
             weights = (attention - peak[tokens.text_of][:, None]).exp()
             sums = tokens.sum_over_texts((weights.transpose(1, 2) @ vectors).flatten(1))
-            means = sums.unflatten(1, (-1, vectors.shape[2])) / tokens.sum_over_texts(weights.sum(1))[..., None]
-        scores = means.transpose(0, 1) @ self.weight[self.block_nodes[blocks]].transpose(1, 2)  # (blocks, B, width)
+            means = (
+                sums.unflatten(1, (-1, vectors.shape[2]))
+                / tokens.sum_over_texts(weights.sum(1))[..., None]
+            )
+        # (blocks, B, width)
+        scores = means.transpose(0, 1) @ self.weight[self.block_nodes[blocks]].transpose(1, 2)
         return scores.transpose(0, 1).flatten(1)
 
     def own_scores(self, vectors: Tensor | Tokens) -> Tensor:
-        """Score vectors of texts (B, H), or with label attention their tokens, without the lexical head: (B, num_nodes)."""
+        """Score vectors of texts (B, H), or with label attention their tokens, without the lexical
+        head: (B, num_nodes).
+        """
         if isinstance(vectors, Tensor):
-            return nn.functional.linear(self.dropout(vectors.to(self.weight.dtype)), self.weight, self.bias).float()
+            return nn.functional.linear(
+                self.dropout(vectors.to(self.weight.dtype)), self.weight, self.bias
+            ).float()
         tokens = vectors._replace(vectors=self.dropout(vectors.vectors.to(self.weight.dtype)))
         if torch.compiler.is_exporting():
             scores = self.attend(tokens, slice(None))
@@ -355,95 +429,138 @@ class HierarchicalHeads(nn.Module):
             num_rows, *sizes = tokens.vectors.shape
             step = max(1, SCORES_AT_ONCE // (num_rows * max(sizes)))
             starts = range(0, len(self.block_query), step)
-            scores = torch.cat([self.attend(tokens, slice(start, start + step)) for start in starts], 1)
+            scores = torch.cat(
+                [self.attend(tokens, slice(start, start + step)) for start in starts], 1
+            )
         return scores[:, self.block_place].float() + self.bias
 
-    # ── Nodes without training ───────────────────────────────────────────────────────────────────────────────────────
+    # ── Nodes without training ────────────────────────────────────────────────────────────────────
 
     @torch.no_grad()
     def take_over(self, old: "HierarchicalHeads", known: dict[int, int], trains: bool) -> None:
-        """Copy the heads of known nodes from those of another taxonomy, where ``known`` gives their ids.
+        """Copy the heads of known nodes from those of another taxonomy, where ``known`` gives their
+        ids.
 
-        A node below other ancestors keeps the log-odds of its leaves: its own score makes up for what the ancestors pass down.
-        With label attention this is impossible, because nodes have their own vectors of a text. Then these nodes keep their own
-        scores if the model ``trains`` afterwards, and else are a ValueError.
+        A node below other ancestors keeps the log-odds of its leaves: its own score makes up for
+        what the ancestors pass down. With label attention this is impossible, because nodes have
+        their own vectors of a text. Then these nodes keep their own scores if the model ``trains``
+        afterwards, and else are a ValueError.
         """
-        tree, new_ids, old_ids = self.decisions.tree, [*known], [*known.values()]
+        tree = self.decisions.tree
+        new_ids = [*known]
+        old_ids = [*known.values()]
         own = torch.cat([old.weight, old.bias[:, None]], 1)
-        passed = nn.functional.pad(old.decisions.passed_down(own.T), (0, 1)).T  # -1 selects the padding
-        above = [next((known[a] for a in reversed(tree.path(node)[:-1]) if a in known), -1) for node in known]
-        heads = own[old_ids] + (passed[old.decisions.parents[old_ids]] - passed[above])  # exactly 0 if nothing moved
+        # -1 selects the padding
+        passed = nn.functional.pad(old.decisions.passed_down(own.T), (0, 1)).T
+        above = [
+            next((known[a] for a in reversed(tree.path(node)[:-1]) if a in known), -1)
+            for node in known
+        ]
+        # exactly 0 if nothing moved
+        heads = own[old_ids] + (passed[old.decisions.parents[old_ids]] - passed[above])
         for i, (node, old_id) in enumerate(known.items()):
-            if node < self.decisions.num_classes and old_id >= old.decisions.num_classes:  # its leaves are merged
+            # its leaves are merged
+            if node < self.decisions.num_classes and old_id >= old.decisions.num_classes:
                 leaves = old.decisions.tree.leaves_at_or_below[old_id]
                 heads[i] = passed[leaves].mean(0) - passed[above[i]]
                 heads[i, -1] += math.log(len(leaves))
         if self.query is not None and old.query is not None:
             if not (trains or torch.equal(heads, own[old_ids])):
                 raise ValueError("with label attention, moved or merged nodes need training")
-            query_of, old_query_of = self.blocks["query_of"], old.blocks["query_of"]
+            query_of = self.blocks["query_of"]
+            old_query_of = old.blocks["query_of"]
             taken = {query_of[node]: old_query_of[old_id] for node, old_id in sorted(known.items())}
-            self.query[[*taken]], heads = old.query[[*taken.values()]], own[old_ids]
-        self.weight[new_ids], self.bias[new_ids] = heads[:, :-1], heads[:, -1]
+            self.query[[*taken]] = old.query[[*taken.values()]]
+            heads = own[old_ids]
+        self.weight[new_ids] = heads[:, :-1]
+        self.bias[new_ids] = heads[:, -1]
 
     def shares(self, old: Decisions, known: dict[int, int]) -> Tensor:
-        """Return the share of each class of another taxonomy in each class, sparse, (num_classes, its num_classes).
+        """Return the share of each class of another taxonomy in each class, sparse,
+        (num_classes, its num_classes).
 
-        A class is the mean of the classes that it stands for: itself, those that were below it, or its relatives.
+        A class is the mean of the classes that it stands for: itself, those that were below it, or
+        its relatives.
         """
 
         def classes(node: int) -> list[int]:
-            return [known[node]] if known[node] < old.num_classes else old.tree.leaves_at_or_below[known[node]]
+            return (
+                [known[node]]
+                if known[node] < old.num_classes
+                else old.tree.leaves_at_or_below[known[node]]
+            )
 
         @cache
         def of_relatives(parent: int) -> list[int]:
             return [*chain.from_iterable(map(classes, self.decisions.relatives(parent, known)))]
 
-        parents, num_classes = self.decisions.tree.parents, self.decisions.num_classes
-        sources = [classes(node) if node in known else of_relatives(parents[node]) for node in range(num_classes)]
+        parents = self.decisions.tree.parents
+        num_classes = self.decisions.num_classes
+        sources = [
+            classes(node) if node in known else of_relatives(parents[node])
+            for node in range(num_classes)
+        ]
         places = [(node, source) for node, of_node in enumerate(sources) for source in of_node]
         values = [1 / len(of_node) for of_node in sources for _ in of_node]
-        size, indices = (num_classes, old.num_classes), torch.tensor(places, dtype=torch.long).view(-1, 2).T
+        size = (num_classes, old.num_classes)
+        indices = torch.tensor(places, dtype=torch.long).view(-1, 2).T
         return torch.sparse_coo_tensor(indices, torch.tensor(values), size, check_invariants=True)
 
     @torch.no_grad()
-    def place(self, vectors: Mapping[int, Tensor], known: Container[int], open_world: OpenWorld | None) -> None:
-        """Set the heads of new classes, given by their ids, from the vectors of texts of each, (n, H), without training.
+    def place(
+        self, vectors: Mapping[int, Tensor], known: Container[int], open_world: OpenWorld | None
+    ) -> None:
+        """Set the heads of new classes, given by their ids, from the vectors of texts of each,
+        (n, H), without training.
 
-        A new head is the mean head of the class's relatives (`Decisions.relatives`), plus a weight w that is 0 for a text at the
-        mean μ of the relatives' texts:  w · (v - μ).  Its direction is that of a linear discriminant analysis
-        (`OpenWorld.discriminant`) between μ and the mean of the class's texts, where μ counts as one more text. Its length is
-        `NEW_LENGTH` times that with which such weights would give known classes, at their means, the scores of their heads, on
-        average. Inner nodes that are no classes get 0.
+        A new head is the mean head of the class's relatives (`Decisions.relatives`), plus a weight
+        w that is 0 for a text at the mean μ of the relatives' texts:  w · (v - μ).  Its direction
+        is that of a linear discriminant analysis (`OpenWorld.discriminant`) between μ and the mean
+        of the class's texts, where μ counts as one more text. Its length is `NEW_LENGTH` times that
+        with which such weights would give known classes, at their means, the scores of their heads,
+        on average. Inner nodes that are no classes get 0.
 
-        ``known`` are the ids of all other nodes, and ``open_world`` has the means of their texts. ValueError: it is None, a class
-        has no vectors, or the model has label attention.
+        ``known`` are the ids of all other nodes, and ``open_world`` has the means of their texts.
+        ValueError: it is None, a class has no vectors, or the model has label attention.
         """
-        tree, num_classes = self.decisions.tree, self.decisions.num_classes
+        tree = self.decisions.tree
+        num_classes = self.decisions.num_classes
         new = [node for node in range(self.num_nodes) if node not in known]
         if not new:
             return
         if self.query is not None:
             raise ValueError("with label attention, new nodes need training")
         if not any(node in known for node in range(num_classes)):
-            raise ValueError("no class of the taxonomy is known: new classes need known ones beside them")
-        if missing := [tree.labels[node] for node in new if node < num_classes and node not in vectors]:
+            raise ValueError(
+                "no class of the taxonomy is known: new classes need known ones beside them"
+            )
+        if missing := [
+            tree.labels[node] for node in new if node < num_classes and node not in vectors
+        ]:
             raise ValueError(f"vectors are missing for {list_names(missing)}")
-        self.weight[new], self.bias[new] = 0, 0
+        self.weight[new] = 0
+        self.bias[new] = 0
         if not vectors:
             return
         if open_world is None:
             raise ValueError(
-                "the checkpoint stores no class means, for want of validation texts: new classes need training"
+                "the checkpoint stores no class means, for want of validation texts: new "
+                "classes need training"
             )
-        # weights and bias of each node as the log-odds of a leaf read them, with those of its ancestors
+        # weights and bias of each node as the log-odds of a leaf read them, with those of its
+        # ancestors
         own = torch.cat([self.weight, self.bias[:, None]], 1)
         above = self.decisions.of_parents(self.decisions.passed_down(own.T)).T
         total = own + above
-        means, has_texts = open_world.class_means(), open_world.shares > 0
+        means = open_world.class_means()
+        has_texts = open_world.shares > 0
         fitted = [node for node in range(num_classes) if has_texts[node] and node in known]
         heads, offsets = (values - values.mean(0) for values in (total[fitted, :-1], means[fitted]))
-        length = NEW_LENGTH * (heads * offsets).sum() / (open_world.discriminant(offsets) * offsets).sum()
+        length = (
+            NEW_LENGTH
+            * (heads * offsets).sum()
+            / (open_world.discriminant(offsets) * offsets).sum()
+        )
         for parent in {tree.parents[node] for node in vectors}:
             relatives = self.decisions.relatives(parent, known)
             level = total[relatives].mean(0)
@@ -454,27 +571,40 @@ class HierarchicalHeads(nn.Module):
                 texts = torch.atleast_2d(vectors[node]).to(means)
                 offset = (texts - center).sum(0) / (len(texts) + 1)
                 weight = length * open_world.discriminant(offset)
-                self.weight[node], self.bias[node] = (level - above[node])[:-1], (level - above[node])[-1]
+                self.weight[node], self.bias[node] = (
+                    (level - above[node])[:-1],
+                    (level - above[node])[-1],
+                )
                 self.weight[node] += weight
                 self.bias[node] -= weight @ center
 
     def forward(
-        self, vectors: Tensor | Tokens, input_ids: Tensor | None = None, attention_mask: Tensor | None = None
+        self,
+        vectors: Tensor | Tokens,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return the scores of the decisions (B, num_nodes), and the encoder's own, without calibration and lexical head.
+        """Return the scores of the decisions (B, num_nodes), and the encoder's own, without
+        calibration and lexical head.
 
         ``input_ids`` and their mask are for the lexical head.
         """
         device = vectors.device if isinstance(vectors, Tensor) else vectors.vectors.device
         with torch.autocast(device.type, enabled=False):
-            own, lexical = self.decisions.inclusive(self.own_scores(vectors)), None
+            own = self.decisions.inclusive(self.own_scores(vectors))
+            lexical = None
             if self.lexical is not None:
                 lexical = self.decisions.of_classes(self.lexical(input_ids, attention_mask))
-            return calibrate(own, lexical, self.config.calibration.lexical_weight, self.scale, self.shift), own
+            return calibrate(
+                own, lexical, self.config.calibration.lexical_weight, self.scale, self.shift
+            ), own
 
 
 class HierarchicalForSequenceClassification(PreTrainedModel):
-    """Any text encoder of transformers, pooled, with hierarchical heads. By default the encoder is newly initialised."""
+    """Any text encoder of transformers, pooled, with hierarchical heads.
+
+    By default the encoder is newly initialised.
+    """
 
     config_class = HierarchicalConfig
     base_model_prefix = "encoder"
@@ -490,12 +620,15 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
             encoder = build_encoder(config.text_config)
         else:
             for module in encoder.modules():
-                module._is_hf_initialized = True  # else post_init would reinitialise an injected adapter
+                # else post_init would reinitialise an injected adapter
+                module._is_hf_initialized = True
         self.encoder = encoder
-        config.text_config = encoder.config  # one object, so that resized embeddings and attention choices are saved
+        # one object, so that resized embeddings and attention choices are saved
+        config.text_config = encoder.config
         self.heads = HierarchicalHeads(config)
         self.window = config.window or position_limit(encoder)  # None: of any length
-        self.encodes_at_once = False  # FSDP needs equally many calls of the encoder in all processes
+        # FSDP needs equally many calls of the encoder in all processes
+        self.encodes_at_once = False
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -522,7 +655,8 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tokens, Any]:
-        """Encode the tokens of texts, by windows if a text is longer than one. Arguments are those of `forward`.
+        """Encode the tokens of texts, by windows if a text is longer than one. Arguments are those
+        of `forward`.
 
         Returns:
             The encoded tokens, and the encoder's outputs, None if there are several windows.
@@ -542,18 +676,28 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         self.check_windows(token_type_ids, kwargs)
         if attention_mask is None:
             attention_mask = torch.ones(num_texts, length, dtype=torch.long, device=given.device)
-        before, after = self.config.tokens_before or [], self.config.tokens_after or []
-        text_of, mask, column = cut_into_windows(attention_mask, self.window, len(before), len(after))
+        before = self.config.tokens_before or []
+        after = self.config.tokens_after or []
+        text_of, mask, column = cut_into_windows(
+            attention_mask, self.window, len(before), len(after)
+        )
 
-        # ── Inputs of each window ────────────────────────────────────────────────────────────────────────────────────
-        is_special, source = column < 0, column.clamp(min=0)
-        special = torch.tensor([*before, *after, 0], device=given.device)[(-1 - column).clamp(min=0)]  # (K, W)
+        # ── Inputs of each window ─────────────────────────────────────────────────────────────────
+        is_special = column < 0
+        source = column.clamp(min=0)
+        # (K, W)
+        special = torch.tensor([*before, *after, 0], device=given.device)[
+            (-1 - column).clamp(min=0)
+        ]
         if inputs_embeds is not None:
             special = self.get_input_embeddings()(special).to(given.dtype)
-            is_special, source = is_special[..., None], source[..., None].expand(-1, -1, given.shape[2])
+            is_special = is_special[..., None]
+            source = source[..., None].expand(-1, -1, given.shape[2])
         inputs = {name: special.where(is_special, given[text_of].gather(1, source))}
         if token_type_ids is not None:
-            inputs["token_type_ids"] = token_type_ids.expand(num_texts, -1)[text_of].gather(1, column.clamp(min=0))
+            inputs["token_type_ids"] = token_type_ids.expand(num_texts, -1)[text_of].gather(
+                1, column.clamp(min=0)
+            )
         inputs["attention_mask"] = mask.to(attention_mask.dtype)
         return Tokens(self.encode_windows(inputs, kwargs), mask, num_texts, text_of), None
 
@@ -561,7 +705,9 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         """Encode windows (K, W), a limited number of tokens at once: (K, W, H)."""
 
         def encode(*values: Tensor) -> Tensor:
-            return self.encoder(**dict(zip(inputs, values, strict=True)), **kwargs).last_hidden_state
+            return self.encoder(
+                **dict(zip(inputs, values, strict=True)), **kwargs
+            ).last_hidden_state
 
         if torch.compiler.is_exporting() or self.encodes_at_once:
             return encode(*inputs.values())
@@ -577,13 +723,19 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         where = f"beyond {self.window} tokens, the encoder's window,"
         if self.config.tokens_before is None:
             raise ValueError(
-                f"{where} the special tokens of a window are needed, and this checkpoint does not name them"
+                f"{where} the special tokens of a window are needed, and this checkpoint "
+                "does not name them"
             )
         if any(kwargs.get(name) for name in ("output_hidden_states", "output_attentions")):
             raise ValueError(
-                f"{where} there are no hidden states or attentions of a text as a whole: truncate the text"
+                f"{where} there are no hidden states or attentions of a text as a whole: "
+                "truncate the text"
             )
-        if token_type_ids is not None and not torch.compiler.is_exporting() and token_type_ids.any():
+        if (
+            token_type_ids is not None
+            and not torch.compiler.is_exporting()
+            and token_type_ids.any()
+        ):
             raise ValueError(f"{where} pairs of texts cannot be read: truncate them")
 
     def pool(self, tokens: Tokens) -> Tensor:
@@ -600,7 +752,8 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         if tokens.mask is None:
             return hidden.float().mean(1)
         mask = tokens.mask.to(hidden.device, torch.float32).unsqueeze(-1)  # (K, W, 1)
-        sums, counts = (hidden.float() * mask).sum(1), mask.sum(1)
+        sums = (hidden.float() * mask).sum(1)
+        counts = mask.sum(1)
         return tokens.sum_over_texts(sums) / tokens.sum_over_texts(counts).clamp(min=1)
 
     @can_return_tuple
@@ -620,25 +773,30 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
 
         Args:
             input_ids, attention_mask, token_type_ids, position_ids: (B, T).
-            inputs_embeds: (B, T, H), instead of ``input_ids``, which only a lexical head then reads.
-            labels: (B,), ids of leaves or inner nodes. The loss is their negative log-likelihood in nats. For multi-label
-                models (B, num_nodes): 1 for the text's nodes and their ancestors, else 0. The loss is the binary
-                cross-entropy of the probabilities, summed over a text's nodes. Labels of -100 add nothing.
+            inputs_embeds: (B, T, H), instead of ``input_ids``, which only a lexical head then
+            reads. labels: (B,), ids of leaves or inner nodes. The loss is their negative
+            log-likelihood in nats. For multi-label
+                models (B, num_nodes): 1 for the text's nodes and their ancestors, else 0. The loss
+                is the binary cross-entropy of the probabilities, summed over a text's nodes. Labels
+                of -100 add nothing.
             num_items_in_batch: divisor of the summed loss, by default the number of texts.
             output_vectors: whether to return ``vectors``, which `OpenWorld` reads.
             kwargs: for the encoder, such as ``output_hidden_states`` and ``output_attentions``.
         """
-        # ── Encoder ──────────────────────────────────────────────────────────────────────────────────────────────────
+        # ── Encoder ───────────────────────────────────────────────────────────────────────────────
         optional = {"token_type_ids": token_type_ids, "position_ids": position_ids}
         kwargs |= {name: value for name, value in optional.items() if value is not None}
-        for name in ("output_hidden_states", "output_attentions"):  # requested when the model was loaded
+        # requested when the model was loaded
+        for name in ("output_hidden_states", "output_attentions"):
             if getattr(self.config, name, False):
                 kwargs.setdefault(name, True)
         if self.heads.lexical is not None and input_ids is None:
-            raise ValueError("this model has a lexical head, which needs input_ids: give these, too")
+            raise ValueError(
+                "this model has a lexical head, which needs input_ids: give these, too"
+            )
         tokens, encoded = self.encode(input_ids, attention_mask, inputs_embeds, **kwargs)
 
-        # ── Heads ────────────────────────────────────────────────────────────────────────────────────────────────────
+        # ── Heads ─────────────────────────────────────────────────────────────────────────────────
         vectors = self.pool(tokens) if self.heads.query is None else tokens
         if not self.heads.weight.is_meta:  # offloaded heads move their inputs themselves
             vectors = vectors.to(self.heads.weight.device)
@@ -649,7 +807,9 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
             described = torch.cat([mean, self.heads.decisions.energy(own)[:, None]], 1)
         node_log_probs, logits = self.heads.decisions(scores)
         return HierarchicalOutput(
-            loss=None if labels is None else self.heads.decisions.loss(scores, labels, num_items_in_batch),
+            loss=None
+            if labels is None
+            else self.heads.decisions.loss(scores, labels, num_items_in_batch),
             logits=logits,
             node_log_probs=node_log_probs,
             decision_logits=scores,
@@ -660,25 +820,37 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | Path, config: Any = None, merge_adapter: bool = True, **kwargs: Any
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        config: Any = None,
+        merge_adapter: bool = True,
+        **kwargs: Any,
     ) -> "HierarchicalForSequenceClassification":
         """Load a checkpoint. In the adapter form, its encoder is fetched by name and revision.
 
-        With ``merge_adapter``, a LoRA adapter is added to the weights that it adapts, if they are floating-point. Else
-        PEFT keeps it separate. Other arguments are those of `PreTrainedModel.from_pretrained`. In the
-        adapter form, ``dtype``, ``device_map``, ``quantization_config`` and ``attn_implementation`` go to the encoder.
+        With ``merge_adapter``, a LoRA adapter is added to the weights that it adapts, if they are
+        floating-point. Else PEFT keeps it separate. Other arguments are those of
+        `PreTrainedModel.from_pretrained`. In the adapter form, ``dtype``, ``device_map``,
+        ``quantization_config`` and ``attn_implementation`` go to the encoder.
         """
         load_self_contained = super().from_pretrained
-        return load_checkpoint(cls, load_self_contained, pretrained_model_name_or_path, config, merge_adapter, **kwargs)
+        return load_checkpoint(
+            cls, load_self_contained, pretrained_model_name_or_path, config, merge_adapter, **kwargs
+        )
 
     def set_calibration(
-        self, calibration: Calibration, lexical: dict[str, Tensor] | None = None, open_world: OpenWorld | None = None
+        self,
+        calibration: Calibration,
+        lexical: dict[str, Tensor] | None = None,
+        open_world: OpenWorld | None = None,
     ) -> None:
-        """Set the calibration, the lexical head that it weights or None, and what measures how strange texts are or None.
+        """Set the calibration, the lexical head that it weights or None, and what measures how
+        strange texts are or None.
 
         The lexical head is given by the arguments of `LexicalHead.of_weights`.
         """
-        self.config.calibration, self.heads.lexical = calibration, None
+        self.config.calibration = calibration
+        self.heads.lexical = None
         self.config.lexical_vocab_size = self.config.lexical_entries = None
         # a copy: a module that two models share moves with either
         own = deepcopy(open_world)
@@ -687,7 +859,8 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         if lexical is not None:
             head = LexicalHead.of_weights(**lexical)
             self.heads.lexical = head.to(self.heads.weight.device)
-            self.config.lexical_vocab_size, self.config.lexical_entries = len(head.idf), len(head.weight)
+            self.config.lexical_vocab_size = len(head.idf)
+            self.config.lexical_entries = len(head.weight)
         self.heads.fill_buffers()
         if self.config.self_test is not None:
             self.record_self_test()
@@ -701,14 +874,17 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
     ) -> tuple[list[str], list[str]]:
         """Replace the taxonomy without training: nodes may be added, moved, renamed and removed.
 
-        Known nodes (`Taxonomy.known_nodes`) keep their heads, and their parts of the lexical head and the calibration. In the
-        lexical head, a new class gets the mean of its relatives (`Decisions.relatives`). Prediction sets, the stored
-        prior and p-values are removed, unless nodes are only renamed, and keep their order.
+        Known nodes (`Taxonomy.known_nodes`) keep their heads, and their parts of the lexical head
+        and the calibration. In the lexical head, a new class gets the mean of its relatives
+        (`Decisions.relatives`). Prediction sets, the stored prior and p-values are removed, unless
+        nodes are only renamed, and keep their order.
 
         Args:
-            vectors: of texts of each new class, (n, H), see `HierarchicalHeads.place`. Without them, new heads have random weights.
-            renamed: new names of nodes, by their present labels.
-            trains: whether the model is trained afterwards. With label attention, moved and merged nodes need this.
+            vectors: of texts of each new class, (n, H), see `HierarchicalHeads.place`. Without
+            them, new heads have random weights. renamed: new names of nodes, by their present
+            labels.
+            trains: whether the model is trained afterwards. With label attention, moved and merged
+            nodes need this.
 
         Returns:
             The labels of the new nodes, and of the removed nodes.
@@ -716,13 +892,18 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         Raises:
             ValueError: see `HierarchicalHeads.take_over` and `HierarchicalHeads.place`.
         """
-        # ── Build: the model changes last, so that an error leaves it as it is ───────────────────────────────────────
+        # ── Build: the model changes last, so that an error leaves it as it is ────────────────────
         tree = read_tree(taxonomy, self.config.label_separator)
-        old, old_heads, calibration = self.config.tree, self.heads, self.config.calibration
+        old = self.config.tree
+        old_heads = self.heads
+        calibration = self.config.calibration
         known = tree.known_nodes(old, renamed)
         lexical = None if old_heads.lexical is None else old_heads.lexical.weights()
-        config, open_world = copy(self.config), old_heads.open_world
-        config.calibration, config.lexical_vocab_size, config.open_world = Calibration(), None, None
+        config = copy(self.config)
+        open_world = old_heads.open_world
+        config.calibration = Calibration()
+        config.lexical_vocab_size = None
+        config.open_world = None
         config.set_taxonomy(tree)
         heads = HierarchicalHeads(config).to(old_heads.weight.device).train(old_heads.training)
         self._init_weights(heads)  # initialize_weights() would draw a new adapter as well
@@ -731,33 +912,55 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
             shares = heads.shares(old_heads.decisions, known).to(lexical["bias"])
             lexical["weight"] = torch.sparse.mm(shares, lexical["weight"])
             lexical["bias"] = torch.mv(shares, lexical["bias"])
-        only_renamed = known == dict(enumerate(range(old.num_nodes))) and tree.parents == old.parents
+        only_renamed = (
+            known == dict(enumerate(range(old.num_nodes))) and tree.parents == old.parents
+        )
         if not only_renamed:
             open_world = None if open_world is None else open_world.of_nodes(tree, known)
             calibration = calibration.of_nodes(tree, old, known)
         if vectors is not None:
-            heads.place({tree.id(label): vector for label, vector in vectors.items()}, known, open_world)
+            heads.place(
+                {tree.id(label): vector for label, vector in vectors.items()}, known, open_world
+            )
 
-        # ── Change the model ─────────────────────────────────────────────────────────────────────────────────────────
+        # ── Change the model ──────────────────────────────────────────────────────────────────────
         if open_world is not None:
             open_world.tree = tree
-        self.config, self.heads = config, heads
+        self.config = config
+        self.heads = heads
         self.set_calibration(calibration, lexical, open_world)
         removed = {*range(old.num_nodes)} - {*known.values()}
         new = [label for node, label in enumerate(tree.labels) if node not in known]
         return new, [old.labels[node] for node in sorted(removed)]
 
     def save_pretrained(
-        self, save_directory: str | Path, is_main_process: bool = True, state_dict: dict | None = None, **kwargs: Any
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: dict | None = None,
+        **kwargs: Any,
     ) -> None:
-        """Write a checkpoint and the code that loads it: in adapter form if there is an adapter, else self-contained."""
-        save_checkpoint(self, super().save_pretrained, Path(save_directory), is_main_process, state_dict, **kwargs)
+        """Write a checkpoint and the code that loads it: in adapter form if there is an adapter,
+        else self-contained.
+        """
+        save_checkpoint(
+            self,
+            super().save_pretrained,
+            Path(save_directory),
+            is_main_process,
+            state_dict,
+            **kwargs,
+        )
 
     def push_to_hub(self, *arguments: Any, **named: Any) -> Any:
-        """Push to the Hub as transformers does. ValueError: the adapter's encoder is a local folder."""
+        """Push to the Hub as transformers does.
+
+        ValueError: the adapter's encoder is a local folder.
+        """
         if self.has_adapter and os.path.isabs(self.config.encoder_name_or_path):
             raise ValueError(
-                "the adapter's encoder is a folder of this machine: save the model, then run push_to_hub.py --merge"
+                "the adapter's encoder is a folder of this machine: save the model, then "
+                "run push_to_hub.py --merge"
             )
         return super().push_to_hub(*arguments, **named)
 

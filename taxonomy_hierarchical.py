@@ -1,12 +1,14 @@
-"""Build and query a taxonomy, a forest of named nodes. This file imports the standard library alone.
+"""Build and query a taxonomy, a forest of named nodes. This file imports the standard library
+alone.
 
 Worth knowing:
 
-1. Nodes are numbered leaves first, in reading order, then inner nodes. So class index = leaf id = index into
-   ``id2label``.
-2. A node's label is its name, or its path (``parent/child``, and ``/root``) where two nodes share the name.
-3. A decision is the choice among the roots, or among the children of one inner node. The decision at the roots has id
-   0, the one below inner node n has id n - num_leaves + 1.
+1. Nodes are numbered leaves first, in reading order, then inner nodes. So class index = leaf id =
+   index into ``id2label``.
+2. A node's label is its name, or its path (``parent/child``, and ``/root``) where two nodes share
+   the name.
+3. A decision is the choice among the roots, or among the children of one inner node. The decision
+   at the roots has id 0, the one below inner node n has id n - num_leaves + 1.
 """
 
 import difflib
@@ -18,30 +20,50 @@ from functools import cached_property
 from itertools import chain
 from typing import Any, Literal
 
-DISEASES = ["neoplasms", "digestive system diseases", "nervous system diseases", "cardiovascular diseases"]
+DISEASES = [
+    "neoplasms",
+    "digestive system diseases",
+    "nervous system diseases",
+    "cardiovascular diseases",
+]
 DEFAULT_TAXONOMY = {"general pathological conditions": None, "specific disease": DISEASES}
 MAX_DEPTH = 16
 MAX_NODES = 100_000
 MAX_NAME = 500  # characters
 # the most that a message quotes from a user's file, see `looks_like_name`
-SHOWN_CHARACTERS, SHOWN_WORDS, SHOWN_DIGITS = 60, 5, 4
+SHOWN_CHARACTERS = 60
+SHOWN_WORDS = 5
+SHOWN_DIGITS = 4
 LISTED_NAMES = 8
-UNWRITABLE = ("Cc", "Cs", "Zl", "Zp")  # control characters, halves of surrogate pairs, line and paragraph separators
+# control characters, halves of surrogate pairs, line and paragraph separators
+UNWRITABLE = ("Cc", "Cs", "Zl", "Zp")
 
 
 class TaxonomyError(ValueError):
-    """Error for an invalid taxonomy, or for a label that is not in the taxonomy. The message names the node."""
+    """Error for an invalid taxonomy, or for a label that is not in the taxonomy.
+
+    The message names the node.
+    """
 
 
 def looks_like_name(text: str) -> bool:
-    """Return whether a text can be the name of a class or column, and not patient text, a date or an identifier."""
+    """Return whether a text can be the name of a class or column, and not patient text, a date or
+    an identifier.
+    """
     digits = sum(map(str.isdigit, text))
     short = len(text) <= SHOWN_CHARACTERS and len(text.split()) <= SHOWN_WORDS
-    return short and digits <= max(SHOWN_DIGITS, len(text) // 2) and not re.search(r"[.?!](\s|$)|[。！？]", text)
+    return (
+        short
+        and digits <= max(SHOWN_DIGITS, len(text) // 2)
+        and not re.search(r"[.?!](\s|$)|[。！？]", text)
+    )
 
 
 def quote_name(value: object) -> str:
-    """Quote a name for a message. A text that does not look like a name is replaced by its length."""
+    """Quote a name for a message.
+
+    A text that does not look like a name is replaced by its length.
+    """
     if isinstance(value, tuple):
         return f"({', '.join(map(quote_name, value))})"
     if isinstance(value, (list, dict)):
@@ -60,24 +82,32 @@ class Taxonomy:
     """A forest of named nodes, of any depth up to 16, with leaves at any depth.
 
     Args:
-        tree: the forest, nested. A leaf is a string; an inner node is a one-item mapping of its name to its children.
-            Mappings with several items and leaves without children, such as ``{"a": {"b": None, "c": ["d", "e"]}}``, are
-            accepted too. TaxonomyError: the forest is invalid.
+        tree: the forest, nested. A leaf is a string; an inner node is a one-item mapping of its
+        name to its children.
+            Mappings with several items and leaves without children, such as ``{"a": {"b": None,
+            "c": ["d", "e"]}}``, are accepted too. TaxonomyError: the forest is invalid.
         separator: separator between the names of a path.
         descriptions: phrases that describe nodes, by label; not every node needs one.
 
     Attributes:
         names, parents, levels, labels: one entry per node. A root has parent -1 and level 1.
         reading_order: the ids of all nodes, each parent before its children, as a tree is drawn.
-        num_leaves, num_nodes, depth: ids below ``num_leaves`` are leaves; ``depth`` is the deepest level.
+        num_leaves, num_nodes, depth: ids below ``num_leaves`` are leaves; ``depth`` is the deepest
+        level.
     """
 
-    def __init__(self, tree: Sequence | dict, separator: str = "/", descriptions: dict[str, str] | None = None):
+    def __init__(
+        self,
+        tree: Sequence | dict,
+        separator: str = "/",
+        descriptions: dict[str, str] | None = None,
+    ):
         if not isinstance(separator, str) or not separator:
             raise TaxonomyError(f"the label separator must be a non-empty text, not {separator!r}")
         if not isinstance(tree, (list, tuple, dict)):
             raise TaxonomyError("a taxonomy is a list or a mapping of names")
-        self.separator, self.descriptions = separator, descriptions or {}
+        self.separator = separator
+        self.descriptions = descriptions or {}
         is_inner: dict[tuple[str, ...], bool] = {}  # by path, in reading order
         for path, has_children in _walk(_named(tree)):
             if path in is_inner:
@@ -89,8 +119,11 @@ class Taxonomy:
         self.num_nodes = len(is_inner)
         self.num_leaves = self.num_nodes - sum(is_inner.values())
         if self.num_leaves < 2:
-            raise TaxonomyError(f"a taxonomy needs at least two leaves; this one has {self.num_leaves}")
-        self._paths = sorted(is_inner, key=is_inner.__getitem__)  # stable: leaves first, in reading order
+            raise TaxonomyError(
+                f"a taxonomy needs at least two leaves; this one has {self.num_leaves}"
+            )
+        # stable: leaves first, in reading order
+        self._paths = sorted(is_inner, key=is_inner.__getitem__)
         self.node_of_path = {path: i for i, path in enumerate(self._paths)}
         self.reading_order = [self.node_of_path[path] for path in is_inner]
         self.names = [path[-1] for path in self._paths]
@@ -101,22 +134,30 @@ class Taxonomy:
         for node in self.reading_order:
             self._children.setdefault(self.parents[node], []).append(node)
 
-        uses, self.labels = Counter(self.names), []
+        uses = Counter(self.names)
+        self.labels = []
         self._ids: dict[str, int] = {}
         for i, path in enumerate(self._paths):
             written = separator.join(path)
             if len(path) == 1 and uses[written] > 1:
                 written = separator + written  # a root's path would be its bare name
             self.labels.append(written if uses[path[-1]] > 1 else path[-1])
-            for key in {written.strip(), self.labels[i].strip()}:  # a separator may begin or end with a space
+            # a separator may begin or end with a space
+            for key in {written.strip(), self.labels[i].strip()}:
                 if self._ids.setdefault(key, i) != i:
-                    problem = f"{quote_name(key)} is both the name of a node and the path to another"
+                    problem = (
+                        f"{quote_name(key)} is both the name of a node and the path to another"
+                    )
                     raise TaxonomyError(f"{problem}; choose another label separator")
 
     def to_nested(self, node: int = -1) -> list:
-        """Return the forest below a node, or all, as nested lists: leaves are names, inner nodes ``{name: […]}``."""
+        """Return the forest below a node, or all, as nested lists: leaves are names, inner nodes
+        ``{name: […]}``.
+        """
         return [
-            self.names[child] if child < self.num_leaves else {self.names[child]: self.to_nested(child)}
+            self.names[child]
+            if child < self.num_leaves
+            else {self.names[child]: self.to_nested(child)}
             for child in self.children(node)
         ]
 
@@ -135,8 +176,12 @@ class Taxonomy:
 
     @cached_property
     def decisions(self) -> list[list[int]]:
-        """For each decision the nodes that it chooses among, ascending: the roots, then each inner node's children."""
-        return [sorted(self.children(node)) for node in (-1, *range(self.num_leaves, self.num_nodes))]
+        """For each decision the nodes that it chooses among, ascending: the roots, then each inner
+        node's children.
+        """
+        return [
+            sorted(self.children(node)) for node in (-1, *range(self.num_leaves, self.num_nodes))
+        ]
 
     @cached_property
     def decision_of(self) -> list[int]:
@@ -190,7 +235,9 @@ class Taxonomy:
             return equal[0]
         if equal:
             paths = " and ".join(quote_name(self.labels[node]) for node in equal[:3])
-            raise TaxonomyError(f"the label {quote_name(label)} is ambiguous: it names {paths}; write the path")
+            raise TaxonomyError(
+                f"the label {quote_name(label)} is ambiguous: it names {paths}; write the path"
+            )
         near = nearest_name(key, self._ids)
         few = ", ".join(map(quote_name, self.labels[:5]))
         hint = f"it has {few}, …" if near is None else f"did you mean {quote_name(near)}?"
@@ -199,8 +246,8 @@ class Taxonomy:
     def known_nodes(self, old: "Taxonomy", renamed: dict[str, str] | None = None) -> dict[int, int]:
         """Return the id in an earlier taxonomy of each node that it has, by the node's id.
 
-        It is the node with the same path. Without one, it is the node that moved: the only one of this name in both taxonomies.
-        Taxonomies without a path in common have no node in common.
+        It is the node with the same path. Without one, it is the node that moved: the only one of
+        this name in both taxonomies. Taxonomies without a path in common have no node in common.
         ``renamed`` are the new names of earlier nodes, by label.
 
         TaxonomyError: there is no such node, or name, or two nodes would be one.
@@ -209,10 +256,13 @@ class Taxonomy:
         for label, name in (renamed or {}).items():
             if name not in self.names:
                 raise TaxonomyError(
-                    f"{quote_name(label)} is renamed to {quote_name(name)}, which is not in the taxonomy"
+                    f"{quote_name(label)} is renamed to {quote_name(name)}, which is not in "
+                    "the taxonomy"
                 )
             names[old.id(label)] = name
-        path_of = {node: tuple(names[parent] for parent in old.path(node)) for node in range(old.num_nodes)}
+        path_of = {
+            node: tuple(names[parent] for parent in old.path(node)) for node in range(old.num_nodes)
+        }
         node_of = {path: node for node, path in path_of.items()}
         if replaced := path_of.keys() - node_of.values():
             one = min(replaced)
@@ -224,7 +274,9 @@ class Taxonomy:
         if not known:
             return {}
         uses = Counter(self.names), Counter(names)
-        moved = {name: node for node, name in enumerate(names) if all(count[name] == 1 for count in uses)}
+        moved = {
+            name: node for node, name in enumerate(names) if all(count[name] == 1 for count in uses)
+        }
         return {node: moved[name] for node, name in enumerate(self.names) if name in moved} | known
 
     def draw(self) -> str:
@@ -242,10 +294,14 @@ class Taxonomy:
         return "\n".join(chain.from_iterable(map(draw, self.children(-1))))
 
     def __deepcopy__(self, memo: dict) -> "Taxonomy":
-        return self  # nothing changes a taxonomy, and every copy of a configuration would copy its tree
+        # nothing changes a taxonomy, and every copy of a configuration would copy its tree
+        return self
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Taxonomy) and (self._paths, self.separator) == (other._paths, other.separator)
+        return isinstance(other, Taxonomy) and (self._paths, self.separator) == (
+            other._paths,
+            other.separator,
+        )
 
 
 def to_nfc(name: Any) -> Any:
@@ -281,13 +337,18 @@ def _named(children: Sequence | dict) -> list[tuple[Any, Any]]:
     return list(chain.from_iterable(pairs))
 
 
-def _walk(named: list[tuple[Any, Any]], parent: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], bool]]:
-    """Check the nodes below a parent; yield each one's path, and whether it has children, in reading order."""
+def _walk(
+    named: list[tuple[Any, Any]], parent: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], bool]]:
+    """Check the nodes below a parent; yield each one's path, and whether it has children, in
+    reading order.
+    """
     for name, below in named:
         name = to_nfc(name)
         if problem := _problem(name, below, parent):
             raise TaxonomyError(problem)
-        path, children = (*parent, name), _named(below or ())
+        path = (*parent, name)
+        children = _named(below or ())
         yield path, bool(children)
         yield from _walk(children, path)
 
@@ -305,7 +366,13 @@ def _problem(name: Any, below: Any, parent: tuple[str, ...]) -> str | None:
     if name != name.strip() or any(unicodedata.category(c) in UNWRITABLE for c in name):
         return f"the name {quote_name(name)} has white space around it or a control character in it"
     if below is not None and not isinstance(below, (list, tuple, dict)):
-        return f"the children of {quote_name(name)} must be a list or a mapping, not {quote_name(below)}"
+        return (
+            f"the children of {quote_name(name)} must be a list or a mapping, not "
+            f"{quote_name(below)}"
+        )
     if len(parent) == MAX_DEPTH:
-        return f"{quote_name(name)} is at level {MAX_DEPTH + 1}; at most {MAX_DEPTH} levels are supported"
+        return (
+            f"{quote_name(name)} is at level {MAX_DEPTH + 1}; at most {MAX_DEPTH} levels are "
+            "supported"
+        )
     return None

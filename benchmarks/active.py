@@ -2,14 +2,17 @@
 
     python benchmarks/active.py --data FOLDER --encoder ENCODER
 
-FOLDER holds OHSUMED's ``train.csv`` and ``test.csv``. The training file is a pool whose labels are hidden. A run starts with 250
-random rows. Each round fits a classifier on the labelled rows, scores it on the test file, and labels 250 more rows of the pool:
+FOLDER holds OHSUMED's ``train.csv`` and ``test.csv``. The training file is a pool whose labels are
+hidden. A run starts with 250 random rows. Each round fits a classifier on the labelled rows, scores
+it on the test file, and labels 250 more rows of the pool:
 
 - random: random rows;
-- entropy: the rows with the greatest entropy of the leaf, which is the ``uncertainty`` of ``predict.py``.
+- entropy: the rows with the greatest entropy of the leaf, which is the ``uncertainty`` of
+  ``predict.py``.
 
-The classifier is a softmax regression over mean vectors of the frozen encoder, always with the same regularisation. Texts are
-truncated at 128 tokens. Three seeds draw the first rows; the table has the mean and the standard deviation of macro-F1.
+The classifier is a softmax regression over mean vectors of the frozen encoder, always with the same
+regularisation. Texts are truncated at 128 tokens. Three seeds draw the first rows; the table has
+the mean and the standard deviation of macro-F1.
 """
 
 import numpy as np
@@ -20,7 +23,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, f1_score
 from transformers import AutoModel, AutoTokenizer
 
-FIRST, BATCH, LAST = 250, 250, 2000
+FIRST = 250
+BATCH = 250
+LAST = 2000
 STRENGTH = 1e-4  # of the regularisation, beside the mean loss of a text
 TOKENS = 128  # of each text, so that the study takes minutes
 SEEDS = (1, 2, 3)
@@ -29,7 +34,10 @@ METHODS = ("random", "entropy")
 
 def main() -> None:
     arguments = flag_parser(__doc__, "active.json", "data", "encoder").parse_args()
-    files = {split: pd.read_csv(arguments.data / f"{split}.csv", dtype=str) for split in ("train", "test")}
+    files = {
+        split: pd.read_csv(arguments.data / f"{split}.csv", dtype=str)
+        for split in ("train", "test")
+    }
     vectors = {split: encode(arguments.encoder, [*rows["text"]]) for split, rows in files.items()}
     labels = {split: rows["label"].to_numpy() for split, rows in files.items()}
     runs = [
@@ -42,13 +50,19 @@ def main() -> None:
     rows = []
     for number, of_number in pd.DataFrame(runs).groupby("labels"):
         by_method = of_number.groupby("method")["macro_f1"]
-        rows.append([f"{number:,}", *(spread(by_method.get_group(method), "macro_f1") for method in METHODS)])
+        rows.append(
+            [
+                f"{number:,}",
+                *(spread(by_method.get_group(method), "macro_f1") for method in METHODS),
+            ]
+        )
     print_table(["labels", *METHODS], rows, left=0)
 
 
 def encode(encoder: str, texts: list[str]) -> np.ndarray:
     """Return the mean vectors of texts, (len(texts), hidden_size)."""
-    tokenizer, model = AutoTokenizer.from_pretrained(encoder), AutoModel.from_pretrained(encoder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    model = AutoModel.from_pretrained(encoder).eval()
 
     def mean_vectors(_, batch):
         mask = batch["attention_mask"].unsqueeze(-1)
@@ -61,8 +75,10 @@ def simulate(
     method: str, seed: int, vectors: dict[str, np.ndarray], labels: dict[str, np.ndarray]
 ) -> list[dict[str, float]]:
     """Run one simulation, and return the scores after each round."""
-    generator, pool = np.random.default_rng(seed), len(labels["train"])
-    labelled, scores = generator.permutation(pool)[:FIRST], []
+    generator = np.random.default_rng(seed)
+    pool = len(labels["train"])
+    labelled = generator.permutation(pool)[:FIRST]
+    scores = []
     while True:
         others = np.setdiff1d(np.arange(pool), labelled)
         known = vectors["train"][labelled]

@@ -1,4 +1,6 @@
-"""What the benchmarks share: the import path, flags, files of results, tables, processes, batches and intervals."""
+"""What the benchmarks share: the import path, flags, files of results, tables, processes, batches
+and intervals.
+"""
 
 import argparse
 import json
@@ -31,24 +33,33 @@ RESAMPLES = 1000  # of a bootstrap
 PROBABILITIES = ("log_loss", "ece")  # ends of the names of scores that are no percentages
 
 
-# ── Flags, results and tables ────────────────────────────────────────────────────────────────────────────────────────
+# ── Flags, results and tables ─────────────────────────────────────────────────────────────────────
 
 
-def flag_parser(description: str | None, results: str | None = None, *shared: str) -> argparse.ArgumentParser:
+def flag_parser(
+    description: str | None, results: str | None = None, *shared: str
+) -> argparse.ArgumentParser:
     """Return a parser with the description.
 
     Args:
         results: if given, ``--output`` is a flag, by default this file of `RESULTS`.
-        shared: further flags: ``data`` and ``encoder``, which are required, and ``runs``, the folder of trained models.
+        shared: further flags: ``data`` and ``encoder``, which are required, and ``runs``, the
+        folder of trained models.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     if results is not None:
         parser.add_argument("--output", type=Path, default=RESULTS / results)
         runs = ROOT / "runs" / Path(results).stem
         flags: dict[str, dict[str, Any]] = {
             "data": {"type": Path, "required": True},
             "encoder": {"required": True},
-            "runs": {"type": Path, "default": runs, "help": "folder of trained models; finished runs are not repeated"},
+            "runs": {
+                "type": Path,
+                "default": runs,
+                "help": "folder of trained models; finished runs are not repeated",
+            },
         }
         for name in shared:
             parser.add_argument(f"--{name}", **flags[name])
@@ -66,8 +77,12 @@ def write_results(output: Path, results: Any) -> None:
 
 
 def print_table(columns: Iterable[str], rows: Iterable[Iterable[Any]], left: int = 1) -> None:
-    """Print a Markdown table, unless it is empty. All columns but the first ``left`` are aligned to the right."""
-    columns, rows = list(columns), list(rows)
+    """Print a Markdown table, unless it is empty.
+
+    All columns but the first ``left`` are aligned to the right.
+    """
+    columns = list(columns)
+    rows = list(rows)
     if rows:
         print(f"\n| {' | '.join(columns)} |")
         print(f"|{' --- |' * left}{' ---: |' * (len(columns) - left)}")
@@ -76,13 +91,18 @@ def print_table(columns: Iterable[str], rows: Iterable[Iterable[Any]], left: int
 
 
 def print_rows(rows: list[dict], columns: list[tuple[str, str]], left: int = 1) -> None:
-    """Print results as a table. Each column has a name and a format with the names of fields, such as ``{accuracy:.1%}``."""
+    """Print results as a table.
+
+    Each column has a name and a format with the names of fields, such as ``{accuracy:.1%}``.
+    """
     cells = ([form.format_map(row) for _, form in columns] for row in rows)
     print_table((name for name, _ in columns), cells, left)
 
 
 def spread(values: pd.Series, name: str) -> str:
-    """Format the mean of the score ``name`` and, if there are several values, its standard deviation."""
+    """Format the mean of the score ``name`` and, if there are several values, its standard
+    deviation.
+    """
     if values.isna().all():
         return ""
     factor, digits = (1, 3) if name.endswith(PROBABILITIES) else (100, 1)
@@ -90,26 +110,39 @@ def spread(values: pd.Series, name: str) -> str:
     return f"{factor * values.mean():.{digits}f}{deviation}"
 
 
-# ── Data ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Data ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def load_splits(files: dict[str, Path], tree: Taxonomy | None, seed: int, **options: Any) -> LabelledSplits:
-    """Return the rows of each split's file as ``train.py`` splits them. ``options`` are further `DataArguments`."""
-    arguments = DataArguments(**{f"{split}_file": str(file) for split, file in files.items()}, **options)
+def load_splits(
+    files: dict[str, Path], tree: Taxonomy | None, seed: int, **options: Any
+) -> LabelledSplits:
+    """Return the rows of each split's file as ``train.py`` splits them.
+
+    ``options`` are further `DataArguments`.
+    """
+    arguments = DataArguments(
+        **{f"{split}_file": str(file) for split, file in files.items()}, **options
+    )
     return split_rows(read_rows(arguments), arguments, tree, seed)
 
 
 def rows_of(data: LabelledSplits) -> dict[str, Rows]:
     """Return texts and labels of each split."""
     targets = build_decisions(data.taxonomy, data.problem_type).targets
-    return {split: (list(rows["text"]), targets(rows["nodes"][:]).numpy()) for split, rows in data.splits.items()}
+    return {
+        split: (list(rows["text"]), targets(rows["nodes"][:]).numpy())
+        for split, rows in data.splits.items()
+    }
 
 
-# ── Processes, models and batches ────────────────────────────────────────────────────────────────────────────────────
+# ── Processes, models and batches ─────────────────────────────────────────────────────────────────
 
 
-def train(folder: Path, *words: Any, script: Iterable[Any] = (TRAIN,), **flags: Any) -> dict[str, Any]:
-    """Train in a process of its own unless the run is finished, and return its metrics. An unfinished run continues.
+def train(
+    folder: Path, *words: Any, script: Iterable[Any] = (TRAIN,), **flags: Any
+) -> dict[str, Any]:
+    """Train in a process of its own unless the run is finished, and return its metrics. An
+    unfinished run continues.
 
     Args:
         words: arguments of ``train.py``.
@@ -139,7 +172,9 @@ def run_alone(*words: Any, environment: dict[str, str] | None = None) -> Any:
 
 def load_classifier(model: str | Path, **options: Any) -> Pipeline:
     """Load this project's pipeline of a checkpoint."""
-    return pipeline("hierarchical-text-classification", model=str(model), trust_remote_code=True, **options)
+    return pipeline(
+        "hierarchical-text-classification", model=str(model), trust_remote_code=True, **options
+    )
 
 
 def node_probabilities(classify: Pipeline, texts: list[str]) -> np.ndarray:
@@ -160,14 +195,16 @@ def run_batches(
     run: Callable[[list[int], Any], Iterable[Tensor]],
     **options: Any,
 ) -> list[Tensor]:
-    """Run a function over batches of texts of similar length. Return its outputs, in the order of the texts.
+    """Run a function over batches of texts of similar length. Return its outputs, in the order of
+    the texts.
 
     Args:
         size: texts in a batch.
-        run: takes the numbers of the texts and their padded inputs, and returns several outputs, a row for each text.
-        options: further options of the tokenizer.
+        run: takes the numbers of the texts and their padded inputs, and returns several outputs, a
+        row for each text. options: further options of the tokenizer.
     """
-    encoded, parts = tokenizer(texts, truncation=True, **options), []
+    encoded = tokenizer(texts, truncation=True, **options)
+    parts = []
     order = sorted(range(len(texts)), key=lambda i: len(encoded["input_ids"][i]))
     with torch.inference_mode():
         for start in range(0, len(order), size):
@@ -178,40 +215,55 @@ def run_batches(
     return [torch.cat(outputs)[places] for outputs in zip(*parts, strict=True)]
 
 
-# ── Intervals ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Intervals ─────────────────────────────────────────────────────────────────────────────────────
 
 
 def mean_interval(values: np.ndarray) -> list[float]:
-    """Return the mean over texts, and its 95 % bootstrap interval. NaN stands for a text that does not count."""
+    """Return the mean over texts, and its 95 % bootstrap interval.
+
+    NaN stands for a text that does not count.
+    """
     values = values[~np.isnan(values)]
-    means = values[np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))].mean(1)
+    means = values[
+        np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
+    ].mean(1)
     return [float(values.mean()), *map(float, np.percentile(means, (2.5, 97.5)))]
 
 
 def paired_intervals(
     own: list[np.ndarray], other: list[np.ndarray], labels: np.ndarray
 ) -> dict[str, tuple[float, float, float]]:
-    """Return the differences of micro- and macro-F1 of two models, with 95 % bootstrap intervals over the same test texts.
+    """Return the differences of micro- and macro-F1 of two models, with 95 % bootstrap intervals
+    over the same test texts.
 
-    The resamples are shifted to have the difference as mean, as in `evaluation.metrics.bootstrap_intervals`.
+    The resamples are shifted to have the difference as mean, as in
+    `evaluation.metrics.bootstrap_intervals`.
 
     Args:
-        own, other: the predicted nodes of each seed, (num_texts, num_nodes) bool. Scores are means over the seeds.
+        own, other: the predicted nodes of each seed, (num_texts, num_nodes) bool. Scores are means
+        over the seeds.
 
     Returns:
         The difference, and the lower and upper end.
     """
-    generator, texts = np.random.default_rng(0), len(labels)
+    generator = np.random.default_rng(0)
+    texts = len(labels)
     draws = (generator.integers(texts, size=texts) for _ in range(RESAMPLES))
     # first, all texts once
     weights = np.stack([np.ones(texts), *(np.bincount(rows, minlength=texts) for rows in draws)])
 
     def f1(chosen: np.ndarray) -> np.ndarray:
         true = labels == 1
-        counts = np.stack([weights @ pairs.astype(float) for pairs in (true & chosen, chosen, true)])
-        return np.stack([2 * counts[0].sum(1) / counts[1:].sum((0, 2)), np.nanmean(node_f1(counts), axis=1)])
+        counts = np.stack(
+            [weights @ pairs.astype(float) for pairs in (true & chosen, chosen, true)]
+        )
+        return np.stack(
+            [2 * counts[0].sum(1) / counts[1:].sum((0, 2)), np.nanmean(node_f1(counts), axis=1)]
+        )
 
-    differences = np.mean([f1(chosen) for chosen in own], axis=0) - np.mean([f1(chosen) for chosen in other], axis=0)
+    differences = np.mean([f1(chosen) for chosen in own], axis=0) - np.mean(
+        [f1(chosen) for chosen in other], axis=0
+    )
     intervals = {}
     for name, (difference, *resampled) in zip(("micro_f1", "macro_f1"), differences, strict=True):
         shifted = np.array(resampled) + difference - np.mean(resampled)

@@ -1,8 +1,9 @@
 """Measure the cost of a taxonomy of 26,187 nodes: ``python benchmarks/heads.py``.
 
-The forward pass of the whole model, encoder included, reads 16 texts of 256 tokens, with 6 and 26,187 nodes. The encoder has
-MiniLM's size (6 layers, hidden size 384) and random weights. Lexical heads have as many weights as training keeps, at random
-tokens. The models alternate. Times are of the processor, on one thread. The least of three counts.
+The forward pass of the whole model, encoder included, reads 16 texts of 256 tokens, with 6 and
+26,187 nodes. The encoder has MiniLM's size (6 layers, hidden size 384) and random weights. Lexical
+heads have as many weights as training keeps, at random tokens. The models alternate. Times are of
+the processor, on one thread. The least of three counts.
 """
 
 import time
@@ -15,13 +16,24 @@ from hierarchical_clinicalbert.evaluation.lexical import MAX_WEIGHTS
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy
 
-SIZE = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
+SIZE = {
+    "hidden_size": 384,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 12,
+    "intermediate_size": 1536,
+}
 SETTINGS: dict[str, dict[str, str]] = {
     "one label": {},
     "several labels": {"problem_type": "multi_label_classification"},
     "several labels, lexical head": {"problem_type": "multi_label_classification"},
-    "several labels, label attention": {"problem_type": "multi_label_classification", "pooling": "label_attention"},
-    "several labels, family attention": {"problem_type": "multi_label_classification", "pooling": "family_attention"},
+    "several labels, label attention": {
+        "problem_type": "multi_label_classification",
+        "pooling": "label_attention",
+    },
+    "several labels, family attention": {
+        "problem_type": "multi_label_classification",
+        "pooling": "family_attention",
+    },
 }
 
 
@@ -36,10 +48,15 @@ def codes() -> list[dict]:
 
 def add_lexical_head(model: HierarchicalForSequenceClassification) -> None:
     """Add a lexical head with random weights, as many as training keeps."""
-    classes, tokens = model.config.num_labels, model.config.text_config.vocab_size
+    classes = model.config.num_labels
+    tokens = model.config.text_config.vocab_size
     kept = min(tokens, MAX_WEIGHTS // classes)
-    places = torch.stack([torch.arange(classes).repeat_interleave(kept), torch.randint(tokens, (classes * kept,))])
-    weight = torch.sparse_coo_tensor(places, torch.randn(classes * kept), (classes, tokens), check_invariants=True)
+    places = torch.stack(
+        [torch.arange(classes).repeat_interleave(kept), torch.randint(tokens, (classes * kept,))]
+    )
+    weight = torch.sparse_coo_tensor(
+        places, torch.randn(classes * kept), (classes, tokens), check_invariants=True
+    )
     lexical = {"idf": torch.rand(tokens), "weight": weight, "bias": torch.zeros(classes)}
     model.set_calibration(Calibration(lexical_weight=1.0), lexical)
 
@@ -50,11 +67,18 @@ def main() -> None:
     models = {}
     for name, settings in SETTINGS.items():
         for tree in (DEFAULT_TAXONOMY, codes()):
-            config = HierarchicalConfig(text_config={"model_type": "bert", **SIZE}, taxonomy=Taxonomy(tree), **settings)
-            models[name, config.tree.num_nodes] = HierarchicalForSequenceClassification(config).eval()
+            config = HierarchicalConfig(
+                text_config={"model_type": "bert", **SIZE}, taxonomy=Taxonomy(tree), **settings
+            )
+            models[name, config.tree.num_nodes] = HierarchicalForSequenceClassification(
+                config
+            ).eval()
             if "lexical" in name:
                 add_lexical_head(models[name, config.tree.num_nodes])
-    inputs = {"input_ids": torch.randint(5, 30000, (16, 256)), "attention_mask": torch.ones(16, 256, dtype=torch.long)}
+    inputs = {
+        "input_ids": torch.randint(5, 30000, (16, 256)),
+        "attention_mask": torch.ones(16, 256, dtype=torch.long),
+    }
     seconds = dict.fromkeys(models, float("inf"))
     with torch.inference_mode():
         for key, model in [*models.items()] * 3:

@@ -1,6 +1,8 @@
-"""Train and score multi-label baselines. `quality.py` calls this file, and describes the models in its docstring.
+"""Train and score multi-label baselines. `quality.py` calls this file, and describes the models in
+its docstring.
 
-Each peer returns marginal logits u of the validation and test texts, (num_texts, num_nodes), whose sigmoids are P(node).
+Each peer returns marginal logits u of the validation and test texts, (num_texts, num_nodes), whose
+sigmoids are P(node).
 """
 
 import base64
@@ -46,10 +48,14 @@ Logits = dict[str, np.ndarray]  # of each split in SCORED
 SCORED = ("validation", "test")
 TFIDF: dict[str, Any] = {"ngram_range": (1, 2), "sublinear_tf": True, "min_df": 2}
 STOP_WORDS = (None, "english")
-SVM_STRENGTHS, LOGISTIC_STRENGTHS = (0.1, 0.3, 1.0, 3.0, 10.0), (1.0, 3.0, 10.0, 30.0, 100.0)  # C
+# C
+SVM_STRENGTHS = (0.1, 0.3, 1.0, 3.0, 10.0)
+LOGISTIC_STRENGTHS = (1.0, 3.0, 10.0, 30.0, 100.0)
 TREE_STRENGTHS = (10.0, 100.0, 1e3, 1e4)
-MAX_LEAVES = (2, 100)  # below one node of napkinXC's tree: a binary tree, or one node above all labels
-ADAPTER_RATE, HEAD_RATE = 1e-3, 3e-2
+# below one node of napkinXC's tree: a binary tree, or one node above all labels
+MAX_LEAVES = (2, 100)
+ADAPTER_RATE = 1e-3
+HEAD_RATE = 3e-2
 NEVER = float(logit(1e-9))  # the logit of a node without training texts
 
 
@@ -63,21 +69,26 @@ def maximum_below(tree: Taxonomy, scores: np.ndarray) -> np.ndarray:
     return closed
 
 
-# ── Linear peers ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Linear peers ──────────────────────────────────────────────────────────────────────────────────
 
 
 def vectors(rows: dict[str, Rows]) -> dict[str | None, dict[str, Any]]:
     """Return TF-IDF vectors of each split, for each choice of `STOP_WORDS`."""
-    tfidf = {words: TfidfVectorizer(**TFIDF, stop_words=words).fit(rows["train"][0]) for words in STOP_WORDS}
+    tfidf = {
+        words: TfidfVectorizer(**TFIDF, stop_words=words).fit(rows["train"][0])
+        for words in STOP_WORDS
+    }
     return {
-        words: {split: fitted.transform(texts) for split, (texts, _) in rows.items()} for words, fitted in tfidf.items()
+        words: {split: fitted.transform(texts) for split, (texts, _) in rows.items()}
+        for words, fitted in tfidf.items()
     }
 
 
 def choose_settings(
     tree: Taxonomy, labels: np.ndarray, grid: Iterable[dict], fit: Callable[..., Logits]
 ) -> tuple[Logits, dict]:
-    """Fit each setting of a grid. Return the logits and the settings of best micro-F1 on the validation rows.
+    """Fit each setting of a grid. Return the logits and the settings of best micro-F1 on the
+    validation rows.
 
     Args:
         labels: the labels of the validation rows.
@@ -90,19 +101,27 @@ def choose_settings(
     return max(((fit(**settings), settings) for settings in grid), key=micro_f1)
 
 
-def one_vs_rest(classifier: type[ClassifierMixin], strengths: tuple[float, ...], **fixed: Any) -> Callable:
+def one_vs_rest(
+    classifier: type[ClassifierMixin], strengths: tuple[float, ...], **fixed: Any
+) -> Callable:
     """Return a peer, see `PEERS`: one classifier per node over TF-IDF."""
 
     def peer(tree: Taxonomy, rows: dict[str, Rows], seed: int, **_: Any) -> tuple[Logits, dict]:
         all_features = vectors(rows)
 
         def fit(stop_words: str | None, **settings: Any) -> Logits:
-            features, labels = all_features[stop_words], rows["train"][1].astype(int)  # int8 overflows beyond 127 nodes
+            # int8 overflows beyond 127 nodes
+            features = all_features[stop_words]
+            labels = rows["train"][1].astype(int)
             model = OneVsRestClassifier(classifier(random_state=seed, **fixed, **settings)).fit(
                 features["train"], labels
             )
-            has_texts = labels.any(0)  # scikit-learn gives other nodes a score of 0, above most of those with texts
-            return {split: np.where(has_texts, model.decision_function(features[split]), NEVER) for split in SCORED}
+            # scikit-learn gives other nodes a score of 0, above most of those with texts
+            has_texts = labels.any(0)
+            return {
+                split: np.where(has_texts, model.decision_function(features[split]), NEVER)
+                for split in SCORED
+            }
 
         grid = (
             {"stop_words": words, "C": strength, "class_weight": weight}
@@ -124,7 +143,10 @@ def napkinxc(tree: Taxonomy, rows: dict[str, Rows], seed: int, **_: Any) -> tupl
         with tempfile.TemporaryDirectory() as folder:
             model = PLT(folder, **settings, seed=seed, threads=1)
             model.fit(features["train"], labels)
-            predicted = {split: model.predict_proba(features[split], top_k=tree.num_nodes) for split in SCORED}
+            predicted = {
+                split: model.predict_proba(features[split], top_k=tree.num_nodes)
+                for split in SCORED
+            }
         probabilities = {split: np.zeros(rows[split][1].shape) for split in SCORED}
         for split, pairs in predicted.items():
             for of_text, pairs_of_text in zip(probabilities[split], pairs, strict=True):
@@ -139,14 +161,16 @@ def napkinxc(tree: Taxonomy, rows: dict[str, Rows], seed: int, **_: Any) -> tupl
     return choose_settings(tree, rows["validation"][1], grid, fit)
 
 
-# ── Flat fine-tuning ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Flat fine-tuning ──────────────────────────────────────────────────────────────────────────────
 
 
 class FlatModel(nn.Module):
-    """An encoder with a LoRA adapter, and one linear layer over the mean token vector, with binary cross-entropy.
+    """An encoder with a LoRA adapter, and one linear layer over the mean token vector, with binary
+    cross-entropy.
 
     Args:
-        labels: labels of the training rows, (num_rows, num_nodes). The biases start at the nodes' log-odds in these rows.
+        labels: labels of the training rows, (num_rows, num_nodes). The biases start at the nodes'
+        log-odds in these rows.
     """
 
     accepts_loss_kwargs = False  # else the Trainer passes further arguments to forward
@@ -169,14 +193,17 @@ class FlatModel(nn.Module):
         logits = self.head(states.sum(1) / mask.sum(1)).float()
         if labels is None:
             return {"logits": logits}
-        return {"loss": nn.functional.binary_cross_entropy_with_logits(logits, labels.float()), "logits": logits}
+        return {
+            "loss": nn.functional.binary_cross_entropy_with_logits(logits, labels.float()),
+            "logits": logits,
+        }
 
 
 def flat_lora(
     tree: Taxonomy, rows: dict[str, Rows], seed: int, encoder: str, epochs: float, folder: Path
 ) -> tuple[Logits, dict]:
     """Train a `FlatModel`, see `PEERS`."""
-    # ── Model and data ───────────────────────────────────────────────────────────────────────────────────────────
+    # ── Model and data ────────────────────────────────────────────────────────────────────────────
     set_seed(seed)
     model = FlatModel(encoder, rows["train"][1])
     tokenizer = AutoTokenizer.from_pretrained(encoder)
@@ -186,7 +213,7 @@ def flat_lora(
         for split, (texts, labels) in rows.items()
     }
 
-    # ── Fit ──────────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── Fit ───────────────────────────────────────────────────────────────────────────────────────
     training = HierarchicalTrainingArguments(
         output_dir=str(folder),
         num_train_epochs=epochs,
@@ -197,7 +224,10 @@ def flat_lora(
         seed=seed,
     )
     rates = [
-        {"params": [weight for weight in model.encoder.parameters() if weight.requires_grad], "lr": ADAPTER_RATE},
+        {
+            "params": [weight for weight in model.encoder.parameters() if weight.requires_grad],
+            "lr": ADAPTER_RATE,
+        },
         {"params": model.head.parameters(), "lr": HEAD_RATE},
     ]
     trainer = Trainer(
@@ -220,7 +250,9 @@ def predict(model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: list[st
     """Return a model's logits for each text, (num_texts, num_nodes) float64, without autocast."""
     model.eval()
     device = next(model.parameters()).device
-    [logits] = run_batches(tokenizer, texts, 32, lambda _, batch: [model(**batch.to(device))["logits"].double().cpu()])
+    [logits] = run_batches(
+        tokenizer, texts, 32, lambda _, batch: [model(**batch.to(device))["logits"].double().cpu()]
+    )
     return logits.numpy()
 
 
@@ -233,14 +265,18 @@ PEERS: dict[str, Callable[..., tuple[Logits, dict]]] = {
 }
 
 
-# ── Scores ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Scores ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def score_peer(name: str, tree: Taxonomy, rows: dict[str, Rows], **arguments: Any) -> dict[str, Any]:
+def score_peer(
+    name: str, tree: Taxonomy, rows: dict[str, Rows], **arguments: Any
+) -> dict[str, Any]:
     """Train a peer, and return its scores on the test rows."""
     logits, settings = PEERS[name](tree, rows, **arguments)
     # closed upwards, as the predicted nodes are
-    threshold = ManyNodesForm(tree).common_threshold(maximum_below(tree, logits["validation"]), rows["validation"][1])
+    threshold = ManyNodesForm(tree).common_threshold(
+        maximum_below(tree, logits["validation"]), rows["validation"][1]
+    )
     scores = score(tree, logits["test"], rows["test"][1], threshold)
     if name == "tfidf-svm":  # its logits are margins
         scores = {metric: value for metric, value in scores.items() if metric not in PROBABILITIES}
@@ -250,18 +286,27 @@ def score_peer(name: str, tree: Taxonomy, rows: dict[str, Rows], **arguments: An
 def score_checkpoint(
     folder: Path, tree: Taxonomy, rows: dict[str, Rows]
 ) -> tuple[dict[str, Any], np.ndarray, Calibration]:
-    """Load a checkpoint as a user does. Return its scores on the test rows, their logits, and its calibration."""
+    """Load a checkpoint as a user does.
+
+    Return its scores on the test rows, their logits, and its calibration.
+    """
     model = AutoModel.from_pretrained(folder, trust_remote_code=True)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    u, calibration = predict(model, tokenizer, rows["test"][0]), model.config.calibration
+    u = predict(model, tokenizer, rows["test"][0])
+    calibration = model.config.calibration
     return score(tree, u, rows["test"][1], np.array(calibration.thresholds)), u, calibration
 
 
-def score(tree: Taxonomy, u: np.ndarray, labels: np.ndarray, thresholds: np.ndarray | float) -> dict[str, Any]:
-    """Return the scores of the predicted nodes, their bootstrap intervals over texts, and the predicted nodes, packed."""
+def score(
+    tree: Taxonomy, u: np.ndarray, labels: np.ndarray, thresholds: np.ndarray | float
+) -> dict[str, Any]:
+    """Return the scores of the predicted nodes, their bootstrap intervals over texts, and the
+    predicted nodes, packed.
+    """
     form = ManyNodesForm(tree)
-    scores, chosen = form.measure(u, labels, thresholds), Predictions(form, u, labels, thresholds).chosen
+    scores = form.measure(u, labels, thresholds)
+    chosen = Predictions(form, u, labels, thresholds).chosen
     ends = bootstrap_intervals(labels, chosen)
     intervals = {f"{name}_interval": ends[name].tolist() for name in ("micro_f1", "macro_f1")}
     packed = base64.b64encode(zlib.compress(np.packbits(chosen).tobytes(), 9)).decode()

@@ -2,14 +2,18 @@
 
     python benchmarks/new_classes.py --data FOLDER --encoder ENCODER [--part zero added]
 
-FOLDER is as for ``quality.py``. All models are made by ``train.py``, from texts truncated at 192 tokens, and scored on the test
-file. Names are MeSH's, descriptions those of ``descriptions.csv``. The parts:
+FOLDER is as for ``quality.py``. All models are made by ``train.py``, from texts truncated at 192
+tokens, and scored on the test file. Names are MeSH's, descriptions those of ``descriptions.csv``.
+The parts:
 
-- zero: a classifier from the names, names and unlabelled training texts, or names with descriptions, without rows;
-- added: a model is trained on the rows of all leaves but three, drawn at random among the leaves with siblings and 32 training
-  rows or more. The three leaves are added without training, from a description and 0, 1, 4 or 16 rows. Compared are the macro-F1
-  of the new leaves on all test rows, also after training anew on all rows, and the macro-F1 of the other leaves on their own test
-  rows, before and after. "Before", only the latter rows are scored. Three seeds draw the rows that are added.
+- zero: a classifier from the names, names and unlabelled training texts, or names with
+  descriptions, without rows;
+- added: a model is trained on the rows of all leaves but three, drawn at random among the leaves
+  with siblings and 32 training rows or more. The three leaves are added without training, from a
+  description and 0, 1, 4 or 16 rows. Compared are the macro-F1 of the new leaves on all test rows,
+  also after training anew on all rows, and the macro-F1 of the other leaves on their own test rows,
+  before and after. "Before", only the latter rows are scored. Three seeds draw the rows that are
+  added.
 
 Finished runs stay in ``--runs``, so an interrupted benchmark continues.
 """
@@ -20,10 +24,20 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from harness import ROOT, flag_parser, print_rows, read_predictions, read_results, train, write_results
+from harness import (
+    ROOT,
+    flag_parser,
+    print_rows,
+    read_predictions,
+    read_results,
+    train,
+    write_results,
+)
 from sklearn.metrics import accuracy_score, f1_score
 
-SEEDS, ROWS, NEW = (1, 2, 3), (0, 1, 4, 16), 3
+SEEDS = (1, 2, 3)
+ROWS = (0, 1, 4, 16)
+NEW = 3
 SETTINGS: dict[str, Any] = {"quantization": "none", "max_length": 192}
 FLAGS: dict[str, Any] = {"num_train_epochs": 2, "seed": 1, "label_smoothing_factor": 0.05}
 FLAGS |= {"lora_r": 64, "lora_alpha": 128, "text_column": "text", "label_column": "label"}
@@ -42,7 +56,8 @@ def main() -> None:
 
 def describe(data: Path, runs: Path) -> tuple[pd.DataFrame, Path]:
     """Return OHSUMED's classes with descriptions, and their file."""
-    classes, file = pd.read_csv(data / "labels.csv", dtype=str), runs / "described.csv"
+    classes = pd.read_csv(data / "labels.csv", dtype=str)
+    file = runs / "described.csv"
     described = classes.merge(pd.read_csv(ROOT / "benchmarks" / "descriptions.csv", dtype=str))
     described.to_csv(file, index=False)
     return described, file
@@ -50,31 +65,48 @@ def describe(data: Path, runs: Path) -> tuple[pd.DataFrame, Path]:
 
 def zero(data: Path, arguments: argparse.Namespace) -> list[dict]:
     """Make classifiers without rows."""
-    results, names, described = [], data / "labels.csv", describe(data, arguments.runs)[1]
+    results = []
+    names = data / "labels.csv"
+    described = describe(data, arguments.runs)[1]
     texts = {"unlabelled_file": data / "train.csv", "text_column": "text"}
-    for kind, file, flags in (("names", names, {}), ("unlabelled", names, texts), ("descriptions", described, {})):
+    for kind, file, flags in (
+        ("names", names, {}),
+        ("unlabelled", names, texts),
+        ("descriptions", described, {}),
+    ):
         flags = {"taxonomy": file, "class_names": file, "test_file": data / "test.csv", **flags}
-        metrics = train(arguments.runs / kind, model_name_or_path=arguments.encoder, **flags, **SETTINGS)
+        metrics = train(
+            arguments.runs / kind, model_name_or_path=arguments.encoder, **flags, **SETTINGS
+        )
         scores = {name: metrics[f"test_{name}"] for name in ("accuracy", "macro_f1", "log_loss")}
         results.append({"classes": kind, **scores})
-    columns = [("classes", "{classes}"), ("accuracy", "{accuracy:.1%}"), ("macro-F1", "{macro_f1:.1%}")]
+    columns = [
+        ("classes", "{classes}"),
+        ("accuracy", "{accuracy:.1%}"),
+        ("macro-F1", "{macro_f1:.1%}"),
+    ]
     print_rows(results, [*columns, ("log loss", "{log_loss:.2f}")])
     return results
 
 
 def added(data: Path, arguments: argparse.Namespace) -> list[dict]:
     """Add leaves to a trained model, and compare with training anew."""
-    # ── Files: all rows, and those of known leaves ───────────────────────────────────────────────────────────────────
-    runs, (classes, described) = arguments.runs, describe(data, arguments.runs)
+    # ── Files: all rows, and those of known leaves ────────────────────────────────────────────────
+    runs = arguments.runs
+    classes, described = describe(data, arguments.runs)
     rows = {split: pd.read_csv(data / f"{split}.csv", dtype=str) for split in ("train", "test")}
-    counts, siblings = rows["train"]["label"].value_counts(), classes["parent"].value_counts()
-    eligible = classes[(classes["label"].map(counts) >= 32) & (classes["parent"].map(siblings) > 1)]["label"]
+    counts = rows["train"]["label"].value_counts()
+    siblings = classes["parent"].value_counts()
+    eligible = classes[
+        (classes["label"].map(counts) >= 32) & (classes["parent"].map(siblings) > 1)
+    ]["label"]
     new = sorted(np.random.default_rng(0).permutation([*eligible])[:NEW])
     for name, table in {**rows, "classes": classes}.items():
         table[~table["label"].isin(new)].to_csv(runs / f"known-{name}.csv", index=False)
     name_of = dict(zip(classes["label"], classes["name"], strict=True))
     new_names, known_names = (
-        [name for label, name in name_of.items() if (label in new) == is_new] for is_new in (True, False)
+        [name for label, name in name_of.items() if (label in new) == is_new]
+        for is_new in (True, False)
     )
 
     def measure(folder: Path) -> dict[str, float]:
@@ -87,9 +119,14 @@ def added(data: Path, arguments: argparse.Namespace) -> list[dict]:
             "accuracy": accuracy_score(found["label"], found["prediction"]),
         }
 
-    # ── Before, and trained anew ─────────────────────────────────────────────────────────────────────────────────────
+    # ── Before, and trained anew ──────────────────────────────────────────────────────────────────
     results: list[dict] = []
-    scored = {"taxonomy": described, "class_names": described, "test_file": data / "test.csv", **SETTINGS}
+    scored = {
+        "taxonomy": described,
+        "class_names": described,
+        "test_file": data / "test.csv",
+        **SETTINGS,
+    }
     of_known = {"taxonomy": runs / "known-classes.csv", "class_names": runs / "known-classes.csv"}
     of_known |= {"train_file": runs / "known-train.csv", "test_file": runs / "known-test.csv"}
     for name, folder, files in (
@@ -99,12 +136,13 @@ def added(data: Path, arguments: argparse.Namespace) -> list[dict]:
         train(folder, model_name_or_path=arguments.encoder, **scored | files, **FLAGS)
         results.append({"rows": name, **measure(folder)})
 
-    # ── Added ────────────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── Added ─────────────────────────────────────────────────────────────────────────────────────
     of_new = rows["train"][rows["train"]["label"].isin(new)]
     for count in ROWS:
         measured = []
         for seed in SEEDS if count else SEEDS[:1]:
-            folder, flags = runs / f"added-{count}-{seed}", {}
+            folder = runs / f"added-{count}-{seed}"
+            flags = {}
             if count:
                 flags = {"train_file": runs / f"added-{count}-{seed}.csv", "num_train_epochs": 0}
                 drawn = of_new.sample(frac=1, random_state=seed).groupby("label").head(count)

@@ -1,44 +1,52 @@
 """Measure the accuracy of the recipes beside peers, all trained here:
 
     pip install setfit hiclass napkinxc
-    python benchmarks/quality.py --data FOLDER --encoder ENCODER [--task ohsumed --model flat-lora --seed 1 …]
+    python benchmarks/quality.py --data FOLDER --encoder ENCODER [--task ohsumed --model flat-lora
+    --seed 1 …]
 
 FOLDER holds ``ohsumed/{train,test,labels}.csv``, ``medical_abstracts/{train,validation,test}.csv``,
-``hallmarks_of_cancer/{train,validation,test}.jsonl`` with ``taxonomy.json``, and ``ohsumed_multilabel/{train,test}.jsonl``.
+``hallmarks_of_cancer/{train,validation,test}.jsonl`` with ``taxonomy.json``, and
+``ohsumed_multilabel/{train,test}.jsonl``.
 
 Single-path models (ohsumed, medical_abstracts):
 
-- tfidf-svm: a linear SVM over TF-IDF of words and word pairs, by scikit-learn. The regularisation, the class weights and the
-  removal of stop words have the best accuracy on the validation rows;
+- tfidf-svm: a linear SVM over TF-IDF of words and word pairs, by scikit-learn. The regularisation,
+  the class weights and the removal of stop words have the best accuracy on the validation rows;
 - hiclass-tfidf: the same for each parent of the taxonomy, by HiClass;
-- setfit: the encoder fine-tuned on pairs of texts, then logistic regression, by SetFit: `SETFIT_STEPS` steps of 16 pairs,
-  texts truncated at the 256 tokens with which this encoder was published, bfloat16 where train.py would use it;
-- flat-full, flat-lora: every weight, or a rank-16 adapter over a full-precision encoder, under one softmax over the leaves, with
-  cross-entropy over whole texts;
-- lora, qlora: the recipe over a full-precision encoder, and the recipe itself, over a 4-bit encoder;
+- setfit: the encoder fine-tuned on pairs of texts, then logistic regression, by SetFit:
+  `SETFIT_STEPS` steps of 16 pairs, texts truncated at the 256 tokens with which this encoder was
+  published, bfloat16 where train.py would use it;
+- flat-full, flat-lora: every weight, or a rank-16 adapter over a full-precision encoder, under one
+  softmax over the leaves, with cross-entropy over whole texts;
+- lora, qlora: the recipe over a full-precision encoder, and the recipe itself, over a 4-bit
+  encoder;
 - lora-no-contrast, qlora-no-contrast: the same without contrastive steps.
 
-The flat peers are trained by ``train.py`` with cross-entropy, the recipe's epochs, text length, label smoothing and early
-stopping, and are calibrated on the validation rows. The learning rate of flat-full is `FULL_LEARNING_RATE`. All models get
-the same training rows, and the same validation rows if they need any.
+The flat peers are trained by ``train.py`` with cross-entropy, the recipe's epochs, text length,
+label smoothing and early stopping, and are calibrated on the validation rows. The learning rate of
+flat-full is `FULL_LEARNING_RATE`. All models get the same training rows, and the same validation
+rows if they need any.
 
 Multi-label models (hallmarks, ohsumed_multilabel), over all nodes, closed upwards:
 
-- tfidf-logistic, tfidf-svm: one-vs-rest logistic regression or linear SVM over TF-IDF, by scikit-learn;
+- tfidf-logistic, tfidf-svm: one-vs-rest logistic regression or linear SVM over TF-IDF, by
+  scikit-learn;
 - napkinxc: a probabilistic label tree over TF-IDF, by napkinXC;
-- flat-lora: a rank-16 adapter over the encoder and one linear layer over the mean token vector, with binary cross-entropy,
-  by transformers' Trainer and PEFT. Texts have 512 tokens and batches 8 texts; learning rates are `ADAPTER_RATE` and
-  `HEAD_RATE`; there is no dropout, as in ``train.py``;
+- flat-lora: a rank-16 adapter over the encoder and one linear layer over the mean token vector,
+  with binary cross-entropy, by transformers' Trainer and PEFT. Texts have 512 tokens and batches 8
+  texts; learning rates are `ADAPTER_RATE` and `HEAD_RATE`; there is no dropout, as in ``train.py``;
 - lora, qlora: as above.
 
-The TF-IDF models have the settings of best micro-F1 on the validation rows, such as regularisation and the removal of stop words.
-These rows also select the epoch of the fine-tuned models, which have at most the recipe's epochs and stop early as in
-``train.py``. Each peer has the one threshold of best micro-F1 on the validation rows. The recipe has one threshold per node. The
-difference to the best peer has a paired bootstrap interval.
+The TF-IDF models have the settings of best micro-F1 on the validation rows, such as regularisation
+and the removal of stop words. These rows also select the epoch of the fine-tuned models, which have
+at most the recipe's epochs and stop early as in ``train.py``. Each peer has the one threshold of
+best micro-F1 on the validation rows. The recipe has one threshold per node. The difference to the
+best peer has a paired bootstrap interval.
 
-Finished runs stay in the output file, so an interrupted benchmark continues, also on another machine. All scores are for the
-test file, by one function. For single-path models, this function reads the predicted leaf, and log loss and calibration errors
-come from the checkpoint's own metrics. Intervals are bootstrap intervals over the test rows.
+Finished runs stay in the output file, so an interrupted benchmark continues, also on another
+machine. All scores are for the test file, by one function. For single-path models, this function
+reads the predicted leaf, and log loss and calibration errors come from the checkpoint's own
+metrics. Intervals are bootstrap intervals over the test rows.
 """
 
 import argparse
@@ -118,24 +126,38 @@ class Task:
     """
 
     def __init__(self, name: str, data: Path, seed: int, recipe: str | None = None):
-        self.name, self.seed, self.is_multi_label = name, seed, name in MULTI_LABEL_TASKS
-        self.recipe = yaml.safe_load((harness.ROOT / "recipes" / f"{recipe or name}.yaml").read_text())
+        self.name = name
+        self.seed = seed
+        self.is_multi_label = name in MULTI_LABEL_TASKS
+        self.recipe = yaml.safe_load(
+            (harness.ROOT / "recipes" / f"{recipe or name}.yaml").read_text()
+        )
         self.has_contrast = bool(self.recipe.get("contrastive_steps"))
-        folder, suffix = data / FOLDERS.get(name, name), "jsonl" if self.is_multi_label else "csv"
-        self.files = {split: folder / f"{split}.{suffix}" for split in ("train", "validation", "test")}
+        folder = data / FOLDERS.get(name, name)
+        suffix = "jsonl" if self.is_multi_label else "csv"
+        self.files = {
+            split: folder / f"{split}.{suffix}" for split in ("train", "validation", "test")
+        }
         self.files = {split: file for split, file in self.files.items() if file.exists()}
         self.separator = self.recipe.get("label_separator", "/")
         self.labels = data / "ohsumed" / "labels.csv" if name.startswith("ohsumed") else None
         if name == "medical_abstracts":
             self.tree = Taxonomy(DEFAULT_TAXONOMY)
         elif name == "clinc150":
-            self.tree = harness.load_splits({"train": self.files["train"]}, None, seed, validation_size=0).taxonomy
+            self.tree = harness.load_splits(
+                {"train": self.files["train"]}, None, seed, validation_size=0
+            ).taxonomy
         else:
             self.tree = read_taxonomy(self.labels or folder / "taxonomy.json", self.separator)
 
     def has(self, model: str) -> bool:
-        """Return whether a model is compared on this task. Variants that equal the task's recipe are not."""
-        return model in models_of(self.name) and not (model.endswith("-no-contrast") and not self.has_contrast)
+        """Return whether a model is compared on this task.
+
+        Variants that equal the task's recipe are not.
+        """
+        return model in models_of(self.name) and not (
+            model.endswith("-no-contrast") and not self.has_contrast
+        )
 
     def flags(self, runs: Path, flat: bool) -> dict[str, Any]:
         """Return the flags of ``train.py`` for the data."""
@@ -143,12 +165,20 @@ class Task:
         leaves = self.tree.labels[: self.tree.num_leaves]
         taxonomy.write_text(json.dumps(leaves if flat else self.tree.to_nested()), encoding="utf-8")
         files = {f"{split}_file": file for split, file in self.files.items()}
-        return {**files, "taxonomy": taxonomy, **({"class_names": self.labels} if self.labels else {})}
+        return {
+            **files,
+            "taxonomy": taxonomy,
+            **({"class_names": self.labels} if self.labels else {}),
+        }
 
     def load(self) -> LabelledSplits:
-        """Return the rows as ``train.py`` splits them: without a validation file, off the training file by the seed."""
+        """Return the rows as ``train.py`` splits them: without a validation file, off the training
+        file by the seed.
+        """
         classes = self.recipe.get("class_names", {})
-        names = str(self.labels) if self.labels else json.dumps({str(k): v for k, v in classes.items()})
+        names = (
+            str(self.labels) if self.labels else json.dumps({str(k): v for k, v in classes.items()})
+        )
         options = {"class_names": names, "label_separator": self.separator}
         options["validation_size"] = self.recipe.get("validation_size")
         return harness.load_splits(self.files, self.tree, self.seed, **options)
@@ -160,7 +190,9 @@ class Task:
 
 def main() -> None:
     parser = harness.flag_parser(__doc__, "quality.json", "data", "encoder", "runs")
-    parser.add_argument("--encoder_name", help="name of the encoder in the results, if it is a folder")
+    parser.add_argument(
+        "--encoder_name", help="name of the encoder in the results, if it is a folder"
+    )
     parser.add_argument("--task", choices=TASKS, nargs="+", default=TASKS)
     models = [*dict.fromkeys(model for task in TASKS for model in models_of(task))]
     parser.add_argument("--model", choices=models, nargs="+", default=models)
@@ -174,11 +206,15 @@ def main() -> None:
                 key = {"task": name, "model": model, "seed": seed}
                 if not any(key.items() <= run.items() for run in read_runs(arguments.output)):
                     started = time.time()
-                    scores = (multi_label if task.is_multi_label else single_label)(task, model, arguments)
+                    scores = (multi_label if task.is_multi_label else single_label)(
+                        task, model, arguments
+                    )
                     save_run(arguments, {**key, **scores, "minutes": (time.time() - started) / 60})
                     metric = "micro_f1" if task.is_multi_label else "accuracy"
-                    print(f"{name}, {model}, seed {seed}: {metric} {scores[metric]:.4f}", flush=True)
-    # ── Tables ───────────────────────────────────────────────────────────────────────────────────────────────────────
+                    print(
+                        f"{name}, {model}, seed {seed}: {metric} {scores[metric]:.4f}", flush=True
+                    )
+    # ── Tables ────────────────────────────────────────────────────────────────────────────────────
     results = read_runs(arguments.output)
     for shown, tasks in ((SHOWN, SINGLE_LABEL_TASKS), (MULTI_LABEL_SHOWN, MULTI_LABEL_TASKS)):
         if runs := [run for run in results if run["task"] in tasks]:
@@ -194,7 +230,9 @@ def single_label(task: Task, model: str, arguments: argparse.Namespace) -> dict[
         return measure(*MODELS[model](task, arguments.encoder), task.tree)
     folder, own = fine_tune(task, model, arguments)
     rows = harness.read_predictions(folder)
-    labels, predictions = (np.array([*map(task.tree.id, rows[name])]) for name in ("label", "prediction"))
+    labels, predictions = (
+        np.array([*map(task.tree.id, rows[name])]) for name in ("label", "prediction")
+    )
     if model.startswith("flat"):  # its level 1 consists of leaves
         own = {name: value for name, value in own.items() if "level_1" not in name}
     return own | measure(labels, predictions, task.tree)
@@ -232,7 +270,7 @@ def save_run(arguments: argparse.Namespace, run: dict) -> None:
     harness.write_results(arguments.output, {"encoder": encoder, "results": results})
 
 
-# ── Peers: each returns labels and predictions of the test rows, as leaf ids ─────────────────────────────────────────
+# ── Peers: each returns labels and predictions of the test rows, as leaf ids ──────────────────────
 
 
 def tfidf_svm(task: Task, encoder: str) -> tuple[np.ndarray, np.ndarray]:
@@ -246,21 +284,30 @@ def hiclass_tfidf(task: Task, encoder: str) -> tuple[np.ndarray, np.ndarray]:
 def best_on_validation(
     task: Task, fit: Callable[[LinearSVC, csr_matrix, np.ndarray], Predict]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Fit linear SVMs over TF-IDF. Return labels and predictions of the test rows, by the SVM of best validation accuracy."""
+    """Fit linear SVMs over TF-IDF. Return labels and predictions of the test rows, by the SVM of
+    best validation accuracy.
+    """
     rows = task.rows()
-    best_accuracy, predictions = -1.0, np.array([])
+    best_accuracy = -1.0
+    predictions = np.array([])
     for features in vectors(rows).values():
         for strength, weight in product(SVM_STRENGTHS, (None, "balanced")):
             svm = LinearSVC(C=strength, class_weight=weight, random_state=task.seed)
             predict = fit(svm, features["train"], rows["train"][1])
             accuracy = float((predict(features["validation"]) == rows["validation"][1]).mean())
             if accuracy > best_accuracy:
-                best_accuracy, predictions = accuracy, predict(features["test"])
+                best_accuracy = accuracy
+                predictions = predict(features["test"])
     return rows["test"][1], predictions
 
 
-def hiclass(tree: Taxonomy, classifier: ClassifierMixin, known: np.ndarray, labels: np.ndarray) -> Predict:
-    """Fit a local classifier for each parent. Return a function that predicts leaf ids, from the root down."""
+def hiclass(
+    tree: Taxonomy, classifier: ClassifierMixin, known: np.ndarray, labels: np.ndarray
+) -> Predict:
+    """Fit a local classifier for each parent.
+
+    Return a function that predicts leaf ids, from the root down.
+    """
     from hiclass import LocalClassifierPerParentNode
 
     def padded(leaf: int) -> list[str]:
@@ -269,7 +316,9 @@ def hiclass(tree: Taxonomy, classifier: ClassifierMixin, known: np.ndarray, labe
 
     model = LocalClassifierPerParentNode(local_classifier=classifier)
     model.fit(known, np.array([padded(leaf) for leaf in labels], dtype=object))
-    return lambda others: np.array([int([node for node in path if node != ""][-1]) for path in model.predict(others)])
+    return lambda others: np.array(
+        [int([node for node in path if node != ""][-1]) for path in model.predict(others)]
+    )
 
 
 def setfit(task: Task, encoder: str, steps: int = SETFIT_STEPS) -> tuple[np.ndarray, np.ndarray]:
@@ -277,7 +326,8 @@ def setfit(task: Task, encoder: str, steps: int = SETFIT_STEPS) -> tuple[np.ndar
     from setfit import SetFitModel, Trainer, TrainingArguments
 
     rows = task.rows()
-    (texts, labels), (test_texts, test_labels) = rows["train"], rows["test"]
+    texts, labels = rows["train"]
+    test_texts, test_labels = rows["test"]
     if has_bf16(cpu=not torch.cuda.is_available()):
         os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"  # SetFit's own flag supports only float16
     model = SetFitModel.from_pretrained(encoder)
@@ -304,52 +354,86 @@ MODELS: dict[str, Callable[[Task, str], tuple[np.ndarray, np.ndarray]]] = {
 }
 
 
-# ── train.py, scores, the table ──────────────────────────────────────────────────────────────────────────────────────
+# ── train.py, scores, the table ───────────────────────────────────────────────────────────────────
 
 
-def fine_tune(task: Task, model: str, arguments: argparse.Namespace) -> tuple[Path, dict[str, float]]:
-    """Train with ``train.py``. Return the folder of the run, and the numbers in its metrics.json."""
+def fine_tune(
+    task: Task, model: str, arguments: argparse.Namespace
+) -> tuple[Path, dict[str, float]]:
+    """Train with ``train.py``.
+
+    Return the folder of the run, and the numbers in its metrics.json.
+    """
     folder = arguments.runs / f"{task.name}-{model}-{task.seed}"
     flags = {"model_name_or_path": arguments.encoder, "seed": task.seed}
     flags |= task.flags(arguments.runs, flat=model.startswith("flat")) | TRAINED[model]
     metrics = harness.train(folder, harness.ROOT / "recipes" / f"{task.name}.yaml", **flags)
-    own = {name.removeprefix("test_"): value for name, value in metrics.items() if isinstance(value, int | float)}
+    own = {
+        name.removeprefix("test_"): value
+        for name, value in metrics.items()
+        if isinstance(value, int | float)
+    }
     return folder, own
 
 
-def measure(labels: np.ndarray, predictions: np.ndarray, tree: Taxonomy) -> dict[str, float | list[float]]:
+def measure(
+    labels: np.ndarray, predictions: np.ndarray, tree: Taxonomy
+) -> dict[str, float | list[float]]:
     """Compute the scores that depend only on the predicted leaf, from leaf ids (num_texts,)."""
     certain = np.full((len(labels), tree.num_leaves), -100.0)
     certain[np.arange(len(labels)), predictions] = 0
     scores = OnePathForm(tree).measure(certain, labels)
-    ends = bootstrap_intervals(one_hot(labels, tree.num_leaves), one_hot(predictions, tree.num_leaves))
-    intervals = {"accuracy_interval": ends["micro_f1"].tolist(), "macro_f1_interval": ends["macro_f1"].tolist()}
-    return {name: value for name, value in scores.items() if not name.endswith(harness.PROBABILITIES)} | intervals
+    ends = bootstrap_intervals(
+        one_hot(labels, tree.num_leaves), one_hot(predictions, tree.num_leaves)
+    )
+    intervals = {
+        "accuracy_interval": ends["micro_f1"].tolist(),
+        "macro_f1_interval": ends["macro_f1"].tolist(),
+    }
+    return {
+        name: value for name, value in scores.items() if not name.endswith(harness.PROBABILITIES)
+    } | intervals
 
 
 def print_scores(results: list[dict], shown: dict[str, str]) -> None:
-    """Print means over seeds of the scores in ``shown``, with the standard deviation if there are several seeds."""
-    first, interval = next(iter(shown.values())), f"{next(iter(shown))}_interval"
-    frame, rows = pd.DataFrame(results).reindex(columns=["task", "model", "seed", *shown, interval]), []
+    """Print means over seeds of the scores in ``shown``, with the standard deviation if there are
+    several seeds.
+    """
+    first = next(iter(shown.values()))
+    interval = f"{next(iter(shown))}_interval"
+    frame = pd.DataFrame(results).reindex(columns=["task", "model", "seed", *shown, interval])
+    rows = []
     for (task, model), runs in frame.groupby(["task", "model"], sort=False):
         low, high = (100 * np.mean([ends[i] for ends in runs[interval]]) for i in (0, 1))
         cells = (harness.spread(runs[name], name) for name in shown)
         rows.append([task, model, len(runs), f"{low:.1f} – {high:.1f}", *cells])
-    harness.print_table(["task", "model", "seeds", f"95 % of {first}", *shown.values()], rows, left=2)
+    harness.print_table(
+        ["task", "model", "seeds", f"95 % of {first}", *shown.values()], rows, left=2
+    )
 
 
 def print_differences(task: str, results: list[dict], labels: np.ndarray) -> None:
-    """Print by how much the recipes are better than the best peer of each metric, with paired intervals."""
+    """Print by how much the recipes are better than the best peer of each metric, with paired
+    intervals.
+    """
     runs = dict([*pd.DataFrame(results).groupby("model", sort=False)])
-    peers, rows = runs.keys() & PEERS.keys(), []
+    peers = runs.keys() & PEERS.keys()
+    rows = []
     for model in runs.keys() - PEERS.keys() if peers else ():
         for metric in ("micro_f1", "macro_f1"):
             best = max(peers, key=lambda peer: runs[peer][metric].mean())
-            own, other = ([unpack(run, labels.shape) for run in runs[name]["choices"]] for name in (model, best))
-            difference, low, high = (100 * value for value in harness.paired_intervals(own, other, labels)[metric])
+            own, other = (
+                [unpack(run, labels.shape) for run in runs[name]["choices"]]
+                for name in (model, best)
+            )
+            difference, low, high = (
+                100 * value for value in harness.paired_intervals(own, other, labels)[metric]
+            )
             shown = MULTI_LABEL_SHOWN[metric], best, f"{difference:.1f}", f"{low:.1f} – {high:.1f}"
             rows.append([task, model, *shown])
-    harness.print_table(("task", "model", "metric", "best peer", "points more", "95 %"), rows, left=4)
+    harness.print_table(
+        ("task", "model", "metric", "best peer", "points more", "95 %"), rows, left=4
+    )
 
 
 if __name__ == "__main__":

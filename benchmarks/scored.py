@@ -1,6 +1,8 @@
-"""Score the validation and test rows of a checkpoint once, without its calibration, and keep the arrays.
+"""Score the validation and test rows of a checkpoint once, without its calibration, and keep the
+arrays.
 
-Calibrations, thresholds and priors can then be fitted again and again, on any split of these rows, without the encoder.
+Calibrations, thresholds and priors can then be fitted again and again, on any split of these rows,
+without the encoder.
 """
 
 import dataclasses
@@ -17,7 +19,11 @@ from quality import Task
 from transformers import AutoTokenizer
 
 from configuration_hierarchical import Calibration
-from hierarchical_clinicalbert.evaluation.calibration import calibrate_out_of_fold, calibrated_logits, fit_calibration
+from hierarchical_clinicalbert.evaluation.calibration import (
+    calibrate_out_of_fold,
+    calibrated_logits,
+    fit_calibration,
+)
 from hierarchical_clinicalbert.evaluation.forms import Form, form_of
 from modeling_hierarchical import HierarchicalForSequenceClassification
 
@@ -30,8 +36,8 @@ class Scores:
     """Uncalibrated decision scores of texts, none of them twice.
 
     Attributes:
-        own, lexical: of the encoder's heads and of the lexical head, the latter None without one, (num_texts, num_nodes).
-        labels: the arrays of `Decisions.targets`.
+        own, lexical: of the encoder's heads and of the lexical head, the latter None without one,
+        (num_texts, num_nodes). labels: the arrays of `Decisions.targets`.
         log_prior: that of `LexicalClassifier`.
     """
 
@@ -46,26 +52,33 @@ class Scores:
 
         def some(chosen: np.ndarray) -> Scores:
             lexical = None if self.lexical is None else self.lexical[chosen]
-            return dataclasses.replace(self, own=self.own[chosen], lexical=lexical, labels=self.labels[chosen])
+            return dataclasses.replace(
+                self, own=self.own[chosen], lexical=lexical, labels=self.labels[chosen]
+            )
 
         return some(order[:count]), some(order[count:])
 
     def calibrated(self, other: "Scores") -> tuple[np.ndarray, np.ndarray]:
-        """Return logits as `evaluation.report` has them: of these rows, calibrated out of fold, and of ``other``, by all of these."""
-        fitted, decisions = (self.own, self.lexical, self.labels), self.form.decisions
+        """Return logits as `evaluation.report` has them: of these rows, calibrated out of fold, and
+        of ``other``, by all of these.
+        """
+        fitted = (self.own, self.lexical, self.labels)
+        decisions = self.form.decisions
         calibration = fit_calibration(self.form, *fitted, self.log_prior)
         own = calibrate_out_of_fold(self.form, *fitted, np.arange(len(self.labels)), self.log_prior)
         return own, calibrated_logits(decisions, calibration, other.own, other.lexical)
 
 
 def read_scores(folder: Path, name: str, data: Path) -> tuple[Scores, int]:
-    """Return the scores of a checkpoint's validation and then test rows, and the number of the former.
+    """Return the scores of a checkpoint's validation and then test rows, and the number of the
+    former.
 
     They are read from ``scores.npz`` in the checkpoint's folder if that exists.
 
-    ``name`` and ``data`` are those of a `Task`. The checkpoint must have been trained and calibrated on its rows.
+    ``name`` and ``data`` are those of a `Task`. The checkpoint must have been trained and
+    calibrated on its rows.
     """
-    # ── Rows ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── Rows ──────────────────────────────────────────────────────────────────────────────────────
     report = json.loads((folder / "data_report.json").read_text(encoding="utf-8"))
     task = Task(name, data, report["split"]["seed"])
     labelled = task.load()
@@ -73,8 +86,10 @@ def read_scores(folder: Path, name: str, data: Path) -> tuple[Scores, int]:
         sys.exit(f"{folder} was trained and calibrated on other rows than those in {data}")
     form = form_of(labelled.taxonomy, labelled.problem_type)
 
-    # ── Scores ───────────────────────────────────────────────────────────────────────────────────────────────────────
-    file, rows, log_prior = folder / "scores.npz", rows_of(labelled), 0.0
+    # ── Scores ────────────────────────────────────────────────────────────────────────────────────
+    file = folder / "scores.npz"
+    rows = rows_of(labelled)
+    log_prior = 0.0
     if not file.exists():
         model = HierarchicalForSequenceClassification.from_pretrained(folder).eval()
         arrays = {}
@@ -83,18 +98,28 @@ def read_scores(folder: Path, name: str, data: Path) -> tuple[Scores, int]:
             arrays |= {f"{split}_{part}": values for part, values in of_split.items()}
         np.savez_compressed(file, **arrays)
     if not task.is_multi_label:  # the lexical head of one path has learnt the frequencies
-        log_prior = np.log(form.decisions.count_outcomes(torch.from_numpy(rows["train"][1])).numpy() + 0.5)
-    stored, parts = np.load(file), {}
+        log_prior = np.log(
+            form.decisions.count_outcomes(torch.from_numpy(rows["train"][1])).numpy() + 0.5
+        )
+    stored = np.load(file)
+    parts = {}
     for part in ("own", "lexical") if "test_lexical" in stored else ("own",):
         parts[part] = np.concatenate([stored[f"{split}_{part}"] for split in SCORED])
     labels = np.concatenate([rows[split][1] for split in SCORED])
-    return Scores(form, parts["own"], parts.get("lexical"), labels, log_prior), len(rows["validation"][1])
+    return Scores(form, parts["own"], parts.get("lexical"), labels, log_prior), len(
+        rows["validation"][1]
+    )
 
 
-def score(model: HierarchicalForSequenceClassification, folder: Path, texts: list[str]) -> dict[str, np.ndarray]:
-    """Return the ``own`` and, if there is a lexical head, the ``lexical`` scores of texts, see `Scores`."""
+def score(
+    model: HierarchicalForSequenceClassification, folder: Path, texts: list[str]
+) -> dict[str, np.ndarray]:
+    """Return the ``own`` and, if there is a lexical head, the ``lexical`` scores of texts, see
+    `Scores`.
+    """
     tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    heads, lexical = model.heads, model.heads.lexical
+    heads = model.heads
+    lexical = model.heads.lexical
     heads.lexical = None
     model.config.calibration, weight = Calibration(), model.config.calibration.lexical_weight
     heads.fill_buffers()
@@ -105,5 +130,6 @@ def score(model: HierarchicalForSequenceClassification, folder: Path, texts: lis
             yield heads.decisions.of_classes(lexical(inputs["input_ids"], inputs["attention_mask"]))
 
     arrays = [values.numpy() for values in run_batches(tokenizer, texts, ROWS_AT_ONCE, outputs)]
-    heads.lexical, model.config.calibration = lexical, Calibration(lexical_weight=weight)
+    heads.lexical = lexical
+    model.config.calibration = Calibration(lexical_weight=weight)
     return dict(zip(("own", "lexical"), arrays, strict=False))

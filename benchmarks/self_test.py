@@ -1,7 +1,7 @@
 """Measure a checkpoint's test of itself: ``python benchmarks/self_test.py --model CHECKPOINT``.
 
-Measured are its milliseconds, and how far the log-probabilities of its text move, in nats: by the dtypes, and by damage that loads
-without an error. `SELF_TEST_TOLERANCES` must lie between the two.
+Measured are its milliseconds, and how far the log-probabilities of its text move, in nats: by the
+dtypes, and by damage that loads without an error. `SELF_TEST_TOLERANCES` must lie between the two.
 """
 
 import statistics
@@ -33,7 +33,7 @@ def main() -> None:
         found[name] = (log_probs - torch.tensor(stored["log_probs"])).abs().max().item()
         print(f"{name}: {found[name]:.2g} nats")
 
-    # ── Time ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── Time ──────────────────────────────────────────────────────────────────────────────────────
     model = load()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=True)
     seconds = []
@@ -44,17 +44,20 @@ def main() -> None:
         seconds.append(time.perf_counter() - started)
     found["milliseconds, first"] = 1000 * seconds[0]
     found["milliseconds, median"] = 1000 * statistics.median(seconds)
-    print(f"{found['milliseconds, first']:.1f} ms at first, {found['milliseconds, median']:.1f} ms in the median")
+    print(
+        f"{found['milliseconds, first']:.1f} ms at first, "
+        f"{found['milliseconds, median']:.1f} ms in the median"
+    )
     print("tolerances:", SELF_TEST_TOLERANCES)
 
-    # ── Rounding ─────────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── Rounding ──────────────────────────────────────────────────────────────────────────────────
     report("float32", model)
     report("float16", load(dtype=torch.float16))
     report("bfloat16", load(dtype=torch.bfloat16))
     report("8 bits", load(quantization_config=BitsAndBytesConfig(load_in_8bit=True)))
     report("4 bits", load(quantization_config=BitsAndBytesConfig(load_in_4bit=True)))
 
-    # ── Damage ───────────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── Damage ────────────────────────────────────────────────────────────────────────────────────
     model = load()
     torch.manual_seed(0)
     model.heads.weight.data.normal_(std=model.config.text_config.initializer_range)

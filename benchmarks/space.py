@@ -1,6 +1,7 @@
 """Measure the Space: ``python benchmarks/space.py load --model results/quickstart``, or ``speed``.
 
-``load``    64 concurrent clients, in separate processes, send 2,000 texts: outcome and latency of each request, and the memory
+``load``    64 concurrent clients, in separate processes, send 2,000 texts: outcome and latency of
+each request, and the memory
             of the server over time.
 ``speed``   seconds to classify a text of 300 words, and to explain its prediction.
 """
@@ -26,11 +27,15 @@ from conftest import CORPUS, read_csv
 from gradio_client import Client
 from space_server import SpaceServer
 
-CLIENTS, REQUESTS, EVERY = 64, 2_000, 250
+CLIENTS = 64
+REQUESTS = 2_000
+EVERY = 250
 
 
 def texts(words: int | None = None) -> list[str]:
-    """Return texts of the synthetic corpus; with ``words``, joined until they have that many words."""
+    """Return texts of the synthetic corpus; with ``words``, joined until they have that many
+    words.
+    """
     corpus = [row["text"] for row in read_csv(CORPUS / "test.csv")]
     if words is None:
         return corpus
@@ -38,7 +43,10 @@ def texts(words: int | None = None) -> list[str]:
 
 
 def send_requests(address: str, clients: int, requests: int) -> list[tuple[str, float]]:
-    """Send ``requests`` texts from each of several clients in this process. Return outcomes and latencies in seconds."""
+    """Send ``requests`` texts from each of several clients in this process.
+
+    Return outcomes and latencies in seconds.
+    """
     corpus = texts()
 
     def run_client(number: int) -> list[tuple[str, float]]:
@@ -47,11 +55,17 @@ def send_requests(address: str, clients: int, requests: int) -> list[tuple[str, 
         for i in range(requests):
             started = time.perf_counter()
             try:
-                result = client.predict(corpus[(7 * number + i) % len(corpus)], levels=True, api_name="/classify")
+                result = client.predict(
+                    corpus[(7 * number + i) % len(corpus)], levels=True, api_name="/classify"
+                )
                 outcome = "answer" if abs(sum(result["levels"][0].values()) - 1) < 1e-3 else "wrong"
             except Exception as error:  # errors of any type are counted by their names
                 message = str(error).lower()
-                outcome = "busy" if "busy" in message or "queue" in message else f"{type(error).__name__}: {error}"
+                outcome = (
+                    "busy"
+                    if "busy" in message or "queue" in message
+                    else f"{type(error).__name__}: {error}"
+                )
             outcomes.append((outcome, time.perf_counter() - started))
         return outcomes
 
@@ -60,13 +74,20 @@ def send_requests(address: str, clients: int, requests: int) -> list[tuple[str, 
 
 
 def measure_load(model: str) -> dict:
-    with tempfile.TemporaryDirectory() as folder, SpaceServer(model, Path(folder), fresh=True) as server:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        SpaceServer(model, Path(folder), fresh=True) as server,
+    ):
         send_requests(server.address, 4, 5)  # warm up
-        finished, memory = [], [server.memory()]
+        finished = []
+        memory = [server.memory()]
         with ProcessPoolExecutor(2) as processes:
             for _ in range(REQUESTS // EVERY):
                 each = max(EVERY // CLIENTS, 1) + 1
-                jobs = [processes.submit(send_requests, server.address, CLIENTS // 2, each) for _ in range(2)]
+                jobs = [
+                    processes.submit(send_requests, server.address, CLIENTS // 2, each)
+                    for _ in range(2)
+                ]
                 finished += [entry for job in jobs for entry in job.result()]
                 memory.append(server.memory())
         outcomes = [outcome for outcome, _ in finished]
@@ -90,9 +111,14 @@ def measure_speed(model: str) -> list[dict[str, float]]:
         result = classifier(text)
         classified = time.perf_counter()
         explained = explainer.explain(text, result["label"])
-        seconds = {"classified": classified - started, "explained": time.perf_counter() - classified}
+        seconds = {
+            "classified": classified - started,
+            "explained": time.perf_counter() - classified,
+        }
         tokens = len(classifier.tokenizer(text, truncation=True)["input_ids"])
-        measured.append({"words": len(text.split()), "tokens": tokens, **seconds, "error": explained["error"]})
+        measured.append(
+            {"words": len(text.split()), "tokens": tokens, **seconds, "error": explained["error"]}
+        )
     return measured
 
 
@@ -103,7 +129,8 @@ def main() -> None:
     arguments = parser.parse_args()
     measure = measure_load if arguments.what == "load" else measure_speed
     known = read_results(arguments.output, {})
-    known[arguments.what] = measure(str(Path(arguments.model).resolve()))  # the Space runs in another folder
+    # the Space runs in another folder
+    known[arguments.what] = measure(str(Path(arguments.model).resolve()))
     print(json.dumps(known[arguments.what], indent=1))
     write_results(arguments.output, known)
 

@@ -1,18 +1,22 @@
-"""Measure speed and memory of training beside peers: ``python benchmarks/training.py --encoder FOLDER [--parts speed …]``.
+"""Measure speed and memory of training beside peers: ``python benchmarks/training.py --encoder
+FOLDER [--parts speed …]``.
 
-Speed: documents per second over a sample of a training file with the file's distribution of lengths. Every measurement is a
-fresh process that trains on the sample once to warm up and once for the measurement. Peers alternate in every round, so that load
-on the machine affects all; compare ratios of medians. The peers, all with AdamW and 23 classes:
+Speed: documents per second over a sample of a training file with the file's distribution of
+lengths. Every measurement is a fresh process that trains on the sample once to warm up and once for
+the measurement. Peers alternate in every round, so that load on the machine affects all; compare
+ratios of medians. The peers, all with AdamW and 23 classes:
 
-- run_classification: the transformers example script of that name. Every weight is trained, in float32, with the encoder's
-  dropout, in random order, padded to the longest text of the batch.
-- plain LoRA: a loop as a careful user writes it. PEFT over the unquantized encoder, bfloat16 autocast where it is native, no
-  dropout, sorted by length, torch's SDPA.
-- compiled LoRA: the same through torch.compile, forward and backward, for batches of any shape. The warm-up compiles.
-- LoRA, QLoRA: this project's trainer with its default settings, over an unquantized or a 4-bit encoder.
+- run_classification: the transformers example script of that name. Every weight is trained, in
+  float32, with the encoder's dropout, in random order, padded to the longest text of the batch.
+- plain LoRA: a loop as a careful user writes it. PEFT over the unquantized encoder, bfloat16
+  autocast where it is native, no dropout, sorted by length, torch's SDPA.
+- compiled LoRA: the same through torch.compile, forward and backward, for batches of any shape. The
+  warm-up compiles.
+- LoRA, QLoRA: this project's trainer with its default settings, over an unquantized or a 4-bit
+  encoder.
 
-Memory: peak resident memory of the process over two steps, or on a GPU the peak that torch allocated. The model has the size of
-BERT base and random weights, and its batches have no padding.
+Memory: peak resident memory of the process over two steps, or on a GPU the peak that torch
+allocated. The model has the size of BERT base and random weights, and its batches have no padding.
 """
 
 import argparse
@@ -39,15 +43,22 @@ OURS = {"LoRA": ("lora", "none"), "QLoRA": ("lora", "4bit"), "full fine-tuning":
 LENGTH = 512
 SPEED = ("run_classification", "plain LoRA", "compiled LoRA", "LoRA", "QLoRA")
 MEMORY = [
-    (batch, length, checkpointing) for batch in (1, 8) for length in (128, 512) for checkpointing in (False, True)
+    (batch, length, checkpointing)
+    for batch in (1, 8)
+    for length in (128, 512)
+    for checkpointing in (False, True)
 ]
 
 
 def main() -> None:
     parser = harness.flag_parser(__doc__, "training.json")
     parser.add_argument("--parts", nargs="+", choices=[*PARTS], default=[*PARTS])
-    parser.add_argument("--encoder", required=True, help="folder of the encoder whose training is timed")
-    parser.add_argument("--train_file", type=Path, default=harness.ROOT / "examples" / "corpus" / "train.csv")
+    parser.add_argument(
+        "--encoder", required=True, help="folder of the encoder whose training is timed"
+    )
+    parser.add_argument(
+        "--train_file", type=Path, default=harness.ROOT / "examples" / "corpus" / "train.csv"
+    )
     parser.add_argument("--documents", type=int, default=192)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
@@ -68,7 +79,10 @@ def machine() -> str:
     """Describe the machine."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"{harness.processor()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    return (
+        f"{harness.processor()}, {torch.get_num_threads()} threads, "
+        f"{torch.backends.cpu.get_cpu_capability()}"
+    )
 
 
 def run(**task: object) -> dict:
@@ -80,10 +94,19 @@ def measure_speed(arguments: argparse.Namespace, _: Path) -> list[dict]:
     runs: dict[str, list[dict]] = {name: [] for name in SPEED}
     for turn in range(arguments.rounds):
         for name in SPEED:
-            documents = arguments.documents // (4 if name == SPEED[0] else 1)  # the first steps are slow
-            task = {"contender": name, "encoder": arguments.encoder, "length": LENGTH, "documents": documents}
+            # the first steps are slow
+            documents = arguments.documents // (4 if name == SPEED[0] else 1)
+            task = {
+                "contender": name,
+                "encoder": arguments.encoder,
+                "length": LENGTH,
+                "documents": documents,
+            }
             runs[name].append(run(**task, train_file=str(arguments.train_file)))
-            print(f"round {turn + 1}, {name}: {runs[name][-1]['documents_per_second']:.2f}/s", flush=True)
+            print(
+                f"round {turn + 1}, {name}: {runs[name][-1]['documents_per_second']:.2f}/s",
+                flush=True,
+            )
     rows = []
     for name, done in runs.items():
         speeds = [one["documents_per_second"] for one in done]
@@ -111,18 +134,27 @@ def measure_memory(arguments: argparse.Namespace, folder: Path) -> list[dict]:
 
     AutoTokenizer.from_pretrained(arguments.encoder).save_pretrained(folder)
     BertModel(BertConfig(), add_pooling_layer=False).save_pretrained(folder)
-    rows, table = [], []
+    rows = []
+    table = []
     for batch, length, checkpointing in MEMORY:
-        row: dict[str, Any] = {"batch": batch, "length": length, "gradient_checkpointing": checkpointing}
+        row: dict[str, Any] = {
+            "batch": batch,
+            "length": length,
+            "gradient_checkpointing": checkpointing,
+        }
         task = {"encoder": str(folder), "length": length, "documents": 2 * batch, "batch": batch}
         for name in OURS:
-            row[name] = run(contender=name, gradient_checkpointing=checkpointing, **task)["peak_gigabytes"]
+            row[name] = run(contender=name, gradient_checkpointing=checkpointing, **task)[
+                "peak_gigabytes"
+            ]
         rows.append(row)
         print(row, flush=True)
         share = row["QLoRA"] / row["full fine-tuning"]
         memory = (f"{row[name]:.2f} GB" for name in OURS)
         table.append([batch, length, "on" if checkpointing else "off", *memory, f"{share:.2f}"])
-    harness.print_table(["batch", "tokens", "gradient checkpointing", *OURS, "QLoRA / full"], table, left=3)
+    harness.print_table(
+        ["batch", "tokens", "gradient checkpointing", *OURS, "QLoRA / full"], table, left=3
+    )
     return rows
 
 
@@ -180,7 +212,10 @@ def ours(
     from transformers import DataCollatorWithPadding
 
     from decisions_hierarchical import OnePath
-    from hierarchical_clinicalbert.training.arguments import HierarchicalTrainingArguments, ModelArguments
+    from hierarchical_clinicalbert.training.arguments import (
+        HierarchicalTrainingArguments,
+        ModelArguments,
+    )
     from hierarchical_clinicalbert.training.cpu import KEPT_MEMORY
     from hierarchical_clinicalbert.training.losses import FocalLoss
     from hierarchical_clinicalbert.training.model import build_model
@@ -190,13 +225,24 @@ def ours(
     if not torch.cuda.is_available():
         keep_memory(*KEPT_MEMORY)  # as in train.py
     tuning, quantization = OURS[contender]
-    tree = Taxonomy({f"parent {i}": [f"child {i} {j}" for j in range(5 if i < 3 else 4)] for i in range(5)})
-    model = build_model(ModelArguments(encoder, tuning=tuning, quantization=quantization), tree, seed=0)
+    tree = Taxonomy(
+        {f"parent {i}": [f"child {i} {j}" for j in range(5 if i < 3 else 4)] for i in range(5)}
+    )
+    model = build_model(
+        ModelArguments(encoder, tuning=tuning, quantization=quantization), tree, seed=0
+    )
     arguments = HierarchicalTrainingArguments(
-        output_dir=tempfile.gettempdir(), num_train_epochs=1, per_device_train_batch_size=batch, save_strategy="no",
-        eval_strategy="no", load_best_model_at_end=False, disable_tqdm=True, logging_steps=1000,
-        activation_checkpointing=gradient_checkpointing, remove_unused_columns=True,
-    )  # fmt: skip
+        output_dir=tempfile.gettempdir(),
+        num_train_epochs=1,
+        per_device_train_batch_size=batch,
+        save_strategy="no",
+        eval_strategy="no",
+        load_best_model_at_end=False,
+        disable_tqdm=True,
+        logging_steps=1000,
+        activation_checkpointing=gradient_checkpointing,
+        remove_unused_columns=True,
+    )
     rows = {"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids], "labels": labels}
     trainer = HierarchicalTrainer(
         model=model,
@@ -209,19 +255,28 @@ def ours(
     return trainer.train
 
 
-def run_classification(encoder: str, tokenizer: object, ids: list[list[int]], labels: list[int]) -> Callable[[], None]:
+def run_classification(
+    encoder: str, tokenizer: object, ids: list[list[int]], labels: list[int]
+) -> Callable[[], None]:
     """Return a function that trains with the Trainer and the classifier of transformers."""
     from datasets import Dataset
     from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
     model = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=CLASSES)
     arguments = TrainingArguments(
-        output_dir=tempfile.gettempdir(), num_train_epochs=1, per_device_train_batch_size=BATCH, save_strategy="no",
-        disable_tqdm=True, report_to=[], use_cpu=not torch.cuda.is_available(),
-    )  # fmt: skip
+        output_dir=tempfile.gettempdir(),
+        num_train_epochs=1,
+        per_device_train_batch_size=BATCH,
+        save_strategy="no",
+        disable_tqdm=True,
+        report_to=[],
+        use_cpu=not torch.cuda.is_available(),
+    )
     rows = {"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids], "labels": labels}
     data = Dataset.from_dict(rows)
-    return Trainer(model=model, args=arguments, train_dataset=data, processing_class=tokenizer).train
+    return Trainer(
+        model=model, args=arguments, train_dataset=data, processing_class=tokenizer
+    ).train
 
 
 def plain_lora(
@@ -241,7 +296,8 @@ def plain_lora(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    ordered, batches = sorted(ids, key=len), []
+    ordered = sorted(ids, key=len)
+    batches = []
     for start in range(0, len(ids), BATCH):
         batch = tokenizer.pad({"input_ids": ordered[start : start + BATCH]}, return_tensors="pt")
         batches.append({**batch, "labels": torch.tensor(labels[start : start + BATCH])})

@@ -2,11 +2,14 @@
 
     python benchmarks/windows.py --data FOLDER --encoder ENCODER
 
-- windows: OHSUMED by its recipe, with two epochs of whole texts and without contrastive steps. Texts of up to 512 tokens are read
-  in one window, in windows of 128 tokens, or are truncated at 128.
-- positions: an OHSUMED abstract of one of four classes is hidden among abstracts of other classes. Training texts have up to 4,096
-  tokens, mostly fewer, and test texts about 4,000, with the abstract at each of eight positions. One model reads all tokens, one the first
-  512. A third way takes the second model, classifies each 512 tokens of a text alone, and averages the probabilities.
+- windows: OHSUMED by its recipe, with two epochs of whole texts and without contrastive steps.
+  Texts of up to 512 tokens are read in one window, in windows of 128 tokens, or are truncated at
+  128.
+- positions: an OHSUMED abstract of one of four classes is hidden among abstracts of other classes.
+  Training texts have up to 4,096 tokens, mostly fewer, and test texts about 4,000, with the
+  abstract at each of eight positions. One model reads all tokens, one the first
+  512. A third way takes the second model, classifies each 512 tokens of a text alone, and averages
+       the probabilities.
 
 FOLDER holds ``ohsumed/{train,test,labels}.csv``. Finished runs stay in the output file.
 """
@@ -32,12 +35,15 @@ WINDOWS = {  # the window and the maximum length of a text, in tokens
 }
 HIDDEN = ("C04", "C06", "C10", "C14")  # classes of the abstract that decides
 LEFT_OUT = "C23"  # pathological conditions: its abstracts concern any of these classes
-POSITIONS, TOKENS = 8, 4096
+POSITIONS = 8
+TOKENS = 4096
 READ = {"all tokens": TOKENS, "first 512 tokens": 512}
 ROWS = {"train": 1200, "validation": 120, "test": 400}
 FLAGS = (
-    "--contrastive_steps 0 --num_train_epochs 2 --per_device_train_batch_size 2 --gradient_accumulation_steps 4"
-    " --pooling label_attention --learning_rate 1e-3 --heads_learning_rate 3e-2 --lora_r 16 --lora_alpha 32"
+    "--contrastive_steps 0 --num_train_epochs 2 --per_device_train_batch_size 2 "
+    "--gradient_accumulation_steps 4"
+    " --pooling label_attention --learning_rate 1e-3 --heads_learning_rate 3e-2 --lora_r 16 "
+    "--lora_alpha 32"
     " --text_column text --label_column label --seed 1"
 )
 
@@ -50,12 +56,16 @@ def main() -> None:
     parser.add_argument("--seed", type=int, nargs="+", default=[1, 2, 3])
     arguments = parser.parse_args()
     arguments.runs.mkdir(parents=True, exist_ok=True)
-    results = harness.read_results(arguments.output, {"processor": harness.processor(), "windows": [], "positions": []})
+    results = harness.read_results(
+        arguments.output, {"processor": harness.processor(), "windows": [], "positions": []}
+    )
     data = arguments.data / "ohsumed"
     for seed in arguments.seed if "windows" in arguments.part else ():
         for name in WINDOWS:
             if not any((run["model"], run["seed"]) == (name, seed) for run in results["windows"]):
-                results["windows"].append(score_windows(name, seed, data, arguments.encoder, arguments.runs))
+                results["windows"].append(
+                    score_windows(name, seed, data, arguments.encoder, arguments.runs)
+                )
                 harness.write_results(arguments.output, results)
     if "positions" in arguments.part and not results["positions"]:
         results["positions"] = score_positions(data, arguments.encoder, arguments.runs)
@@ -64,7 +74,9 @@ def main() -> None:
 
 
 def train_with_window(window: int, words: list[str]) -> None:
-    """Run train.py on the command line ``words``, with a model that reads windows of this length."""
+    """Run train.py on the command line ``words``, with a model that reads windows of this
+    length.
+    """
     build = train.build_model
 
     def build_with_window(*arguments: Any) -> HierarchicalForSequenceClassification:
@@ -76,7 +88,9 @@ def train_with_window(window: int, words: list[str]) -> None:
     train.main(words)
 
 
-def run_training(folder: Path, encoder: str, window: int, *words: str, **flags: Any) -> dict[str, Any]:
+def run_training(
+    folder: Path, encoder: str, window: int, *words: str, **flags: Any
+) -> dict[str, Any]:
     """Train in a process of its own, and return the metrics."""
     script = (__file__, "--train", window)
     return harness.train(folder, *words, script=script, model_name_or_path=encoder, **flags)
@@ -85,23 +99,31 @@ def run_training(folder: Path, encoder: str, window: int, *words: str, **flags: 
 def score_windows(name: str, seed: int, data: Path, encoder: str, runs: Path) -> dict[str, Any]:
     """Train on OHSUMED with one of `WINDOWS`, and return the scores of the test file."""
     window, length = WINDOWS[name]
-    flags = {"train_file": data / "train.csv", "test_file": data / "test.csv", "max_length": length, "seed": seed}
+    flags = {
+        "train_file": data / "train.csv",
+        "test_file": data / "test.csv",
+        "max_length": length,
+        "seed": seed,
+    }
     flags |= {"taxonomy": data / "labels.csv", "class_names": data / "labels.csv"}
     flags |= {"num_train_epochs": 2, "consistency": 0, "contrastive_steps": 0}
-    folder, recipe = runs / f"windows-{window}-{length}-{seed}", str(harness.ROOT / "recipes" / "ohsumed.yaml")
+    folder = runs / f"windows-{window}-{length}-{seed}"
+    recipe = str(harness.ROOT / "recipes" / "ohsumed.yaml")
     metrics = run_training(folder, encoder, window, recipe, **flags)
     scores = {score: metrics[f"test_{score}"] for score in ("accuracy", "macro_f1", "log_loss")}
     return {"model": name, "seed": seed, **scores}
 
 
-# ── Positions ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Positions ─────────────────────────────────────────────────────────────────────────────────────
 
 
-def hide_abstracts(rows: pd.DataFrame, count: int, lengths: pd.Series, seed: int, scored: bool) -> pd.DataFrame:
+def hide_abstracts(
+    rows: pd.DataFrame, count: int, lengths: pd.Series, seed: int, scored: bool
+) -> pd.DataFrame:
     """Hide abstracts of `HIDDEN` among others.
 
-    The ``scored`` texts are long, with equally many at each position; of others the position and the logarithm of the length are
-    uniform.
+    The ``scored`` texts are long, with equally many at each position; of others the position and
+    the logarithm of the length are uniform.
 
     Args:
         rows: ``text`` and ``label`` of abstracts.
@@ -109,9 +131,11 @@ def hide_abstracts(rows: pd.DataFrame, count: int, lengths: pd.Series, seed: int
         lengths: the tokens of each abstract.
 
     Returns:
-        Columns ``text``, ``label`` and ``position``, from 0 to `POSITIONS` - 1 in texts that have so many abstracts before it.
+        Columns ``text``, ``label`` and ``position``, from 0 to `POSITIONS` - 1 in texts that have
+        so many abstracts before it.
     """
-    generator, made = np.random.default_rng(seed), []
+    generator = np.random.default_rng(seed)
+    made = []
     hidden = generator.permutation(rows.index[rows["label"].isin(HIDDEN)])
     others = rows.index[~rows["label"].isin([*HIDDEN, LEFT_OUT])]
     for number in range(count):
@@ -131,7 +155,8 @@ def hide_abstracts(rows: pd.DataFrame, count: int, lengths: pd.Series, seed: int
 def score_positions(data: Path, encoder: str, runs: Path) -> list[dict[str, Any]]:
     """Train on long texts, and return the accuracy by the position of the abstract that decides."""
     tokenizer = AutoTokenizer.from_pretrained(encoder, model_max_length=10**6)
-    splits, files = {}, {}
+    splits = {}
+    files = {}
     train_rows = pd.read_csv(data / "train.csv", dtype=str).sample(frac=1, random_state=0)
     test_rows = pd.read_csv(data / "test.csv", dtype=str)
     sources = {"validation": train_rows[:600], "train": train_rows[600:], "test": test_rows}
@@ -142,8 +167,9 @@ def score_positions(data: Path, encoder: str, runs: Path) -> list[dict[str, Any]
         files[f"{split}_file"] = runs / f"positions-{split}.csv"
         splits[split].to_csv(files[f"{split}_file"], index=False)
 
-    # ── Two models, and the average of the second one ────────────────────────────────────────────────────────────────
-    test, predictions = splits["test"], {}
+    # ── Two models, and the average of the second one ─────────────────────────────────────────────
+    test = splits["test"]
+    predictions = {}
     for name, length in READ.items():
         folder = runs / f"positions-{length}"
         run_training(folder, encoder, 512, *FLAGS.split(), max_length=length, **files)
@@ -152,32 +178,48 @@ def score_positions(data: Path, encoder: str, runs: Path) -> list[dict[str, Any]
     correct = pd.DataFrame({name: test["label"] == labels for name, labels in predictions.items()})
     by_position = correct.groupby(test["position"]).mean()
     return [
-        {"model": name, "accuracy": correct[name].mean(), "by_position": [*by_position[name]]} for name in predictions
+        {"model": name, "accuracy": correct[name].mean(), "by_position": [*by_position[name]]}
+        for name in predictions
     ]
 
 
-def classify_windows(folder: Path, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[str]:
-    """Classify each 512 tokens of texts alone, special tokens included, and return the label of greatest mean probability."""
-    windows, of_text, room = [], [], 510
+def classify_windows(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]
+) -> list[str]:
+    """Classify each 512 tokens of texts alone, special tokens included, and return the label of
+    greatest mean probability.
+    """
+    windows = []
+    of_text = []
+    room = 510
     for number, text in enumerate(texts):
-        spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)[
+            "offset_mapping"
+        ]
         for start in range(0, len(spans), room):
             windows.append(text[spans[start][0] : spans[min(start + room, len(spans)) - 1][1]])
             of_text.append(number)
     results = harness.load_classifier(folder)(windows, top_k=len(HIDDEN))
-    scores = pd.DataFrame([{one["label"]: one["score"] for one in result["labels"]} for result in results])
+    scores = pd.DataFrame(
+        [{one["label"]: one["score"] for one in result["labels"]} for result in results]
+    )
     return [*scores.groupby(np.array(of_text)).mean().idxmax(axis=1)]
 
 
 def print_tables(results: dict[str, Any]) -> None:
-    runs, metrics = pd.DataFrame(results["windows"]), ("accuracy", "macro_f1", "log_loss")
+    runs = pd.DataFrame(results["windows"])
+    metrics = ("accuracy", "macro_f1", "log_loss")
     rows = [
         [name, len(scores), *(harness.spread(scores[metric], metric) for metric in metrics)]
         for name, scores in (runs.groupby("model", sort=False) if len(runs) else ())
     ]
     harness.print_table(["OHSUMED", "seeds", "accuracy", "macro-F1", "log loss"], rows)
     rows = [
-        [run["model"], f"{100 * run['accuracy']:.1f}", *(f"{100 * share:.0f}" for share in run["by_position"])]
+        [
+            run["model"],
+            f"{100 * run['accuracy']:.1f}",
+            *(f"{100 * share:.0f}" for share in run["by_position"]),
+        ]
         for run in results["positions"]
     ]
     harness.print_table(["hidden abstract", "accuracy", *map(str, range(1, POSITIONS + 1))], rows)

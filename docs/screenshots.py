@@ -3,7 +3,8 @@
     python docs/screenshots.py --model results/quickstart
     python docs/screenshots.py --codes results/codiesp
 
-The second command makes those of a model of ICD-10 codes, several a text. Needs Debian's chromium and chromium-driver, and selenium.
+The second command makes those of a model of ICD-10 codes, several a text. Needs Debian's chromium
+and chromium-driver, and selenium.
 """
 
 import argparse
@@ -23,22 +24,31 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "space")]
 from space_server import SpaceServer
 from test_space_browser import Page, start_chromium
 
-WIDTH, HEIGHT = 1000, 1080  # of the moving picture
+# of the moving picture
+WIDTH = 1000
+HEIGHT = 1080
 PALETTE = Image.Quantize.MAXCOVERAGE  # the method that keeps colours of small areas
 CLASS = "#result .certainty"
 REPORT = (
-    "A 63-year-old man with arterial hypertension and type 2 diabetes came with fever, cough and pain in the right side of the "
-    "chest. The radiograph showed consolidation of the lower lobe and a pleural effusion. Creatinine was 2.4 mg/dl, and the "
-    "kidney failure resolved with fluids. A CT scan showed a renal mass of 4 cm: nephrectomy found a clear cell carcinoma without "
+    "A 63-year-old man with arterial hypertension and type 2 diabetes came with fever, "
+    "cough and pain in the right side of the "
+    "chest. The radiograph showed consolidation of the lower lobe and a pleural effusion. "
+    "Creatinine was 2.4 mg/dl, and the "
+    "kidney failure resolved with fluids. A CT scan showed a renal mass of 4 cm: "
+    "nephrectomy found a clear cell carcinoma without "
     "metastases. He had smoked for forty years."
 )
 
 
 def capture(page: Page, height: int | None = None) -> Image.Image:
-    """Return a picture of the page: its upper part of some height, or the whole, as far as its content reaches."""
+    """Return a picture of the page: its upper part of some height, or the whole, as far as its
+    content reaches.
+    """
     time.sleep(1)  # until the layout is still
     width, bottom = page.driver.execute_script(
-        "return [innerWidth, Math.ceil(document.querySelector('#foot').getBoundingClientRect().bottom + scrollY)]"
+        "return [innerWidth, "
+        "Math.ceil(document.querySelector('#foot').getBoundingClientRect().bottom + "
+        "scrollY)]"
     )
     clip = {"x": 0, "y": 0, "width": width, "height": height or bottom + 12, "scale": 1}
     options = {"format": "png", "captureBeyondViewport": height is None, "clip": clip}
@@ -75,7 +85,9 @@ def take_pictures_of_codes(page: Page) -> None:
 
 
 def film(page: Page) -> None:
-    """Save a moving picture: an example is classified, its coverage raised, a node pressed, and a file is classified."""
+    """Save a moving picture: an example is classified, its coverage raised, a node pressed, and a
+    file is classified.
+    """
     frames: list[Image.Image] = []
     milliseconds: list[int] = []
 
@@ -107,7 +119,9 @@ def film(page: Page) -> None:
     palette = sheet.quantize(128, method=PALETTE)
     first, *others = (frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames)
     file = ROOT / "docs" / "page.gif"
-    first.save(file, save_all=True, append_images=others, duration=milliseconds, loop=0, optimize=True)
+    first.save(
+        file, save_all=True, append_images=others, duration=milliseconds, loop=0, optimize=True
+    )
 
 
 def main() -> None:
@@ -118,7 +132,10 @@ def main() -> None:
     kinds = {arguments.model: (take_pictures, film), arguments.codes: (take_pictures_of_codes,)}
     for model, functions in kinds.items():
         if model is not None:
-            with tempfile.TemporaryDirectory() as folder, SpaceServer(str(model.resolve()), Path(folder)) as server:
+            with (
+                tempfile.TemporaryDirectory() as folder,
+                SpaceServer(str(model.resolve()), Path(folder)) as server,
+            ):
                 driver = start_chromium("--hide-scrollbars")
                 try:
                     for function in functions:

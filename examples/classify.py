@@ -1,7 +1,7 @@
 """Print the predicted path of each text in a CSV file: ``classify.py CHECKPOINT FILE.csv``.
 
-The checkpoint is loaded through transformers alone. Nothing else of this repository is imported, except a check: transformers
-would run code of any other repository that the checkpoint names.
+The checkpoint is loaded through transformers alone. Nothing else of this repository is imported,
+except a check: transformers would run code of any other repository that the checkpoint names.
 """
 
 import argparse
@@ -16,7 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from hierarchical_clinicalbert.reading.foreign_code import refuse_foreign_code
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+)
 parser.add_argument("checkpoint", help="a folder, or an id on the Hub")
 parser.add_argument("file", help="a CSV file with a column text")
 arguments = parser.parse_args()
@@ -30,7 +32,9 @@ except KeyError:
     parser.error(f"{arguments.file} has no column text")
 try:
     refuse_foreign_code(arguments.checkpoint)
-    classify = pipeline("hierarchical-text-classification", model=arguments.checkpoint, trust_remote_code=True)
+    classify = pipeline(
+        "hierarchical-text-classification", model=arguments.checkpoint, trust_remote_code=True
+    )
 except (OSError, KeyError, ValueError) as error:  # KeyError: the model has no such pipeline
     parser.error(f"cannot load the checkpoint {arguments.checkpoint}: {error}")
 try:

@@ -1,11 +1,13 @@
-"""List the rows of a file of texts and labels whose labels may be wrong, as CSV, the least probable label first:
+"""List the rows of a file of texts and labels whose labels may be wrong, as CSV, the least probable
+label first:
 
     pip install cleanlab
     python examples/label_issues.py train.csv > label_issues.csv
 
 Worth knowing:
 
-1. A logistic regression over TF-IDF, fitted on other texts, gives the probability of each label. No encoder is used.
+1. A logistic regression over TF-IDF, fitted on other texts, gives the probability of each label. No
+   encoder is used.
 2. Of these probabilities, cleanlab lists the rows, by confident learning (Northcutt, Jiang and
    Chuang, 2021, arXiv 1911.00068). Many of the listed labels are correct.
 3. Rows of a class with fewer than `FOLDS` texts are neither listed nor used.
@@ -37,7 +39,9 @@ FOLDS = 5  # of cross-validation
 
 def main() -> str:
     """Return the list as CSV."""
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("file", help="like --train_file of train.py, with one label a row")
     parser.add_argument("--encoding", help="as for train.py")
     parser.add_argument("--text_column", help="as for train.py")
@@ -46,14 +50,19 @@ def main() -> str:
     if importlib.util.find_spec("cleanlab") is None:
         raise InputError("this list needs cleanlab: pip install cleanlab")
     flags = {name: value for name, value in vars(arguments).items() if name != "file"}
-    rows = read_rows(DataArguments(train_file=arguments.file, problem_type=SINGLE_LABEL, **flags)).rows
+    rows = read_rows(
+        DataArguments(train_file=arguments.file, problem_type=SINGLE_LABEL, **flags)
+    ).rows
     labels = ["/".join([label] if isinstance(label, str) else label) for (label,) in rows["labels"]]
     issues = list_issues(rows.assign(label=labels, text_id=rows["text"].map(text_hash)))
     return issues.to_csv(index=False, float_format="%.6f")
 
 
 def list_issues(rows: pd.DataFrame) -> pd.DataFrame:
-    """List the rows, given with columns row, text, text_id and label. Their score is the probability of the label."""
+    """List the rows, given with columns row, text, text_id and label.
+
+    Their score is the probability of the label.
+    """
     from cleanlab.filter import find_label_issues  # imported here: it takes a second
 
     num_texts = rows.groupby("label")["text_id"].transform("nunique")
@@ -62,7 +71,9 @@ def list_issues(rows: pd.DataFrame) -> pd.DataFrame:
     if len(classes) < 2:
         raise InputError(f"two labels need at least {FOLDS} different texts each: give more rows")
     # identical texts are in one fold, so that none is scored by its own label
-    classifier = make_pipeline(TfidfVectorizer(sublinear_tf=True), LogisticRegression(C=50, max_iter=1000))
+    classifier = make_pipeline(
+        TfidfVectorizer(sublinear_tf=True), LogisticRegression(C=50, max_iter=1000)
+    )
     folds = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=0)
     probabilities = cross_val_predict(
         classifier, rows["text"], labels, groups=rows["text_id"], cv=folds, method="predict_proba"

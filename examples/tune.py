@@ -1,7 +1,9 @@
-"""Search for hyperparameters: ``python examples/tune.py [--trials N] -- RECIPE [--flag value ...]``.
+"""Search for hyperparameters: ``python examples/tune.py [--trials N] -- RECIPE [--flag value
+...]``.
 
-The arguments after ``--`` are passed to train.py. Each trial trains from the same initial heads, and is scored on the validation
-rows by the metric that selects the checkpoint. At the end, the flags of the best trial are printed. Change `space` to search for other arguments of the Trainer.
+The arguments after ``--`` are passed to train.py. Each trial trains from the same initial heads,
+and is scored on the validation rows by the metric that selects the checkpoint. At the end, the
+flags of the best trial are printed. Change `space` to search for other arguments of the Trainer.
 """
 
 import importlib.util
@@ -20,13 +22,17 @@ from hierarchical_clinicalbert.training.trainer import HierarchicalTrainer
 def main(argv: list[str]) -> None:
     parser = ArgumentParser(prog="tune.py", description=__doc__.splitlines()[0])
     parser.add_argument("--trials", type=int, default=10, help="Number of training runs.")
-    parser.add_argument("words", nargs="+", metavar="RECIPE", help="After --, the command line of train.py.")
+    parser.add_argument(
+        "words", nargs="+", metavar="RECIPE", help="After --, the command line of train.py."
+    )
     given = parser.parse_args(argv)
     if importlib.util.find_spec("optuna") is None:
         raise InputError("the search needs Optuna: pip install optuna")
 
     def prepare(trainer: HierarchicalTrainer) -> HierarchicalTrainer:
-        """Have ``trainer.train()``, which train.py calls once the heads are initialised, search and end."""
+        """Have ``trainer.train()``, which train.py calls once the heads are initialised, search and
+        end.
+        """
         fit = trainer.train
 
         def search_and_end(**_: Any) -> None:
@@ -51,8 +57,13 @@ def space(trial: Any) -> dict[str, Any]:
 
 def search(trainer: HierarchicalTrainer, trials: int) -> None:
     """Run the trials, and print the flags of the best one."""
-    model, metric = trainer.model, trainer.args.metric_for_best_model
-    start = {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
+    model = trainer.model
+    metric = trainer.args.metric_for_best_model
+    start = {
+        name: value.detach().clone()
+        for name, value in model.named_parameters()
+        if value.requires_grad
+    }
 
     def initial_model() -> Any:
         model.load_state_dict(start, strict=False)

@@ -1,7 +1,8 @@
 """The library behind the commands: reading, data, evaluation, publishing, training and prediction.
 
-A command imports it before transformers, which imports bitsandbytes. On CPUs with bfloat16 products, bitsandbytes loads a kernel
-from the Hub at its import: code at no pinned commit. The variable names a folder in its place that does not exist.
+A command imports it before transformers, which imports bitsandbytes. On CPUs with bfloat16
+products, bitsandbytes loads a kernel from the Hub at its import: code at no pinned commit. The
+variable names a folder in its place that does not exist.
 """
 
 import logging

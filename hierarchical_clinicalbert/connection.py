@@ -1,7 +1,8 @@
 """Find out within seconds whether the Hub can be reached.
 
-huggingface_hub repeats its request for a file that is not in the cache for 23 seconds, or for six minutes if no answer comes. A model
-has a dozen files. So one request goes before all others, and if it gets no answer, no other request is made.
+huggingface_hub repeats its request for a file that is not in the cache for 23 seconds, or for six
+minutes if no answer comes. A model has a dozen files. So one request goes before all others, and if
+it gets no answer, no other request is made.
 """
 
 from functools import cache
@@ -18,14 +19,18 @@ ANSWER_SECONDS = 10  # to connect, and to answer
 def go_offline_without_hub() -> str | None:
     """Set huggingface_hub offline if the Hub does not answer. It is asked once in a process.
 
-    Offline, huggingface_hub takes files from its cache, and other files fail at once. Return why the Hub cannot be used, or None if it
-    answers, with any status.
+    Offline, huggingface_hub takes files from its cache, and other files fail at once. Return why
+    the Hub cannot be used, or None if it answers, with any status.
     """
     if is_offline_mode():
         return "HF_HUB_OFFLINE is set"
     try:
         get_session().head(constants.ENDPOINT, follow_redirects=False, timeout=ANSWER_SECONDS)
-    except Exception as error:  # of httpx, for the name, the connection, the certificate or the time
+    # of httpx, for the name, the connection, the certificate or the time
+    except Exception as error:
         constants.HF_HUB_OFFLINE = True
-        return f"the connection to {constants.ENDPOINT} failed ({type(error).__name__}: {one_line(error)})"
+        return (
+            f"the connection to {constants.ENDPOINT} failed ({type(error).__name__}: "
+            f"{one_line(error)})"
+        )
     return None

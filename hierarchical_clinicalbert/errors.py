@@ -12,12 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from hierarchical_clinicalbert.reading.rows import InputError  # defined there, since `reading` imports no other package
+# defined there, since `reading` imports no other package
+from hierarchical_clinicalbert.reading.rows import InputError
 from taxonomy_hierarchical import TaxonomyError
 
 PACKAGE = Path(__file__).parent
 ROOT = PACKAGE.parent
-OUT_OF_MEMORY = (" out of memory", "DefaultCPUAllocator: can't allocate memory")  # messages of torch
+# messages of torch
+OUT_OF_MEMORY = (" out of memory", "DefaultCPUAllocator: can't allocate memory")
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -36,7 +38,9 @@ def one_line(error: object) -> str:
 
 
 def describe_error(error: BaseException) -> str:
-    """Return an error's message on one line, after its type if the message may not be readable without it."""
+    """Return an error's message on one line, after its type if the message may not be readable
+    without it.
+    """
     from huggingface_hub import errors  # here, because few commands end in an error
 
     explained = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError)  # by their messages
@@ -45,10 +49,15 @@ def describe_error(error: BaseException) -> str:
         status = error.response.status_code
         if status in (401, 403):
             return f"the token may not do this{detail}"
-        return "the repository has changed meanwhile" if status == 412 else f"the Hub answered {status}{detail}"
+        return (
+            "the repository has changed meanwhile"
+            if status == 412
+            else f"the Hub answered {status}{detail}"
+        )
     if isinstance(error, errors.HTTPError):
         return f"the connection failed ({one_line(error)})"
-    if isinstance(error, ConnectionError) and "xet" in str(error):  # hf_xet does not fall back to LFS
+    # hf_xet does not fall back to LFS
+    if isinstance(error, ConnectionError) and "xet" in str(error):
         return "the Hub refused an upload by Xet: set HF_HUB_DISABLE_XET=1 to upload by LFS"
     is_plain = isinstance(error, (OSError, ValueError, ImportError)) or not str(error)
     return one_line(error) if is_plain else f"{type(error).__name__}: {one_line(error)}"
@@ -56,16 +65,20 @@ def describe_error(error: BaseException) -> str:
 
 @contextmanager
 def as_input_error(what: str, remedy: str = "") -> Iterator[None]:
-    """Convert any exception in the block into an InputError with the message "what: reason", and "; remedy" if given.
+    """Convert any exception in the block into an InputError with the message "what: reason", and ";
+    remedy" if given.
 
-    The block calls a library on files or settings of the user. Libraries document no errors for these, and raise, say, KeyError.
+    The block calls a library on files or settings of the user. Libraries document no errors for
+    these, and raise, say, KeyError.
     """
     try:
         yield
     except (InputError, MemoryError):
         raise
     except Exception as error:
-        raise InputError(f"{what}: {describe_error(error)}" + (f"; {remedy}" if remedy else "")) from error
+        raise InputError(
+            f"{what}: {describe_error(error)}" + (f"; {remedy}" if remedy else "")
+        ) from error
 
 
 def is_full_disk(error: Exception) -> bool:
@@ -73,23 +86,40 @@ def is_full_disk(error: Exception) -> bool:
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
     # safetensors, tokenizers and torch raise error types of their own
-    messages = ("No space left", "os error 28", "PytorchStreamWriter failed", "iostream error", "unexpected pos")
+    messages = (
+        "No space left",
+        "os error 28",
+        "PytorchStreamWriter failed",
+        "iostream error",
+        "unexpected pos",
+    )
     return any(message in str(error) for message in messages)
 
 
 def user_error_message(error: Exception, advice: Mapping[str, str]) -> str | None:
-    """Return one line for an error that a user can correct, or None for a bug of this project. `run_command` has ``advice``."""
+    """Return one line for an error that a user can correct, or None for a bug of this project.
+
+    `run_command` has ``advice``.
+    """
     if isinstance(error, (InputError, TaxonomyError)):
         return str(error)
     if is_full_disk(error):
         return f"the disk is full ({one_line(error)}): {advice['disk']}"
     if isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY):
         return f"{one_line(error)}; {advice['memory']}"
-    if isinstance(error, ImportError) and "install" in str(error):  # a flag needs a package beyond requirements.txt
+    # a flag needs a package beyond requirements.txt
+    if isinstance(error, ImportError) and "install" in str(error):
         return one_line(error)
     # only failures to open a file name it
-    if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
-        return f"{error.filename or 'cannot read or write a file'}: {error.strerror}; {advice['resume']}"
+    if (
+        isinstance(error, OSError)
+        and error.errno is not None
+        and not isinstance(error, ConnectionError)
+    ):
+        return (
+            f"{error.filename or 'cannot read or write a file'}: {error.strerror}; "
+            f"{advice['resume']}"
+        )
     return None
 
 
@@ -100,33 +130,42 @@ def exit_with_error(command: str, message: str, code: int = 2) -> NoReturn:
 
 
 def run_command(
-    name: str, main: Callable[[list[str]], int | None], advice: Mapping[str, str], code_of_bugs: int = 1
+    name: str,
+    main: Callable[[list[str]], int | None],
+    advice: Mapping[str, str],
+    code_of_bugs: int = 1,
 ) -> NoReturn:
     """Run a command on its command line, and exit with the code that ``main`` returns.
 
-    An error that the user can correct is one line, and exit code 2, after a traceback if HIERARCHICAL_TRACEBACK is set. Ctrl+C is
-    one line, and exit code 130. A bug of this project is a traceback.
+    An error that the user can correct is one line, and exit code 2, after a traceback if
+    HIERARCHICAL_TRACEBACK is set. Ctrl+C is one line, and exit code 130. A bug of this project is a
+    traceback.
 
     Args:
-        advice: what the user can do if the "disk" is full or the "memory" too small, and how to "resume" a run.
+        advice: what the user can do if the "disk" is full or the "memory" too small, and how to
+        "resume" a run.
     """
     try:
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:
-        message, code = f"stopped; {advice['resume']}", 130
+        message = f"stopped; {advice['resume']}"
+        code = 130
     except Exception as error:
         known = user_error_message(error, advice)
         if known is None or os.environ.get("HIERARCHICAL_TRACEBACK"):
             traceback.print_exc()
         if known is None:
             sys.exit(code_of_bugs)
-        message, code = known, 2
+        message = known
+        code = 2
     gc.collect()  # destroy the run and its progress bars now, because they write once more
     exit_with_error(name, message, code)
 
 
 def print_result(name: str, main: Callable[[], str]) -> NoReturn:
-    """Run a command that returns a text, see `run_command`, and print the text as UTF-8 in any locale."""
+    """Run a command that returns a text, see `run_command`, and print the text as UTF-8 in any
+    locale.
+    """
 
     def show(_: list[str]) -> None:
         sys.stdout.buffer.write(main().encode())

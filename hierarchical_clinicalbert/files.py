@@ -27,7 +27,8 @@ def read_text(path: str | Path) -> str:
 
 
 def read_yaml(path: str | Path) -> Any:
-    """Read YAML in which every scalar is text, or raise InputError: a class called ``no`` or ``1`` keeps its name.
+    """Read YAML in which every scalar is text, or raise InputError: a class called ``no`` or ``1``
+    keeps its name.
 
     A key without a value has None.
     """
@@ -35,23 +36,34 @@ def read_yaml(path: str | Path) -> Any:
         return yaml.load(read_text(path), TextLoader)
     except yaml.YAMLError as error:  # its message quotes lines of the file
         mark = getattr(error, "problem_mark", None)
-        problem = getattr(error, "problem", None) or getattr(error, "context", None) or one_line(error)
-        raise InputError(f"{path}: {problem}{'' if mark is None else f', line {mark.line + 1}'}") from error
+        problem = (
+            getattr(error, "problem", None) or getattr(error, "context", None) or one_line(error)
+        )
+        raise InputError(
+            f"{path}: {problem}{'' if mark is None else f', line {mark.line + 1}'}"
+        ) from error
     except RecursionError as error:
         raise InputError(f"{path} is nested too deeply") from error
 
 
 class TextLoader(yaml.BaseLoader):
     def construct_mapping(self, node, deep=False):
-        pairs = [(self.construct_object(key, True), self.construct_object(value, True)) for key, value in node.value]
+        pairs = [
+            (self.construct_object(key, True), self.construct_object(value, True))
+            for key, value in node.value
+        ]
         try:
-            return unique_names([(key, None if value in NO_VALUE else value) for key, value in pairs])
+            return unique_names(
+                [(key, None if value in NO_VALUE else value) for key, value in pairs]
+            )
         except ValueError as error:
             raise yaml.MarkedYAMLError(problem=str(error), problem_mark=node.start_mark) from error
 
 
 def unique_names(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
-    """Return the mapping of the pairs, or raise ValueError if a name is not text, or occurs twice."""
+    """Return the mapping of the pairs, or raise ValueError if a name is not text, or occurs
+    twice.
+    """
     mapping: dict[str, Any] = {}
     for name, value in pairs:
         if not isinstance(name, str):  # YAML has lists and mappings as names
@@ -64,23 +76,30 @@ def unique_names(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
 
 @contextmanager
 def lock(flag: str, name: str | Path, file: Path) -> Iterator[None]:
-    """Lock the output ``name`` of a ``flag`` for this process, by a lock on ``file``. A killed process holds no lock.
+    """Lock the output ``name`` of a ``flag`` for this process, by a lock on ``file``. A killed
+    process holds no lock.
 
     InputError: the folder of ``file`` cannot be written to, or another process has the lock.
     """
-    folder, existed = file.parent, file.parent.exists()
+    folder = file.parent
+    existed = file.parent.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         held = FileLock(file).acquire(timeout=0)
     except Timeout as error:
-        raise InputError(f"{flag} {name}: another process is writing it; give another name") from error
+        raise InputError(
+            f"{flag} {name}: another process is writing it; give another name"
+        ) from error
     except OSError as error:
-        raise InputError(f"{flag} {name}: cannot write to the folder {folder} ({error.strerror})") from error
+        raise InputError(
+            f"{flag} {name}: cannot write to the folder {folder} ({error.strerror})"
+        ) from error
     with held:
         try:
             yield
         finally:
-            file.unlink(missing_ok=True)  # before the release: later it may belong to another process
+            # before the release: later it may belong to another process
+            file.unlink(missing_ok=True)
             if not existed and not any(folder.iterdir()):
                 folder.rmdir()
 

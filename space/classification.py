@@ -3,9 +3,10 @@
 Worth knowing:
 
 1. On the Hub, code and weights are pinned to the same commit.
-2. An invalid request raises `Refused`. Its message is shown to the user, and contains no text, at most names of columns.
-3. A single-path model predicts one path per text, and guarantees a coverage. A multi-label model predicts any number of nodes,
-   and guarantees a recall. In this file, `target` is either.
+2. An invalid request raises `Refused`. Its message is shown to the user, and contains no text, at
+   most names of columns.
+3. A single-path model predicts one path per text, and guarantees a coverage. A multi-label model
+   predicts any number of nodes, and guarantees a recall. In this file, `target` is either.
 """
 
 from typing import Any, TypedDict
@@ -17,7 +18,8 @@ from transformers import Pipeline, pipeline
 from hierarchical_clinicalbert.reading.foreign_code import refuse_foreign_code
 from hierarchical_clinicalbert.reading.results import check_version
 
-MIN_TARGET, MAX_TARGET = 0.5, 0.99
+MIN_TARGET = 0.5
+MAX_TARGET = 0.99
 
 
 class Node(TypedDict):
@@ -28,7 +30,9 @@ class Node(TypedDict):
 
 
 class Prediction(Node, total=False):
-    """A predicted node, every node from the root to it, and its description if the taxonomy has one."""
+    """A predicted node, every node from the root to it, and its description if the taxonomy has
+    one.
+    """
 
     path: list[Node]
     description: str
@@ -38,12 +42,13 @@ class Classification(TypedDict, total=False):
     """The result for one text.
 
     Attributes:
-        labels: the deepest predicted nodes, most probable first: one, or for a multi-label model any number.
-        label, score, path: those of the first of them; null and an empty path without one.
-        p_value: the share of validation texts that look at least as strange to the encoder.
-        prediction_set: nodes with the requested coverage, most probable first. It is missing without a coverage.
-        tokens, tokens_read, truncated: the length of the text in tokens, how many the model has read, and whether these differ.
-        levels: if asked for: for each level, from the roots down, the probability of every node.
+        labels: the deepest predicted nodes, most probable first: one, or for a multi-label model
+        any number. label, score, path: those of the first of them; null and an empty path without
+        one. p_value: the share of validation texts that look at least as strange to the encoder.
+        prediction_set: nodes with the requested coverage, most probable first. It is missing
+        without a coverage. tokens, tokens_read, truncated: the length of the text in tokens, how
+        many the model has read, and whether these differ. levels: if asked for: for each level,
+        from the roots down, the probability of every node.
     """
 
     labels: list[Prediction]
@@ -81,7 +86,8 @@ def check_text(text: Any, length: int) -> str:
     """Return the text, if it can be classified.
 
     Raises:
-        Refused: it is not a text, or is blank, longer than ``length`` characters, or not valid Unicode.
+        Refused: it is not a text, or is blank, longer than ``length`` characters, or not valid
+        Unicode.
     """
     if problem := problem_of(text, length):
         raise Refused(f"{problem[:1].upper()}{problem[1:]}.")
@@ -91,7 +97,13 @@ def check_text(text: Any, length: int) -> str:
 def highest_target(classifier: Pipeline) -> float:
     """Return the highest target for which the checkpoint has a threshold; 0 if it has none."""
     thresholds = classifier.model.config.calibration.set_thresholds or []  # for 1 % to 99 %
-    return max((share for share, threshold in enumerate(thresholds, 1) if threshold is not None), default=0) / 100
+    return (
+        max(
+            (share for share, threshold in enumerate(thresholds, 1) if threshold is not None),
+            default=0,
+        )
+        / 100
+    )
 
 
 def check_target(classifier: Pipeline, target: Any) -> None:

@@ -2,14 +2,16 @@
 
 Worth knowing:
 
-1. Routes that gradio always has, and that the page does not use, are answered with 404. One writes a session to the disk
-   (``deep_link``), others fetch for the client (``proxy=``, ``file=http…``) or accept recordings.
-2. An upload of more than `MAX_UPLOAD` bytes, and any other request of more than `MAX_BODY`, is answered with 413. The rest of
-   its body is not read. Where the disk may have no room for all uploads that arrive, one more is answered with 429.
-3. A response is sent in parts, and the next part waits until the client has taken the one before. Of a response that the client
-   has not taken after `KEPT_SECONDS`, nothing more is sent.
-4. The content of requests is never inspected. gradio downloads a URL that stands where a file is expected:
-   `harden_gradio` refuses it.
+1. Routes that gradio always has, and that the page does not use, are answered with 404. One writes
+   a session to the disk (``deep_link``), others fetch for the client (``proxy=``, ``file=http…``)
+   or accept recordings.
+2. An upload of more than `MAX_UPLOAD` bytes, and any other request of more than `MAX_BODY`, is
+   answered with 413. The rest of its body is not read. Where the disk may have no room for all
+   uploads that arrive, one more is answered with 429.
+3. A response is sent in parts, and the next part waits until the client has taken the one before.
+   Of a response that the client has not taken after `KEPT_SECONDS`, nothing more is sent.
+4. The content of requests is never inspected. gradio downloads a URL that stands where a file is
+   expected: `harden_gradio` refuses it.
 """
 
 import asyncio
@@ -31,8 +33,14 @@ from tables import MAX_BYTES
 MAX_BODY = 4 * 2**20
 MAX_UPLOAD = MAX_BYTES + 2**20
 PART = 64 * 2**10  # bytes of a response that are sent at once
-NO_ROOM = f"The files of all users have reached {MAX_STORED // 2**20:,} MB: try again in {SWEEP_SECONDS} seconds."
-NO_RESULT = f"There is no such result. A result is deleted once it is read, or after {KEPT_SECONDS} seconds."
+NO_ROOM = (
+    f"The files of all users have reached {MAX_STORED // 2**20:,} MB: try again in "
+    f"{SWEEP_SECONDS} seconds."
+)
+NO_RESULT = (
+    f"There is no such result. A result is deleted once it is read, or after {KEPT_SECONDS} "
+    "seconds."
+)
 CLOSED = re.compile(
     r"^/(gradio_api/)?(deep_link|proxy=|file=\w+:|process_recording|vibe-|undo-vibe|monitoring|dev/|component_server|"
     r"openapi\.json)"
@@ -54,7 +62,8 @@ class Guard:
         if CLOSED.match(path):
             return await PlainTextResponse("Not found", 404)(scope, receive, send)
         reads_result = scope["method"] == "GET" and path.startswith("/gradio_api/call/")
-        if reads_result and not has_result(scope["app"], path.rpartition("/")[2]):  # gradio would wait for it forever
+        # gradio would wait for it forever
+        if reads_result and not has_result(scope["app"], path.rpartition("/")[2]):
             return await JSONResponse({"detail": NO_RESULT}, 404)(scope, receive, send)
         if path != "/gradio_api/upload":
             return await self.forward(scope, receive, send, MAX_BODY)
@@ -62,13 +71,18 @@ class Guard:
         try:
             if await asyncio.to_thread(has_room, self.uploads * MAX_UPLOAD):
                 return await self.forward(scope, receive, send, MAX_UPLOAD)
-            await JSONResponse({"detail": NO_ROOM}, 429, {"retry-after": str(SWEEP_SECONDS)})(scope, receive, send)
+            await JSONResponse({"detail": NO_ROOM}, 429, {"retry-after": str(SWEEP_SECONDS)})(
+                scope, receive, send
+            )
         finally:
             self.uploads -= 1
 
     async def forward(self, scope: Scope, receive: Receive, send: Send, max_bytes: int) -> None:
         """Forward a request of at most some bytes to gradio, and its response to the client."""
-        read, refused, started, stalled = 0, False, False, False
+        read = 0
+        refused = False
+        started = False
+        stalled = False
 
         async def counting_receive() -> Message:
             nonlocal read, refused
@@ -76,7 +90,8 @@ class Guard:
             read += len(message.get("body", b""))
             refused = read > max_bytes
             if refused or (max_bytes == MAX_UPLOAD and message["type"] == "http.disconnect"):
-                raise MultiPartException("refused")  # gradio then deletes the partial file of an upload
+                # gradio then deletes the partial file of an upload
+                raise MultiPartException("refused")
             return message
 
         async def filtering_send(message: Message) -> None:
@@ -102,7 +117,9 @@ class Guard:
 
 
 def split(message: Message) -> Iterator[Message]:
-    """Yield a message in parts. uvicorn would take a whole message at once, and keep what the client does not take."""
+    """Yield a message in parts. uvicorn would take a whole message at once, and keep what the
+    client does not take.
+    """
     body = message.get("body", b"")
     last = max(len(body) - 1, 0) // PART * PART
     for start in range(0, last, PART):
@@ -111,7 +128,9 @@ def split(message: Message) -> Iterator[Message]:
 
 
 class OwnUpload(gr.route_utils.GradioUploadFile):
-    """An upload in a folder of its own. gradio names the folder by content, and the first reader deletes the file."""
+    """An upload in a folder of its own. gradio names the folder by content, and the first reader
+    deletes the file.
+    """
 
     def __init__(self, *arguments: Any, **named: Any):
         super().__init__(*arguments, **named)
@@ -132,11 +151,13 @@ REPLACED = {
     "queueing.AsyncQueue": Mailbox,
     "state_holder.SessionState._update_value_in_config": lambda *_: None,
 }
-READ = ("pending_messages_per_session", "pending_event_ids_session", "event_ids_to_events")  # of the page's queue
+# of the page's queue
+READ = ("pending_messages_per_session", "pending_event_ids_session", "event_ids_to_events")
 
 
 def harden_gradio(page: gr.Blocks) -> None:
-    """Keep equal uploads apart, let no client make the server download, and limit what is kept (see `retention.py`).
+    """Keep equal uploads apart, let no client make the server download, and limit what is kept (see
+    `retention.py`).
 
     Raises:
         ImportError: this version of gradio has not the parts that this replaces.
@@ -144,7 +165,9 @@ def harden_gradio(page: gr.Blocks) -> None:
     try:
         attrgetter(*READ)(page._queue), attrgetter(*REPLACED)(gr)
     except AttributeError as error:
-        raise ImportError(f"the Space needs gradio 6.31, and this is gradio {gr.__version__}: {error}") from error
+        raise ImportError(
+            f"the Space needs gradio 6.31, and this is gradio {gr.__version__}: {error}"
+        ) from error
     for name, ours in REPLACED.items():
         owner, _, attribute = name.rpartition(".")
         setattr(attrgetter(owner)(gr), attribute, ours)

@@ -2,12 +2,13 @@
 
 Worth knowing:
 
-1. Uploads and downloads are files in gradio's folder. They are deleted before they are `KEPT_SECONDS` old, and uploads are
-   refused while all files together have `MAX_STORED` bytes. What a page keeps of a file is a `gr.State` with a time to live.
-2. gradio holds messages, results among them, in memory until their client reads them, if need be forever. `Mailbox` deletes
-   them after the same time, and limits their size.
-3. gradio copies inputs and outputs into the state of each session, to make links to sessions. The Space has no such links,
-   so `guard.py` has gradio keep no copies.
+1. Uploads and downloads are files in gradio's folder. They are deleted before they are
+   `KEPT_SECONDS` old, and uploads are refused while all files together have `MAX_STORED` bytes.
+   What a page keeps of a file is a `gr.State` with a time to live.
+2. gradio holds messages, results among them, in memory until their client reads them, if need be
+   forever. `Mailbox` deletes them after the same time, and limits their size.
+3. gradio copies inputs and outputs into the state of each session, to make links to sessions. The
+   Space has no such links, so `guard.py` has gradio keep no copies.
 """
 
 import asyncio
@@ -27,20 +28,24 @@ from gradio.utils import error_payload
 
 KEPT_SECONDS = 600  # until a file or an unread result is deleted
 SWEEP_SECONDS = 60  # between two searches for what to delete
-MAX_UNREAD = 256 * 2**20  # bytes of memory of all unread results; that of one file has at most about 220 MB
+# bytes of memory of all unread results; that of one file has at most about 220 MB
+MAX_UNREAD = 256 * 2**20
 MAX_STORED = 2**30  # bytes of all uploads and downloads on the disk
 UNREAD_LIMIT = (
-    f"The result is not kept: the unread results of all users have reached {MAX_UNREAD // 2**20:,} MB. Try again in "
+    "The result is not kept: the unread results of all users have reached "
+    f"{MAX_UNREAD // 2**20:,} MB. Try again in "
     f"{KEPT_SECONDS} seconds, and read each result."
 )
 
 
 def is_old(seconds: float) -> bool:
-    """Whether what is as old must be deleted now, because it would be `KEPT_SECONDS` old at the next sweep."""
+    """Whether what is as old must be deleted now, because it would be `KEPT_SECONDS` old at the
+    next sweep.
+    """
     return seconds > KEPT_SECONDS - SWEEP_SECONDS
 
 
-# ── Files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Files ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 def delete_old_files() -> None:
@@ -53,26 +58,39 @@ def delete_old_files() -> None:
 
 
 def has_room(size: int) -> bool:
-    """Whether uploads of some bytes fit on the disk, in half of what is free there, so it never fills up."""
+    """Whether uploads of some bytes fit on the disk, in half of what is free there, so it never
+    fills up.
+    """
     used = 0
     for folder, _, names in os.walk(os.environ["GRADIO_TEMP_DIR"]):
         for name in names:
             with suppress(OSError):  # deleted by now
                 used += os.stat(os.path.join(folder, name)).st_size
-    return size <= min(MAX_STORED - used, shutil.disk_usage(os.environ["GRADIO_TEMP_DIR"]).free // 2)
+    return size <= min(
+        MAX_STORED - used, shutil.disk_usage(os.environ["GRADIO_TEMP_DIR"]).free // 2
+    )
 
 
-# ── Results ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Results ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def memory_of(value: Any) -> int:
     """Return the bytes of memory of a JSON value."""
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    inner = (
+        value.values()
+        if isinstance(value, dict)
+        else value
+        if isinstance(value, (list, tuple))
+        else ()
+    )
     return sys.getsizeof(value) + sum(map(memory_of, inner))
 
 
 class Mailbox(asyncio.Queue):
-    """The messages for one session of gradio that its client has not read, oldest first. A result counts until it is sent."""
+    """The messages for one session of gradio that its client has not read, oldest first.
+
+    A result counts until it is sent.
+    """
 
     unread = 0  # bytes of the results of all sessions
 
@@ -80,7 +98,8 @@ class Mailbox(asyncio.Queue):
         if (output := getattr(message, "output", None)) is not None:
             size = memory_of(output)
             if Mailbox.unread + size > MAX_UNREAD:
-                message.success, message.output = False, error_payload(gr.Error(UNREAD_LIMIT), show_error=True)
+                message.success = False
+                message.output = error_payload(gr.Error(UNREAD_LIMIT), show_error=True)
             else:
                 Mailbox.unread += size
                 weakref.finalize(message, self._forget, size)
@@ -111,12 +130,14 @@ def has_result(app: gr.routes.App, event_id: str) -> bool:
 def delete_old_results(app: gr.routes.App) -> None:
     """Delete old messages, and what gradio knows of their sessions."""
     queue = app.get_blocks()._queue
-    mailboxes, ids = queue.pending_messages_per_session, queue.pending_event_ids_session
+    mailboxes = queue.pending_messages_per_session
+    ids = queue.pending_event_ids_session
     for session, mailbox in mailboxes.items():
         mailbox.delete_old()
         if mailbox.empty() and session in ids:  # what is not computed any more can never be read
             ids[session].intersection_update(queue.event_ids_to_events)
-    for session in ids.keys() - mailboxes.keys():  # gradio has as many mailboxes as it limits, but any number of these
+    # gradio has as many mailboxes as it limits, but any number of these
+    for session in ids.keys() - mailboxes.keys():
         del ids[session]
 
 

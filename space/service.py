@@ -2,11 +2,13 @@
 
 Worth knowing:
 
-1. The functions of the API are typed, and `gr.api` shows the types. The functions of the page return the outputs of one event.
-   gradio ends the run of a file where the user cancels it, between two of its outputs.
-2. A refusal is a message beside its cause. The pop-ups of gradio render HTML, so they never show input of a user.
-3. `Service` serves a single-path model, and `MultiLabelService` a multi-label model. In this file, the target of the guarantee
-   is a coverage for the first, and a recall for the second.
+1. The functions of the API are typed, and `gr.api` shows the types. The functions of the page
+   return the outputs of one event. gradio ends the run of a file where the user cancels it, between
+   two of its outputs.
+2. A refusal is a message beside its cause. The pop-ups of gradio render HTML, so they never show
+   input of a user.
+3. `Service` serves a single-path model, and `MultiLabelService` a multi-label model. In this file,
+   the target of the guarantee is a coverage for the first, and a recall for the second.
 """
 
 import tempfile
@@ -26,7 +28,16 @@ from attribution import Explainer, Explanation
 from classification import MIN_TARGET, Classification, check_target, check_text, highest_target
 from gradio.utils import get_upload_folder
 from retention import KEPT_SECONDS
-from tables import MAX_BYTES, MAX_CHARACTERS, File, Refused, TextRow, read_table, to_csv, to_json_lines
+from tables import (
+    MAX_BYTES,
+    MAX_CHARACTERS,
+    File,
+    Refused,
+    TextRow,
+    read_table,
+    to_csv,
+    to_json_lines,
+)
 from transformers import Pipeline
 
 from hierarchical_clinicalbert.reading.results import to_row
@@ -34,7 +45,8 @@ from taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy
 
 CHARACTERS_PER_TOKEN = 8  # most texts have fewer
 ROWS_AT_ONCE = 32  # of a file
-PROGRESS_SECONDS = 0.5  # between two progress messages: with more, a slow browser becomes unresponsive
+# between two progress messages: with more, a slow browser becomes unresponsive
+PROGRESS_SECONDS = 0.5
 
 
 class Problem(TypedDict):
@@ -45,7 +57,8 @@ class Problem(TypedDict):
 
 
 class ClassifiedRow(TypedDict, total=False):
-    """A row that was classified: its first line, its text, and the fields of its `Classification` with nodes as labels.
+    """A row that was classified: its first line, its text, and the fields of its `Classification`
+    with nodes as labels.
 
     ``result_version`` counts the changes of these fields.
     """
@@ -67,7 +80,9 @@ class ClassifiedRow(TypedDict, total=False):
 
 
 class FileResult(TypedDict):
-    """The results of a file: the column of texts, the rows that were classified, and those that were not."""
+    """The results of a file: the column of texts, the rows that were classified, and those that
+    were not.
+    """
 
     column: str
     rows: list[ClassifiedRow]
@@ -83,13 +98,16 @@ def take_uploads(paths: list[str]) -> list[File]:
     """Read uploaded files and delete them.
 
     Raises:
-        Refused: one is not an upload, or was deleted; or of several, one is not a text, or they are too large together.
+        Refused: one is not an upload, or was deleted; or of several, one is not a text, or they are
+        too large together.
     """
     files: list[File] = []
     for path in paths:
         file = Path(path).resolve()
         if not file.is_relative_to(Path(get_upload_folder()).resolve()) or not file.is_file():
-            raise Refused("The file was deleted after it was read, or never arrived: upload it again.")
+            raise Refused(
+                "The file was deleted after it was read, or never arrived: upload it again."
+            )
         files.append((file.name, file.read_bytes()))
         file.unlink(missing_ok=True)
     if len(files) > 1 and not all(name.lower().endswith(".txt") for name, _ in files):
@@ -111,20 +129,31 @@ class Service:
     unit = views.PROBABILITY
 
     def __init__(self, classifier: Pipeline):
-        self.classifier, self.tree = classifier, classifier.tree
+        self.classifier = classifier
+        self.tree = classifier.tree
         self.guarantee = classifier.decisions.guarantee
-        self.max_characters = max(MAX_CHARACTERS, CHARACTERS_PER_TOKEN * classifier.tokenizer.model_max_length)
-        self.thresholds = classifier.decisions.node_thresholds(classifier.model.config.calibration.thresholds)
-        # what the page shows, see `HierarchicalConfig`; the checkpoint's own code has another class Taxonomy
+        self.max_characters = max(
+            MAX_CHARACTERS, CHARACTERS_PER_TOKEN * classifier.tokenizer.model_max_length
+        )
+        self.thresholds = classifier.decisions.node_thresholds(
+            classifier.model.config.calibration.thresholds
+        )
+        # what the page shows, see `HierarchicalConfig`; the checkpoint's own code has another class
+        # Taxonomy
         medical = self.tree.to_nested() == Taxonomy(DEFAULT_TAXONOMY).to_nested()
-        self.page = {"title": "Text, sorted into a taxonomy", "medical": medical} | classifier.model.config.page
+        self.page = {
+            "title": "Text, sorted into a taxonomy",
+            "medical": medical,
+        } | classifier.model.config.page
         # on ZeroGPU, these run in another process, which hides error messages
         self._run_pipeline = gpu(lambda texts, options: classifier(texts, **options))
         self._explain = gpu(Explainer(classifier).explain)
 
-    # ── The API ──
+    # ── The API ───────────────────────────────────────────────────────────────────────────────────
 
-    def classify(self, text: str, coverage: float | None = None, levels: bool = False) -> Classification:
+    def classify(
+        self, text: str, coverage: float | None = None, levels: bool = False
+    ) -> Classification:
         """Classify a text into the taxonomy.
 
         Args:
@@ -139,30 +168,42 @@ class Service:
 
         Args:
             text: at most 20,000 characters.
-            node: the label of any node of the taxonomy; by default the first predicted one, or the most probable root.
+            node: the label of any node of the taxonomy; by default the first predicted one, or the
+            most probable root.
 
         Returns:
-            The node, its probability for the text and for a blank text, and the words with their weights. The weights add up
-            to the difference of the two probabilities, or for multi-label models of their log-odds, up to the convergence error.
+            The node, its probability for the text and for a blank text, and the words with their
+            weights. The weights add up to the difference of the two probabilities, or for
+            multi-label models of their log-odds, up to the convergence error.
         """
         text = check_text(text, self.max_characters)
-        return self._explain(text, self.check_node(node) if node else self.main_node(self._classify(text, None, True)))
+        return self._explain(
+            text,
+            self.check_node(node) if node else self.main_node(self._classify(text, None, True)),
+        )
 
     def classify_file(
-        self, file: gr.FileData, column: str | None = None, coverage: float | None = None, encoding: str | None = None
+        self,
+        file: gr.FileData,
+        column: str | None = None,
+        coverage: float | None = None,
+        encoding: str | None = None,
     ) -> FileResult:
         """Classify the rows of a file. The file is deleted as soon as it is read.
 
         Args:
-            file: CSV, TSV, JSON, JSON Lines, Parquet, or plain text with one text a line; at most 10 MB and 10,000 rows.
-            column: the column of texts; by default found by its name, such as text or abstract, else the one with the most
+            file: CSV, TSV, JSON, JSON Lines, Parquet, or plain text with one text a line; at most
+            10 MB and 10,000 rows. column: the column of texts; by default found by its name, such
+            as text or abstract, else the one with the most
                 characters.
             coverage: as in classify.
             encoding: of a text file, such as cp1252; by default UTF-8.
         """
         if not isinstance(file, dict) or not isinstance(file.get("path"), str):
             raise Refused("A file is needed.")
-        table = read_table(take_uploads([file["path"]]), column or None, self.max_characters, encoding)
+        table = read_table(
+            take_uploads([file["path"]]), column or None, self.max_characters, encoding
+        )
         if coverage is not None:
             check_target(self.classifier, coverage)
         result: dict[str, Any] = {"column": table.column, "rows": [], "problems": []}
@@ -174,14 +215,24 @@ class Service:
     def _classify_rows(
         self, rows: list[TextRow], target: float | None
     ) -> Iterator[tuple[list[dict[str, Any]], list[Problem]]]:
-        """Classify rows, `ROWS_AT_ONCE` at a time. Yield those that were classified and those that were not."""
+        """Classify rows, `ROWS_AT_ONCE` at a time.
+
+        Yield those that were classified and those that were not.
+        """
         for start in range(0, len(rows), ROWS_AT_ONCE):
             some = rows[start : start + ROWS_AT_ONCE]
-            problems: list[Problem] = [{"line": row.line, "problem": row.problem} for row in some if row.problem]
+            problems: list[Problem] = [
+                {"line": row.line, "problem": row.problem} for row in some if row.problem
+            ]
             texts = [(row.line, row.text) for row in some if not row.problem]
             results = self._classify_all([text for _, text in texts], target)
             records = [
-                {"line": line, "text": text, "result_version": self.classifier.result_version, **to_row(result)}
+                {
+                    "line": line,
+                    "text": text,
+                    "result_version": self.classifier.result_version,
+                    **to_row(result),
+                }
                 for (line, text), result in zip(texts, results, strict=True)
             ]
             yield records, problems
@@ -191,7 +242,9 @@ class Service:
             check_target(self.classifier, target)
         return self._classify_all([check_text(text, self.max_characters)], target, levels)[0]
 
-    def _classify_all(self, texts: list[str], target: float | None, levels: bool = False) -> list[Any]:
+    def _classify_all(
+        self, texts: list[str], target: float | None, levels: bool = False
+    ) -> list[Any]:
         options = {"levels": levels} | ({} if target is None else {self.guarantee: target})
         return self._run_pipeline(texts, options)
 
@@ -200,66 +253,97 @@ class Service:
             raise Refused("The taxonomy has no such node.")
         return node
 
-    # ── The page ──
+    # ── The page ──────────────────────────────────────────────────────────────────────────────────
 
     def show_result(self, text: str, target: float | None) -> list[Any]:
-        """Return the outputs of one text: the text if it was classified, its result, the tree, and the node to explain."""
+        """Return the outputs of one text: the text if it was classified, its result, the tree, and
+        the node to explain.
+        """
         no_set = ""
         try:
             check_target(self.classifier, target)  # an empty box is None
         except Refused as error:
-            target, no_set = None, views.escape_html(str(error))
+            target = None
+            no_set = views.escape_html(str(error))
         try:
             result = self._classify(text or "", target, True)
         except Refused as error:
             return ["", views.refusal(str(error)), views.tree(self.tree), ""]
-        held = no_set or views.prediction_set(self.tree, self.guarantee, target, result["prediction_set"])
+        held = no_set or views.prediction_set(
+            self.tree, self.guarantee, target, result["prediction_set"]
+        )
         tree = views.tree(self.tree, self.node_results(result))
         return [text, views.result(self.tree, result, held), tree, self.main_node(result)]
 
     def node_results(self, result: dict[str, Any]) -> views.NodeResults:
-        """Return what a result with levels says about the nodes. Of a strange text, nothing counts as predicted."""
+        """Return what a result with levels says about the nodes.
+
+        Of a strange text, nothing counts as predicted.
+        """
         by_label = {label: score for level in result["levels"] for label, score in level.items()}
         marked = {} if views.is_strange(result) else result
         predicted, in_set = (
-            [self.tree.id(node["label"]) for node in marked.get(name, [])] for name in ("labels", "prediction_set")
+            [self.tree.id(node["label"]) for node in marked.get(name, [])]
+            for name in ("labels", "prediction_set")
         )
         scores = [by_label[label] for label in self.tree.labels]
-        return views.NodeResults(scores, self.tree.with_ancestors(predicted), {*in_set}, self.thresholds)
+        return views.NodeResults(
+            scores, self.tree.with_ancestors(predicted), {*in_set}, self.thresholds
+        )
 
     def show_result_again(self, text: str, target: float | None) -> Any:
-        """Return result and tree of a text for a changed target. Without a text or a target, they stay as they are."""
+        """Return result and tree of a text for a changed target.
+
+        Without a text or a target, they stay as they are.
+        """
         has_text = isinstance(text, str) and text.strip()
-        return self.show_result(text, target)[1:3] if has_text and target is not None else [gr.skip()] * 2
+        return (
+            self.show_result(text, target)[1:3]
+            if has_text and target is not None
+            else [gr.skip()] * 2
+        )
 
     def show_nothing(self) -> list[Any]:
         """Return the outputs of `show_result` before a text is classified."""
         return ["", views.waiting(), views.tree(self.tree), ""]
 
     def main_node(self, result: dict[str, Any]) -> str:
-        """Return the label of the node that is explained by default: the first predicted one, or the most probable root."""
+        """Return the label of the node that is explained by default: the first predicted one, or
+        the most probable root.
+        """
         roots = result["levels"][0]
         return result["label"] or max(roots, key=roots.get)
 
     def show_words(self, text: str, node: str) -> str:
-        """Return the text with the weights of its words for a node, or a placeholder if no text was classified."""
+        """Return the text with the weights of its words for a node, or a placeholder if no text was
+        classified.
+        """
         if not text:
             return views.no_words()
         try:
-            text, node = check_text(text, self.max_characters), self.check_node(node)
+            text = check_text(text, self.max_characters)
+            node = self.check_node(node)
         except Refused as error:
             return views.refusal(str(error), "Not explained")
         return views.words(text, self._explain(text, node), self.unit)
 
-    def open_file(self, paths: list[str] | None, kept: list[File] | None, encoding: str | None) -> list[Any]:
-        """Read uploads into memory, if nothing is kept. Return what is kept, its columns, and cleared outputs of `run_file`."""
-        columns, state = gr.Dropdown(choices=[], value=None), views.progress(0, 0, 0, "No file yet.")
+    def open_file(
+        self, paths: list[str] | None, kept: list[File] | None, encoding: str | None
+    ) -> list[Any]:
+        """Read uploads into memory, if nothing is kept.
+
+        Return what is kept, its columns, and cleared outputs of `run_file`.
+        """
+        columns = gr.Dropdown(choices=[], value=None)
+        state = views.progress(0, 0, 0, "No file yet.")
         try:
             if kept := kept or (take_uploads(paths) if paths else None):
                 table = read_table(kept, length=self.max_characters, encoding=encoding)
                 columns = gr.Dropdown(choices=table.columns, value=table.column)
                 problems = sum(row.problem is not None for row in table.rows)
-                state = views.progress(0, len(table.rows), problems, "Read, and deleted from the disk. Classified:")
+                state = views.progress(
+                    0, len(table.rows), problems, "Read, and deleted from the disk. Classified:"
+                )
         except Refused as error:
             state = views.refusal(str(error), "Not read")
         return [kept, columns, *self.show_no_rows(state)]
@@ -269,7 +353,9 @@ class Service:
         return [state, *self.show_rows([], []), *[gr.DownloadButton(interactive=False)] * 2, None]
 
     def show_rows(self, records: list[dict[str, Any]], problems: list[Problem]) -> list[str]:
-        """Return the summary of the rows that were classified, the first page of them, and the rows that were not."""
+        """Return the summary of the rows that were classified, the first page of them, and the rows
+        that were not.
+        """
         return [
             views.summary(self.tree, records),
             views.table(self.tree, records[: views.PAGE]),
@@ -277,11 +363,17 @@ class Service:
         ]
 
     def turn_page(self, rows: list[dict[str, Any]] | None, page: str) -> list[Any]:
-        """Return a page of the rows that were classified, which are kept as long as a file is. Empty the box of the page."""
+        """Return a page of the rows that were classified, which are kept as long as a file is.
+
+        Empty the box of the page.
+        """
         return [views.table(self.tree, rows, str(page)) if rows and page else gr.skip(), ""]
 
     def cancel_file(self, rows: list[dict[str, Any]] | None) -> list[Any]:
-        """Return the outputs of a run that gradio has ended. A run with all rows is done, and stays as it is."""
+        """Return the outputs of a run that gradio has ended.
+
+        A run with all rows is done, and stays as it is.
+        """
         cancelled = views.progress(0, 0, 0, "Cancelled. No results are kept.")
         return self.show_no_rows(cancelled) if rows is None else [gr.skip()] * 7
 
@@ -290,12 +382,15 @@ class Service:
     ) -> Iterator[list[Any]]:
         """Classify a file.
 
-        Yield progress, summary, the first page of rows, problems, two downloads, and in the end all rows for `turn_page`.
+        Yield progress, summary, the first page of rows, problems, two downloads, and in the end all
+        rows for `turn_page`.
         """
-        # ── Read: the file may be refused ──
+        # ── Read: the file may be refused ─────────────────────────────────────────────────────────
         try:
             if kept is None:
-                raise Refused(f"There is no file: choose one. It is kept for {KEPT_SECONDS // 60} minutes.")
+                raise Refused(
+                    f"There is no file: choose one. It is kept for {KEPT_SECONDS // 60} minutes."
+                )
             if highest_target(self.classifier) >= MIN_TARGET:
                 check_target(self.classifier, target)
             else:  # nobody could move the slider
@@ -305,10 +400,11 @@ class Service:
             yield self.show_no_rows(views.refusal(str(error)))
             return
 
-        # ── Classify: some rows at a time; gradio sends only what has changed ──
+        # ── Classify: some rows at a time; gradio sends only what has changed ─────────────────────
         done: list[dict[str, Any]] = []
         bad: list[Problem] = []
-        total, sent = len(table.rows), float("-inf")
+        total = len(table.rows)
+        sent = float("-inf")
         yield self.show_no_rows(views.progress(0, total, 0, "Classified"))
         for records, problems in self._classify_rows(table.rows, target):
             done += records
@@ -318,31 +414,41 @@ class Service:
                 yield [state, *self.show_rows(done, bad), *[gr.skip()] * 3]
                 sent = time.monotonic()
 
-        # ── Write: two files to download ──
+        # ── Write: two files to download ──────────────────────────────────────────────────────────
         with tempfile.TemporaryDirectory() as folder:  # gradio serves copies
             files = Path(folder, "predictions.csv"), Path(folder, "predictions.jsonl")
             # without a byte order mark, spreadsheets may read a CSV file in a local encoding
             files[0].write_text(to_csv(done), encoding="utf-8-sig", newline="")
             files[1].write_text(to_json_lines(done), encoding="utf-8", newline="")
             downloads = [gr.DownloadButton(value=str(file), interactive=True) for file in files]
-            state, first = views.progress(total, total, len(bad), "Done:"), views.table(self.tree, done)
+            state = views.progress(total, total, len(bad), "Done:")
+            first = views.table(self.tree, done)
             yield [state, gr.skip(), first, gr.skip(), *downloads, done]
 
 
 class MultiLabelService(Service):
     """The functions for a multi-label model."""
 
-    target_label = "Recall: the share of a text's correct nodes that the prediction set contains on average"
+    target_label = (
+        "Recall: the share of a text's correct nodes that the prediction set contains on average"
+    )
     target_info = "A higher recall needs more nodes in the set."
     unit = views.LOG_ODDS
 
-    def classify(self, text: str, recall: float | None = None, levels: bool = False) -> Classification:
+    def classify(
+        self, text: str, recall: float | None = None, levels: bool = False
+    ) -> Classification:
         return self._classify(text, recall, levels)
 
     def classify_file(
-        self, file: gr.FileData, column: str | None = None, recall: float | None = None, encoding: str | None = None
+        self,
+        file: gr.FileData,
+        column: str | None = None,
+        recall: float | None = None,
+        encoding: str | None = None,
     ) -> FileResult:
         return super().classify_file(file, column, recall, encoding)
 
 
-SERVICES = {"coverage": Service, "recall": MultiLabelService}  # by the guarantee of the model's decisions
+# by the guarantee of the model's decisions
+SERVICES = {"coverage": Service, "recall": MultiLabelService}

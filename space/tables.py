@@ -2,12 +2,14 @@
 
 Worth knowing:
 
-1. The package `hierarchical_clinicalbert.reading` reads the file, as for the commands. In the repository it is beside this folder, and on the Hub
-   inside it.
-2. A file of at most 10 MB can decompress to gigabytes. So a subprocess reads the file, with limits of time and, on Linux, of
-   memory. The subprocess runs this file as a script. It returns only the column of texts, up to `MAX_UNPACKED` bytes.
+1. The package `hierarchical_clinicalbert.reading` reads the file, as for the commands. In the
+   repository it is beside this folder, and on the Hub inside it.
+2. A file of at most 10 MB can decompress to gigabytes. So a subprocess reads the file, with limits
+   of time and, on Linux, of memory. The subprocess runs this file as a script. It returns only the
+   column of texts, up to `MAX_UNPACKED` bytes.
 3. Files are read from memory: they are not on disk while they are classified.
-4. In a CSV for download, no spreadsheet finds a formula, whatever it takes for separators and quotes: see `FORMULA`.
+4. In a CSV for download, no spreadsheet finds a formula, whatever it takes for separators and
+   quotes: see `FORMULA`.
 """
 
 import csv
@@ -43,14 +45,16 @@ SAMPLE = 100  # rows in which `longest_column` counts characters
 OFFER = ("give --encoding", "choose the encoding")  # of the commands, and here
 File = tuple[str, bytes]  # name and content
 LIMITS = Limits(bytes=MAX_UNPACKED, rows=MAX_ROWS, columns=MAX_COLUMNS, unpacked_bytes=MAX_UNPACKED)
-# The places in a cell where a spreadsheet can find a formula: at the start, and where it may begin another cell, after a comma, a
-# semicolon, a tab, a vertical bar or a line break. Quotes and spaces in between may be dropped. The characters are those of
-# OWASP's page "CSV Injection". A backslash marks these places, because an apostrophe can be a quote, too. Backslashes that
-# already stand there are kept apart: they get one more.
+# The places in a cell where a spreadsheet can find a formula: at the start, and where it may begin
+# another cell, after a comma, a semicolon, a tab, a vertical bar or a line break. Quotes and spaces
+# in between may be dropped. The characters are those of OWASP's page "CSV Injection". A backslash
+# marks these places, because an apostrophe can be a quote, too. Backslashes that already stand
+# there are kept apart: they get one more.
 DROPPED = r"""(?: (?! [\t\r\n] ) [\s"'\0] )*"""
 FORMULA = re.compile(
     rf"""
-      (?: ^ | [,;|\t\r\n] \ * ["'] ) {DROPPED} (?= \\* [\t\r\n] )  # a line break can only begin a cell with quotes
+      # a line break can only begin a cell with quotes
+      (?: ^ | [,;|\t\r\n] \ * ["'] ) {DROPPED} (?= \\* [\t\r\n] )
     | [,;|\r\n]                      {DROPPED} (?= \\* \t )
     | (?: ^ | [,;|\t\r\n] )          {DROPPED} (?= \\* [=+\-@＝＋－＠] )
     """,
@@ -59,7 +63,10 @@ FORMULA = re.compile(
 
 
 class Refused(ValueError):
-    """A request that cannot be fulfilled. The message gives the reason, and shows at most names of columns."""
+    """A request that cannot be fulfilled.
+
+    The message gives the reason, and shows at most names of columns.
+    """
 
 
 class TextRow(NamedTuple):
@@ -79,56 +86,83 @@ class Table(NamedTuple):
 
 
 def problem_of(text: Any, length: int) -> str | None:
-    """Return why a value cannot be classified, as a short phrase, or None. Texts have at most ``length`` characters."""
+    """Return why a value cannot be classified, as a short phrase, or None.
+
+    Texts have at most ``length`` characters.
+    """
     if problem := text_problem(text):
         return problem
     if len(text) > length:
         return f"the text has {len(text):,} characters; at most {length:,} are accepted"
-    return "the text is not valid Unicode: it has half of a surrogate pair" if has_surrogate(text) else None
+    return (
+        "the text is not valid Unicode: it has half of a surrogate pair"
+        if has_surrogate(text)
+        else None
+    )
 
 
 def read_table(
-    files: list[File], column: str | None = None, length: int = MAX_CHARACTERS, encoding: str | None = None
+    files: list[File],
+    column: str | None = None,
+    length: int = MAX_CHARACTERS,
+    encoding: str | None = None,
 ) -> Table:
     """Read the rows of a file in a subprocess, or of several, each of which is a text.
 
     Args:
         files: names and contents. The name of a single file, or its ending alone, is its kind.
-        column: the column of texts; by default found by its name, else the one with the most characters.
-        length: the greatest length of a text in characters.
+        column: the column of texts; by default found by its name, else the one with the most
+        characters. length: the greatest length of a text in characters.
 
     Raises:
-        Refused: the file is empty, not of its kind or of another one, lacks the column, or has two columns of one name.
+        Refused: the file is empty, not of its kind or of another one, lacks the column, or has two
+        columns of one name.
     """
     kind = FOLDER if len(files) > 1 else files[0][0].lower().rpartition(".")[2]
     if kind not in (*KINDS, FOLDER):
         raise Refused(
-            "The file must be CSV, TSV, Excel (.xlsx), JSON, JSON Lines, Parquet or text (.txt), with that ending in its name."
+            "The file must be CSV, TSV, Excel (.xlsx), JSON, JSON Lines, Parquet or text "
+            "(.txt), with that ending in its name."
         )
     sizes = [(name, len(content)) for name, content in files]
-    asked = {"column": column, "length": length, "kind": kind, "encoding": encoding or "utf-8", "sizes": sizes}
+    asked = {
+        "column": column,
+        "length": length,
+        "kind": kind,
+        "encoding": encoding or "utf-8",
+        "sizes": sizes,
+    }
     request = json.dumps(asked).encode() + b"\n" + b"".join(content for _, content in files)
-    # the allocators of Arrow and the arenas of glibc reserve far more than they use, which counts against the limit
+    # the allocators of Arrow and the arenas of glibc reserve far more than they use, which counts
+    # against the limit
     environment = os.environ | {"ARROW_DEFAULT_MEMORY_POOL": "system", "MALLOC_ARENA_MAX": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     try:
-        done = subprocess.run([sys.executable, __file__], input=request, timeout=MAX_SECONDS, env=environment, **pipes)
+        done = subprocess.run(
+            [sys.executable, __file__], input=request, timeout=MAX_SECONDS, env=environment, **pipes
+        )
     except subprocess.TimeoutExpired:
         raise Refused(f"The file takes more than {MAX_SECONDS} seconds to read.") from None
     if done.returncode:
-        print(f"reading a {kind} file ended with code {done.returncode}", file=sys.stderr, flush=True)
-        raise Refused(f"The file is damaged, or takes more than {MAX_MEMORY // 2**20} MB of memory to read.")
+        print(
+            f"reading a {kind} file ended with code {done.returncode}", file=sys.stderr, flush=True
+        )
+        raise Refused(
+            f"The file is damaged, or takes more than {MAX_MEMORY // 2**20} MB of memory to read."
+        )
     head, *rows = (json.loads(line) for line in io.BytesIO(done.stdout))
     if "refused" in head:
         raise Refused(head["refused"])
     return Table(**head, rows=[TextRow(*row) for row in rows])
 
 
-# ── The subprocess ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── The subprocess ────────────────────────────────────────────────────────────────────────────────
 
 
 def main() -> None:
-    """Reply to `read_table`: read the request and the file from standard input, and write lines of JSON."""
+    """Reply to `read_table`: read the request and the file from standard input, and write lines of
+    JSON.
+    """
     request = json.loads(sys.stdin.buffer.readline())
     if request["kind"] == "parquet":
         import pyarrow.parquet  # noqa: F401 (before the limit, which counts from here)
@@ -153,7 +187,10 @@ def limit_memory() -> None:
     try:
         import resource
 
-        size = int(Path("/proc/self/statm").read_text("ascii").split()[0]) * resource.getpagesize() + MAX_MEMORY
+        size = (
+            int(Path("/proc/self/statm").read_text("ascii").split()[0]) * resource.getpagesize()
+            + MAX_MEMORY
+        )
         resource.setrlimit(resource.RLIMIT_AS, (size, size))
     except (ImportError, OSError, ValueError):  # not Linux, or a lower limit is set
         pass
@@ -172,7 +209,9 @@ def read(content: bytes, column: str | None, length: int, **source: Any) -> Iter
         if column is not None:
             raise Refused("The file has no such column.")
         text_column = longest_column(rows)
-        unnamed = text_column == "" or (text_column is not None and not looks_like_name(text_column))
+        unnamed = text_column == "" or (
+            text_column is not None and not looks_like_name(text_column)
+        )
         if source["kind"] in ("csv", "tsv") and unnamed:
             raise Refused("The file has no column called text or abstract: is the header missing?")
         rows = open_rows(content, **source)
@@ -188,7 +227,9 @@ def read(content: bytes, column: str | None, length: int, **source: Any) -> Iter
 
 
 def longest_column(rows: RowReader) -> str | None:
-    """Return the column with the most characters of text in the first rows, or None without columns."""
+    """Return the column with the most characters of text in the first rows, or None without
+    columns.
+    """
     counts = dict.fromkeys(rows.columns, 0)
     for row in islice(rows.read(), SAMPLE):
         for column, value in row.values.items():
@@ -200,16 +241,21 @@ def longest_column(rows: RowReader) -> str | None:
 def open_rows(content: bytes, kind: str, encoding: str, sizes: list[tuple[str, int]]) -> RowReader:
     stream = io.BytesIO(content)  # of several files, one after another
     several = [(name, partial(stream.read, size)) for name, size in sizes]
-    return RowReader(several if kind == FOLDER else stream, kind, "The file", LIMITS, encoding=encoding)
+    return RowReader(
+        several if kind == FOLDER else stream, kind, "The file", LIMITS, encoding=encoding
+    )
 
 
-# ── Downloads ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Downloads ─────────────────────────────────────────────────────────────────────────────────────
 
 
 def to_csv(records: list[dict[str, Any]]) -> str:
-    """Format records as CSV that is safe in spreadsheets: lists are joined, and formulas defused."""
+    """Format records as CSV that is safe in spreadsheets: lists are joined, and formulas
+    defused.
+    """
     stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\r\n")  # so that a bare \r in a cell is quoted, as RFC 4180 demands
+    # so that a bare \r in a cell is quoted, as RFC 4180 demands
+    writer = csv.writer(stream, lineterminator="\r\n")
     writer.writerow(records[0] if records else [])  # all have the same names
     writer.writerows(map(defuse, join_lists(record).values()) for record in records)
     return stream.getvalue()

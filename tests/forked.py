@@ -1,8 +1,9 @@
 """Fork Python processes from a server that has already imported the libraries.
 
-Importing torch and transformers takes longer than most tests. A forked process has its own arguments, folder, environment,
-streams, signals and exit code. It differs from a fresh process in two ways: `sys.modules` holds more from the start, and
-libraries have read their environment variables in the server. Tests of imports or of these variables use `subprocess`.
+Importing torch and transformers takes longer than most tests. A forked process has its own
+arguments, folder, environment, streams, signals and exit code. It differs from a fresh process in
+two ways: `sys.modules` holds more from the start, and libraries have read their environment
+variables in the server. Tests of imports or of these variables use `subprocess`.
 """
 
 import atexit
@@ -23,7 +24,8 @@ from pathlib import Path
 from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
-LIBRARIES = (  # these read no variable that a test sets, unlike transformers, datasets and huggingface_hub
+# these read no variable that a test sets, unlike transformers, datasets and huggingface_hub
+LIBRARIES = (
     "fastapi",
     "matplotlib.figure",
     "pandas",
@@ -41,18 +43,25 @@ COMMANDS = (*LIBRARIES, "train", "predict", "push_to_hub")
 
 
 class Server:
-    """Start a process with own environment variables that imports modules, possibly of this repository, and forks on request.
+    """Start a process with own environment variables that imports modules, possibly of this
+    repository, and forks on request.
 
     Args:
-        parent: the server from which this one is forked. It has imported some of the modules, so variables that these read at
+        parent: the server from which this one is forked. It has imported some of the modules, so
+        variables that these read at
             import, such as those of OpenMP, have no effect.
     """
 
     def __init__(
-        self, modules: tuple[str, ...], variables: tuple[tuple[str, str], ...] = (), parent: "Server | None" = None
+        self,
+        modules: tuple[str, ...],
+        variables: tuple[tuple[str, str], ...] = (),
+        parent: "Server | None" = None,
     ) -> None:
         self.connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | dict(variables)
+        environment = {
+            name: value for name, value in os.environ.items() if name != "PYTHONPATH"
+        } | dict(variables)
         self._process = None
         if parent is None:
             line = [sys.executable, __file__, str(theirs.fileno()), *modules]
@@ -80,7 +89,12 @@ class Process:
     """
 
     def __init__(
-        self, server: Server, words: list[str], cwd: object, environment: dict[str, str], streams: list
+        self,
+        server: Server,
+        words: list[str],
+        cwd: object,
+        environment: dict[str, str],
+        streams: list,
     ) -> None:
         self._status, theirs = os.pipe()
         request = {"words": words, "cwd": str(cwd), "environment": environment}
@@ -94,7 +108,10 @@ class Process:
         return self.wait(timeout=0)
 
     def wait(self, timeout: float | None = None) -> int | None:
-        """Wait for the end of the process, at most ``timeout`` seconds. Return its exit code, or None if it still runs."""
+        """Wait for the end of the process, at most ``timeout`` seconds.
+
+        Return its exit code, or None if it still runs.
+        """
         if self.returncode is None and select.select([self._status], [], [], timeout)[0]:
             self.returncode = int(os.read(self._status, 16))
             os.close(self._status)
@@ -106,7 +123,9 @@ class Process:
 
 
 def serve(connection: socket.socket, modules: list[str]) -> NoReturn:
-    """Import modules, then fork a process for each request, until the connection is closed or Ctrl+C is pressed."""
+    """Import modules, then fork a process for each request, until the connection is closed or
+    Ctrl+C is pressed.
+    """
     if "train" in modules:
         sys.path.insert(0, str(ROOT))
     for name in modules:
@@ -141,7 +160,9 @@ def set_environment(request: dict) -> None:
 
 
 def supervise(status: int, request: dict, streams: list[int]) -> NoReturn:
-    """Fork the process of a request, and write its process id and then its exit code to ``status``."""
+    """Fork the process of a request, and write its process id and then its exit code to
+    ``status``.
+    """
     pid = os.fork()
     if pid:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -159,7 +180,9 @@ def supervise(status: int, request: dict, streams: list[int]) -> NoReturn:
     first, *sys.argv = request["words"] if request["words"][0] == "-c" else ["", *request["words"]]
     main = sys.modules["__main__"] = types.ModuleType("__main__")
     if first == "-c":
-        code, name, sys.argv[0] = sys.argv[0], "<string>", "-c"
+        code = sys.argv[0]
+        name = "<string>"
+        sys.argv[0] = "-c"
         sys.path.insert(0, "")
     else:
         name = main.__file__ = sys.argv[0]
@@ -169,7 +192,9 @@ def supervise(status: int, request: dict, streams: list[int]) -> NoReturn:
 
 
 def run_and_exit(script: Callable[[], None]) -> NoReturn:
-    """Run a script and exit as the interpreter does, but without the teardown of all modules, which takes seconds."""
+    """Run a script and exit as the interpreter does, but without the teardown of all modules, which
+    takes seconds.
+    """
     code = 0
     try:
         script()

@@ -20,7 +20,10 @@ fuzz = settings(
 
 @contextmanager
 def refused_in_one_line() -> Iterator[None]:
-    """Allow the block to raise an `InputError` with a message of one line. Any other exception fails the test."""
+    """Allow the block to raise an `InputError` with a message of one line.
+
+    Any other exception fails the test.
+    """
     try:
         yield
     except InputError as error:

@@ -1,9 +1,14 @@
-"""Serve a Hugging Face Hub in memory, for tests. It implements the part of the HTTP protocol that this project uses.
+"""Serve a Hugging Face Hub in memory, for tests. It implements the part of the HTTP protocol that
+this project uses.
 
-- `with HubServer() as hub:` serves. A process with the variables of `hub.environment(...)` connects to this Hub.
-- Models and Spaces can be published, inspected, listed and downloaded. Any other request gets a 404.
-- Files of any size are sent within the commit, and downloaded from the repository: there is no LFS and no Xet storage.
-- A commit is made completely or not at all. `fail_at` makes requests fail, and `requests` lists the requests so far.
+- `with HubServer() as hub:` serves. A process with the variables of `hub.environment(...)` connects
+  to this Hub.
+- Models and Spaces can be published, inspected, listed and downloaded. Any other request gets a
+  404.
+- Files of any size are sent within the commit, and downloaded from the repository: there is no LFS
+  and no Xet storage.
+- A commit is made completely or not at all. `fail_at` makes requests fail, and `requests` lists the
+  requests so far.
 """
 
 import base64
@@ -29,7 +34,8 @@ class HubError(Exception):
 
     def __init__(self, status: int, message: str, code: str = ""):
         super().__init__(message)
-        self.status, self.code = status, code
+        self.status = status
+        self.code = code
 
 
 @dataclass
@@ -63,7 +69,8 @@ class Repo:
     kind: str  # "models" or "spaces"
     id: str
     private: bool = False
-    branches: dict[str, list[Commit]] = field(default_factory=lambda: {"main": []})  # oldest commit first
+    # oldest commit first
+    branches: dict[str, list[Commit]] = field(default_factory=lambda: {"main": []})
     variables: dict[str, dict] = field(default_factory=dict)
 
     @property
@@ -73,7 +80,10 @@ class Repo:
 
     def at(self, revision: str) -> Commit:
         commits = self.branches.get(revision) or [
-            commit for branch in self.branches.values() for commit in branch if commit.sha == revision
+            commit
+            for branch in self.branches.values()
+            for commit in branch
+            if commit.sha == revision
         ]
         if not commits:
             raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
@@ -92,7 +102,10 @@ def git_oid(data: bytes) -> str:
 
 
 def card_errors(content: str) -> list[str]:
-    """Return what is wrong with the front matter of a README.md, in the Hub's words. Few of the Hub's checks are made."""
+    """Return what is wrong with the front matter of a README.md, in the Hub's words.
+
+    Few of the Hub's checks are made.
+    """
     found = re.match(r"\s*---\n(.*?)^---$", content, re.DOTALL | re.MULTILINE)
     try:
         data = (yaml.safe_load(found[1]) if found else None) or {}
@@ -120,7 +133,9 @@ class HubServer:
         self._folder = tempfile.TemporaryDirectory()
 
     def __enter__(self) -> "HubServer":
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        threading.Thread(
+            target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+        ).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -128,22 +143,32 @@ class HubServer:
         self._server.server_close()
         self._folder.cleanup()
 
-    # ── For tests ────────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── For tests ─────────────────────────────────────────────────────────────────────────────────
 
-    def environment(self, home: Path | str | None = None, token: str | None = None) -> dict[str, str]:
+    def environment(
+        self, home: Path | str | None = None, token: str | None = None
+    ) -> dict[str, str]:
         """Return the variables of a process that uses this Hub, and a cache and login in ``home``.
 
-        By default all processes of the hub share one home, which saves them the imports, see `conftest.run`.
+        By default all processes of the hub share one home, which saves them the imports, see
+        `conftest.run`.
         """
         home = Path(self._folder.name) / SHARED_HOME if home is None else home
         variables = {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
-        return variables | {"HF_HUB_DISABLE_TELEMETRY": "1"} | ({} if token is None else {"HF_TOKEN": token})
+        return (
+            variables
+            | {"HF_HUB_DISABLE_TELEMETRY": "1"}
+            | ({} if token is None else {"HF_TOKEN": token})
+        )
 
     def add_user(self, name: str, token: str, role: str = "write") -> None:
         self.users[token] = User(name, role)
 
     def add_repo(self, repo_id: str, files: dict[str, bytes] | Path, private: bool = False) -> str:
-        """Commit files to main of a model, in addition to the files there. Return the sha of the commit."""
+        """Commit files to main of a model, in addition to the files there.
+
+        Return the sha of the commit.
+        """
         if isinstance(files, Path):
             paths = [path for path in files.rglob("*") if path.is_file()]
             files = {path.relative_to(files).as_posix(): path.read_bytes() for path in paths}
@@ -153,11 +178,15 @@ class HubServer:
             before = repo.branches["main"][-1].files if repo.branches["main"] else {}
             return repo.commit("main", before | files, "Add files").sha
 
-    def commits(self, repo_id: str, revision: str = "main", repo_type: str = "model") -> list[Commit]:
+    def commits(
+        self, repo_id: str, revision: str = "main", repo_type: str = "model"
+    ) -> list[Commit]:
         """Return the commits of a branch, oldest first."""
         return list(self.repos[KINDS[repo_type], repo_id].branches[revision])
 
-    def files(self, repo_id: str, revision: str = "main", repo_type: str = "model") -> dict[str, bytes]:
+    def files(
+        self, repo_id: str, revision: str = "main", repo_type: str = "model"
+    ) -> dict[str, bytes]:
         return dict(self.repos[KINDS[repo_type], repo_id].at(revision).files)
 
     def write(self, repo_id: str, folder: Path, repo_type: str = "model") -> Path:
@@ -168,19 +197,24 @@ class HubServer:
         return folder
 
     def fail_at(self, number: int, match: str = "", how: str = "drop") -> None:
-        """Make a later request fail: the one with this number, from 1, among those whose "METHOD path" matches.
+        """Make a later request fail: the one with this number, from 1, among those whose "METHOD
+        path" matches.
 
         Args:
             match: a regular expression.
-            how: "drop" closes the connection without handling the request. A status such as "503" is sent as the reply.
+            how: "drop" closes the connection without handling the request. A status such as "503"
+            is sent as the reply.
         """
         with self.lock:
             self._faults.append([number, match, how])
 
-    # ── Requests ─────────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── Requests ──────────────────────────────────────────────────────────────────────────────────
 
     def answer(self, request: Request) -> tuple[Any, dict[str, str]] | None:
-        """Handle a request. Return body and headers, or None if the connection is to be closed without an answer."""
+        """Handle a request.
+
+        Return body and headers, or None if the connection is to be closed without an answer.
+        """
         self.requests.append(request)
         for fault in self._faults:
             fault[0] -= bool(re.search(fault[1], f"{request.method} {request.path}"))
@@ -188,18 +222,24 @@ class HubServer:
         self._faults = [fault for fault in self._faults if fault[0] > 0]
         if due == ["drop"]:
             return None
-        request.status, headers = 200, {}
+        request.status = 200
+        headers = {}
         try:
             if due:
                 raise HubError(int(due[0]), "Failing on request of the test")
             body = self.route(request, headers)
         except HubError as error:
-            request.status, body = error.status, {"error": str(error)}
-            headers |= {"X-Error-Message": str(error)} | ({"X-Error-Code": error.code} if error.code else {})
+            request.status = error.status
+            body = {"error": str(error)}
+            headers |= {"X-Error-Message": str(error)} | (
+                {"X-Error-Code": error.code} if error.code else {}
+            )
         return body, headers
 
     def route(self, request: Request, headers: dict[str, str]) -> Any:
-        """Return the body, bytes as they are and anything else as JSON. Status and ``headers`` are set."""
+        """Return the body, bytes as they are and anything else as JSON. Status and ``headers`` are
+        set.
+        """
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         user = self.users.get(token)
         if scheme and user is None:
@@ -210,7 +250,12 @@ class HubServer:
                 if user is None:
                     raise HubError(401, "Invalid username or password.")
                 token = {"displayName": "test", "role": user.role}
-                return {"type": "user", "name": user.name, "orgs": [], "auth": {"accessToken": token}}
+                return {
+                    "type": "user",
+                    "name": user.name,
+                    "orgs": [],
+                    "auth": {"accessToken": token},
+                }
             case ["POST", "api", "validate-yaml"]:
                 errors = card_errors(request.payload["content"])
                 request.status = 400 if errors else 200
@@ -230,7 +275,9 @@ class HubServer:
                 return resolve(request, headers, repo, revision, "/".join(path))
         raise HubError(404, "Sorry, we can't find the page you are looking for.")
 
-    def visible_repo(self, kind: str, repo_id: str, user: User | None, writes: bool = False) -> Repo:
+    def visible_repo(
+        self, kind: str, repo_id: str, user: User | None, writes: bool = False
+    ) -> Repo:
         repo = self.repos.get((kind, repo_id))
         mine = user is not None and repo_id.split("/")[0] == user.name
         if repo is None or (repo.private and not mine):
@@ -265,13 +312,23 @@ class HubServer:
                 repo.variables[request.payload["key"]] = request.payload
                 return repo.variables
             case ["POST", "preupload", branch]:
-                there, files = repo.at(branch).files, []
+                there = repo.at(branch).files
+                files = []
                 for file in request.payload["files"]:
                     known = {"oid": git_oid(there[file["path"]])} if file["path"] in there else {}
-                    files.append({"path": file["path"], "uploadMode": "regular", "shouldIgnore": False, **known})
+                    files.append(
+                        {
+                            "path": file["path"],
+                            "uploadMode": "regular",
+                            "shouldIgnore": False,
+                            **known,
+                        }
+                    )
                 return {"files": files, "commitOid": repo.at(branch).sha}
             case ["POST", "commit", branch]:
-                header, *changes = [json.loads(line)["value"] for line in request.body.splitlines() if line.strip()]
+                header, *changes = [
+                    json.loads(line)["value"] for line in request.body.splitlines() if line.strip()
+                ]
                 files = dict(repo.at(branch).files)
                 for change in changes:
                     if "content" in change:
@@ -283,7 +340,11 @@ class HubServer:
                 return {"success": True, "commitOid": sha, "commitUrl": url}
             case ["GET", "tree", revision, *path]:  # recursively, without folders
                 folder = "".join(f"{part}/" for part in path)
-                files = {name: data for name, data in repo.at(revision).files.items() if name.startswith(folder)}
+                files = {
+                    name: data
+                    for name, data in repo.at(revision).files.items()
+                    if name.startswith(folder)
+                }
                 if folder and not files:
                     raise HubError(404, f"{folder} does not exist", "EntryNotFound")
                 return [
@@ -293,7 +354,12 @@ class HubServer:
             case ["GET"] | ["GET", "revision", _]:
                 commit = repo.at(what[1] if what else "main")
                 siblings = [{"rfilename": path} for path in sorted(commit.files)]
-                return {"id": repo.id, "sha": commit.sha, "private": repo.private, "siblings": siblings}
+                return {
+                    "id": repo.id,
+                    "sha": commit.sha,
+                    "private": repo.private,
+                    "siblings": siblings,
+                }
         raise HubError(404, "Sorry, we can't find the page you are looking for.")
 
 
@@ -307,12 +373,13 @@ def resolve(request: Request, headers: dict[str, str], repo: Repo, revision: str
     return commit.files[path]
 
 
-# ── The server ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── The server ────────────────────────────────────────────────────────────────────────────────────
 
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    wbufsize = -1  # send head and body in one packet: a second packet would wait for an acknowledgement
+    # send head and body in one packet: a second packet would wait for an acknowledgement
+    wbufsize = -1
     hub: HubServer
 
     def handle_request(self) -> None:
@@ -328,7 +395,11 @@ class Handler(BaseHTTPRequestHandler):
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(request.status)
         kind = "application/octet-stream" if isinstance(body, bytes) else "application/json"
-        for name, value in {"Content-Type": kind, "Content-Length": str(len(content)), **named}.items():
+        for name, value in {
+            "Content-Type": kind,
+            "Content-Length": str(len(content)),
+            **named,
+        }.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":

@@ -17,7 +17,10 @@ datasets.disable_progress_bars()
 
 
 def load(seed=0, known=None, trained=NO_TRAINED_TEXTS, trains=True, **flags):
-    """Read and split the rows that the flags of `DataArguments` name. ``known`` is the taxonomy of a checkpoint."""
+    """Read and split the rows that the flags of `DataArguments` name.
+
+    ``known`` is the taxonomy of a checkpoint.
+    """
     arguments = DataArguments(**{flag: _text(value) for flag, value in flags.items()})
     return split_rows(read_rows(arguments, trains), arguments, known, seed, trained)
 
@@ -61,4 +64,7 @@ def labels_of(data, split="train"):
 def label_sets(data, split="train"):
     """Return the set of labels of each text of a split."""
     rows = data.splits[split]
-    return {text: {data.taxonomy.labels[i] for i in ids} for text, ids in zip(rows["text"], rows["nodes"], strict=True)}
+    return {
+        text: {data.taxonomy.labels[i] for i in ids}
+        for text, ids in zip(rows["text"], rows["nodes"], strict=True)
+    }

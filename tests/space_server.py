@@ -39,17 +39,27 @@ class SpaceServer:
         settings: dict[str, str] | None = None,
     ):
         self.port = free_port()
-        self.address, self.scratch, self._log = f"http://127.0.0.1:{self.port}", folder / "tmp", folder / "log"
-        no_reuse = httpx.Limits(max_keepalive_connections=0)  # the server may close a connection at any time
+        self.address = f"http://127.0.0.1:{self.port}"
+        self.scratch = folder / "tmp"
+        self._log = folder / "log"
+        # the server may close a connection at any time
+        no_reuse = httpx.Limits(max_keepalive_connections=0)
         self.http = httpx.Client(base_url=self.address, timeout=120, limits=no_reuse)
         self.scratch.mkdir()
-        ours = {"GRADIO_SERVER_NAME": "127.0.0.1", "GRADIO_SERVER_PORT": str(self.port), "TMPDIR": str(self.scratch)}
+        ours = {
+            "GRADIO_SERVER_NAME": "127.0.0.1",
+            "GRADIO_SERVER_PORT": str(self.port),
+            "TMPDIR": str(self.scratch),
+        }
         words = [str(app), *(() if model is None else ("--model", model))]
         environment = os.environ | ours | {"HF_HUB_OFFLINE": "1"} | (settings or {})
         with open(os.devnull) as nothing, self._log.open("wb") as log:
             # cwd is not the repository, because on the Hub there is none
-            modules = LIBRARIES if settings else COMMANDS  # libraries may read the settings at import
-            self._process = Process(server(modules), words, folder, environment, [nothing, log, log])
+            # libraries may read the settings at import
+            modules = LIBRARIES if settings else COMMANDS
+            self._process = Process(
+                server(modules), words, folder, environment, [nothing, log, log]
+            )
         try:
             wait_until(self._is_listening, seconds=120)
         except BaseException:  # such as a time limit: nothing else would stop the process
@@ -74,13 +84,16 @@ class SpaceServer:
         """Return a client of the API."""
         return Client(self.address, verbose=False)
 
-    # ── Requests ─────────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── Requests ──────────────────────────────────────────────────────────────────────────────────
 
     def upload(self, content: bytes, name: str = "texts.txt") -> httpx.Response:
         return self.http.post("/gradio_api/upload", files={"files": (name, content)})
 
     def call(self, name: str, *data: object) -> str:
-        """Call the API without a client library. Return the id of the event, with which `result` reads the result."""
+        """Call the API without a client library.
+
+        Return the id of the event, with which `result` reads the result.
+        """
         called = self.http.post(f"/gradio_api/call/{name}", json={"data": data})
         assert called.status_code == 200, called.text
         return called.json()["event_id"]
@@ -89,11 +102,16 @@ class SpaceServer:
         return self.http.get(f"/gradio_api/call/{name}/{event}")
 
     def join(self, function: str, data: list, session: str) -> httpx.Response:
-        """Call a function of the page as the browser does. `press` also reads the messages of the server."""
+        """Call a function of the page as the browser does.
+
+        `press` also reads the messages of the server.
+        """
         functions = self.http.get("/config").json()["dependencies"]
         number = next(one["id"] for one in functions if function in (one["api_name"], one["id"]))
         # JSON in ASCII, because UTF-8 has no half of a surrogate pair
-        body = json.dumps({"data": data, "fn_index": number, "session_hash": session}).encode("ascii")
+        body = json.dumps({"data": data, "fn_index": number, "session_hash": session}).encode(
+            "ascii"
+        )
         headers = {"content-type": "application/json"}
         return self.http.post("/gradio_api/queue/join", content=body, headers=headers)
 
@@ -107,7 +125,7 @@ class SpaceServer:
     def run_file(self, session: str, target: float = 0.9) -> str:
         return self.press("run_file", [None, "text", target, None], session)
 
-    # ── The end ──────────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── The end ───────────────────────────────────────────────────────────────────────────────────
 
     def stop(self) -> None:
         self._process.send_signal(signal.SIGTERM)

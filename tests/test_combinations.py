@@ -1,7 +1,8 @@
-"""Checkpoints of every form, dtype, form of label and pooling, with a lexical head, p-values or windows: loaded, saved, loaded again.
+"""Checkpoints of every form, dtype, form of label and pooling, with a lexical head, p-values or
+windows: loaded, saved, loaded again.
 
-The product of these factors has hundreds of cases. `allpairspy` chooses some of them, so that every pair of values of two factors
-occurs in at least one case.
+The product of these factors has hundreds of cases. `allpairspy` chooses some of them, so that every
+pair of values of two factors occurs in at least one case.
 """
 
 import copy
@@ -25,7 +26,10 @@ from hierarchical_clinicalbert.evaluation.open_world import fit_open_world
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from pipeline_hierarchical import HierarchicalTextClassificationPipeline
 
-TAXONOMY = ["general", {"specific": [{"neoplasms": ["carcinoma", "lymphoma"]}, "digestive", "nervous"]}]
+TAXONOMY = [
+    "general",
+    {"specific": [{"neoplasms": ["carcinoma", "lymphoma"]}, "digestive", "nervous"]},
+]
 LEAVES = ("general", "carcinoma", "lymphoma", "digestive", "nervous")
 WORDS = (
     "a",
@@ -48,8 +52,9 @@ FACTORS = {
     "pooling": ("mean", "cls", "label_attention", "family_attention"),
     "part": ("lexical head", "p-values", "windows"),
 }
-# The largest difference of a probability, by what rounds most. Numbers of bfloat16 have 8 bits, of float16 11, and rounded weights
-# and activations add up over the layers. bitsandbytes computes in float16 or bfloat16 over weights in 4 and 8 bits.
+# The largest difference of a probability, by what rounds most. Numbers of bfloat16 have 8 bits, of
+# float16 11, and rounded weights and activations add up over the layers. bitsandbytes computes in
+# float16 or bfloat16 over weights in 4 and 8 bits.
 TOLERANCES = {
     "4 bits": 0.02,
     "8 bits": 0.02,
@@ -80,17 +85,24 @@ def test_every_pair_of_values_occurs():
         assert {((i, one), (j, other)) for one, other in product(first, second)} <= occurring
 
 
-# ── Checkpoints, and what their models predict in float32 ────────────────────────────────────────────────────────────
+# ── Checkpoints, and what their models predict in float32 ─────────────────────────────────────────
 
 
 def draw_texts(generator: random.Random, count: int, length: int) -> list[str]:
     return [" ".join(generator.choices(WORDS, k=length)) for _ in range(count)]
 
 
-def build_model(case: Case, folder: Path, tokenizer: Any, seed: int) -> HierarchicalForSequenceClassification:
+def build_model(
+    case: Case, folder: Path, tokenizer: Any, seed: int
+) -> HierarchicalForSequenceClassification:
     """Build a model with random weights. In the adapter form, its encoder is in the folder."""
     torch.manual_seed(seed)
-    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+    sizes = {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 128,
+    }
     positions = WINDOW if case.part == "windows" else MAX_LENGTH
     text_config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=positions, **sizes)
     encoder = BertModel(text_config, add_pooling_layer=False)
@@ -111,7 +123,8 @@ def build_model(case: Case, folder: Path, tokenizer: Any, seed: int) -> Hierarch
     if case.form in ("adapter", "merged"):
         adapter = LoraConfig(r=2, target_modules=["query", "dense"], init_lora_weights=False)
         inject_adapter_in_model(adapter, model.encoder)
-    num_nodes, num_classes = model.config.tree.num_nodes, model.config.num_labels
+    num_nodes = model.config.tree.num_nodes
+    num_classes = model.config.num_labels
     calibration = Calibration(
         scales=[0.8 + i / 10 for i in range(num_nodes)],
         biases=[i / 4 - 0.5 for i in range(num_nodes)],
@@ -121,8 +134,14 @@ def build_model(case: Case, folder: Path, tokenizer: Any, seed: int) -> Hierarch
     open_world = None
     if case.part == "lexical head":
         calibration.lexical_weight = 0.4
-        weight = torch.randn(num_classes, len(tokenizer)) * (torch.rand(num_classes, len(tokenizer)) < 0.5)
-        lexical = {"idf": torch.rand(len(tokenizer)), "weight": weight, "bias": torch.randn(num_classes)}
+        weight = torch.randn(num_classes, len(tokenizer)) * (
+            torch.rand(num_classes, len(tokenizer)) < 0.5
+        )
+        lexical = {
+            "idf": torch.rand(len(tokenizer)),
+            "weight": weight,
+            "bias": torch.randn(num_classes),
+        }
     if case.part == "p-values":
         texts = draw_texts(random.Random(seed), 90, length=12)
         with torch.inference_mode():
@@ -137,13 +156,17 @@ def build_model(case: Case, folder: Path, tokenizer: Any, seed: int) -> Hierarch
 
 
 def save_form(case: Case, model: Any, folder: Path) -> Any:
-    """Save a model in the form of a case, and return one of which predictions are expected: quantized, in those forms."""
+    """Save a model in the form of a case, and return one of which predictions are expected:
+    quantized, in those forms.
+    """
     model.save_pretrained(folder)
     load = HierarchicalForSequenceClassification.from_pretrained
     if case.form == "merged":
         load(folder).save_pretrained(folder)
     if case.form.endswith("bits"):
-        bits = BitsAndBytesConfig(load_in_4bit=case.form == "4 bits", load_in_8bit=case.form == "8 bits")
+        bits = BitsAndBytesConfig(
+            load_in_4bit=case.form == "4 bits", load_in_8bit=case.form == "8 bits"
+        )
         model = load(folder, quantization_config=bits)
         load(folder, quantization_config=bits).save_pretrained(folder)
     return model
@@ -160,7 +183,7 @@ def is_clear(case: Case, result: dict[str, Any]) -> bool:
     return min(margins) > 2 * case.tolerance
 
 
-# ── What a user's processes find ─────────────────────────────────────────────────────────────────────────────────────
+# ── What a user's processes find ──────────────────────────────────────────────────────────────────
 
 # without access to the repository: by AutoModel and both pipelines, then saved and loaded again
 LOAD = """
@@ -189,7 +212,8 @@ for case in json.loads(pathlib.Path("cases.json").read_text()):
     dtype = getattr(torch, case["dtype"], "auto")
     try:
         first = classify(folder, dtype, texts)
-        model = load(folder, dtype)  # once more: bitsandbytes repacks weights in their first forward
+        # once more: bitsandbytes repacks weights in their first forward
+        model = load(folder, dtype)
         if case["dtype"] == "cast after loading":
             quantized = case["form"].endswith("bits")  # transformers refuses half() for these
             several_labels = case["problem_type"].startswith("multi")
@@ -210,14 +234,16 @@ import predict
 def classify(case, folder):
     dtype = "bf16" if case["dtype"] in ("bfloat16", "cast after loading") else "fp32"
     output = pathlib.Path(f"{folder}.jsonl")
-    words = ["--model", folder, "--input", f"{case['folder']}.txt", "--output", str(output), "--dtype", dtype]
-    assert predict.main([*words, "--input_format", "txt", "--probabilities"]) == 0
+    words = ["--model", folder, "--input", f"{case['folder']}.txt", "--output", str(output)]
+    words += ["--dtype", dtype, "--input_format", "txt", "--probabilities"]
+    assert predict.main(words) == 0
     return [json.loads(line) for line in output.read_text().splitlines()]
 
 found = []
 for case in json.loads(pathlib.Path("cases.json").read_text()):
     try:
-        found.append([classify(case, folder) for folder in (case["folder"], case["folder"] + "-again")])
+        folders = (case["folder"], case["folder"] + "-again")
+        found.append([classify(case, folder) for folder in folders])
     except Exception:
         found.append(traceback.format_exc())
 pathlib.Path(sys.argv[1]).write_text(json.dumps(found))
@@ -226,7 +252,9 @@ pathlib.Path(sys.argv[1]).write_text(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict[Case, dict[str, Any]]:
-    """Return for each case what its model predicts before it is saved, and what two fresh processes predict."""
+    """Return for each case what its model predicts before it is saved, and what two fresh processes
+    predict.
+    """
     folder = tmp_path_factory.mktemp("combinations")
     given = []
     results: dict[Case, dict[str, Any]] = {}
@@ -237,7 +265,9 @@ def results(tmp_path_factory) -> dict[Case, dict[str, Any]]:
         for seed in range(100):
             model = build_model(case, folder / f"encoder-{number}", tokenizer, seed)
             model = save_form(case, model, folder / str(number))
-            classify = HierarchicalTextClassificationPipeline(model, copy.deepcopy(tokenizer), device="cpu")
+            classify = HierarchicalTextClassificationPipeline(
+                model, copy.deepcopy(tokenizer), device="cpu"
+            )
             expected = classify(texts, levels=True)
             if all(is_clear(case, result) for result in expected):
                 break
@@ -252,7 +282,9 @@ def results(tmp_path_factory) -> dict[Case, dict[str, Any]]:
     environment = os.environ | {"HF_MODULES_CACHE": str(folder / "modules")}
     for name, words in (("loaded", [LOAD]), ("predicted", [PREDICT, ROOT])):
         file = folder / f"{name}.json"
-        done = complete("-c", words[0], file, *words[1:], cwd=folder, environment=environment, modules=None)
+        done = complete(
+            "-c", words[0], file, *words[1:], cwd=folder, environment=environment, modules=None
+        )
         assert done.returncode == 0, done.stderr[-4000:]
         for case, found in zip(CASES, json.loads(file.read_text()), strict=True):
             results[case][name] = found
@@ -270,15 +302,17 @@ def test_a_checkpoint_predicts_as_its_model_also_when_it_is_saved_again(case, re
 
     for loaded, predicted in zip(of_case["loaded"], of_case["predicted"], strict=True):
         for text, expected in enumerate(of_case["expected"]):
-            probabilities = {label: score for level in expected["levels"] for label, score in level.items()}
+            probabilities = {
+                label: score for level in expected["levels"] for label, score in level.items()
+            }
             labels = [one["label"] for one in expected["labels"]]
             by_model = dict(zip(of_case["labels"], loaded["model"][text], strict=True))
             assert by_model == close_to(probabilities)
             own = loaded["own"][text]
             assert [one["label"] for one in own["labels"]] == labels
-            assert {label: score for level in own["levels"] for label, score in level.items()} == close_to(
-                probabilities
-            )
+            assert {
+                label: score for level in own["levels"] for label, score in level.items()
+            } == close_to(probabilities)
             stock = {one["label"]: one["score"] for one in loaded["stock"][text]}
             assert stock == close_to({label: probabilities[label] for label in stock})
             assert predicted[text]["labels"] == labels
@@ -286,4 +320,6 @@ def test_a_checkpoint_predicts_as_its_model_also_when_it_is_saved_again(case, re
             assert written == close_to({label: probabilities[label] for label in written})
             if case.part == "p-values":  # a text may pass one of 30 references
                 p_values = [own["p_value"], predicted[text]["p_value"]]
-                assert p_values == pytest.approx([expected["p_value"]] * 2, abs=case.tolerance + 0.1)
+                assert p_values == pytest.approx(
+                    [expected["p_value"]] * 2, abs=case.tolerance + 0.1
+                )

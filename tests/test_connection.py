@@ -1,6 +1,7 @@
 """Test when the commands ask the Hub, and what they say if it cannot be reached.
 
-The Hub is a server of this machine. It records its requests, so the tests know what came before them.
+The Hub is a server of this machine. It records its requests, so the tests know what came before
+them.
 """
 
 import json
@@ -28,13 +29,18 @@ PREDICT = ("--input", "rows.csv", "--output", "out.csv", "--dtype", "fp32", "--m
 def hub(hub, tmp_path_factory) -> HubServer:
     """Serve an encoder, and a checkpoint of another taxonomy than `ROWS`."""
     hub.add_repo("base/small", ROOT / "tests" / "checkpoint" / "encoder")
-    hub.add_repo("alice/checkpoint", copy_checkpoint("self_contained", tmp_path_factory.mktemp("hub") / "model"))
+    hub.add_repo(
+        "alice/checkpoint",
+        copy_checkpoint("self_contained", tmp_path_factory.mktemp("hub") / "model"),
+    )
     return hub
 
 
 @pytest.fixture
 def unreachable(hub, closed_port) -> dict[str, str]:
-    """Return the variables of a process with the cache of the hub's processes, whose Hub is a closed port."""
+    """Return the variables of a process with the cache of the hub's processes, whose Hub is a
+    closed port.
+    """
     return hub.environment() | {"HF_ENDPOINT": f"http://127.0.0.1:{closed_port}"}
 
 
@@ -59,7 +65,10 @@ def refusal(*words: object, settings: dict[str, str], command: str = "train.py")
     ("words", "message"),
     [
         (("--label_column", "absent"), "has no column 'absent' (--label_column)"),
-        (("--model_name_or_path", "alice/checkpoint", "--output_dir", "run"), "--output_dir run already holds a run"),
+        (
+            ("--model_name_or_path", "alice/checkpoint", "--output_dir", "run"),
+            "--output_dir run already holds a run",
+        ),
     ],
 )
 def test_the_hub_is_not_asked_for_a_model_if_rows_are_unusable(hub, place, words, message):
@@ -69,36 +78,57 @@ def test_the_hub_is_not_asked_for_a_model_if_rows_are_unusable(hub, place, words
 
 
 def test_without_a_hub_each_command_says_what_to_do(place, unreachable):
-    failed = f"the connection to {unreachable['HF_ENDPOINT']} failed (ConnectError: [Errno 111] Connection refused)"
+    failed = (
+        f"the connection to {unreachable['HF_ENDPOINT']} failed (ConnectError: [Errno 111] "
+        "Connection refused)"
+    )
     message = refusal("--train_file", "rows.csv", settings=unreachable)
     model = "emilyalsentzer/Bio_ClinicalBERT"
     assert (
-        f"cannot load the model {model}: there is no such folder, {failed}, and the cache does not hold it" in message
+        f"cannot load the model {model}: there is no such folder, {failed}, and the cache "
+        "does not hold it"
+    ) in message
+    assert re.search(
+        rf"run `hf download {model} --revision [0-9a-f]{{40}} --cache-dir FOLDER` and copy", message
     )
-    assert re.search(rf"run `hf download {model} --revision [0-9a-f]{{40}} --cache-dir FOLDER` and copy", message)
     message = refusal("--dataset_name", "someone/rows", settings=unreachable)
     assert f"cannot load --dataset_name someone/rows (revision main): {failed}; give" in message
     message = refusal(*PREDICT, "alice/unknown", command="predict.py", settings=unreachable)
     assert f"cannot load the model alice/unknown: there is no such folder, {failed}, and" in message
     (place / "run" / "README.md").write_text("---\nlicense: mit\n---\n")
     words = ("--model", "run", "--repo_id", "alice/new")
-    message = refusal(*words, command="push_to_hub.py", settings=unreachable | {"HF_TOKEN": "hf_alice"})
-    assert message == f"push_to_hub.py: error: cannot check the token (of HF_TOKEN or the login) on the Hub: {failed}"
+    message = refusal(
+        *words, command="push_to_hub.py", settings=unreachable | {"HF_TOKEN": "hf_alice"}
+    )
+    assert message == (
+        "push_to_hub.py: error: cannot check the token (of HF_TOKEN or the login) on the "
+        f"Hub: {failed}"
+    )
 
 
 def test_the_advice_brings_an_encoder_to_a_machine_without_a_hub(hub, place, unreachable):
     folder = copy_checkpoint("adapter_form", place / "adapter")
     config = json.loads((folder / "config.json").read_text())
-    config |= {"encoder_name_or_path": "base/small", "encoder_revision": hub.commits("base/small")[-1].sha}
+    config |= {
+        "encoder_name_or_path": "base/small",
+        "encoder_revision": hub.commits("base/small")[-1].sha,
+    }
     (folder / "config.json").write_text(json.dumps(config))
     message = refusal(*PREDICT, "adapter", command="predict.py", settings=unreachable)
-    assert "cannot load the encoder base/small: there is no such folder, the connection to " in message
-    command, cache = re.search("run `hf (.+) FOLDER` and copy the content of FOLDER to (.+)$", message).groups()
+    assert (
+        "cannot load the encoder base/small: there is no such folder, the connection to " in message
+    )
+    command, cache = re.search(
+        "run `hf (.+) FOLDER` and copy the content of FOLDER to (.+)$", message
+    ).groups()
     line = [Path(sys.executable).parent / "hf", *shlex.split(command), "brought"]
-    subprocess.run(line, env=os.environ | hub.environment(place / "connected"), check=True, capture_output=True)
+    subprocess.run(
+        line, env=os.environ | hub.environment(place / "connected"), check=True, capture_output=True
+    )
     shutil.copytree("brought", cache, symlinks=True, dirs_exist_ok=True)
     done = run(*PREDICT, "adapter", command="predict.py", settings=unreachable, cwd=place)
-    assert "thrown while requesting" not in done.stderr  # as huggingface_hub says before it repeats a request
+    # as huggingface_hub says before it repeats a request
+    assert "thrown while requesting" not in done.stderr
     assert len((place / "out.csv").read_text().splitlines()) == 41
 
 

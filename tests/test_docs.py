@@ -1,4 +1,5 @@
-"""Check the documents against the code: snippets run, commands and flags exist, link targets exist, the manual stays short.
+"""Check the documents against the code: snippets run, commands and flags exist, link targets exist,
+the manual stays short.
 
 The tests parse README.md, docs/ and the other pages, so they need no change when a page changes.
 """
@@ -20,9 +21,12 @@ from hierarchical_clinicalbert.training.arguments import parse
 
 MANUAL = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = [*sorted(ROOT.glob("*.md")), *MANUAL[1:]]
-READMES = [ROOT / folder / "README.md" for folder in ("examples", "metrics/hierarchical_f1", "space")]
+READMES = [
+    ROOT / folder / "README.md" for folder in ("examples", "metrics/hierarchical_f1", "space")
+]
 TABLES = sorted((ROOT / "benchmarks" / "results").glob("*.md"))
-MAX_WORDS = {"README.md": 1_200, "results.md": 1_500, "speed.md": 1_000}  # of these pages, as ``wc -w`` counts them
+# of these pages, as ``wc -w`` counts them
+MAX_WORDS = {"README.md": 1_200, "results.md": 1_500, "speed.md": 1_000}
 MAX_WORDS_OF_MANUAL = 12_000
 SOURCES = ("benchmarks", "docs", "examples", "hierarchical_clinicalbert", "metrics", "space")
 ROOMS = "|".join([*SOURCES, "recipes", "tests"])
@@ -33,18 +37,28 @@ def name_of(path: Path) -> str:
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return re.findall(
+        rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
 
 
 def commands(page: Path) -> list[list[str]]:
-    """Return each command line of a page, from ```bash blocks and inline code, as words without comments."""
+    """Return each command line of a page, from ```bash blocks and inline code, as words without
+    comments.
+    """
     text = "".join(blocks(page, "bash")).replace("\\\n", " ")
     inline = re.findall(r"`((?:python|make) [^`]+)`", page.read_text(encoding="utf-8"))
-    return [words for line in (*text.splitlines(), *inline) if (words := shlex.split(line, comments=True))]
+    return [
+        words
+        for line in (*text.splitlines(), *inline)
+        if (words := shlex.split(line, comments=True))
+    ]
 
 
 def calls(page: Path) -> list[tuple[str, list[str]]]:
-    """Return (script, arguments) of each Python command of a page. "...", for omitted arguments, is removed."""
+    """Return (script, arguments) of each Python command of a page. "...", for omitted arguments, is
+    removed.
+    """
     found = []
     for words in commands(page):
         start = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
@@ -88,18 +102,32 @@ def test_snippets_run_in_a_process_that_does_not_see_the_repository(
 
 
 def predict_probabilities(checkpoint: str, folder: Path) -> list[dict]:
-    """Write predictions.jsonl to a folder, and return its rows. In some texts, two classes are nearly as probable."""
+    """Write predictions.jsonl to a folder, and return its rows.
+
+    In some texts, two classes are nearly as probable.
+    """
     words = ("sepsis", "carcinoma", "colitis", "migraine", "stroke")
     rows = [{"text": f"We treated {one} and {other}."} for one in words for other in words]
     output = folder / "predictions.jsonl"
     source = write_csv(folder / "texts.csv", rows)
-    assert predict_here("--model", checkpoint, "--input", source, "--output", output, "--probabilities") == 0
+    assert (
+        predict_here(
+            "--model", checkpoint, "--input", source, "--output", output, "--probabilities"
+        )
+        == 0
+    )
     return [json.loads(line) for line in output.read_text().splitlines()]
 
 
-def test_the_snippet_for_costs_of_errors_predicts_the_leaf_of_least_expected_cost(clear_checkpoint, tmp_path):
+def test_the_snippet_for_costs_of_errors_predicts_the_leaf_of_least_expected_cost(
+    clear_checkpoint, tmp_path
+):
     rows = predict_probabilities(clear_checkpoint, tmp_path)
-    (code,) = (block for block in blocks(ROOT / "docs" / "inference.md", "python") if "expected_costs" in block)
+    (code,) = (
+        block
+        for block in blocks(ROOT / "docs" / "inference.md", "python")
+        if "expected_costs" in block
+    )
     done = complete("-c", f"{code}\nprint(json.dumps(labels))", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     labels = json.loads(done.stdout)
@@ -132,7 +160,9 @@ def test_commands_have_the_flags_that_pages_give_them(page, monkeypatch):
 
 
 def test_make_has_the_targets_that_pages_name():
-    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    targets = set(
+        re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    )
     named = {words[1] for page in PAGES for words in commands(page) if words[0] == "make"}
     assert named
     assert named <= targets
@@ -151,16 +181,25 @@ def test_links_images_and_named_files_exist(page):
     for link in re.findall(r"\]\(([^)\s]+)\)", text):
         file, _, anchor = link.partition("#")
         target = page.parent / file if file else page
-        if "://" not in link and not (target.exists() and (not anchor or anchor in anchors(target))):
+        if "://" not in link and not (
+            target.exists() and (not anchor or anchor in anchors(target))
+        ):
             missing.append(link)
     named = re.findall(rf"(?<![\w/.*-])(?:{ROOMS})/[\w/-]+\.(?:py|yaml|csv|json|md)\b", text)
     assert not missing + [name for name in named if not (ROOT / name).is_file()]
 
 
 def test_docstrings_name_benchmarks_and_pages_that_exist():
-    files = [*ROOT.glob("*.py"), *(path for room in SOURCES for path in (ROOT / room).rglob("*.py"))]
+    files = [
+        *ROOT.glob("*.py"),
+        *(path for room in SOURCES for path in (ROOT / room).rglob("*.py")),
+    ]
     pattern = re.compile(r"\b(?:benchmarks/[\w/]+\.py|docs/\w+\.md)")
-    named = {(name_of(path), name) for path in files for name in pattern.findall(path.read_text(encoding="utf-8"))}
+    named = {
+        (name_of(path), name)
+        for path in files
+        for name in pattern.findall(path.read_text(encoding="utf-8"))
+    }
     assert named
     assert not [pair for pair in named if not (ROOT / pair[1]).is_file()]
 
@@ -172,4 +211,6 @@ def test_the_three_rows_of_the_readme_are_training_data(tmp_path):
     (tmp_path / "your.csv").write_text("\n".join([header, *more]), encoding="utf-8")
     data = load(data_path=tmp_path / "your.csv")
     assert set(data.splits) == {"train", "validation", "test"}
-    assert {path for row in rows for path in row.rsplit(",", 1)[1].split("/")} == set(data.taxonomy.names)
+    assert {path for row in rows for path in row.rsplit(",", 1)[1].split("/")} == set(
+        data.taxonomy.names
+    )

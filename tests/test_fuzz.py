@@ -1,7 +1,7 @@
 """Feed random input to all parsers: each must give the documented error or a correct result.
 
-Each test draws a few dozen inputs, the same in each run. ``FUZZ_EXAMPLES=20000 pytest tests/test_fuzz.py`` draws 20,000 other
-inputs.
+Each test draws a few dozen inputs, the same in each run. ``FUZZ_EXAMPLES=20000 pytest
+tests/test_fuzz.py`` draws 20,000 other inputs.
 """
 
 import gzip
@@ -20,8 +20,12 @@ from hierarchical_clinicalbert.prediction.input import read_records
 from hierarchical_clinicalbert.reading.sources import find_sources
 from taxonomy_hierarchical import Taxonomy
 
-# text as people write it, and as they do not: quotes, separators, control characters, halves of surrogate pairs
-TEXT = st.text(st.one_of(st.sampled_from("ab /,;\"'\t\n\r\\{}[]:&*#-\0\ufeff\u2028"), st.characters()), max_size=12)
+# text as people write it, and as they do not: quotes, separators, control characters, halves of
+# surrogate pairs
+TEXT = st.text(
+    st.one_of(st.sampled_from("ab /,;\"'\t\n\r\\{}[]:&*#-\0\ufeff\u2028"), st.characters()),
+    max_size=12,
+)
 NAMES = st.text("abcdeAÄß /.", min_size=1, max_size=3)
 SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), TEXT)
 JSON = st.recursive(
@@ -34,7 +38,9 @@ TREES = st.recursive(
     lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(NAMES, inner, max_size=4)),
     max_leaves=20,
 )
-ODD_BYTES = st.one_of(st.binary(max_size=200), TEXT.map(lambda text: text.encode("utf-8", "surrogatepass")))
+ODD_BYTES = st.one_of(
+    st.binary(max_size=200), TEXT.map(lambda text: text.encode("utf-8", "surrogatepass"))
+)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +55,7 @@ def file(tmp_path_factory):
     return write
 
 
-# ── taxonomies ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── taxonomies ────────────────────────────────────────────────────────────────────────────────────
 
 
 @fuzz
@@ -61,26 +67,33 @@ def test_any_bytes_of_a_taxonomy_file_are_a_taxonomy_or_one_error(file, suffix, 
         content = dump(content).encode("utf-8", "surrogatepass")
     with refused_in_one_line():
         tree = read_taxonomy(file(f"tree{suffix}", content))
-        assert Taxonomy(json.loads(json.dumps(tree.to_nested(), sort_keys=True)), tree.separator) == tree
+        assert (
+            Taxonomy(json.loads(json.dumps(tree.to_nested(), sort_keys=True)), tree.separator)
+            == tree
+        )
         for node in range(tree.num_nodes):
             assert tree.id(tree.labels[node]) == node
             assert tree.node_of_path[tuple(tree.names[i] for i in tree.path(node))] == node
             assert bool(tree.children(node)) == (node >= tree.num_leaves)
 
 
-# ── data ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── data ──────────────────────────────────────────────────────────────────────────────────────────
 
 
 @fuzz
 @given(
     st.sampled_from(["csv", "tsv", "json", "jsonl", "ndjson", "parquet", "csv.gz", "jsonl.gz"]),
     st.one_of(
-        ODD_BYTES, JSON, st.lists(st.one_of(JSON, st.fixed_dictionaries({"text": TEXT, "id": SCALARS})), max_size=4)
+        ODD_BYTES,
+        JSON,
+        st.lists(st.one_of(JSON, st.fixed_dictionaries({"text": TEXT, "id": SCALARS})), max_size=4),
     ),
     st.sampled_from([b"", b"text,id\n", b"text\tid\n"]),
     st.booleans(),
 )
-def test_any_file_gives_columns_of_equal_length_and_records_with_a_text_or_a_problem(file, kind, content, head, whole):
+def test_any_file_gives_columns_of_equal_length_and_records_with_a_text_or_a_problem(
+    file, kind, content, head, whole
+):
     if not isinstance(content, bytes):
         lines = content if isinstance(content, list) and kind != "json" else [content]
         content = "\n".join(map(json.dumps, lines)).encode()

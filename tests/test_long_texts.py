@@ -12,7 +12,10 @@ from checkpoint_hierarchical import special_tokens
 from configuration_hierarchical import HierarchicalConfig
 from modeling_hierarchical import TOKENS_AT_ONCE, HierarchicalForSequenceClassification
 
-WINDOW, START, END = 16, 5, 6  # tokens in a window, and its special tokens
+# tokens in a window, and its special tokens
+WINDOW = 16
+START = 5
+END = 6
 SMALL = {
     "vocab_size": 100,
     "hidden_size": 32,
@@ -20,12 +23,23 @@ SMALL = {
     "num_attention_heads": 2,
     "intermediate_size": 48,
 }
-SPECIAL = {"pad_token_id": 0, "cls_token_id": 1, "sep_token_id": 2, "bos_token_id": 1, "eos_token_id": 2}
+SPECIAL = {
+    "pad_token_id": 0,
+    "cls_token_id": 1,
+    "sep_token_id": 2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 ENCODERS = {
     "bert": {**SMALL, "max_position_embeddings": WINDOW},
     "roberta": {**SMALL, "pad_token_id": 1, "max_position_embeddings": WINDOW + 2},
     "mpnet": {**SMALL, "pad_token_id": 1, "max_position_embeddings": WINDOW + 2},
-    "deberta-v2": {**SMALL, "relative_attention": True, "position_buckets": 8, "pos_att_type": ["p2c", "c2p"]},
+    "deberta-v2": {
+        **SMALL,
+        "relative_attention": True,
+        "position_buckets": 8,
+        "pos_att_type": ["p2c", "c2p"],
+    },
     "modernbert": SMALL | SPECIAL,
 }
 POOLINGS = ["mean", "cls", "label_attention", "family_attention"]
@@ -47,12 +61,19 @@ def small_model(kind: str = "bert", **settings) -> HierarchicalForSequenceClassi
 
 def texts_of(lengths: list[int]) -> list[list[int]]:
     generator = torch.Generator().manual_seed(1)
-    return [[START, *torch.randint(10, 99, (length - 2,), generator=generator).tolist(), END] for length in lengths]
+    return [
+        [START, *torch.randint(10, 99, (length - 2,), generator=generator).tolist(), END]
+        for length in lengths
+    ]
 
 
-def padded(texts: list[list[int]], width: int = 0, left: bool = False, pad: int = 0) -> dict[str, torch.Tensor]:
-    rows, widest = [torch.tensor(text) for text in texts], torch.zeros(width, dtype=torch.long)
-    masks, side = [torch.ones_like(row) for row in rows], "left" if left else "right"
+def padded(
+    texts: list[list[int]], width: int = 0, left: bool = False, pad: int = 0
+) -> dict[str, torch.Tensor]:
+    rows = [torch.tensor(text) for text in texts]
+    widest = torch.zeros(width, dtype=torch.long)
+    masks = [torch.ones_like(row) for row in rows]
+    side = "left" if left else "right"
     return {
         "input_ids": pad_sequence([*rows, widest], True, pad, side)[:-1],
         "attention_mask": pad_sequence([*masks, widest], True, 0, side)[:-1],
@@ -60,21 +81,30 @@ def padded(texts: list[list[int]], width: int = 0, left: bool = False, pad: int 
 
 
 def by_hand(model: HierarchicalForSequenceClassification, text: list[int]) -> torch.Tensor:
-    """Cut a text into windows of nearly equal length, encode each alone, and pool the tokens of all."""
-    windows, content = [text], text[1:-1]
+    """Cut a text into windows of nearly equal length, encode each alone, and pool the tokens of
+    all.
+    """
+    windows = [text]
+    content = text[1:-1]
     if len(text) > WINDOW:
         count = -(-len(content) // (WINDOW - 2))
-        parts = [content[len(content) * i // count : len(content) * (i + 1) // count] for i in range(count)]
+        parts = [
+            content[len(content) * i // count : len(content) * (i + 1) // count]
+            for i in range(count)
+        ]
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
         windows = [[START, *part, END] for part in parts]
     hidden = [model.encoder(torch.tensor([window])).last_hidden_state[0] for window in windows]
-    tokens, heads = torch.cat(hidden), model.heads
+    tokens = torch.cat(hidden)
+    heads = model.heads
     if heads.query is not None:
         weights = (tokens @ heads.query[heads.query_of].T / tokens.shape[1] ** 0.5).softmax(0)
         scores = (weights * (tokens @ heads.weight.T)).sum(0) + heads.bias
     else:
         first = torch.stack([one[0] for one in hidden])
-        scores = heads.weight @ (first if model.config.pooling == "cls" else tokens).mean(0) + heads.bias
+        scores = (
+            heads.weight @ (first if model.config.pooling == "cls" else tokens).mean(0) + heads.bias
+        )
     return heads.decisions(heads.decisions.inclusive(scores[None]))[1][0]
 
 
@@ -82,25 +112,35 @@ def by_hand(model: HierarchicalForSequenceClassification, text: list[int]) -> to
 @pytest.mark.parametrize("kind", ENCODERS)
 @torch.no_grad()
 def test_a_text_is_read_by_its_own_windows_alone_and_beside_others(kind, pooling):
-    model, texts = small_model(kind, pooling=pooling), texts_of(LENGTHS)
+    model = small_model(kind, pooling=pooling)
+    texts = texts_of(LENGTHS)
     expected = torch.stack([by_hand(model, text) for text in texts])
     pad = ENCODERS[kind].get("pad_token_id", 0)
     alone = torch.cat([model(**padded([text])).logits for text in texts])
     torch.testing.assert_close(alone, expected, atol=1e-5, rtol=0)
-    short = [text for text in texts if len(text) <= WINDOW]  # beside each other, they are read without windows
-    for batch in (padded(short, pad=pad), padded(texts, 80, pad=pad), padded(texts, 80, left=True, pad=pad)):
+    # beside each other, they are read without windows
+    short = [text for text in texts if len(text) <= WINDOW]
+    for batch in (
+        padded(short, pad=pad),
+        padded(texts, 80, pad=pad),
+        padded(texts, 80, left=True, pad=pad),
+    ):
         logits = model(**batch).logits
         torch.testing.assert_close(logits, alone[: len(logits)], atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
 def test_embeddings_token_types_and_positions_are_cut_with_the_ids():
-    model, batch = small_model(), padded(texts_of(LENGTHS))
+    model = small_model()
+    batch = padded(texts_of(LENGTHS))
     expected = model(**batch).logits
     vectors = model.get_input_embeddings()(batch["input_ids"])
     by_vectors = model(inputs_embeds=vectors, attention_mask=batch["attention_mask"]).logits
     torch.testing.assert_close(by_vectors, expected, atol=1e-5, rtol=0)
-    more = {"token_type_ids": torch.zeros_like(batch["input_ids"]), "position_ids": torch.arange(63)[None]}
+    more = {
+        "token_type_ids": torch.zeros_like(batch["input_ids"]),
+        "position_ids": torch.arange(63)[None],
+    }
     torch.testing.assert_close(model(**batch, **more).logits, expected, atol=1e-5, rtol=0)
 
 
@@ -109,11 +149,16 @@ def test_embeddings_token_types_and_positions_are_cut_with_the_ids():
     [
         ({"tokens_before": None}, {}, "the special tokens of a window are needed"),
         ({}, {"output_attentions": True}, "no hidden states or attentions"),
-        ({}, {"token_type_ids": torch.ones(1, 40, dtype=torch.long)}, "pairs of texts cannot be read"),
+        (
+            {},
+            {"token_type_ids": torch.ones(1, 40, dtype=torch.long)},
+            "pairs of texts cannot be read",
+        ),
     ],
 )
 def test_what_has_no_meaning_beyond_a_window_is_refused(settings, arguments, message):
-    model, batch = small_model(**settings), padded(texts_of([40]))
+    model = small_model(**settings)
+    batch = padded(texts_of([40]))
     with pytest.raises(ValueError, match=f"beyond 16 tokens, the encoder's window, .*{message}"):
         model(**batch, **arguments)
     model(**padded(texts_of([16])), **{k: v for k, v in arguments.items() if k != "token_type_ids"})
@@ -121,7 +166,8 @@ def test_what_has_no_meaning_beyond_a_window_is_refused(settings, arguments, mes
 
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_gradients_are_those_of_one_call_of_the_encoder(pooling, monkeypatch):
-    model, batch = small_model(pooling=pooling), padded(texts_of(LENGTHS))
+    model = small_model(pooling=pooling)
+    batch = padded(texts_of(LENGTHS))
 
     def gradients(at_once: int) -> list[torch.Tensor]:
         monkeypatch.setattr("modeling_hierarchical.TOKENS_AT_ONCE", at_once)
@@ -139,14 +185,19 @@ def test_label_attention_over_many_nodes_is_computed_in_parts(monkeypatch):
     expected = small_model(pooling="family_attention")(**batch).logits
     monkeypatch.setattr("modeling_hierarchical.FAMILY_WIDTH", 2)
     monkeypatch.setattr("modeling_hierarchical.SCORES_AT_ONCE", 1)
-    torch.testing.assert_close(small_model(pooling="family_attention")(**batch).logits, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        small_model(pooling="family_attention")(**batch).logits, expected, atol=1e-5, rtol=0
+    )
 
 
 def test_all_doors_read_the_last_words_of_a_long_text(long_checkpoint, long_texts, tmp_path):
     """Other doors are in tests/prediction, tests/publishing/test_engines.py and tests/space."""
-    labels, texts = list(long_texts), list(long_texts.values())
+    labels = list(long_texts)
+    texts = list(long_texts.values())
     tokenizer = AutoTokenizer.from_pretrained(long_checkpoint, trust_remote_code=True)
-    model = AutoModelForSequenceClassification.from_pretrained(long_checkpoint, trust_remote_code=True)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        long_checkpoint, trust_remote_code=True
+    )
     assert special_tokens(tokenizer) == (model.config.tokens_before, model.config.tokens_after)
     encoded = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
     num_tokens = encoded["attention_mask"].sum(1)
@@ -156,21 +207,37 @@ def test_all_doors_read_the_last_words_of_a_long_text(long_checkpoint, long_text
     named = model.config.id2label
     assert [named[leaf] for leaf in expected.argmax(1).tolist()] == labels
 
-    ours = pipeline("hierarchical-text-classification", model=long_checkpoint, trust_remote_code=True)
+    ours = pipeline(
+        "hierarchical-text-classification", model=long_checkpoint, trust_remote_code=True
+    )
     flat = pipeline("text-classification", model=long_checkpoint, trust_remote_code=True)
     results = ours(texts, top_k=len(named))
     for found in ([one["labels"] for one in results], flat(texts, top_k=None)):
         for row, nodes in zip(expected, found, strict=True):
             scores = {node["label"]: node["score"] for node in nodes}
             assert [scores[named[i]] for i in named] == pytest.approx(row.tolist(), abs=1e-5)
-    assert [(one["tokens"], one["tokens_read"]) for one in results] == [(n, n) for n in num_tokens.tolist()]
+    assert [(one["tokens"], one["tokens_read"]) for one in results] == [
+        (n, n) for n in num_tokens.tolist()
+    ]
     joined = ours(" ".join(texts))
     assert (joined["tokens"], joined["tokens_read"]) == (sum(num_tokens - 2) + 2, 3072)
 
     write_csv(tmp_path / "in.csv", [{"text": text} for text in texts])
-    words = ("--input", tmp_path / "in.csv", "--output", tmp_path / "out.jsonl", "--dtype", "fp32", "--probabilities")
+    words = (
+        "--input",
+        tmp_path / "in.csv",
+        "--output",
+        tmp_path / "out.jsonl",
+        "--dtype",
+        "fp32",
+        "--probabilities",
+    )
     predict_here("--model", long_checkpoint, *words)
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert [(row["label"], row["tokens_read"]) for row in rows] == list(zip(labels, num_tokens.tolist(), strict=True))
+    assert [(row["label"], row["tokens_read"]) for row in rows] == list(
+        zip(labels, num_tokens.tolist(), strict=True)
+    )
     for row, scores in zip(rows, expected, strict=True):
-        assert [row["probabilities"][named[i]] for i in named] == pytest.approx(scores.tolist(), abs=1e-5)
+        assert [row["probabilities"][named[i]] for i in named] == pytest.approx(
+            scores.tolist(), abs=1e-5
+        )

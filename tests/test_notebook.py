@@ -36,9 +36,15 @@ subprocess.Popen, subprocess.run = Forked, run
 def test_the_notebook_runs_from_top_to_bottom(clear_checkpoint, labels_checkpoint):
     cells = json.loads((ROOT / "inference.ipynb").read_text(encoding="utf-8"))["cells"]
     cells = [cell for cell in cells if cell["cell_type"] == "code"]
-    assert all(cell["outputs"] for cell in cells), "a cell of the notebook as it is committed has no output"
+    assert all(cell["outputs"] for cell in cells), (
+        "a cell of the notebook as it is committed has no output"
+    )
     code = "\n".join([FORKS, *("".join(cell["source"]) for cell in cells)])
-    settings = {"CHECKPOINT": clear_checkpoint, "LABELS_CHECKPOINT": labels_checkpoint, "MPLBACKEND": "agg"}
+    settings = {
+        "CHECKPOINT": clear_checkpoint,
+        "LABELS_CHECKPOINT": labels_checkpoint,
+        "MPLBACKEND": "agg",
+    }
     done = complete("-c", code, environment=os.environ | settings)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "the heaviest word: " in done.stdout.splitlines()[-1]

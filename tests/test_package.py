@@ -16,14 +16,16 @@ from forked import LIBRARIES
 INSTALLED = {"hierarchical_clinicalbert"} | {path.name for path in ROOT.glob("*_hierarchical.py")}
 EXTRAS = ("openvino", "ray_job")  # modules that need more than requirements.txt
 
-# imports modules of a folder, where this repository cannot be seen, and prints the files of those that it has loaded
+# imports modules of a folder, where this repository cannot be seen, and prints the files of those
+# that it has loaded
 IMPORTS = """
 import importlib, json, sys
 folder, checkout, *names = sys.argv[1:]
 sys.path[:] = [folder, *(path for path in sys.path if path not in ("", checkout))]
 for name in names:
     importlib.import_module(name)
-print(json.dumps({name: module.__file__ for name, module in sys.modules.items() if name.split(".")[0] in names}))
+modules = sys.modules.items()
+print(json.dumps({name: m.__file__ for name, m in modules if name.split(".")[0] in names}))
 """
 
 
@@ -44,20 +46,32 @@ def test_pip_installs_the_library_and_the_shipped_files_alone_and_all_can_be_imp
     assert {name.split("/")[0] for name in names} == INSTALLED
     assert required == len((ROOT / "requirements.txt").read_text().splitlines())
 
-    modules = [path.with_suffix("").parts for path in map(PurePosixPath, names) if path.suffix == ".py"]
-    imported = [".".join(parts).removesuffix(".__init__") for parts in modules if parts[-1] not in EXTRAS]
+    modules = [
+        path.with_suffix("").parts for path in map(PurePosixPath, names) if path.suffix == ".py"
+    ]
+    imported = [
+        ".".join(parts).removesuffix(".__init__") for parts in modules if parts[-1] not in EXTRAS
+    ]
     assert len(imported) == len(modules) - len(EXTRAS) > 60
     (tmp_path / "imports.py").write_text(IMPORTS)
-    done = complete("imports.py", tmp_path / "installed", ROOT, *imported, cwd=tmp_path, modules=LIBRARIES)
+    done = complete(
+        "imports.py", tmp_path / "installed", ROOT, *imported, cwd=tmp_path, modules=LIBRARIES
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     files = json.loads(done.stdout)
     assert {*imported} <= files.keys()
     assert all(file.startswith(str(tmp_path / "installed")) for file in files.values())
-    assert (tmp_path / "installed" / "hierarchical_clinicalbert" / "publishing" / "card.md.jinja").is_file()
+    assert (
+        tmp_path / "installed" / "hierarchical_clinicalbert" / "publishing" / "card.md.jinja"
+    ).is_file()
 
 
 def test_the_container_has_the_files_that_its_commands_need(tmp_path):
-    kept = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
+    kept = [
+        line[1:]
+        for line in (ROOT / ".dockerignore").read_text().splitlines()
+        if line.startswith("!")
+    ]
     for sources, target in re.findall(r"(?m)^COPY (.+) (\S+)$", (ROOT / "Dockerfile").read_text()):
         folder = tmp_path / "app" / target
         for file in (file for source in sources.split() for file in ROOT.glob(source)):
@@ -71,7 +85,14 @@ def test_the_container_has_the_files_that_its_commands_need(tmp_path):
     copy_checkpoint("self_contained", tmp_path / "model")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "huggingface")}
-    words = ("--model", tmp_path / "model", "--input", tmp_path / "texts.xlsx", "--output", tmp_path / "out.jsonl")
+    words = (
+        "--model",
+        tmp_path / "model",
+        "--input",
+        tmp_path / "texts.xlsx",
+        "--output",
+        tmp_path / "out.jsonl",
+    )
     for command in (("predict.py", *words), ("space/app.py", "--help")):
         done = complete(*command, cwd=tmp_path / "app", environment=environment, modules=LIBRARIES)
         assert done.returncode == 0, done.stderr[-2000:]

@@ -1,4 +1,6 @@
-"""A checkpoint's test of itself: what a release of transformers might break is one line wherever texts are classified."""
+"""A checkpoint's test of itself: what a release of transformers might break is one line wherever
+texts are classified.
+"""
 
 import copy
 import json
@@ -27,7 +29,7 @@ print(json.dumps(dict(stored=stored["log_probs"], log_probs=log_probs.tolist()))
 """
 
 
-# ── Damage that loads without an error ───────────────────────────────────────────────────────────────────────────────
+# ── Damage that loads without an error ────────────────────────────────────────────────────────────
 
 
 def change_json(file: Path, change: Callable[[dict], None]) -> None:
@@ -49,36 +51,51 @@ def draw_heads(folder: Path) -> None:
 
 
 def lose_adapter(folder: Path) -> None:
-    change_weights(folder / "adapter" / "adapter_model.safetensors", lambda name, weight: 0 * weight)
+    change_weights(
+        folder / "adapter" / "adapter_model.safetensors", lambda name, weight: 0 * weight
+    )
 
 
 def swap_tokens(folder: Path) -> None:
     def change(content: dict) -> None:
         vocabulary = content["model"]["vocab"]
-        vocabulary["colonoscopy"], vocabulary["headache"] = vocabulary["headache"], vocabulary["colonoscopy"]
+        vocabulary["colonoscopy"], vocabulary["headache"] = (
+            vocabulary["headache"],
+            vocabulary["colonoscopy"],
+        )
 
     change_json(folder / "tokenizer.json", change)
 
 
 def change_activation(folder: Path) -> None:
-    change_json(folder / "config.json", lambda content: content["text_config"].update(hidden_act="relu"))
+    change_json(
+        folder / "config.json", lambda content: content["text_config"].update(hidden_act="relu")
+    )
 
 
 DAMAGE = {
     "random heads": (draw_heads, "a log-probability of its self-test differs by"),
     "a missing adapter": (lose_adapter, "a log-probability of its self-test differs by"),
-    "another tokenizer": (swap_tokens, "its tokenizer splits the text of the self-test into other tokens"),
+    "another tokenizer": (
+        swap_tokens,
+        "its tokenizer splits the text of the self-test into other tokens",
+    ),
     "another activation": (change_activation, "a log-probability of its self-test differs by"),
 }
 
 
 @pytest.fixture(scope="module")
 def tested(tmp_path_factory) -> Path:
-    """Write a checkpoint in the adapter form that tests itself, as if another release of transformers had saved it."""
+    """Write a checkpoint in the adapter form that tests itself, as if another release of
+    transformers had saved it.
+    """
     folder = tmp_path_factory.mktemp("tested")
     shutil.copytree(Path(__file__).parent / "checkpoint" / "encoder", folder / "encoder")
     source = copy_checkpoint("adapter_form", folder / "source")
-    change_json(source / "config.json", lambda content: content.update(encoder_name_or_path=str(folder / "encoder")))
+    change_json(
+        source / "config.json",
+        lambda content: content.update(encoder_name_or_path=str(folder / "encoder")),
+    )
     model = AutoModel.from_pretrained(source, trust_remote_code=True, merge_adapter=False)
     tokenizer = AutoTokenizer.from_pretrained(source)
     model.record_self_test(tokenizer)
@@ -122,14 +139,21 @@ def test_damage_is_an_error_of_the_page_of_scoring_and_of_merging(tested, hub, t
     for done in (
         run("--model", folder, command="space/app.py", check=False),
         run(*score, "--output_dir", tmp_path / "scores", check=False),
-        run(*merge, command="push_to_hub.py", check=False, settings=hub.environment(token="hf_alice")),
+        run(
+            *merge,
+            command="push_to_hub.py",
+            check=False,
+            settings=hub.environment(token="hf_alice"),
+        ),
     ):
         assert done.returncode == 2, done.stderr
         assert "self-test differs by" in done.stderr.splitlines()[-1]
         assert "Traceback" not in done.stderr
 
 
-def test_it_is_computed_again_at_each_calibration_change_of_taxonomy_and_merge(tested, hub, tmp_path):
+def test_it_is_computed_again_at_each_calibration_change_of_taxonomy_and_merge(
+    tested, hub, tmp_path
+):
     """Compare what is stored with the log-probabilities of the saved model."""
 
     def check(model) -> None:
@@ -149,7 +173,12 @@ def test_it_is_computed_again_at_each_calibration_change_of_taxonomy_and_merge(t
     model.set_calibration(calibration)
     assert model.config.self_test["log_probs"] != earlier
     check(model)
-    model.add_nodes(["general", {"specific": [{"neoplasms": ["carcinoma", "lymphoma", "sarcoma"]}, "digestive"]}])
+    model.add_nodes(
+        [
+            "general",
+            {"specific": [{"neoplasms": ["carcinoma", "lymphoma", "sarcoma"]}, "digestive"]},
+        ]
+    )
     assert len(model.config.self_test["log_probs"]) == model.config.tree.num_nodes
     check(model)
 
@@ -157,12 +186,16 @@ def test_it_is_computed_again_at_each_calibration_change_of_taxonomy_and_merge(t
     (folder / "README.md").write_text("---\nlicense: mit\n---\nA card")
     words = ("--model", folder, "--repo_id", "alice/tested", "--merge")
     run(*words, command="push_to_hub.py", settings=hub.environment(token="hf_alice"))
-    merged = AutoModel.from_pretrained(hub.write("alice/tested", tmp_path / "merged"), trust_remote_code=True)
+    merged = AutoModel.from_pretrained(
+        hub.write("alice/tested", tmp_path / "merged"), trust_remote_code=True
+    )
     assert merged.config.self_test["transformers"] == transformers.__version__
     assert merged.config.self_test["log_probs"] == pytest.approx(earlier, abs=1e-4)
 
 
-def test_train_stores_the_test_of_the_checkpoint_that_it_saves(clear_checkpoint, uncalibrated_run, tmp_path):
+def test_train_stores_the_test_of_the_checkpoint_that_it_saves(
+    clear_checkpoint, uncalibrated_run, tmp_path
+):
     for folder in (clear_checkpoint, uncalibrated_run[0]):
         found = run_outside(COMPUTE.format(str(folder)), tmp_path)
         assert found["stored"] == pytest.approx(found["log_probs"], abs=1e-4)
@@ -172,6 +205,8 @@ def test_versions_that_saved_a_checkpoint_load_it_without_the_test(tested, tmp_p
     folder = shutil.copytree(tested, tmp_path / "model")
     model = AutoModel.from_pretrained(folder, trust_remote_code=True)
     model.record_self_test()
-    change_json(folder / "config.json", lambda content: content.update(self_test=model.config.self_test))
+    change_json(
+        folder / "config.json", lambda content: content.update(self_test=model.config.self_test)
+    )
     draw_heads(folder)
     assert classify(folder)(TEXT)["labels"]

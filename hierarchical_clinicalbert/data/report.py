@@ -15,7 +15,8 @@ logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
 LOGGED_LENGTHS = (
-    "%(p50)d tokens per text in the median, %(max)d at most; %(truncated)d texts truncated at %(max_length)d"
+    "%(p50)d tokens per text in the median, %(max)d at most; %(truncated)d texts truncated at "
+    "%(max_length)d"
 )
 
 
@@ -30,12 +31,19 @@ def count_by_split(rows: pd.DataFrame) -> dict[str, int]:
 
 
 def describe_split(rows: pd.DataFrame, taxonomy: Taxonomy, form: RowForm, dropped: int) -> dict:
-    """Count the rows of a split, from which rows were ``dropped``, and the texts with each node or one below it, by level."""
+    """Count the rows of a split, from which rows were ``dropped``, and the texts with each node or
+    one below it, by level.
+    """
     counts = Counter(chain.from_iterable(map(taxonomy.with_ancestors, rows["nodes"])))
     classes: dict[str, dict[str, int]] = {str(level): {} for level in range(1, taxonomy.depth + 1)}
     for node in sorted(counts):
         classes[str(taxonomy.levels[node])][taxonomy.labels[node]] = counts[node]
-    return {"rows": len(rows), "dropped_rows": dropped, **form.describe(rows, taxonomy), "classes": classes}
+    return {
+        "rows": len(rows),
+        "dropped_rows": dropped,
+        **form.describe(rows, taxonomy),
+        "classes": classes,
+    }
 
 
 def find_look_alikes(rows: pd.DataFrame, taxonomy: Taxonomy) -> list[dict[str, int]]:
@@ -53,7 +61,9 @@ def find_look_alikes(rows: pd.DataFrame, taxonomy: Taxonomy) -> list[dict[str, i
 
 
 def length_report(lengths: Sequence[int], max_length: int) -> dict:
-    """Return percentiles of token counts, with special tokens, and how many texts are truncated at ``max_length``."""
+    """Return percentiles of token counts, with special tokens, and how many texts are truncated at
+    ``max_length``.
+    """
     counts = np.asarray(lengths)
     truncated = int((counts > max_length).sum())
     return {
@@ -71,12 +81,16 @@ def log_splits(report: dict) -> None:
     if split_off := report["split"]["split_off"]:
         shares = " and ".join(f"{share:g} for {split}" for split, share in split_off.items())
         logger.info("split off the training texts, identical texts kept together: %s", shares)
-    if dropped := list_rows({split: counts["dropped_rows"] for split, counts in report["splits"].items()}):
+    if dropped := list_rows(
+        {split: counts["dropped_rows"] for split, counts in report["splits"].items()}
+    ):
         logger.warning("dropped, since a later split has the texts: %s", dropped)
     if merged := list_rows(report["merged_rows"]):
         logger.info("merged with another row of the same text: %s", merged)
     if left_out := list_rows(report["trained_before"]["left_out"]):
-        logger.warning("left out, since the checkpoint was trained or calibrated on the texts: %s", left_out)
+        logger.warning(
+            "left out, since the checkpoint was trained or calibrated on the texts: %s", left_out
+        )
     if report["trained_before"]["scores"] == "unverified":
         logger.warning(
             "not all training texts of the checkpoint or teacher are known: no rows are split off, "
@@ -88,7 +102,9 @@ def log_splits(report: dict) -> None:
         shown = describe_look_alikes(groups)
         logger.warning("separate classes that differ in case alone, with their rows: %s", shown)
     if untrained := report["classes_without_training_rows"]:
-        logger.warning("%d classes without training rows: %s", len(untrained), list_names(untrained))
+        logger.warning(
+            "%d classes without training rows: %s", len(untrained), list_names(untrained)
+        )
 
 
 def describe_look_alikes(groups: list[dict[str, int]]) -> str:
@@ -110,6 +126,10 @@ def list_rows(rows: dict[str, int]) -> str:
 def log_report(report: dict, lengths: dict[str, dict]) -> None:
     """Log the counts of each split that are not 0, and its `length_report`."""
     for split, counts in report["splits"].items():
-        shown = {name.replace("_", " "): value for name, value in counts.items() if np.isscalar(value) and value}
+        shown = {
+            name.replace("_", " "): value
+            for name, value in counts.items()
+            if np.isscalar(value) and value
+        }
         numbers = [f"{name} {value:,.6g}" for name, value in shown.items()]
         logger.info("%s: %s; %s", split, ", ".join(numbers), LOGGED_LENGTHS % lengths[split])

@@ -2,10 +2,12 @@
 
 Worth knowing:
 
-1. Texts are identical if they have the same `text_hash`. Each text is in one split only. Training rows with a
-   validation or test text are dropped, and so are validation rows with a test text.
-2. Texts that an earlier run of a checkpoint was trained on are never scored. They are not split off, and left out of given rows.
-3. In multi-label data, the rows of a text within a split are merged into one row with all their labels.
+1. Texts are identical if they have the same `text_hash`. Each text is in one split only. Training
+   rows with a validation or test text are dropped, and so are validation rows with a test text.
+2. Texts that an earlier run of a checkpoint was trained on are never scored. They are not split
+   off, and left out of given rows.
+3. In multi-label data, the rows of a text within a split are merged into one row with all their
+   labels.
 """
 
 import hashlib
@@ -53,8 +55,9 @@ FEATURES = datasets.Features(
 class LabelledSplits:
     """Labelled rows of all non-empty splits, ready to be tokenized.
 
-    Columns: ``text``; ``nodes``, an ascending list of node ids, with one path a text of one id; ``row``, the number in the
-    source, from 0 without the header; ``text_id``, the same for identical texts.
+    Columns: ``text``; ``nodes``, an ascending list of node ids, with one path a text of one id;
+    ``row``, the number in the source, from 0 without the header; ``text_id``, the same for
+    identical texts.
     """
 
     splits: datasets.DatasetDict
@@ -72,23 +75,27 @@ def split_rows(
     seed: int,
     trained: TrainedTexts = NO_TRAINED_TEXTS,
 ) -> LabelledSplits:
-    """Map the labels to nodes by `resolve_labels`, place each text in one split, and split off the splits without a source.
+    """Map the labels to nodes by `resolve_labels`, place each text in one split, and split off the
+    splits without a source.
 
     Nothing is split off unless all texts that the checkpoint was ``trained`` on are known.
     """
     labelled, taxonomy, origin = resolve_labels(source, arguments, taxonomy)
     form = source.form
 
-    # ── Repeated texts: trained on before, in several rows, in several splits ────────────────────────────────────────
+    # ── Repeated texts: trained on before, in several rows, in several splits ─────────────────────
     rows = labelled.assign(hash=[*map(text_hash, labelled["text"])])
     labelled_texts = {*rows["hash"]}
-    unlabelled = {key: text for text in source.unlabelled if (key := text_hash(text)) not in labelled_texts}
+    unlabelled = {
+        key: text for text in source.unlabelled if (key := text_hash(text)) not in labelled_texts
+    }
     rows, left_out = _leave_out_trained(rows.assign(text_id=pd.factorize(rows["hash"])[0]), trained)
-    counts, rows = count_by_split(rows), form.merge_repeats(rows)
+    counts = count_by_split(rows)
+    rows = form.merge_repeats(rows)
     merged = {split: counts[split] - count for split, count in count_by_split(rows).items()}
     rows, dropped = _drop_shared(rows)
 
-    # ── Split off ────────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── Split off ─────────────────────────────────────────────────────────────────────────────────
     shares = source.shares if trained.complete else {}
     rows = _split_off(rows, shares, seed, taxonomy, form, trained)
     parts = rows_by_split(rows)
@@ -96,8 +103,11 @@ def split_rows(
         problem = "no validation text has a label, so nothing can be calibrated"
         raise InputError(f"{problem}: give other validation rows, or label more texts")
 
-    # ── Report ───────────────────────────────────────────────────────────────────────────────────────────────────────
-    described = {split: describe_split(part, taxonomy, form, dropped.get(split, 0)) for split, part in parts.items()}
+    # ── Report ────────────────────────────────────────────────────────────────────────────────────
+    described = {
+        split: describe_split(part, taxonomy, form, dropped.get(split, 0))
+        for split, part in parts.items()
+    }
     classes = taxonomy.labels[: build_decisions(taxonomy, form.problem_type).num_classes]
     with_rows = {*chain(*described["train"]["classes"].values())} if "train" in parts else classes
     report = {
@@ -112,10 +122,15 @@ def split_rows(
             "seed": seed,
             "labels_sha256": _labels_hash(labelled),
             # another test file may leave other rows for training, since no text is in two splits
-            "rows_sha256": {split: _rows_hash(part) for split, part in parts.items() if split != "test"},
+            "rows_sha256": {
+                split: _rows_hash(part) for split, part in parts.items() if split != "test"
+            },
         },
         "splits": described,
-        "trained_before": {"scores": "verified" if trained.complete else "unverified", "left_out": left_out},
+        "trained_before": {
+            "scores": "verified" if trained.complete else "unverified",
+            "left_out": left_out,
+        },
         "classes_without_training_rows": [label for label in classes if label not in with_rows],
         "merged_rows": merged,
         "unlabelled_texts": len(unlabelled),
@@ -123,12 +138,17 @@ def split_rows(
     log_splits(report)
     splits = datasets.DatasetDict()
     for split, part in parts.items():
-        splits[split] = datasets.Dataset.from_pandas(part[[*FEATURES]], features=FEATURES, preserve_index=False)
+        splits[split] = datasets.Dataset.from_pandas(
+            part[[*FEATURES]], features=FEATURES, preserve_index=False
+        )
     return LabelledSplits(splits, taxonomy, report, form.problem_type, trained, unlabelled)
 
 
-def _leave_out_trained(rows: pd.DataFrame, trained: TrainedTexts) -> tuple[pd.DataFrame, dict[str, int]]:
-    """Drop validation and test rows whose text trained the checkpoint, and test rows whose text selected or calibrated it.
+def _leave_out_trained(
+    rows: pd.DataFrame, trained: TrainedTexts
+) -> tuple[pd.DataFrame, dict[str, int]]:
+    """Drop validation and test rows whose text trained the checkpoint, and test rows whose text
+    selected or calibrated it.
 
     Return the rows left, and the numbers of those dropped.
     """
@@ -165,27 +185,42 @@ def _drop_shared(rows: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, int]]:
 
 
 def _split_off(
-    rows: pd.DataFrame, shares: dict[str, float], seed: int, taxonomy: Taxonomy, form: RowForm, trained: TrainedTexts
+    rows: pd.DataFrame,
+    shares: dict[str, float],
+    seed: int,
+    taxonomy: Taxonomy,
+    form: RowForm,
+    trained: TrainedTexts,
 ) -> pd.DataFrame:
     """Move a share of the training texts to each other split, with all rows of a text.
 
-    Texts that an earlier run was trained on stay, and its validation texts are no test texts. If too few others are left, the
-    counts are scaled down.
+    Texts that an earlier run was trained on stay, and its validation texts are no test texts. If
+    too few others are left, the counts are scaled down.
     """
-    rng, rows = np.random.default_rng(seed), rows.copy()
+    rng = np.random.default_rng(seed)
+    rows = rows.copy()
     is_new = (rows["split"] == "train") & ~rows["hash"].isin(trained.earlier)
     is_unseen = is_new & ~rows["hash"].isin(trained.earlier_validation)
     num_texts = rows.loc[rows["split"] == "train", "text_id"].nunique()
     needed = [(is_new, sum(shares.values())), (is_unseen, shares.get("test", 0.0))]
-    available = [rows.loc[free, "text_id"].nunique() / max(1.0, share * num_texts) for free, share in needed if share]
+    available = [
+        rows.loc[free, "text_id"].nunique() / max(1.0, share * num_texts)
+        for free, share in needed
+        if share
+    ]
     scale = min([1.0, *available])
     for split, share in shares.items():
         free = rows[(is_unseen if split == "test" else is_new) & (rows["split"] == "train")]
         count = round(share * num_texts * scale)
         held_out = form.hold_out(free, taxonomy, count, rng) if count else free["text_id"].iloc[:0]
         if held_out.empty:
-            problem = f"cannot split off {split} rows: too few of {num_texts:,} training texts can be spared"
+            problem = (
+                f"cannot split off {split} rows: too few of {num_texts:,} training texts can be "
+                "spared"
+            )
             remedy = f"change --{split}_size, or 0 for no {split} rows, or give --{split}_file"
-            raise InputError(f"{problem}, as each class and all texts that trained the checkpoint stay; {remedy}")
+            raise InputError(
+                f"{problem}, as each class and all texts that trained the checkpoint stay; {remedy}"
+            )
         rows.loc[is_new & rows["text_id"].isin(held_out), "split"] = split
     return rows

@@ -24,7 +24,8 @@ from taxonomy_hierarchical import (
 
 
 def read_taxonomy(path: str | Path, separator: str = "/") -> Taxonomy:
-    """Read nested ``.yaml``, ``.yml`` or ``.json``, or a table ``.csv`` or ``.tsv``, see `build_from_table`.
+    """Read nested ``.yaml``, ``.yml`` or ``.json``, or a table ``.csv`` or ``.tsv``, see
+    `build_from_table`.
 
     Raises:
         InputError: the file cannot be read, or is not a taxonomy, or see `refuse_equal_nodes`.
@@ -43,7 +44,9 @@ def read_taxonomy(path: str | Path, separator: str = "/") -> Taxonomy:
         refuse_equal_nodes(tree)
         return tree
     except RecursionError as error:
-        raise InputError(f"{path} is nested too deeply; at most {MAX_DEPTH} levels are supported") from error
+        raise InputError(
+            f"{path} is nested too deeply; at most {MAX_DEPTH} levels are supported"
+        ) from error
     except InputError:
         raise
     except ValueError as error:  # TaxonomyError, or JSONDecodeError
@@ -61,7 +64,8 @@ def refuse_equal_nodes(tree: Taxonomy) -> None:
 
 
 def build_from_table(table: pd.DataFrame, separator: str) -> Taxonomy:
-    """Build a taxonomy from the columns ``parent``, ``child`` or ``name``, and possibly ``description``.
+    """Build a taxonomy from the columns ``parent``, ``child`` or ``name``, and possibly
+    ``description``.
 
     A child without a parent is a root. In a table without any, parents without a row are roots.
 
@@ -70,19 +74,27 @@ def build_from_table(table: pd.DataFrame, separator: str) -> Taxonomy:
             parent has no row although a root has one, or there is a cycle.
     """
     candidates = (("child", "name"), ("parent",), ("description",))
-    child_column, parent_column, text_column = (find_column([*table], None, names) for names in candidates)
+    child_column, parent_column, text_column = (
+        find_column([*table], None, names) for names in candidates
+    )
     if child_column is None or parent_column is None:
-        raise TaxonomyError(f"expected columns 'parent' and 'child' (or 'name'), found {listed(table)}")
-    names, parents = ([to_nfc(name.strip()) for name in table[column]] for column in (child_column, parent_column))
+        raise TaxonomyError(
+            f"expected columns 'parent' and 'child' (or 'name'), found {listed(table)}"
+        )
+    names, parents = (
+        [to_nfc(name.strip()) for name in table[column]] for column in (child_column, parent_column)
+    )
     refuse_rows(table, [child_column], (None if name else "the name is empty" for name in names))
     own = {normalise(name): name for name in reversed(names)} | {name: name for name in names}
     parents = [own.get(name, own.get(normalise(name), name)) for name in parents]
 
-    # ── The parent of each child ─────────────────────────────────────────────────────────────────────────────────────
+    # ── The parent of each child ──────────────────────────────────────────────────────────────────
     parent_of: dict[str, str] = {}  # "" for no parent
     for child, parent in zip(names, parents, strict=True):
         if parent_of.setdefault(child, parent) != parent:
-            first, second = (quote_name(name) if name else "no parent" for name in (parent_of[child], parent))
+            first, second = (
+                quote_name(name) if name else "no parent" for name in (parent_of[child], parent)
+            )
             raise TaxonomyError(f"{quote_name(child)} has two parents: {first} and {second}")
     unknown = [parent for parent in parents if parent and parent not in parent_of]
     if unknown and "" in parents:
@@ -95,9 +107,11 @@ def build_from_table(table: pd.DataFrame, separator: str) -> Taxonomy:
     try:
         TopologicalSorter({child: [parent] for child, parent in parent_of.items()}).prepare()
     except CycleError as error:
-        raise TaxonomyError(f"the taxonomy has a cycle: {' > '.join(map(quote_name, error.args[1]))}") from error
+        raise TaxonomyError(
+            f"the taxonomy has a cycle: {' > '.join(map(quote_name, error.args[1]))}"
+        ) from error
 
-    # ── The tree: roots in the order in which they are first named ───────────────────────────────────────────────────
+    # ── The tree: roots in the order in which they are first named ────────────────────────────────
     children: dict[str, dict] = defaultdict(dict)
     for child, parent in parent_of.items():
         children[parent][child] = children[child]

@@ -1,7 +1,8 @@
-"""Record which texts a checkpoint was trained, selected and calibrated on, so that none of them is a test text.
+"""Record which texts a checkpoint was trained, selected and calibrated on, so that none of them is
+a test text.
 
-The hashes are never published: they reveal who is in the training data. A resumed run splits its rows by the texts of
-earlier runs only, and so repeats its first split.
+The hashes are never published: they reveal who is in the training data. A resumed run splits its
+rows by the texts of earlier runs only, and so repeats its first split.
 """
 
 import json
@@ -59,7 +60,10 @@ def read_hashes(file: Path) -> TrainedTexts:
 def write_trained_texts(
     folder: Path, before: TrainedTexts, texts: Iterable[str], validation_texts: Iterable[str]
 ) -> None:
-    """Write hashes of the texts of this run, and of earlier runs (``before``). Call this before the first step."""
+    """Write hashes of the texts of this run, and of earlier runs (``before``).
+
+    Call this before the first step.
+    """
     content = {
         "complete": before.complete,
         "earlier": sorted(before.earlier),

@@ -2,14 +2,17 @@
 
 Worth knowing:
 
-1. The lexical head alone is less accurate than the encoder, but errs on other texts. `benchmarks/quality.py` measures its
-   contribution. Calibration fits one weight for its scores, relative to the encoder's.
+1. The lexical head alone is less accurate than the encoder, but errs on other texts.
+   `benchmarks/quality.py` measures its contribution. Calibration fits one weight for its scores,
+   relative to the encoder's.
 2. The lexical head is fitted after the encoder. Joint training was not tried.
 3. A token's feature is its TF-IDF times its `log_odds_variance`.
-4. Where classes have few rows, each class's name or description, its phrase, is one more document. The phrase's TF-IDF is also
-   added to the class's weights, times one weight for all classes, which `evaluation.calibration` fits.
-5. With one label per text, the lexical head is flat: an inner node's probability is the sum of its leaves' probabilities. One
-   classifier per decision, as in HiClass, was tried on OHSUMED and was less accurate, for parents too.
+4. Where classes have few rows, each class's name or description, its phrase, is one more document.
+   The phrase's TF-IDF is also added to the class's weights, times one weight for all classes, which
+   `evaluation.calibration` fits.
+5. With one label per text, the lexical head is flat: an inner node's probability is the sum of its
+   leaves' probabilities. One classifier per decision, as in HiClass, was tried on OHSUMED and was
+   less accurate, for parents too.
 """
 
 from collections.abc import Iterable, Iterator
@@ -35,14 +38,17 @@ class LexicalClassifier:
     """Logistic regression over TF-IDF: base class of `LeafClassifier` and `NodeClassifier`.
 
     Attributes:
-        default_size: fitted weights, up to which there is a head by default. Beyond it, the fit takes several minutes, and of leaves
+        default_size: fitted weights, up to which there is a head by default. Beyond it, the fit
+        takes several minutes, and of leaves
             more than 5 GB of memory.
-        classes, tokens: the ids of the classes and tokens that are fitted, (C,) and (T,). Other weights are 0. L-BFGS keeps some 25
+        classes, tokens: the ids of the classes and tokens that are fitted, (C,) and (T,). Other
+        weights are 0. L-BFGS keeps some 25
             arrays (C, T), so with thousands of classes (num_classes, V) would take too much memory.
         weight: the weights, sparse, (num_classes, V).
         bias: (num_classes,).
-        log_prior: what the decision scores of the classifier hold of the classes' frequencies, (num_nodes,) or 0.
-        phrases: how often each token occurs in each class's phrase, (num_classes, V), or None.
+        log_prior: what the decision scores of the classifier hold of the classes' frequencies,
+        (num_nodes,) or 0. phrases: how often each token occurs in each class's phrase,
+        (num_classes, V), or None.
     """
 
     default_size: int
@@ -51,7 +57,11 @@ class LexicalClassifier:
     log_prior: np.ndarray | float = 0.0
 
     def __init__(
-        self, decisions: Decisions, counts: csr_matrix, outcomes: np.ndarray, phrases: csr_matrix | None = None
+        self,
+        decisions: Decisions,
+        counts: csr_matrix,
+        outcomes: np.ndarray,
+        phrases: csr_matrix | None = None,
     ):
         self.decisions = decisions
         self.phrases = phrases
@@ -60,15 +70,17 @@ class LexicalClassifier:
         idf = np.zeros_like(self.tfidf.idf_)
         idf[common] = self.tfidf.idf_[common] * log_odds_variance(counts[:, common] > 0, outcomes)
         self.tfidf.idf_ = idf
-        self.tokens = np.flatnonzero(idf) if idf.any() else np.array([0])  # scikit-learn needs a feature
+        # scikit-learn needs a feature
+        self.tokens = np.flatnonzero(idf) if idf.any() else np.array([0])
         self.bias = np.zeros(decisions.num_classes)
         self.documents = self.tfidf.transform(counts)[:, self.tokens]
 
     def set_weights(self, fitted: Iterable[np.ndarray]) -> None:
-        """Set the weights of the fitted classes, (T,) each. Beyond `MAX_WEIGHTS` of all classes, the smallest become 0.
+        """Set the weights of the fitted classes, (T,) each. Beyond `MAX_WEIGHTS` of all classes,
+        the smallest become 0.
 
-        DiSMEC (Babbar and Schölkopf, 2017, "DiSMEC: distributed sparse machines for extreme multi-label classification") also
-        leaves out weights close to 0.
+        DiSMEC (Babbar and Schölkopf, 2017, "DiSMEC: distributed sparse machines for extreme
+        multi-label classification") also leaves out weights close to 0.
         """
         limit = max(1, MAX_WEIGHTS // len(self.classes))
         entries: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
@@ -77,7 +89,9 @@ class LexicalClassifier:
             largest = largest[weights[largest] != 0]
             entries.append((weights[largest], np.full(len(largest), node), self.tokens[largest]))
         values, classes, tokens = map(np.concatenate, zip(*entries, strict=True))
-        self.weight = csc_matrix((values, (classes, tokens)), shape=(len(self.bias), len(self.tfidf.idf_)))
+        self.weight = csc_matrix(
+            (values, (classes, tokens)), shape=(len(self.bias), len(self.tfidf.idf_))
+        )
 
     def scores(self, counts: csr_matrix) -> np.ndarray:
         """Return scores of the classes, (num_rows, num_classes)."""
@@ -88,7 +102,9 @@ class LexicalClassifier:
         return self.decisions.of_classes(torch.from_numpy(self.scores(counts))).numpy()
 
     def phrase_scores(self, counts: csr_matrix) -> np.ndarray:
-        """Return decision scores of texts by their cosine with the phrases, (num_rows, num_nodes)."""
+        """Return decision scores of texts by their cosine with the phrases,
+        (num_rows, num_nodes).
+        """
         scores = (self.tfidf.transform(counts) @ self._phrase_weights().T).toarray()
         return self.decisions.of_classes(torch.from_numpy(scores)).numpy()
 
@@ -102,34 +118,49 @@ class LexicalClassifier:
     def weights(self) -> dict[str, Tensor]:
         """Return the weights of the equivalent `LexicalHead`, for its `of_weights`."""
         entries = self.weight.tocoo()
-        weight = torch.sparse_coo_tensor(np.stack(entries.coords), entries.data, entries.shape, check_invariants=True)
-        idf, bias = torch.tensor(self.tfidf.idf_), torch.tensor(self.bias)
+        weight = torch.sparse_coo_tensor(
+            np.stack(entries.coords), entries.data, entries.shape, check_invariants=True
+        )
+        idf = torch.tensor(self.tfidf.idf_)
+        bias = torch.tensor(self.bias)
         return {"idf": idf.float(), "weight": weight.float(), "bias": bias.float()}
 
 
 class LeafClassifier(LexicalClassifier):
     """A multinomial regression over the leaves. Only rows labelled with a leaf count.
 
-    ``counts`` are (num_rows, V), and ``labels`` node ids (num_rows,). Leaves without training documents get weights of 0.
-    Together they have mean odds of 1 / (num_rows + 1) on the training documents, as if they had one document.
+    ``counts`` are (num_rows, V), and ``labels`` node ids (num_rows,). Leaves without training
+    documents get weights of 0. Together they have mean odds of 1 / (num_rows + 1) on the training
+    documents, as if they had one document.
 
     ``log_prior`` is the logarithm of the number of documents at or below each node, plus ½.
     """
 
     default_size = 2**24
 
-    def __init__(self, decisions: OnePath, counts: csr_matrix, labels: np.ndarray, phrases: csr_matrix | None = None):
+    def __init__(
+        self,
+        decisions: OnePath,
+        counts: csr_matrix,
+        labels: np.ndarray,
+        phrases: csr_matrix | None = None,
+    ):
         is_leaf = labels < decisions.num_leaves
-        counts, labels = counts[is_leaf], labels[is_leaf]
+        counts = counts[is_leaf]
+        labels = labels[is_leaf]
         self.classes, given = np.unique(labels, return_inverse=True)
         super().__init__(decisions, counts, one_hot(given, len(self.classes)), phrases)
         self.log_prior = np.log(decisions.count_outcomes(torch.from_numpy(labels)).numpy() + 0.5)
 
-        model = LogisticRegression(C=REGULARISATION, max_iter=1000, tol=1e-3).fit(self.documents, labels)
-        coefficients, intercepts = model.coef_, model.intercept_
+        model = LogisticRegression(C=REGULARISATION, max_iter=1000, tol=1e-3).fit(
+            self.documents, labels
+        )
+        coefficients = model.coef_
+        intercepts = model.intercept_
         if len(model.classes_) == 2:  # scikit-learn has one row: the difference between the classes
             factors = np.array([[-0.5], [0.5]])
-            coefficients, intercepts = factors * coefficients, (factors * intercepts).ravel()
+            coefficients = factors * coefficients
+            intercepts = (factors * intercepts).ravel()
         self.bias[self.classes] = intercepts
         self.set_weights(coefficients)
         if len(unseen := np.setdiff1d(np.arange(len(self.bias)), self.classes)):
@@ -140,7 +171,9 @@ class LeafClassifier(LexicalClassifier):
 
     @staticmethod
     def learnable(decisions: OnePath, labels: np.ndarray) -> np.ndarray:
-        """Return the labelled leaves if there are several, else none: the classes that the labels tell apart."""
+        """Return the labelled leaves if there are several, else none: the classes that the labels
+        tell apart.
+        """
         leaves = np.unique(labels[labels < decisions.num_leaves])
         return leaves if len(leaves) > 1 else leaves[:0]
 
@@ -148,14 +181,21 @@ class LeafClassifier(LexicalClassifier):
 class NodeClassifier(LexicalClassifier):
     """A binary regression for each node, over the rows in which its decision is open.
 
-    ``counts`` are (num_rows, V), and ``labels`` 1 or 0, (num_rows, num_nodes). A node whose open rows do not hold both labels
-    has weights of 0. The node's log-odds in these rows (`ManyNodes.initial_biases`) are subtracted: the encoder's head starts
-    from them, and they would count twice.
+    ``counts`` are (num_rows, V), and ``labels`` 1 or 0, (num_rows, num_nodes). A node whose open
+    rows do not hold both labels has weights of 0. The node's log-odds in these rows
+    (`ManyNodes.initial_biases`) are subtracted: the encoder's head starts from them, and they would
+    count twice.
     """
 
     default_size = 2**27  # deep nodes have few open rows, so their fits are short
 
-    def __init__(self, decisions: ManyNodes, counts: csr_matrix, labels: np.ndarray, phrases: csr_matrix | None = None):
+    def __init__(
+        self,
+        decisions: ManyNodes,
+        counts: csr_matrix,
+        labels: np.ndarray,
+        phrases: csr_matrix | None = None,
+    ):
         super().__init__(decisions, counts, labels, phrases)
         is_open = decisions.open_decisions(torch.from_numpy(labels)).numpy()
         prior = decisions.initial_biases(decisions.count_outcomes(torch.from_numpy(labels))).numpy()
@@ -185,12 +225,14 @@ def common_tokens(counts: csr_matrix) -> np.ndarray:
 
 
 def log_odds_variance(present: csr_matrix, labels: np.ndarray) -> np.ndarray:
-    """Compute each token's variance over classes of log P(token | class) - log P(token | not the class), (V,).
+    """Compute each token's variance over classes of log P(token | class) - log P(token | not the
+    class), (V,).
 
-    P is the share of documents that contain the token, smoothed by one document with it and one without (Laplace). The
-    two-class NB-SVM (Wang and Manning, 2012, "Baselines and bigrams") weighs words by these log-odds, with their sign. Here
-    one weight serves all classes, so that a document is one vector. Labels are (num_rows, num_classes): 1 or 0. Classes
-    without both labels do not count. With one class, it is the square of the log-odds.
+    P is the share of documents that contain the token, smoothed by one document with it and one
+    without (Laplace). The two-class NB-SVM (Wang and Manning, 2012, "Baselines and bigrams") weighs
+    words by these log-odds, with their sign. Here one weight serves all classes, so that a document
+    is one vector. Labels are (num_rows, num_classes): 1 or 0. Classes without both labels do not
+    count. With one class, it is the square of the log-odds.
     """
     labels = labels[:, (labels == 1).any(axis=0) & (labels == 0).any(axis=0)]
     inside = (csr_matrix((labels == 1).T, dtype=float) @ present).toarray()

@@ -1,7 +1,8 @@
-"""The tables of metrics, F1 from counts, bootstrap intervals, and the calibration error, for both forms of label.
+"""The tables of metrics, F1 from counts, bootstrap intervals, and the calibration error, for both
+forms of label.
 
-To add a metric, add a row to a table: `ONE_PATH` or `MANY_NODES`. Evaluation, the selection of the checkpoint, plots, card and
-Hub read these tables.
+To add a metric, add a row to a table: `ONE_PATH` or `MANY_NODES`. Evaluation, the selection of the
+checkpoint, plots, card and Hub read these tables.
 """
 
 import warnings
@@ -31,16 +32,25 @@ class Predictions:
         labels: the arrays of `Decisions.targets`.
         texts: ids of the rows' texts, (num_rows,), or None.
         log_probs, probabilities: of all nodes, (num_rows, num_nodes) in float64.
-        true, chosen: the labelled and the predicted nodes, with their ancestors, (num_rows, num_nodes) of bool.
-        known: the nodes that the label says to be present or absent, (num_rows, num_nodes) of bool.
-        counts: the `confusion_counts` of all known nodes.
+        true, chosen: the labelled and the predicted nodes, with their ancestors,
+        (num_rows, num_nodes) of bool. known: the nodes that the label says to be present or absent,
+        (num_rows, num_nodes) of bool. counts: the `confusion_counts` of all known nodes.
     """
 
     def __init__(
-        self, form: Any, logits: np.ndarray, labels: np.ndarray, thresholds: Any = None, texts: np.ndarray | None = None
+        self,
+        form: Any,
+        logits: np.ndarray,
+        labels: np.ndarray,
+        thresholds: Any = None,
+        texts: np.ndarray | None = None,
     ):
-        decisions, self.form, self.labels, self.texts = form.decisions, form, labels, texts
-        self.num_leaves, self.levels = decisions.num_leaves, np.array(form.tree.levels)
+        decisions = form.decisions
+        self.form = form
+        self.labels = labels
+        self.texts = texts
+        self.num_leaves = decisions.num_leaves
+        self.levels = np.array(form.tree.levels)
         self.logits = logits.astype(np.float64)
         self.log_probs = decisions.log_probs(torch.from_numpy(self.logits)).numpy()
         self.probabilities = np.exp(self.log_probs)
@@ -52,7 +62,9 @@ class Predictions:
         self.counts = confusion_counts(self.true, self.chosen & self.known)
 
     def score(self, nodes: Any, score: Callable[[np.ndarray], float]) -> float | None:
-        """Return a score of the counts of some nodes, over the rows in which all of them are known; None without a label."""
+        """Return a score of the counts of some nodes, over the rows in which all of them are known;
+        None without a label.
+        """
         rows = self.known[:, nodes].all(axis=1)
         counts = confusion_counts(self.true[rows][:, nodes], self.chosen[rows][:, nodes])
         return score(counts) if counts[2].any() else None
@@ -61,11 +73,14 @@ class Predictions:
         return self.score(slice(self.num_leaves), score)
 
     def of_level(self, level: int, score: Callable[[np.ndarray], float]) -> float | None:
-        """Return a score of a level's nodes. A leaf above the level counts as "no node at this level"."""
+        """Return a score of a level's nodes.
+
+        A leaf above the level counts as "no node at this level".
+        """
         return self.score(self.levels == level, score)
 
 
-# ── F1 from counts ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── F1 from counts ────────────────────────────────────────────────────────────────────────────────
 
 
 def confusion_counts(labels: np.ndarray, chosen: np.ndarray) -> np.ndarray:
@@ -78,23 +93,31 @@ def confusion_counts(labels: np.ndarray, chosen: np.ndarray) -> np.ndarray:
 
 
 def node_f1(counts: np.ndarray) -> np.ndarray:
-    """Compute F1 (…, num_classes) from counts (3, …, num_classes); NaN for a class in no label and no prediction."""
+    """Compute F1 (…, num_classes) from counts (3, …, num_classes); NaN for a class in no label and
+    no prediction.
+    """
     occurring = counts[1] + counts[2]
     return np.where(occurring > 0, 2 * counts[0] / np.maximum(occurring, 1), np.nan)
 
 
 def micro_f1(counts: np.ndarray) -> float:
-    """Compute F1 over all pairs from counts (3, num_classes); 0 without a label and a prediction."""
+    """Compute F1 over all pairs from counts (3, num_classes); 0 without a label and a
+    prediction.
+    """
     return float(2 * counts[0].sum() / max(counts[1:].sum(), 1))
 
 
 def macro_f1(counts: np.ndarray) -> float:
-    """Compute the mean F1 of the classes in labels or predictions from counts (3, num_classes); 0 if there is none."""
+    """Compute the mean F1 of the classes in labels or predictions from counts (3, num_classes); 0
+    if there is none.
+    """
     return float(np.nanmean(node_f1(counts))) if counts.any() else 0.0
 
 
 def weighted_f1(counts: np.ndarray) -> float:
-    """Compute the mean F1 of the classes, weighted by their labels, from counts (3, num_classes)."""
+    """Compute the mean F1 of the classes, weighted by their labels, from counts
+    (3, num_classes).
+    """
     return float(np.average(np.nan_to_num(node_f1(counts)), weights=counts[2]))
 
 
@@ -103,17 +126,22 @@ def one_hot(ids: np.ndarray, num_classes: int) -> np.ndarray:
     return ids[:, None] == np.arange(num_classes)
 
 
-# ── Metrics ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Metrics ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def level_accuracy(p: Predictions, level: int) -> float | None:
-    """Compute the share of the rows whose true path reaches the level with the same node in the predicted path."""
+    """Compute the share of the rows whose true path reaches the level with the same node in the
+    predicted path.
+    """
     shared, _, true = p.counts[:, p.levels == level].sum(axis=1)
     return shared / true if true else None
 
 
 def leaf_labels(p: Predictions) -> float | None:
-    """Compute the share of the rows whose label is a leaf, which accuracy counts alone. None: all are."""
+    """Compute the share of the rows whose label is a leaf, which accuracy counts alone.
+
+    None: all are.
+    """
     is_leaf = p.true[:, : p.num_leaves].any(axis=1)
     return None if is_leaf.all() else is_leaf.mean()
 
@@ -130,7 +158,9 @@ def any_label_accuracy(p: Predictions) -> float | None:
 
 
 def example_f1(p: Predictions) -> float:
-    """Compute the mean F1 of the texts; 1 where neither the labels nor the prediction has a node."""
+    """Compute the mean F1 of the texts; 1 where neither the labels nor the prediction has a
+    node.
+    """
     return np.nan_to_num(node_f1(confusion_counts(p.true.T, p.chosen.T)), nan=1.0).mean()
 
 
@@ -142,24 +172,43 @@ def mean_average_precision(p: Predictions) -> float | None:
 
 
 def expected_calibration_error(p: Predictions) -> float | None:
-    """Compute the mean over `Form.scored_pairs` of their bin's |accuracy - confidence| (Guo et al., 2017, equation 3)."""
+    """Compute the mean over `Form.scored_pairs` of their bin's |accuracy - confidence| (Guo et al.,
+    2017, equation 3).
+    """
     bins = calibration_bins(*p.form.scored_pairs(p))
-    return (bins["correct"] - bins["confidence"]).abs().sum() / bins["count"].sum() if len(bins) else None
+    return (
+        (bins["correct"] - bins["confidence"]).abs().sum() / bins["count"].sum()
+        if len(bins)
+        else None
+    )
 
 
 def calibration_bins(confidence: np.ndarray, correct: np.ndarray) -> pd.DataFrame:
-    """Sum up predictions by confidence in 15 bins (Guo et al., 2017), and count them: one row per bin with predictions.
+    """Sum up predictions by confidence in 15 bins (Guo et al., 2017), and count them: one row per
+    bin with predictions.
 
     Row m holds confidences in (m / 15, (m + 1) / 15]. Both arguments are (num_predictions,).
     """
     index = np.digitize(confidence, np.arange(1, BINS) / BINS, right=True)
-    return pd.DataFrame({"confidence": confidence, "correct": correct, "count": 1}, dtype=float).groupby(index).sum()
+    return (
+        pd.DataFrame({"confidence": confidence, "correct": correct, "count": 1}, dtype=float)
+        .groupby(index)
+        .sum()
+    )
 
 
 def split_texts(texts: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return the rows to fit and to score in each of five folds of the texts, or in fewer. A single text is in both."""
-    folds, rows = min(FOLDS, len(np.unique(texts))), np.arange(len(texts))
-    return [*GroupKFold(folds, shuffle=True, random_state=0).split(rows, groups=texts)] if folds > 1 else [(rows, rows)]
+    """Return the rows to fit and to score in each of five folds of the texts, or in fewer.
+
+    A single text is in both.
+    """
+    folds = min(FOLDS, len(np.unique(texts)))
+    rows = np.arange(len(texts))
+    return (
+        [*GroupKFold(folds, shuffle=True, random_state=0).split(rows, groups=texts)]
+        if folds > 1
+        else [(rows, rows)]
+    )
 
 
 @dataclass(frozen=True)
@@ -167,12 +216,14 @@ class Metric:
     """A row of a form's table of metrics.
 
     Attributes:
-        compute: takes the form's predictions and, if the name holds ``{}``, a ``level`` from 1. It returns None if the scored rows
+        compute: takes the form's predictions and, if the name holds ``{}``, a ``level`` from 1. It
+        returns None if the scored rows
             do not define the metric.
         title: in the card and the training curves.
         hub_type: the metric's type on the Hub, see hf.co/metrics.
-        direction: 1 if higher is better, -1 if lower is, and 0 if the metric cannot select a checkpoint.
-        is_key: whether it is in the log, in the first table of the card and, if higher is better, among the training curves.
+        direction: 1 if higher is better, -1 if lower is, and 0 if the metric cannot select a
+        checkpoint. is_key: whether it is in the log, in the first table of the card and, if higher
+        is better, among the training curves.
     """
 
     compute: Callable[..., Any]
@@ -182,10 +233,14 @@ class Metric:
     is_key: bool = False
 
 
-ECE = Metric(expected_calibration_error, "expected calibration error", "ece", direction=-1, is_key=True)
+ECE = Metric(
+    expected_calibration_error, "expected calibration error", "ece", direction=-1, is_key=True
+)
 ONE_PATH = {
     "accuracy": Metric(lambda p: p.of_leaves(micro_f1), "accuracy", "accuracy", is_key=True),
-    "leaf_labels": Metric(leaf_labels, "share of labels that are leaves", "leaf_labels", direction=0),
+    "leaf_labels": Metric(
+        leaf_labels, "share of labels that are leaves", "leaf_labels", direction=0
+    ),
     "any_label_accuracy": Metric(
         any_label_accuracy, "accuracy, counting any label of a repeated text as correct", "accuracy"
     ),
@@ -196,7 +251,9 @@ ONE_PATH = {
     "hierarchical_precision": Metric(
         lambda p: p.counts[0].sum() / p.counts[1].sum(), "hierarchical precision", "precision"
     ),
-    "hierarchical_recall": Metric(lambda p: p.counts[0].sum() / p.counts[2].sum(), "hierarchical recall", "recall"),
+    "hierarchical_recall": Metric(
+        lambda p: p.counts[0].sum() / p.counts[2].sum(), "hierarchical recall", "recall"
+    ),
     "hierarchical_f1": Metric(lambda p: micro_f1(p.counts), "hierarchical F1", "f1", is_key=True),
     # the probability of a label is the least one on its path
     "log_loss": Metric(
@@ -236,12 +293,15 @@ MANY_NODES = {
 
 
 def of_all_levels(table: dict[str, Metric], depth: int) -> dict[str, Metric]:
-    """Return the metrics by name, with one for each level in place of those whose name holds ``{}``, after all others."""
+    """Return the metrics by name, with one for each level in place of those whose name holds
+    ``{}``, after all others.
+    """
     metrics = {name: metric for name, metric in table.items() if "{}" not in name}
     for level in range(1, depth + 1):
         for name, metric in table.items():
             if "{}" in name:
-                compute, title = partial(metric.compute, level=level), f"level {level} {metric.title}"
+                compute = partial(metric.compute, level=level)
+                title = f"level {level} {metric.title}"
                 metrics[name.format(level)] = replace(metric, compute=compute, title=title)
     return metrics
 
@@ -250,41 +310,59 @@ def scores_by_split(metrics: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the metrics of each scored split, without the prefix of their names."""
     splits = {
         split: {
-            name.removeprefix(f"{prefix}_"): value for name, value in metrics.items() if name.startswith(f"{prefix}_")
+            name.removeprefix(f"{prefix}_"): value
+            for name, value in metrics.items()
+            if name.startswith(f"{prefix}_")
         }
         for split, prefix in PREFIXES.items()
     }
     return {split: scores for split, scores in splits.items() if "log_loss" in scores}
 
 
-# ── Intervals ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Intervals ─────────────────────────────────────────────────────────────────────────────────────
 
 
 def bootstrap_intervals(
     labels: np.ndarray, chosen: np.ndarray, texts: np.ndarray | None = None, resamples: int = 1000
 ) -> dict[str, np.ndarray]:
-    """Compute 95 % percentile bootstrap intervals over texts (Efron and Tibshirani, 1993, chapter 13).
+    """Compute 95 % percentile bootstrap intervals over texts (Efron and Tibshirani, 1993, chapter
+    13).
 
-    A resample lacks some classes with few rows, which lowers its macro-F1. With 200 classes of three rows, the interval lay below
-    the score itself. So the resampled values of macro-F1 are shifted until their mean is the score.
+    A resample lacks some classes with few rows, which lowers its macro-F1. With 200 classes of
+    three rows, the interval lay below the score itself. So the resampled values of macro-F1 are
+    shifted until their mean is the score.
 
     Args:
         labels, chosen: as for `confusion_counts`.
-        texts: ids of the rows' texts, (num_rows,). All rows of a text are drawn together. By default each row is a text.
+        texts: ids of the rows' texts, (num_rows,). All rows of a text are drawn together. By
+        default each row is a text.
 
     Returns:
-        Lower and upper ends: ``micro_f1`` and ``macro_f1``, (2,); ``f1``, (2, num_classes), over the resamples in which the class
-        occurs, NaN if there are none. With one label per row, ``micro_f1`` is the accuracy.
+        Lower and upper ends: ``micro_f1`` and ``macro_f1``, (2,); ``f1``, (2, num_classes), over
+        the resamples in which the class occurs, NaN if there are none. With one label per row,
+        ``micro_f1`` is the accuracy.
     """
     true = labels == 1
     columns = csr_matrix(np.hstack([true & chosen, chosen, true]), dtype=np.float64).T
-    ids, text_of_row = np.unique(np.arange(len(labels)) if texts is None else texts, return_inverse=True)
-    generator, size = np.random.default_rng(0), len(ids)
-    draws = (np.bincount(generator.integers(size, size=size), minlength=size) for _ in range(resamples))
+    ids, text_of_row = np.unique(
+        np.arange(len(labels)) if texts is None else texts, return_inverse=True
+    )
+    generator = np.random.default_rng(0)
+    size = len(ids)
+    draws = (
+        np.bincount(generator.integers(size, size=size), minlength=size) for _ in range(resamples)
+    )
     resampled = [(columns @ times[text_of_row]).reshape(3, -1) for times in draws]
     macro = np.array([macro_f1(counts) for counts in resampled])
     macro = (macro + macro_f1(confusion_counts(labels, chosen)) - macro.mean()).clip(0, 1)
     micro = np.array([micro_f1(counts) for counts in resampled])
-    samples = {"micro_f1": micro, "macro_f1": macro, "f1": np.array([node_f1(counts) for counts in resampled])}
-    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # for classes in no resample
-        return {name: np.nanpercentile(values, (2.5, 97.5), axis=0) for name, values in samples.items()}
+    samples = {
+        "micro_f1": micro,
+        "macro_f1": macro,
+        "f1": np.array([node_f1(counts) for counts in resampled]),
+    }
+    # for classes in no resample
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
+        return {
+            name: np.nanpercentile(values, (2.5, 97.5), axis=0) for name, values in samples.items()
+        }

@@ -1,7 +1,9 @@
-"""Fit what an `OpenWorld` stores: class means and a common covariance from training texts, references from validation texts.
+"""Fit what an `OpenWorld` stores: class means and a common covariance from training texts,
+references from validation texts.
 
-In this file ``vectors`` are those of the model's outputs, (num_texts, H + 1), the training texts' without the last column.
-``nodes`` are the labelled nodes of each text, with or without their ancestors.
+In this file ``vectors`` are those of the model's outputs, (num_texts, H + 1), the training texts'
+without the last column. ``nodes`` are the labelled nodes of each text, with or without their
+ancestors.
 """
 
 from itertools import chain
@@ -16,7 +18,8 @@ from open_world_hierarchical import MAX_REFERENCES, STRANGE, OpenWorld
 from taxonomy_hierarchical import Taxonomy
 
 MIN_REFERENCES = 19  # with fewer, no p-value could be 0.05
-MIN_VARIANCE = 1e-10  # of the least direction, as a share of the largest: below, the inverse covariance is noise
+# of the least direction, as a share of the largest: below, the inverse covariance is noise
+MIN_VARIANCE = 1e-10
 
 
 @torch.no_grad()
@@ -27,21 +30,24 @@ def fit_open_world(
     validation_vectors: np.ndarray,
     seed: int = 0,
 ) -> OpenWorld | None:
-    """Fit an `OpenWorld`; return None if validation texts are fewer than `MIN_REFERENCES`, or the texts of a class do not differ.
+    """Fit an `OpenWorld`; return None if validation texts are fewer than `MIN_REFERENCES`, or the
+    texts of a class do not differ.
 
     No text may occur twice.
 
-    The covariance within the classes is shrunk towards a multiple of the identity (Ledoit and Wolf, 2004, "A well-conditioned
-    estimator for large-dimensional covariance matrices"). A text with several labels counts as an equal part of each class.
+    The covariance within the classes is shrunk towards a multiple of the identity (Ledoit and Wolf,
+    2004, "A well-conditioned estimator for large-dimensional covariance matrices"). A text with
+    several labels counts as an equal part of each class.
     """
     if len(validation_vectors) < MIN_REFERENCES:
         return None
-    # ── Classes and their common covariance ──────────────────────────────────────────────────────────────────────────
+    # ── Classes and their common covariance ───────────────────────────────────────────────────────
     center = vectors.mean(0)
     offsets = (vectors - center).astype(np.float64)
     # the share of each text in each class
     classes = texts_by_class(tree, nodes)
-    columns, rows = np.repeat(range(len(classes)), [*map(len, classes)]), np.array([*chain(*classes)], dtype=int)
+    columns = np.repeat(range(len(classes)), [*map(len, classes)])
+    rows = np.array([*chain(*classes)], dtype=int)
     shares = 1 / np.bincount(rows)[rows]
     members = csr_matrix((shares, (rows, columns)), shape=(len(nodes), tree.num_nodes + 1))
     sizes = members.sum(axis=0).A1
@@ -52,9 +58,14 @@ def fit_open_world(
         return None
     whitening = directions / np.sqrt(variances)
 
-    # ── As it is stored ──────────────────────────────────────────────────────────────────────────────────────────────
+    # ── As it is stored ───────────────────────────────────────────────────────────────────────────
     fitted = OpenWorld(tree, vectors.shape[1], 0)
-    stored = {"center": center, "whitening": whitening, "means": means @ whitening, "shares": sizes / sizes.sum()}
+    stored = {
+        "center": center,
+        "whitening": whitening,
+        "means": means @ whitening,
+        "shares": sizes / sizes.sum(),
+    }
     for name, values in stored.items():
         getattr(fitted, name).copy_(torch.as_tensor(values))
     fitted.energy_weight.zero_()
@@ -63,7 +74,7 @@ def fit_open_world(
         spread = fitted(torch.from_numpy(validation_vectors)).std()
         fitted.energy_weight.copy_(spread / spread_of_energies)
 
-    # ── References, computed from what is stored ─────────────────────────────────────────────────────────────────────
+    # ── References, computed from what is stored ──────────────────────────────────────────────────
     generator = np.random.default_rng(seed)
     some = generator.permutation(len(validation_vectors))[:MAX_REFERENCES]
     strangeness = fitted(torch.from_numpy(validation_vectors))[torch.from_numpy(some)]
@@ -74,8 +85,8 @@ def fit_open_world(
 def texts_by_class(tree: Taxonomy, nodes: list[list[int]]) -> list[list[int]]:
     """Return the numbers of each class's texts: N + 1 lists, the last of texts without a label.
 
-    A text has the classes of its deepest labels. A label that a single text has counts as its parent: else the mean of the class,
-    which is stored, would be the vector of this text.
+    A text has the classes of its deepest labels. A label that a single text has counts as its
+    parent: else the mean of the class, which is stored, would be the vector of this text.
     """
     texts: list[set[int]] = [set() for _ in range(tree.num_nodes + 1)]
     for text, labelled in enumerate(nodes):
@@ -91,7 +102,9 @@ def texts_by_class(tree: Taxonomy, nodes: list[list[int]]) -> list[list[int]]:
 
 
 def merge_texts(texts: np.ndarray, nodes: list[list[int]]) -> tuple[np.ndarray, list[list[int]]]:
-    """Return the first row of each text, given by its number in each row, and the labelled nodes of all its rows."""
+    """Return the first row of each text, given by its number in each row, and the labelled nodes of
+    all its rows.
+    """
     _, first, text_of = np.unique(texts, return_index=True, return_inverse=True)
     merged: list[set[int]] = [set() for _ in first]
     for text, labelled in zip(text_of, nodes, strict=True):
@@ -101,7 +114,9 @@ def merge_texts(texts: np.ndarray, nodes: list[list[int]]) -> tuple[np.ndarray, 
 
 @torch.no_grad()
 def share_of_strange(open_world: OpenWorld, vectors: np.ndarray, texts: np.ndarray) -> float:
-    """Return the share of texts whose p-value is at most `STRANGE`, from rows with the number of each one's text."""
+    """Return the share of texts whose p-value is at most `STRANGE`, from rows with the number of
+    each one's text.
+    """
     _, first = np.unique(texts, return_index=True)
     p_values = open_world.p_values(open_world(torch.from_numpy(vectors[first])))
     return (p_values <= STRANGE).double().mean().item()

@@ -2,13 +2,17 @@
 
 Worth knowing:
 
-1. The calibration and the thresholds are fitted on the validation rows, from decision scores that are computed once.
-2. Validation scores are cross-validated: a calibration on four fifths of the rows scores the other fifth. With
-   ``--load_best_model_at_end`` these rows also select the checkpoint, so their scores are optimistic
-   (`benchmarks/selection.py`). In multi-label data, the thresholds are fitted on the scored rows, so F1 is optimistic too.
-3. Rows are in the order in which they were scored, sorted by length. `ScoredSplit.rows` gives their place in the source.
+1. The calibration and the thresholds are fitted on the validation rows, from decision scores that
+   are computed once.
+2. Validation scores are cross-validated: a calibration on four fifths of the rows scores the other
+   fifth. With ``--load_best_model_at_end`` these rows also select the checkpoint, so their scores
+   are optimistic (`benchmarks/selection.py`). In multi-label data, the thresholds are fitted on the
+   scored rows, so F1 is optimistic too.
+3. Rows are in the order in which they were scored, sorted by length. `ScoredSplit.rows` gives their
+   place in the source.
 
-In this file ``splits`` are `ScoredSplit`s by name, ``validation`` and ``test``, of which one may be missing.
+In this file ``splits`` are `ScoredSplit`s by name, ``validation`` and ``test``, of which one may be
+missing.
 """
 
 import dataclasses
@@ -23,7 +27,13 @@ import pandas as pd
 from scipy.sparse import csr_matrix
 
 from configuration_hierarchical import Calibration, HierarchicalConfig
-from decisions_hierarchical import MIN_FREQUENCY, Decisions, SetThreshold, guaranteed_threshold, threshold_index
+from decisions_hierarchical import (
+    MIN_FREQUENCY,
+    Decisions,
+    SetThreshold,
+    guaranteed_threshold,
+    threshold_index,
+)
 from hierarchical_clinicalbert.evaluation import plots
 from hierarchical_clinicalbert.evaluation.calibration import (
     calibrate_out_of_fold,
@@ -73,7 +83,7 @@ class ScoredSplit:
     vectors: Any = None
 
 
-# ── Calibrate ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Calibrate ─────────────────────────────────────────────────────────────────────────────────────
 
 
 def calibrate_splits(
@@ -84,16 +94,22 @@ def calibrate_splits(
     The model that scored the splits has no calibration.
 
     Returns:
-        The calibration. The splits with calibrated logits, of the validation rows out of fold. Metrics after calibration.
+        The calibration. The splits with calibrated logits, of the validation rows out of fold.
+        Metrics after calibration.
     """
-    # ── Calibrated logits: decision scores of the encoder, plus those of the lexical head ────────────────────────────
+    # ── Calibrated logits: decision scores of the encoder, plus those of the lexical head ─────────
     validation = splits["validation"]
     log_prior = classifier.log_prior if classifier else 0.0
     if classifier and classifier.phrases is not None:
         words = classifier.decision_scores(validation.token_counts)
         phrases = classifier.phrase_scores(validation.token_counts)
-        classifier.add_phrases(fit_phrases(form, validation.scores, words - log_prior, phrases, validation.labels))
-    lexical = {name: classifier and classifier.decision_scores(split.token_counts) for name, split in splits.items()}
+        classifier.add_phrases(
+            fit_phrases(form, validation.scores, words - log_prior, phrases, validation.labels)
+        )
+    lexical = {
+        name: classifier and classifier.decision_scores(split.token_counts)
+        for name, split in splits.items()
+    }
     rows = validation.scores, lexical["validation"], validation.labels
     calibration = fit_calibration(form, *rows, log_prior)
     logits = {
@@ -101,12 +117,17 @@ def calibrate_splits(
         for name, split in splits.items()
     }
     logits["validation"] = calibrate_out_of_fold(form, *rows, validation.texts, log_prior)
-    calibrated = {name: dataclasses.replace(split, logits=logits[name]) for name, split in splits.items()}
-    weight, scales = calibration.lexical_weight or None, calibration.scales or [1.0]
+    calibrated = {
+        name: dataclasses.replace(split, logits=logits[name]) for name, split in splits.items()
+    }
+    weight = calibration.lexical_weight or None
+    scales = calibration.scales or [1.0]
     shown = f"scales of the scores from {min(scales):.2f} to {max(scales):.2f}"
-    logger.info("calibrated on the validation rows: %s; weight of the lexical head %.2f", shown, weight or 0)
+    logger.info(
+        "calibrated on the validation rows: %s; weight of the lexical head %.2f", shown, weight or 0
+    )
 
-    # ── Thresholds and class frequencies ─────────────────────────────────────────────────────────────────────────────
+    # ── Thresholds and class frequencies ──────────────────────────────────────────────────────────
     validation = calibrated["validation"]
     probabilities = form.class_probabilities(validation.logits)
     calibration = dataclasses.replace(
@@ -120,7 +141,7 @@ def calibrate_splits(
     return calibration, calibrated, metrics
 
 
-# ── Measure ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Measure ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def measure(form: Form, splits: dict[str, ScoredSplit], thresholds: Any) -> dict[str, float]:
@@ -133,7 +154,9 @@ def measure(form: Form, splits: dict[str, ScoredSplit], thresholds: Any) -> dict
 
 
 def measured_threshold(decisions: Decisions, calibration: Calibration) -> SetThreshold | None:
-    """Return the threshold of prediction sets for `MEASURED_TARGET`; None if validation rows were too few."""
+    """Return the threshold of prediction sets for `MEASURED_TARGET`; None if validation rows were
+    too few.
+    """
     if (calibration.set_thresholds or [None] * 99)[threshold_index(MEASURED_TARGET)] is None:
         return None
     return guaranteed_threshold(decisions.guarantee, MEASURED_TARGET, calibration)
@@ -156,12 +179,15 @@ def log_removed(form: Form, old: HierarchicalConfig, new: HierarchicalConfig, ba
         logger.warning("the checkpoint's %s; %s", problem, advice)
 
 
-def measure_sets(form: Form, splits: dict[str, ScoredSplit], calibration: Calibration) -> dict[str, Any]:
+def measure_sets(
+    form: Form, splits: dict[str, ScoredSplit], calibration: Calibration
+) -> dict[str, Any]:
     """Measure the prediction sets for `MEASURED_TARGET` on the test rows, from calibrated logits.
 
     Returns:
-        ``test_set_…``, the scores over all texts and what the worst band of confidence holds. Then ``set_groups``, see
-        `PredictedSets.groups`, and ``worst_band``, the group of that band, if a band has enough texts.
+        ``test_set_…``, the scores over all texts and what the worst band of confidence holds. Then
+        ``set_groups``, see `PredictedSets.groups`, and ``worst_band``, the group of that band, if a
+        band has enough texts.
     """
     threshold = measured_threshold(form.decisions, calibration)
     if "test" not in splits or threshold is None:
@@ -175,8 +201,13 @@ def measure_sets(form: Form, splits: dict[str, ScoredSplit], calibration: Calibr
     return measured
 
 
-def measure_strange_texts(splits: dict[str, ScoredSplit], open_world: OpenWorld | None) -> dict[str, float]:
-    """Measure ``test_strange``, the share of test texts unlike the training texts. Return nothing without p-values."""
+def measure_strange_texts(
+    splits: dict[str, ScoredSplit], open_world: OpenWorld | None
+) -> dict[str, float]:
+    """Measure ``test_strange``, the share of test texts unlike the training texts.
+
+    Return nothing without p-values.
+    """
     test = splits.get("test")
     if test is None or open_world is None or not open_world.has_references:
         return {}
@@ -189,19 +220,24 @@ def reported_split(splits: dict[str, Any]) -> str:
 
 
 def class_scores(split: str, p: Predictions, texts: np.ndarray) -> dict[str, Any]:
-    """Compute scores and 95 % intervals for metrics.json. Rows with unknown classes below the label do not count.
+    """Compute scores and 95 % intervals for metrics.json. Rows with unknown classes below the label
+    do not count.
 
     Returns:
-        ``per_class``, of each class in labels or predictions; ``support`` is its number of labels, and ``f1_interval`` is None if
-        it is in no resample. A ratio with denominator 0 is 0. Then ``intervals``, of micro- and macro-F1 by their names in
-        metrics.json. Nothing, without labels and predictions.
+        ``per_class``, of each class in labels or predictions; ``support`` is its number of labels,
+        and ``f1_interval`` is None if it is in no resample. A ratio with denominator 0 is 0. Then
+        ``intervals``, of micro- and macro-F1 by their names in metrics.json. Nothing, without
+        labels and predictions.
     """
-    form, classes = p.form, p.form.decisions.num_classes
+    form = p.form
+    classes = p.form.decisions.num_classes
     rows = p.known[:, :classes].all(axis=1)
-    true, chosen = p.true[rows, :classes], p.chosen[rows, :classes]
+    true = p.true[rows, :classes]
+    chosen = p.chosen[rows, :classes]
     if not (true | chosen).any():
         return {}
-    counts, intervals = confusion_counts(true, chosen), bootstrap_intervals(true, chosen, texts[rows])
+    counts = confusion_counts(true, chosen)
+    intervals = bootstrap_intervals(true, chosen, texts[rows])
     precision, recall = counts[0] / np.maximum(counts[1:], 1)
     columns = {
         "label": form.tree.labels[:classes],
@@ -209,7 +245,9 @@ def class_scores(split: str, p: Predictions, texts: np.ndarray) -> dict[str, Any
         "precision": precision,
         "recall": recall,
         "f1": np.nan_to_num(node_f1(counts)),
-        "f1_interval": [ends.tolist() if np.isfinite(ends).all() else None for ends in intervals.pop("f1").T],
+        "f1_interval": [
+            ends.tolist() if np.isfinite(ends).all() else None for ends in intervals.pop("f1").T
+        ],
     }
     per_class = pd.DataFrame(columns)[counts[1:].any(axis=0)].to_dict("records")
     names = {"micro_f1": form.micro_f1, "macro_f1": "macro_f1"}
@@ -217,13 +255,17 @@ def class_scores(split: str, p: Predictions, texts: np.ndarray) -> dict[str, Any
     return {"per_class": per_class, "intervals": ends}
 
 
-# ── Show ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Show ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def write_scores(form: Form, splits: dict[str, ScoredSplit], thresholds: Any, folder: Path) -> dict[str, Any]:
-    """Write ``<split>_predictions.csv`` of all splits, and the plots of the `reported_split`. Return its `class_scores`.
+def write_scores(
+    form: Form, splits: dict[str, ScoredSplit], thresholds: Any, folder: Path
+) -> dict[str, Any]:
+    """Write ``<split>_predictions.csv`` of all splits, and the plots of the `reported_split`.
+    Return its `class_scores`.
 
-    The table has each row's number in its source, the same ``text_id`` for the same text, and the form's columns.
+    The table has each row's number in its source, the same ``text_id`` for the same text, and the
+    form's columns.
     """
     classes: dict[str, Any] = {}
     for name, split in splits.items():
@@ -234,38 +276,53 @@ def write_scores(form: Form, splits: dict[str, ScoredSplit], thresholds: Any, fo
         if name == reported_split(splits):
             classes = class_scores(name, p, split.texts)
             figures = form.plots(p, classes.get("per_class", []))
-            for plot, figure in (figures | {"reliability_diagram": plots.reliability_diagram(p)}).items():
+            for plot, figure in (
+                figures | {"reliability_diagram": plots.reliability_diagram(p)}
+            ).items():
                 plots.write(figure, folder / "plots" / f"{plot}.png")
     return classes
 
 
 def headline(form: Form, metrics: dict[str, float], num_rows: dict[str, int]) -> str:
-    """Return the scores that matter most in one sentence, of the `reported_split` among ``num_rows``; empty without scores."""
+    """Return the scores that matter most in one sentence, of the `reported_split` among
+    ``num_rows``; empty without scores.
+    """
     by_split = scores_by_split(metrics)
     if not by_split:
         return ""
     split = reported_split(by_split)
-    scores, share = by_split[split], share_format(num_rows[split])
+    scores = by_split[split]
+    share = share_format(num_rows[split])
     sentence = form.headline(scores, f"{num_rows[split]:,} {split} texts", share)
     if "set_nodes" in scores:
         guarantee = form.decisions.guarantee
-        target, reached = share_format(0)(MEASURED_TARGET), share(scores[f"set_{guarantee}"])
-        sentence += f"; sets for a {guarantee} of {target} hold {scores['set_nodes']:.1f} nodes, and reach {reached}"
+        target = share_format(0)(MEASURED_TARGET)
+        reached = share(scores[f"set_{guarantee}"])
+        sentence += (
+            f"; sets for a {guarantee} of {target} hold {scores['set_nodes']:.1f} nodes, and "
+            f"reach {reached}"
+        )
         if "set_worst_band" in scores:
             sentence += f", {share(scores['set_worst_band'])} in the worst band of confidence"
     return sentence
 
 
 def share_format(num_rows: int) -> Callable[[float], str]:
-    """Return the function that formats a share of so many rows, with no more decimals than they allow."""
+    """Return the function that formats a share of so many rows, with no more decimals than they
+    allow.
+    """
     digits = 1 if num_rows >= 1000 else 0
     return lambda share: f"{100 * share:.{digits}f} %"
 
 
 def log_metrics(form: Form, metrics: dict[str, float], splits: dict[str, ScoredSplit]) -> None:
-    """Log the headline, and a table of the metrics that matter most, with one column per scored split."""
+    """Log the headline, and a table of the metrics that matter most, with one column per scored
+    split.
+    """
     if splits:
         compared = [name for name, metric in form.metrics.items() if metric.is_key]
         table = pd.DataFrame(scores_by_split(metrics)).filter(compared, axis="index")
         logger.info("scores\n%s", table.to_string(float_format="%.4f", na_rep=""))
-        logger.info("%s", headline(form, metrics, {name: len(split.rows) for name, split in splits.items()}))
+        logger.info(
+            "%s", headline(form, metrics, {name: len(split.rows) for name, split in splits.items()})
+        )

@@ -1,1 +1,3 @@
-"""Implement predict.py: read records, run the model here or on Ray, and write rows to an output that can be resumed."""
+"""Implement predict.py: read records, run the model here or on Ray, and write rows to an output
+that can be resumed.
+"""

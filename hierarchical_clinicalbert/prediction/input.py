@@ -24,19 +24,25 @@ class InputRow:
     done: float | None  # share of all files read so far; None for standard input
 
 
-def read_records(sources: Sequence[Source], text_column: str | None, id_column: str | None) -> Iterator[InputRow]:
-    """Yield a record for each row of all sources, in order. Without a text column, find one by its name in each source.
+def read_records(
+    sources: Sequence[Source], text_column: str | None, id_column: str | None
+) -> Iterator[InputRow]:
+    """Yield a record for each row of all sources, in order. Without a text column, find one by its
+    name in each source.
 
     Raises:
         InputError: a source cannot be read, or lacks a column.
     """
     sizes = [source.size for source in sources]
-    bytes_before, total = 0, sum(sizes)
+    bytes_before = 0
+    total = sum(sizes)
     for source, size in zip(sources, sizes, strict=True):
-        if not size and source.path != "-" and len(sources) > 1:  # an empty file among others has no rows
+        # an empty file among others has no rows
+        if not size and source.path != "-" and len(sources) > 1:
             continue
         with open_rows(source) as rows:
-            columns = {rows.name: rows.columns} if rows.columns else {}  # JSON Lines without any name has no columns
+            # JSON Lines without any name has no columns
+            columns = {rows.name: rows.columns} if rows.columns else {}
             names = choose_columns(columns, text_column, TEXT_COLUMNS, "--text_column")
             if id_column is not None:
                 names += choose_columns(columns, id_column, (), "--id_column")
@@ -44,13 +50,18 @@ def read_records(sources: Sequence[Source], text_column: str | None, id_column: 
                 text, raw_id = [*map(row.values.get, names), None, None][:2]
                 problem = row.problem or text_problem(text)
                 done = (bytes_before + size * (rows.done() or 0)) / total if total else None
-                yield InputRow(source.name, row.line, json_id(raw_id), None if problem else text, problem, done)
+                yield InputRow(
+                    source.name, row.line, json_id(raw_id), None if problem else text, problem, done
+                )
         bytes_before += size
 
 
 def sample_texts(records: Iterable[InputRow]) -> list[str]:
-    """Draw `SAMPLED_TEXTS` readable texts, or all if there are fewer: the same ones of the same input (Vitter, 1985, algorithm R)."""
-    sample, generator = list[str](), random.Random(0)
+    """Draw `SAMPLED_TEXTS` readable texts, or all if there are fewer: the same ones of the same
+    input (Vitter, 1985, algorithm R).
+    """
+    sample = list[str]()
+    generator = random.Random(0)
     for number, text in enumerate(record.text for record in records if record.text is not None):
         if number < SAMPLED_TEXTS:
             sample.append(text)
@@ -60,7 +71,9 @@ def sample_texts(records: Iterable[InputRow]) -> list[str]:
 
 
 def json_id(value: Any) -> Any:
-    """Return an id as a JSON value: what is neither text nor a number, such as a date, becomes text."""
+    """Return an id as a JSON value: what is neither text nor a number, such as a date, becomes
+    text.
+    """
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else str(value)
     return value if value is None or isinstance(value, str | int | float) else str(value)

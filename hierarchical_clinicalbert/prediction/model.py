@@ -22,7 +22,8 @@ from hierarchical_clinicalbert.reading.foreign_code import refuse_foreign_code
 from hierarchical_clinicalbert.reading.results import check_version
 
 DTYPES = ("fp32", "bf16", "int8")
-KEPT_MEMORY = (32 * 2**20, 2**30, 64 * 2**20)  # arguments of `keep_memory`, which saves a tenth of the time
+# arguments of `keep_memory`, which saves a tenth of the time
+KEPT_MEMORY = (32 * 2**20, 2**30, 64 * 2**20)
 
 
 class Model:
@@ -34,14 +35,16 @@ class Model:
 
     Attributes:
         row_format: the columns and the writers of the output.
-        description: what predictions depend on, except flags and texts: dtype, weights, device and torch.
+        description: what predictions depend on, except flags and texts: dtype, weights, device and
+        torch.
 
     Raises:
         InputError: the checkpoint cannot be loaded.
     """
 
     def __init__(self, arguments: Namespace, gpu: bool):
-        # the fastest dtype that loses no accuracy on this machine; int8 does (`benchmarks/coverage.py`)
+        # the fastest dtype that loses no accuracy on this machine; int8 does
+        # (`benchmarks/coverage.py`)
         fastest = "bf16" if has_bf16(cpu=not gpu) else "fp32"
         dtype = fastest if arguments.dtype == "auto" else arguments.dtype
         self._pipeline = load(arguments, dtype, gpu)
@@ -51,7 +54,9 @@ class Model:
         encoder = None if config.adapter_subfolder is None else Path(config.encoder_name_or_path)
         weights = fingerprint(arguments.model, arguments.revision, encoder)
         kind = output_kind(arguments.output, arguments.output_format)
-        self.row_format = RowFormat(arguments, self._pipeline.model, version=weights[:12] if kind == TASKS else None)
+        self.row_format = RowFormat(
+            arguments, self._pipeline.model, version=weights[:12] if kind == TASKS else None
+        )
         self.description = {
             "result_version": self._pipeline.result_version,
             "dtype": dtype,
@@ -76,7 +81,10 @@ class Model:
         corrected = {} if prior is None else {"prior": prior}
         try:
             predictions = self._pipeline(texts, levels=self._needs_levels, **corrected)
-            return [self.row_format.row(*one, result) for one, result in zip(readable, predictions, strict=True)]
+            return [
+                self.row_format.row(*one, result)
+                for one, result in zip(readable, predictions, strict=True)
+            ]
         except ValueError as error:
             raise InputError(f"{self._pipeline.model.name_or_path}: {one_line(error)}") from error
         finally:
@@ -94,7 +102,9 @@ def load(arguments: Namespace, dtype: str, gpu: bool) -> Pipeline:
     """Load the checkpoint as a pipeline, or raise InputError."""
     keep_memory(*KEPT_MEMORY)
     if arguments.backend == "openvino":
-        flag, other = ("--dtype int8", "bf16 or fp32") if dtype == "int8" else ("--backend openvino", "torch")
+        flag, other = (
+            ("--dtype int8", "bf16 or fp32") if dtype == "int8" else ("--backend openvino", "torch")
+        )
         if gpu:
             raise InputError(f"{flag} is for CPUs: give {other}")
         if importlib.util.find_spec("openvino") is None:
@@ -122,13 +132,14 @@ def load(arguments: Namespace, dtype: str, gpu: bool) -> Pipeline:
             converted = convert(classifier.model.encoder, names, dtype == "int8")
             classifier.model.encoder = OpenVinoEncoder(converted, operation_dtype(dtype))
         check_version(classifier)
-        # checks the arguments before an existing output is overwritten; in place of an estimated prior, the stored one, or [], which
-        # is refused
+        # checks the arguments before an existing output is overwritten; in place of an estimated
+        # prior, the stored one, or [], which is refused
         stored = getattr(getattr(classifier.model.config, "calibration", None), "prior", None) or []
         classifier("a", **({"prior": stored} if arguments.adapt_prior else {}))
     except Exception as error:  # loading runs the checkpoint's own code, which can raise anything
         problem = describe_load_error(error)
-        # MRA mixes dtypes unless it runs in float32, and so does DeBERTa (version 1) of transformers 5.24
+        # MRA mixes dtypes unless it runs in float32, and so does DeBERTa (version 1) of
+        # transformers 5.24
         if "same dtype" in problem and dtype != "fp32":
             problem = "its encoder computes in float32 only: give --dtype fp32"
         raise InputError(f"cannot use the model {arguments.model}: {problem}") from error
@@ -138,7 +149,9 @@ def load(arguments: Namespace, dtype: str, gpu: bool) -> Pipeline:
 def describe_load_error(error: Exception) -> str:
     """Describe in one line why a model cannot be loaded."""
     if "Unknown task" in str(error):
-        return "it is not a checkpoint of this project: its config.json names no hierarchical pipeline"
+        return (
+            "it is not a checkpoint of this project: its config.json names no hierarchical pipeline"
+        )
     # this message of transformers holds tracebacks, and its last line is the cause
     if "See the original errors" in str(error):
         return str(error).strip().splitlines()[-1].partition(": ")[2]
@@ -146,17 +159,28 @@ def describe_load_error(error: Exception) -> str:
 
 
 def operation_dtype(dtype: str) -> torch.dtype:
-    """Return the dtype of the encoder's operations. With int8, all other operations use the faster dtype of this machine."""
+    """Return the dtype of the encoder's operations.
+
+    With int8, all other operations use the faster dtype of this machine.
+    """
     is_bf16 = has_bf16(cpu=True) if dtype == "int8" else dtype == "bf16"
     return torch.bfloat16 if is_bf16 else torch.float32
 
 
 def fingerprint(model: str, revision: str | None, encoder: Path | None) -> str:
-    """Return a hash of a checkpoint's model files, and of its encoder's files if the encoder is in a folder."""
+    """Return a hash of a checkpoint's model files, and of its encoder's files if the encoder is in
+    a folder.
+    """
     folder = Path(cached_file(model, "config.json", revision=revision)).parent
     # without card, scores and plots, which may be absent from the Hub's cache
     hashes = [sha256(folder / name for name in list_files(folder, MODEL_FILES))]
     # config.json pins an encoder on the Hub by its commit; an encoder in a folder needs hashes
     if encoder is not None and encoder.is_dir():
-        hashes.append(sha256(file for kind in ("json", "safetensors", "bin") for file in encoder.glob(f"*.{kind}")))
+        hashes.append(
+            sha256(
+                file
+                for kind in ("json", "safetensors", "bin")
+                for file in encoder.glob(f"*.{kind}")
+            )
+        )
     return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,6 @@
-"""Run an encoder with OpenVINO (``predict.py --backend openvino``), also in 8 bits (``--dtype int8``)."""
+"""Run an encoder with OpenVINO (``predict.py --backend openvino``), also in 8 bits (``--dtype
+int8``).
+"""
 
 import contextlib
 import io
@@ -23,14 +25,20 @@ class OpenVinoEncoder(nn.Module):
 
     Args:
         converted: the result of `convert`.
-        dtype: the dtype of the operations, a key of `PRECISIONS`. With either, 8-bit weights are multiplied in 8 bits.
-        hint: "THROUGHPUT" for many batches at a time, or "LATENCY".
+        dtype: the dtype of the operations, a key of `PRECISIONS`. With either, 8-bit weights are
+        multiplied in 8 bits. hint: "THROUGHPUT" for many batches at a time, or "LATENCY".
     """
 
     def __init__(self, converted: openvino.Model, dtype: torch.dtype, hint: str = "THROUGHPUT"):
         super().__init__()
-        settings: dict[str, str | int] = {"INFERENCE_PRECISION_HINT": PRECISIONS[dtype], "PERFORMANCE_HINT": hint}
-        settings |= {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "DYNAMIC_QUANTIZATION_GROUP_SIZE": GROUP}
+        settings: dict[str, str | int] = {
+            "INFERENCE_PRECISION_HINT": PRECISIONS[dtype],
+            "PERFORMANCE_HINT": hint,
+        }
+        settings |= {
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": GROUP,
+        }
         self._compiled = openvino.Core().compile_model(converted, "CPU", settings)
         self._of_thread = threading.local()
 
@@ -57,7 +65,9 @@ class Int8Weights(nn.Module):
 
 
 def scales_of(rows: Tensor) -> Tensor:
-    """Return the quantization step of each row, (num_rows, 1): its largest absolute value over 127, and more than 0."""
+    """Return the quantization step of each row, (num_rows, 1): its largest absolute value over 127,
+    and more than 0.
+    """
     largest = rows.abs().amax(1, keepdim=True)
     return (largest / LARGEST_INT8).clamp_min(torch.finfo(rows.dtype).tiny)
 
@@ -71,7 +81,8 @@ def quantize(encoder: nn.Module) -> None:
 
 
 def convert(encoder: PreTrainedModel, names: Sequence[str], int8: bool = False) -> openvino.Model:
-    """Convert a float32 encoder, with inputs of these names and any shape. For int8, linear layers are replaced in place.
+    """Convert a float32 encoder, with inputs of these names and any shape. For int8, linear layers
+    are replaced in place.
 
     Raises:
         InputError: the encoder cannot be converted.
@@ -81,8 +92,11 @@ def convert(encoder: PreTrainedModel, names: Sequence[str], int8: bool = False) 
     example = {name: torch.ones(2, 7, dtype=torch.long) for name in names}
     sizes = {name: {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO} for name in names}
     try:
-        with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):  # torch prints warnings, and graphs that fail
-            return openvino.convert_model(torch.export.export(encoder, (), example, dynamic_shapes=sizes))
+        # torch prints warnings, and graphs that fail
+        with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):
+            return openvino.convert_model(
+                torch.export.export(encoder, (), example, dynamic_shapes=sizes)
+            )
     except Exception as error:  # the exporter raises anything on an encoder that it cannot trace
         problem = f"OpenVINO cannot run {type(encoder).__name__} ({type(error).__name__})"
         advice = "--dtype bf16 or fp32" if int8 else "--backend torch"

@@ -1,4 +1,5 @@
-"""Build output rows from predictions, and write them as JSON Lines, CSV, Parquet or tasks of Label Studio.
+"""Build output rows from predictions, and write them as JSON Lines, CSV, Parquet or tasks of Label
+Studio.
 
 A task is a JSON object that holds the row, its text, and the prediction as a pre-annotation:
 https://labelstud.io/guide/predictions. The other formats do not contain texts.
@@ -32,7 +33,8 @@ from hierarchical_clinicalbert.reading.stores import is_url
 
 TASKS = ".tasks.json"
 OUTPUTS = (".jsonl", ".csv", ".parquet", TASKS)
-ROW_GROUP_BYTES = 2**26  # of a Parquet file; one group per block would make the footer as large as the rows
+# of a Parquet file; one group per block would make the footer as large as the rows
+ROW_GROUP_BYTES = 2**26
 
 
 class RowFormat:
@@ -45,13 +47,20 @@ class RowFormat:
     """
 
     def __init__(self, arguments: Namespace, model: Any, version: str | None):
-        config, open_world = model.config, model.heads.open_world
-        self.version, self.labels = version, config.tree.labels
+        config = model.config
+        open_world = model.heads.open_world
+        self.version = version
+        self.labels = config.tree.labels
         self.summary = Summary(self.labels, open_world)
         self.classes = [*config.id2label.values()] if arguments.probabilities else []
-        self.decisions = build_decisions(config.tree, config.problem_type) if arguments.uncertainty else None
-        text, number, count = pyarrow.string(), pyarrow.float64(), pyarrow.int64()
-        texts, numbers = pyarrow.list_(text), pyarrow.list_(number)
+        self.decisions = (
+            build_decisions(config.tree, config.problem_type) if arguments.uncertainty else None
+        )
+        text = pyarrow.string()
+        number = pyarrow.float64()
+        count = pyarrow.int64()
+        texts = pyarrow.list_(text)
+        numbers = pyarrow.list_(number)
         # a Parquet column has one type, so ids are strings
         self.types = {"row": count} if arguments.id_column is None else {"id": text}
         self.types |= {"label": text, "score": number, "path": texts}
@@ -72,21 +81,39 @@ class RowFormat:
     def row(self, number: int, record: InputRow, prediction: dict[str, Any]) -> dict[str, Any]:
         """Build the row, or the task, of a record from the pipeline's prediction."""
         row = {"id": record.id, "row": number, "descriptions": [], **to_row(prediction)}
-        nodes = {label: score for level in prediction.get("levels", []) for label, score in level.items()}
+        nodes = {
+            label: score for level in prediction.get("levels", []) for label, score in level.items()
+        }
         if self.classes:
             row[TEXT_HASH] = text_hash(record.text or "")
             row[PROBABILITIES] = rounded({label: nodes[label] for label in self.classes})
         if self.decisions is not None:
-            probabilities = torch.tensor([[nodes[label] for label in self.labels]], dtype=torch.float64)
+            probabilities = torch.tensor(
+                [[nodes[label] for label in self.labels]], dtype=torch.float64
+            )
             (entropies,) = self.decisions.entropies(probabilities).tolist()
-            row |= {"uncertainty": rounded(sum(entropies)), "unsure_level": 1 + entropies.index(max(entropies))}
+            row |= {
+                "uncertainty": rounded(sum(entropies)),
+                "unsure_level": 1 + entropies.index(max(entropies)),
+            }
         row = {name: row[name] for name in self.types}
         return row if self.version is None else self.task(row, record.text)
 
     def task(self, row: dict[str, Any], text: str | None) -> dict[str, Any]:
-        """Build a task with the predicted paths. Its score is the lowest probability of a predicted node."""
-        choice = {"from_name": "taxonomy", "to_name": "text", "type": "taxonomy", "value": {"taxonomy": row["paths"]}}
-        annotation: dict[str, Any] = {"model_version": self.version, "result": [choice] if row["paths"] else []}
+        """Build a task with the predicted paths.
+
+        Its score is the lowest probability of a predicted node.
+        """
+        choice = {
+            "from_name": "taxonomy",
+            "to_name": "text",
+            "type": "taxonomy",
+            "value": {"taxonomy": row["paths"]},
+        }
+        annotation: dict[str, Any] = {
+            "model_version": self.version,
+            "result": [choice] if row["paths"] else [],
+        }
         if row["scores"]:
             annotation["score"] = min(row["scores"])
         return {"data": {"text": text, **row}, "predictions": [annotation]}
@@ -102,7 +129,9 @@ class RowFormat:
                 stream.writelines(lines)
             elif file.suffix == ".json":
                 stream.write("[")
-                stream.writelines(f"{',' if number else ''}{line}" for number, line in enumerate(lines))
+                stream.writelines(
+                    f"{',' if number else ''}{line}" for number, line in enumerate(lines)
+                )
                 stream.write("]\n")
             else:
                 writer = csv.writer(stream)

@@ -1,14 +1,17 @@
-"""Write the model card: collect a run's facts, and render card.md.jinja as README.md of a checkpoint.
+"""Write the model card: collect a run's facts, and render card.md.jinja as README.md of a
+checkpoint.
 
-What differs between the two forms of label is in card.<problem_type>.md.jinja. What publishing writes anew is in
-card.parts.md.jinja.
+What differs between the two forms of label is in card.<problem_type>.md.jinja. What publishing
+writes anew is in card.parts.md.jinja.
 
 Worth knowing:
 
-1. The Hub reads the front matter. It holds the results as `EvalResult`s, with the numbers of metrics.json.
-2. Names of classes, columns and files are user text, which `escape` makes harmless. Files and folders are shown by name, without their path.
-3. A card is written before the id on the Hub is final. `update_for_publishing` renders the parts with the id again, and keeps
-   what was written by hand outside of them.
+1. The Hub reads the front matter. It holds the results as `EvalResult`s, with the numbers of
+   metrics.json.
+2. Names of classes, columns and files are user text, which `escape` makes harmless. Files and
+   folders are shown by name, without their path.
+3. A card is written before the id on the Hub is final. `update_for_publishing` renders the parts
+   with the id again, and keeps what was written by hand outside of them.
 """
 
 import re
@@ -26,23 +29,46 @@ from hierarchical_clinicalbert.data.report import list_rows
 from hierarchical_clinicalbert.evaluation.forms import form_of
 from hierarchical_clinicalbert.evaluation.metrics import PREFIXES, of_all_levels, scores_by_split
 from hierarchical_clinicalbert.evaluation.plots import read_description
-from hierarchical_clinicalbert.evaluation.report import MEASURED_TARGET, headline, measured_threshold, share_format
+from hierarchical_clinicalbert.evaluation.report import (
+    MEASURED_TARGET,
+    headline,
+    measured_threshold,
+    share_format,
+)
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from pipeline_hierarchical import HierarchicalTextClassificationPipeline
 from taxonomy_hierarchical import Taxonomy
 
 TEMPLATE = Path(__file__).parent / "card.md.jinja"
 TRAINING_SETTINGS = (
-    *("learning_rate", "heads_learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs"),
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "optim", "weight_decay", "label_smoothing_factor"),
+    *(
+        "learning_rate",
+        "heads_learning_rate",
+        "lr_scheduler_type",
+        "warmup_steps",
+        "num_train_epochs",
+    ),
+    *(
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "optim",
+        "weight_decay",
+        "label_smoothing_factor",
+    ),
     *("load_best_model_at_end", "seed"),
 )
-PLOTS = {"training_curves": "Training curves", "reliability_diagram": "Reliability diagram of the {split} rows"}
-MIN_SUPPORT = 10  # texts of a class that the first lines name as weak: the F1 of fewer is mostly chance
+PLOTS = {
+    "training_curves": "Training curves",
+    "reliability_diagram": "Reliability diagram of the {split} rows",
+}
+# texts of a class that the first lines name as weak: the F1 of fewer is mostly chance
+MIN_SUPPORT = 10
 SHOWN_ROOTS = 4  # in a title
 NOT_SHARES = ("log_loss", "ece")  # types of metrics
 
-MEDICAL_EXAMPLE = "Colonoscopy was performed in 120 patients with suspected inflammatory bowel disease."
+MEDICAL_EXAMPLE = (
+    "Colonoscopy was performed in 120 patients with suspected inflammatory bowel disease."
+)
 LICENCE = "apache-2.0"  # of the weights, as an identifier of the Hub
 MODEL_PLACEHOLDER = "your-name/your-model"
 PARTS = ("use", "result", "loading")  # that publishing writes anew
@@ -61,14 +87,16 @@ def write(
 
     Args:
         settings: the flags of the run.
-        data_report, metrics: content of data_report.json and metrics.json. There are no metrics before the end of a run.
-        model_id: id on the Hub; None for a placeholder in the snippets.
+        data_report, metrics: content of data_report.json and metrics.json. There are no metrics
+        before the end of a run. model_id: id on the Hub; None for a placeholder in the snippets.
         example_result: what `classify_example` returns.
     """
     facts = collect_facts(folder, config, settings, data_report, metrics)
     facts["model_id"] = model_id or MODEL_PLACEHOLDER
     has_adapter = config.adapter_subfolder is not None
-    facts["part"] = render_parts(config, facts["model_id"], example(config), example_result, has_adapter)
+    facts["part"] = render_parts(
+        config, facts["model_id"], example(config), example_result, has_adapter
+    )
     card = ModelCard.from_template(metadata(facts), template_path=str(TEMPLATE), **facts)
     (folder / "README.md").write_text(f"{str(card).rstrip()}\n", encoding="utf-8")
 
@@ -81,7 +109,8 @@ def delete_scores(folder: Path) -> None:
 
 
 def delete_description(folder: Path) -> None:
-    """Delete the scores of a model before other weights replace it: a killed run must not leave those of another model.
+    """Delete the scores of a model before other weights replace it: a killed run must not leave
+    those of another model.
 
     The card, which a person may have edited, is renamed.
     """
@@ -92,7 +121,11 @@ def delete_description(folder: Path) -> None:
 
 
 def render_parts(
-    config: HierarchicalConfig, model_id: str, text: str, example_result: dict[str, Any] | None, has_adapter: bool
+    config: HierarchicalConfig,
+    model_id: str,
+    text: str,
+    example_result: dict[str, Any] | None,
+    has_adapter: bool,
 ) -> dict[str, str]:
     """Render the `PARTS` of a card, each between two comments.
 
@@ -116,7 +149,9 @@ def render_parts(
     }
     template = TEMPLATE.with_name("card.parts.md.jinja").read_text(encoding="utf-8")
     parts = jinja2.Template(template).make_module(facts)
-    return {name: "\n".join((start_of(name), getattr(parts, name)(), end_of(name))) for name in PARTS}
+    return {
+        name: "\n".join((start_of(name), getattr(parts, name)(), end_of(name))) for name in PARTS
+    }
 
 
 def start_of(part: str) -> str:
@@ -135,13 +170,15 @@ def update_for_publishing(
     examples: list[str],
     example_result: dict[str, Any] | None = None,
 ) -> str:
-    """Write the model's id into a card's metadata, and its `PARTS` anew. Other edits by hand are kept.
+    """Write the model's id into a card's metadata, and its `PARTS` anew. Other edits by hand are
+    kept.
 
     Args:
         config: of the checkpoint, before an adapter is merged.
         merged: whether to describe the merged model in place of the adapter.
-        examples: texts for the widget, the first one also for the code. Without any, the widget keeps its own.
-        example_result: what `classify_example` returns for the first of them. None: the card keeps its own.
+        examples: texts for the widget, the first one also for the code. Without any, the widget
+        keeps its own. example_result: what `classify_example` returns for the first of them. None:
+        the card keeps its own.
 
     Raises:
         ValueError, yaml.YAMLError: the metadata cannot be read.
@@ -166,17 +203,24 @@ def update_for_publishing(
     return str(card) if card.data.to_dict() else card.text  # not with empty metadata
 
 
-# ── Facts ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Facts ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 def collect_facts(
-    folder: Path, config: HierarchicalConfig, settings: dict[str, Any], report: dict[str, Any], metrics: dict[str, Any]
+    folder: Path,
+    config: HierarchicalConfig,
+    settings: dict[str, Any],
+    report: dict[str, Any],
+    metrics: dict[str, Any],
 ) -> dict[str, Any]:
     """Collect the template's variables."""
-    tree, form = config.tree, form_of(config.tree, config.problem_type)
+    tree = config.tree
+    form = form_of(config.tree, config.problem_type)
 
-    # ── Model, data and training ─────────────────────────────────────────────────────────────────────────────────────
-    drawn, origin, start = tree.draw(), report["taxonomy"], settings.get("model_name_or_path")
+    # ── Model, data and training ──────────────────────────────────────────────────────────────────
+    drawn = tree.draw()
+    origin = report["taxonomy"]
+    start = settings.get("model_name_or_path")
     facts = {
         # functions
         "escape": escape,
@@ -199,35 +243,47 @@ def collect_facts(
         "guarantee": form.decisions.guarantee,
         "title": config.page.get("title") or default_title(tree),
         "medical": config.page.get("medical", False),
-        "continued": start and config.encoder_name_or_path not in (start, str(Path(start).resolve()), Path(start).name),
+        "continued": start
+        and config.encoder_name_or_path
+        not in (start, str(Path(start).resolve()), Path(start).name),
         "settings_shown": {
             name: format_setting(value)
             for name, value in settings.items()
             if value is not None
             and name not in ("model_name_or_path", "model_revision")  # a sentence names the encoder
         },
-        "taxonomy_source": f"from {Path(origin[5:]).name}" if origin.startswith("from ") else origin,
+        "taxonomy_source": f"from {Path(origin[5:]).name}"
+        if origin.startswith("from ")
+        else origin,
         "merged": list_rows(report["merged_rows"]),
     }
 
-    # ── Results ──────────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── Results ───────────────────────────────────────────────────────────────────────────────────
     scored = scores_by_split(metrics)
     table = of_all_levels(form.metrics, tree.depth)
     titles = {
-        f"{PREFIXES[split]}_{name}": f"{split} {metric.title}" for split in scored for name, metric in table.items()
+        f"{PREFIXES[split]}_{name}": f"{split} {metric.title}"
+        for split in scored
+        for name, metric in table.items()
     }
     best_split = "test" if "test" in scored else "validation"
     num_rows = {split: report["splits"][split]["rows"] for split in scored}
-    share, digits = share_format(num_rows.get(best_split, 0)), 2 + (num_rows.get(best_split, 0) >= 1000)
+    share = share_format(num_rows.get(best_split, 0))
+    digits = 2 + (num_rows.get(best_split, 0) >= 1000)
     worst = sorted(metrics.get("per_class", []), key=lambda row: row["f1"])
     return facts | {
-        "scores": {split: {name: scores[name] for name in table if name in scores} for split, scores in scored.items()},
+        "scores": {
+            split: {name: scores[name] for name in table if name in scores}
+            for split, scores in scored.items()
+        },
         "metrics_table": table,
         "key_metrics": {name: metric for name, metric in form.metrics.items() if metric.is_key},
         "headline": headline(form, metrics, num_rows),
         "weakest": [row for row in worst if row["support"] >= MIN_SUPPORT][:3],
         "share": share,
-        "measured": lambda metric, value: f"{value:.{digits}f}" if metric.hub_type in NOT_SHARES else share(value),
+        "measured": lambda metric, value: (
+            f"{value:.{digits}f}" if metric.hub_type in NOT_SHARES else share(value)
+        ),
         "best_split": best_split,
         "intervals": {titles[name]: ends for name, ends in metrics.get("intervals", {}).items()},
         "plots": {
@@ -253,16 +309,26 @@ def default_title(tree: Taxonomy) -> str:
 
 
 def example(config: HierarchicalConfig) -> str:
-    """Return the text of the card's code: the publisher's first example, or one that suits the model."""
-    tree, leaf = config.tree, config.tree.labels[0]
+    """Return the text of the card's code: the publisher's first example, or one that suits the
+    model.
+    """
+    tree = config.tree
+    leaf = config.tree.labels[0]
     about_leaf = f"A text about {tree.descriptions.get(leaf, tree.names[0])}"
-    return next(iter(config.page.get("examples", [])), MEDICAL_EXAMPLE if config.page.get("medical") else about_leaf)
+    return next(
+        iter(config.page.get("examples", [])),
+        MEDICAL_EXAMPLE if config.page.get("medical") else about_leaf,
+    )
 
 
 def classify_example(
-    model: HierarchicalForSequenceClassification, tokenizer: PreTrainedTokenizerBase, text: str | None = None
+    model: HierarchicalForSequenceClassification,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str | None = None,
 ) -> dict[str, Any]:
-    """Return the pipeline's result for a text, by default of `example`, with a prediction set if there are thresholds."""
+    """Return the pipeline's result for a text, by default of `example`, with a prediction set if
+    there are thresholds.
+    """
     classify = HierarchicalTextClassificationPipeline(model=model, tokenizer=tokenizer)
     offers_sets = measured_threshold(classify.decisions, model.config.calibration) is not None
     sets: dict[str, Any] = {classify.decisions.guarantee: MEASURED_TARGET} if offers_sets else {}
@@ -273,13 +339,16 @@ def printed(result: dict[str, Any]) -> str:
     """Return the nodes of a result of the pipeline, with two decimals, as its fields."""
     fields = [name for name in ("labels", "prediction_set") if name in result]
     shown = {
-        one: [{"label": node["label"], "score": round(node["score"], 2)} for node in result[one]] for one in fields
+        one: [{"label": node["label"], "score": round(node["score"], 2)} for node in result[one]]
+        for one in fields
     }
     return "\n".join(f"{name}: {nodes}" for name, nodes in shown.items())
 
 
 def source_name(source: dict[str, Any]) -> str:
-    """Return the id of a data set on the Hub, or the name of a file or folder without its path, on one line."""
+    """Return the id of a data set on the Hub, or the name of a file or folder without its path, on
+    one line.
+    """
     return source["dataset"] or " ".join(Path(source["name"]).name.split())
 
 
@@ -293,12 +362,15 @@ def format_setting(setting: Any) -> str:
     return f"{setting:g}" if isinstance(setting, float) else str(setting)
 
 
-# ── Metadata ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Metadata ──────────────────────────────────────────────────────────────────────────────────────
 
 
 def metadata(facts: dict[str, Any]) -> ModelCardData:
-    """Build the front matter, see https://github.com/huggingface/hub-docs/blob/main/modelcard.md."""
-    encoder, results = facts["encoder"], eval_results(facts)
+    """Build the front matter, see
+    https://github.com/huggingface/hub-docs/blob/main/modelcard.md.
+    """
+    encoder = facts["encoder"]
+    results = eval_results(facts)
     datasets = [source["dataset"] for source in facts["report"]["sources"]]
     lora = ["lora"] if facts["settings"].get("tuning") == "lora" else []
     relation = "adapter" if facts["config"].adapter_subfolder else "finetune"
@@ -313,14 +385,20 @@ def metadata(facts: dict[str, Any]) -> ModelCardData:
         datasets=list(dict.fromkeys(filter(None, datasets))) or None,
         eval_results=results or None,
         model_name=facts["model_id"],
-        widget=[{"text": text} for text in facts["config"].page.get("examples", [facts["example"]])],
+        widget=[
+            {"text": text} for text in facts["config"].page.get("examples", [facts["example"]])
+        ],
     )
 
 
 def eval_results(facts: dict[str, Any]) -> list[EvalResult]:
-    """Build the entries of ``model-index``. Each names the source of its split, or of the rows that the split was taken from."""
+    """Build the entries of ``model-index``.
+
+    Each names the source of its split, or of the rows that the split was taken from.
+    """
     sources = {source["split"]: source for source in facts["report"]["sources"]}
-    unverified, results = facts["report"]["trained_before"]["scores"] == "unverified", []
+    unverified = facts["report"]["trained_before"]["scores"] == "unverified"
+    results = []
     for split, values in facts["scores"].items():
         source = sources.get(split) or sources.get("all") or sources["train"]
         results += [
@@ -338,12 +416,15 @@ def eval_results(facts: dict[str, Any]) -> list[EvalResult]:
     return results
 
 
-# ── Markdown ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Markdown ──────────────────────────────────────────────────────────────────────────────────────
 
 
 def escape(text: str) -> str:
-    """Replace characters with a meaning in Markdown or HTML by numeric entities, and put the text on one line."""
-    special = r"[\\`*\[\]<>|&$~#!]|(?<![^\W_])_|_(?![^\W_])"  # an underscore inside a word has no meaning
+    """Replace characters with a meaning in Markdown or HTML by numeric entities, and put the text
+    on one line.
+    """
+    # an underscore inside a word has no meaning
+    special = r"[\\`*\[\]<>|&$~#!]|(?<![^\W_])_|_(?![^\W_])"
     return re.sub(special, lambda matched: f"&#{ord(matched[0])};", " ".join(text.split()))
 
 

@@ -1,7 +1,8 @@
-"""Recognise the weights that were scored: a card with scores is published beside these weights only.
+"""Recognise the weights that were scored: a card with scores is published beside these weights
+only.
 
-The fingerprint stands in `FINGERPRINT`, beside metrics.json. Weights that were cast, merged or saved again keep it, within the
-rounding of their dtypes. Training changes it.
+The fingerprint stands in `FINGERPRINT`, beside metrics.json. Weights that were cast, merged or
+saved again keep it, within the rounding of their dtypes. Training changes it.
 """
 
 import hashlib
@@ -30,7 +31,8 @@ from hierarchical_clinicalbert.errors import InputError, as_input_error
 from hierarchical_clinicalbert.files import write_json
 
 BLOCK = 2**16  # values of a tensor that are projected at once
-ENCODER, HEADS = "encoder.", "heads."
+ENCODER = "encoder."
+HEADS = "heads."
 QUANTIZED = (torch.int8, torch.uint8)
 
 
@@ -50,20 +52,28 @@ def write_fingerprint(folder: Path, scored: Path, model: torch.nn.Module) -> Non
 
 
 def check_scores(folder: Path, config: HierarchicalConfig, card: RepoCard) -> None:
-    """Raise InputError if the card or metrics.json of a checkpoint hold scores of other weights, or may do so."""
+    """Raise InputError if the card or metrics.json of a checkpoint hold scores of other weights, or
+    may do so.
+    """
     has_results = "model-index" in card.data.to_dict()
     if not has_results and not (folder / METRICS).is_file():
         return
     problem = find_change(folder, config)
     if problem is not None:
-        advice = f"train or score the model again, or remove {METRICS}, and the results and model-index of {CARD}"
-        raise InputError(f"{folder}: {CARD} or {METRICS} may hold scores of other weights: {problem}; {advice}")
+        advice = (
+            f"train or score the model again, or remove {METRICS}, and the results and "
+            f"model-index of {CARD}"
+        )
+        raise InputError(
+            f"{folder}: {CARD} or {METRICS} may hold scores of other weights: {problem}; {advice}"
+        )
 
 
 def find_change(folder: Path, config: HierarchicalConfig) -> str | None:
     """Return what differs between a checkpoint and its fingerprint, or None.
 
-    A tensor differs if its projection does, by more than the rounding of the coarser of the two dtypes.
+    A tensor differs if its projection does, by more than the rounding of the coarser of the two
+    dtypes.
     """
     if not (folder / FINGERPRINT).is_file():
         return f"{FINGERPRINT} is missing"
@@ -71,7 +81,10 @@ def find_change(folder: Path, config: HierarchicalConfig) -> str | None:
     if recorded.get("settings") != hash_settings(config):
         return "the taxonomy or the calibration differs"
     with as_input_error(f"{folder / FINGERPRINT} cannot be used"):
-        tensors = {name: (float(first), float(second)) for name, (first, second) in recorded["tensors"].items()}
+        tensors = {
+            name: (float(first), float(second))
+            for name, (first, second) in recorded["tensors"].items()
+        }
 
     is_quantized = getattr(config.text_config, "quantization_config", None) is not None
     missing = {name for name in tensors if name.startswith(HEADS)}
@@ -99,7 +112,10 @@ def hash_settings(config: HierarchicalConfig) -> str:
 
 
 def stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a checkpoint's files. The heads' names are those of the self-contained form."""
+    """Yield the tensors of a checkpoint's files.
+
+    The heads' names are those of the self-contained form.
+    """
     for name in list_files(folder, (*ADAPTER_FILES, WEIGHTS, "model-*-of-*.safetensors")):
         if name.endswith(".safetensors"):
             prefix = HEADS if name == "heads.safetensors" else ""
@@ -108,9 +124,11 @@ def stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def project(tensor: Tensor) -> tuple[float, float]:
-    """Return the product of a tensor with fixed weights of mean square 1/4, and a bound on the effect of rounding it.
+    """Return the product of a tensor with fixed weights of mean square 1/4, and a bound on the
+    effect of rounding it.
 
-    Independent errors of at most eps/2 of each value change the product by much less than eps times the tensor's norm.
+    Independent errors of at most eps/2 of each value change the product by much less than eps times
+    the tensor's norm.
     """
     blocks = tensor.detach().cpu().flatten().split(BLOCK)
     weights = torch.arange(BLOCK, dtype=torch.float64).cos()
@@ -128,7 +146,9 @@ def project(tensor: Tensor) -> tuple[float, float]:
 
 
 def coarsest_precision(tensor: Tensor) -> Any:
-    """Return `torch.finfo` of the coarsest dtype that holds all values of a tensor, or None for whole numbers."""
+    """Return `torch.finfo` of the coarsest dtype that holds all values of a tensor, or None for
+    whole numbers.
+    """
     if not tensor.dtype.is_floating_point:
         return None
     for dtype in (torch.bfloat16, torch.float16):

@@ -1,7 +1,8 @@
-"""Serve a checkpoint on Hugging Face Inference Endpoints, whose toolkit imports this file and calls `EndpointHandler`.
+"""Serve a checkpoint on Hugging Face Inference Endpoints, whose toolkit imports this file and calls
+`EndpointHandler`.
 
-It is published as ``handler.py`` beside the checkpoint, and imports nothing else of this project. The toolkit returns the
-message of any exception to the client, with status 400.
+It is published as ``handler.py`` beside the checkpoint, and imports nothing else of this project.
+The toolkit returns the message of any exception to the client, with status 400.
 """
 
 from typing import Any
@@ -19,19 +20,25 @@ class EndpointHandler:
     """
 
     def __init__(self, path: str = ""):
-        self.classify = pipeline("hierarchical-text-classification", model=path, trust_remote_code=True)
+        self.classify = pipeline(
+            "hierarchical-text-classification", model=path, trust_remote_code=True
+        )
 
     def __call__(self, data: dict[str, Any]) -> dict | list:
-        """Return the pipeline's result for a text under ``"inputs"``, or its results for a list of texts.
+        """Return the pipeline's result for a text under ``"inputs"``, or its results for a list of
+        texts.
 
-        ``"parameters"`` may hold ``top_k``, ``coverage``, ``recall``, ``prior`` and ``levels``, as arguments of the
-        pipeline.
+        ``"parameters"`` may hold ``top_k``, ``coverage``, ``recall``, ``prior`` and ``levels``, as
+        arguments of the pipeline.
 
         Raises:
-            ValueError: the request cannot be used. The message is one line and holds none of the texts.
+            ValueError: the request cannot be used. The message is one line and holds none of the
+            texts.
         """
         if not isinstance(data, dict) or not isinstance(data.get("inputs"), (str, list)):
-            raise ValueError('a request is {"inputs": a text or a list of texts}, and optionally "parameters"')
+            raise ValueError(
+                'a request is {"inputs": a text or a list of texts}, and optionally "parameters"'
+            )
         parameters = data.get("parameters") or {}
         if not isinstance(parameters, dict) or not {*PARAMETERS}.issuperset(parameters):
             raise ValueError(f'"parameters" must be an object with any of {", ".join(PARAMETERS)}')

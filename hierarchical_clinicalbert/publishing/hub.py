@@ -3,8 +3,8 @@
 Worth knowing:
 
 1. `log_in` and `find_target` check token, permissions and names before the first commit.
-2. A repository changes by one commit or not at all, and unchanged files make no commit. So a command whose response was
-   lost can safely be repeated.
+2. A repository changes by one commit or not at all, and unchanged files make no commit. So a
+   command whose response was lost can safely be repeated.
 """
 
 from collections.abc import Mapping
@@ -22,11 +22,28 @@ from hierarchical_clinicalbert.errors import InputError, as_input_error
 
 SPACE_FILES = (
     *("README.md", "requirements.txt", "app.py", "style.css"),
-    *("attribution.py", "classification.py", "guard.py", "retention.py", "service.py", "tables.py", "views.py"),
+    *(
+        "attribution.py",
+        "classification.py",
+        "guard.py",
+        "retention.py",
+        "service.py",
+        "tables.py",
+        "views.py",
+    ),
     *("taxonomy_hierarchical.py", "hierarchical_clinicalbert/__init__.py"),
     *(
         f"hierarchical_clinicalbert/reading/{name}.py"
-        for name in ("__init__", "columns", "delimited", "encodings", "foreign_code", "results", "rows", "workbook")
+        for name in (
+            "__init__",
+            "columns",
+            "delimited",
+            "encodings",
+            "foreign_code",
+            "results",
+            "rows",
+            "workbook",
+        )
     ),
 )
 
@@ -46,7 +63,8 @@ def refuse_local_encoder(config: HierarchicalConfig, remedy: str) -> None:
     """Raise InputError if an adapter's encoder is a folder on this machine."""
     if encoder_on_hub(config) is None:
         raise InputError(
-            f"the adapter is for the encoder in {config.encoder_name_or_path}, which is on this machine only: {remedy}"
+            f"the adapter is for the encoder in {config.encoder_name_or_path}, which is on "
+            f"this machine only: {remedy}"
         )
 
 
@@ -62,7 +80,9 @@ def log_in(api: HfApi) -> tuple[str, ...]:
         who = api.whoami()
     if who.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise InputError("the Hub token may only read: make one that may write")
-    return who["name"], *(org["name"] for org in who.get("orgs", []) if org.get("roleInOrg") != "read")
+    return who["name"], *(
+        org["name"] for org in who.get("orgs", []) if org.get("roleInOrg") != "read"
+    )
 
 
 def find_target(
@@ -74,18 +94,25 @@ def find_target(
     revision: str | None = None,
     private: bool = False,
 ) -> Target:
-    """Look up the repository that a flag names. InputError: the token may not write to it, or it is public despite ``private``."""
+    """Look up the repository that a flag names.
+
+    InputError: the token may not write to it, or it is public despite ``private``.
+    """
     if "/" not in repo_id:
         repo_id = f"{namespaces[0]}/{repo_id}"
-    namespace, exists = repo_id.split("/")[0], True
+    namespace = repo_id.split("/")[0]
+    exists = True
     if namespace not in namespaces:
         writable = ", ".join(namespaces)
-        raise InputError(f"{flag} {repo_id}: the token may not write to {namespace!r}, only to {writable}")
+        raise InputError(
+            f"{flag} {repo_id}: the token may not write to {namespace!r}, only to {writable}"
+        )
     with as_input_error(f"cannot read the repository {repo_id}"):
         try:
             is_private = bool(api.repo_info(repo_id, repo_type=repo_type).private)
         except RepositoryNotFoundError:
-            is_private, exists = private, False
+            is_private = private
+            exists = False
     if private and not is_private:
         problem = "is public already, which --private does not change: use its settings page"
         raise InputError(f"{flag} {repo_id} {problem}")
@@ -99,7 +126,8 @@ def publish(
     message: str,
     remedy: str = "run the same command again, which commits nothing twice",
 ) -> CommitInfo:
-    """Publish files in one commit, or none if nothing changed. Stale files of an earlier version are deleted, and no others.
+    """Publish files in one commit, or none if nothing changed. Stale files of an earlier version
+    are deleted, and no others.
 
     Args:
         files: paths or contents, by path in the repository.
@@ -119,4 +147,6 @@ def publish(
             *(CommitOperationAdd(*file) for file in files.items()),
             *map(CommitOperationDelete, sorted(stale)),
         ]
-        return api.create_commit(**repo, operations=operations, commit_message=message, revision=target.revision)
+        return api.create_commit(
+            **repo, operations=operations, commit_message=message, revision=target.revision
+        )

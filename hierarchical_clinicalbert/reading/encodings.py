@@ -7,8 +7,9 @@ import re
 class Encoding:
     """The encoding of a source of text, and why a part of the source is not text of this encoding.
 
-    A problem offers an encoding that fits, as far as can be told: UTF-16 by its byte order mark, and else cp1252 if the text
-    has no character of UTF-8. It also names the flag, unless ``given`` is None, which stands for UTF-8.
+    A problem offers an encoding that fits, as far as can be told: UTF-16 by its byte order mark,
+    and else cp1252 if the text has no character of UTF-8. It also names the flag, unless ``given``
+    is None, which stands for UTF-8.
 
     Raises:
         LookupError: Python has no such encoding of text.
@@ -17,7 +18,8 @@ class Encoding:
     def __init__(self, given: str | None):
         "".encode(given or "utf-8")  # refuses codecs that are not encodings of text
         self.name = codecs.lookup(given or "utf-8").name.upper().removesuffix("-SIG")
-        self._has_flag, self._has_utf8 = given is not None, False
+        self._has_flag = given is not None
+        self._has_utf8 = False
         self.codec = "utf-8-sig" if self.name == "UTF-8" else self.name
 
     def problem_of_start(self, start: bytes) -> str | None:
@@ -29,7 +31,9 @@ class Encoding:
         return self._problem(None) if b"\0" in start else None
 
     def problem_of(self, text: str) -> str | None:
-        """Return the problem of a text in which unpaired surrogates stand for bytes that cannot be decoded, or None."""
+        """Return the problem of a text in which unpaired surrogates stand for bytes that cannot be
+        decoded, or None.
+        """
         if not has_surrogate(text):
             self._has_utf8 = self._has_utf8 or not text.isascii()
             return None
@@ -48,5 +52,7 @@ class Encoding:
 
 
 def has_surrogate(text: str) -> bool:
-    """Return whether a text has an unpaired surrogate, which stands for a byte that is not UTF-8."""
+    """Return whether a text has an unpaired surrogate, which stands for a byte that is not
+    UTF-8.
+    """
     return not text.isascii() and re.search("[\ud800-\udfff]", text) is not None

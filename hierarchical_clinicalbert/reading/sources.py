@@ -1,6 +1,7 @@
 """Open files, patterns, folders, URLs, ``.gz`` files and standard input.
 
-The kind of a file follows from its name. For other sources, such as ``io.BytesIO``, `rows.RowReader` reads any binary stream.
+The kind of a file follows from its name. For other sources, such as ``io.BytesIO``,
+`rows.RowReader` reads any binary stream.
 """
 
 import glob
@@ -16,10 +17,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hierarchical_clinicalbert.reading.rows import FOLDER, KINDS, SEEKABLE, InputError, Raw, RowReader
+from hierarchical_clinicalbert.reading.rows import (
+    FOLDER,
+    KINDS,
+    SEEKABLE,
+    InputError,
+    Raw,
+    RowReader,
+)
 from hierarchical_clinicalbert.reading.stores import find_files, is_url, open_stream
 
-SUFFIXES = tuple(f".{kind}{gz}" for kind in KINDS for gz in ("", ".gz") if not (gz and kind in SEEKABLE))
+SUFFIXES = tuple(
+    f".{kind}{gz}" for kind in KINDS for gz in ("", ".gz") if not (gz and kind in SEEKABLE)
+)
 SAVED_BY_DATASETS = ("dataset_info.json", "dataset_dict.json")
 
 
@@ -32,12 +42,17 @@ class Source:
     filesystem: Any = field(default=None, compare=False)  # of pyarrow, for a URL
     size: int = field(default=0, compare=False)  # in bytes; 0 if unknown
     encoding: str | None = field(default=None, compare=False)  # see `RowReader`
-    files: tuple[str, ...] = field(default=(), compare=False)  # paths or URLs of the files of a folder
+    # paths or URLs of the files of a folder
+    files: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def name(self) -> str:
         """The name for messages and outputs. Bytes of a path that are not UTF-8 are escaped."""
-        return "standard input" if self.path == "-" else os.fsencode(self.path).decode(errors="backslashreplace")
+        return (
+            "standard input"
+            if self.path == "-"
+            else os.fsencode(self.path).decode(errors="backslashreplace")
+        )
 
     def name_of(self, file: str) -> str:
         """Return the name of a file in the folder, with its path below the folder."""
@@ -45,13 +60,16 @@ class Source:
         return os.fsencode(name).decode(errors="backslashreplace")
 
 
-def find_sources(pattern: str, kind: str | None = None, encoding: str | None = None) -> list[Source]:
+def find_sources(
+    pattern: str, kind: str | None = None, encoding: str | None = None
+) -> list[Source]:
     """Return the files of a path, URL, pattern or folder, in sorted order. ``-`` is standard input.
 
-    A pattern is, for example, ``part-*.csv`` or ``**/*.csv``. A folder stands for its files of all `KINDS`, except hidden ones
-    and those that begin with ``_``. If it has no file of another kind than ``.txt``, the folder is one source: it has a text in
-    each of these files, also in its subfolders. A given ``kind`` overrides the kinds that the file names imply, and
-    ``encoding`` is that of text files, by default UTF-8.
+    A pattern is, for example, ``part-*.csv`` or ``**/*.csv``. A folder stands for its files of all
+    `KINDS`, except hidden ones and those that begin with ``_``. If it has no file of another kind
+    than ``.txt``, the folder is one source: it has a text in each of these files, also in its
+    subfolders. A given ``kind`` overrides the kinds that the file names imply, and ``encoding`` is
+    that of text files, by default UTF-8.
 
     Raises:
         InputError: no file matches, or the kind is unknown.
@@ -65,14 +83,24 @@ def find_sources(pattern: str, kind: str | None = None, encoding: str | None = N
     if is_folder:
         names = {path.rpartition("/")[2] for path, _ in files}
         if not names.isdisjoint(SAVED_BY_DATASETS):
-            raise InputError(f"{pattern} was saved by `datasets`: write it as Parquet, with to_parquet")
-        files = [(path, size) for path, size in files if not path.rpartition("/")[2].startswith((".", "_"))]
+            raise InputError(
+                f"{pattern} was saved by `datasets`: write it as Parquet, with to_parquet"
+            )
+        files = [
+            (path, size)
+            for path, size in files
+            if not path.rpartition("/")[2].startswith((".", "_"))
+        ]
         files = [(path, size) for path, size in files if kind or path.lower().endswith(SUFFIXES)]
         if kind is None and all(path.lower().endswith(".txt") for path, _ in files):
             folder = pattern.rstrip("/") if filesystem else glob.escape(pattern.rstrip("/"))
             source = Source(pattern, FOLDER, filesystem, encoding=encoding)
             texts = _list_files(f"{folder}/**/*.txt")[1]
-            texts = [(path, size) for path, size in texts if not re.search("(^|/)[._]", source.name_of(path))]
+            texts = [
+                (path, size)
+                for path, size in texts
+                if not re.search("(^|/)[._]", source.name_of(path))
+            ]
             if texts:
                 paths, sizes = zip(*texts, strict=True)
                 return [replace(source, size=sum(sizes), files=paths)]
@@ -85,20 +113,32 @@ def find_sources(pattern: str, kind: str | None = None, encoding: str | None = N
 
 
 def _list_files(pattern: str) -> tuple[Any, list[tuple[str, int]], bool]:
-    """Return what `find_files` returns, also for a path or pattern on a disk, whose file system is None."""
+    """Return what `find_files` returns, also for a path or pattern on a disk, whose file system is
+    None.
+    """
     if is_url(pattern):
         return find_files(pattern)
     is_folder = os.path.isdir(pattern)
-    names = glob.glob(os.path.join(glob.escape(pattern), "*") if is_folder else pattern, recursive=True)
-    if broken := next((name for name in names if os.path.islink(name) and not os.path.exists(name)), None):
+    names = glob.glob(
+        os.path.join(glob.escape(pattern), "*") if is_folder else pattern, recursive=True
+    )
+    if broken := next(
+        (name for name in names if os.path.islink(name) and not os.path.exists(name)), None
+    ):
         raise InputError(f"{broken}: this link points to no file")
     names = [pattern] if os.path.isfile(pattern) else sorted(filter(os.path.isfile, names))
     return None, [(name, os.path.getsize(name)) for name in names], is_folder
 
 
-def find_all_sources(patterns: Iterable[str], kind: str | None = None, encoding: str | None = None) -> list[Source]:
+def find_all_sources(
+    patterns: Iterable[str], kind: str | None = None, encoding: str | None = None
+) -> list[Source]:
     """Return the files of several patterns, each file once."""
-    return list(dict.fromkeys(source for pattern in patterns for source in find_sources(pattern, kind, encoding)))
+    return list(
+        dict.fromkeys(
+            source for pattern in patterns for source in find_sources(pattern, kind, encoding)
+        )
+    )
 
 
 def kind_of(path: str) -> str:
@@ -115,7 +155,10 @@ def kind_of(path: str) -> str:
 
 @contextmanager
 def open_rows(source: Source) -> Iterator[RowReader]:
-    """Open the rows of a source, and close the source at the end. Raise InputError if it cannot be read."""
+    """Open the rows of a source, and close the source at the end.
+
+    Raise InputError if it cannot be read.
+    """
     if source.path == "-":
         yield RowReader(sys.stdin.buffer, source.kind, source.name, encoding=source.encoding)
         return
@@ -126,10 +169,13 @@ def open_rows(source: Source) -> Iterator[RowReader]:
         raw = Raw(file, source.name)
 
         def progress() -> float:
-            return min(1.0, raw.count / max(source.size, 1))  # parts of a file that can seek may be read twice
+            # parts of a file that can seek may be read twice
+            return min(1.0, raw.count / max(source.size, 1))
 
         stream = gzip.GzipFile(fileobj=raw) if source.path.lower().endswith(".gz") else raw
-        yield RowReader(stream, source.kind, source.name, progress=progress, encoding=source.encoding)
+        yield RowReader(
+            stream, source.kind, source.name, progress=progress, encoding=source.encoding
+        )
 
 
 def _open_file(source: Source, path: str) -> Any:
@@ -139,7 +185,9 @@ def _open_file(source: Source, path: str) -> Any:
     try:
         return open(path, "rb")
     except OSError as error:
-        raise InputError(f"cannot read {replace(source, path=path).name}: {error.strerror}") from error
+        raise InputError(
+            f"cannot read {replace(source, path=path).name}: {error.strerror}"
+        ) from error
 
 
 def _open_folder(source: Source) -> RowReader:
@@ -153,4 +201,6 @@ def _open_folder(source: Source) -> RowReader:
             return io.BufferedReader(Raw(file, path)).read()
 
     files = [(source.name_of(path), partial(read, path)) for path in source.files]
-    return RowReader(files, FOLDER, source.name, progress=lambda: count / len(files), encoding=source.encoding)
+    return RowReader(
+        files, FOLDER, source.name, progress=lambda: count / len(files), encoding=source.encoding
+    )

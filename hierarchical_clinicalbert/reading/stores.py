@@ -1,7 +1,9 @@
-"""Find and open files by URL: ``s3://``, ``gs://``, ``hf://datasets/...``, and other protocols of fsspec.
+"""Find and open files by URL: ``s3://``, ``gs://``, ``hf://datasets/...``, and other protocols of
+fsspec.
 
-pyarrow opens the stores that it supports, and honours, for example, ``AWS_ENDPOINT_URL``. fsspec opens the others. Credentials
-come from the environment or from the files of the store's own tools, never from the URL, which is shown in messages.
+pyarrow opens the stores that it supports, and honours, for example, ``AWS_ENDPOINT_URL``. fsspec
+opens the others. Credentials come from the environment or from the files of the store's own tools,
+never from the URL, which is shown in messages.
 """
 
 import re
@@ -20,7 +22,8 @@ def is_url(name: str) -> bool:
 
 
 def connect(url: str) -> tuple[Any, str]:
-    """Return the pyarrow file system of a URL, and the URL for messages: without a query, and not quoted.
+    """Return the pyarrow file system of a URL, and the URL for messages: without a query, and not
+    quoted.
 
     Raises:
         InputError: the URL holds credentials, or the store cannot be used.
@@ -29,11 +32,15 @@ def connect(url: str) -> tuple[Any, str]:
 
     scheme, _, rest = url.partition("://")
     if scheme in ("http", "https"):
-        raise InputError(f"{scheme}://...: give a store, or download the file and pipe it to standard input (-)")
+        raise InputError(
+            f"{scheme}://...: give a store, or download the file and pipe it to standard input (-)"
+        )
     if ":" in rest.partition("/")[0].rpartition("@")[0]:  # gs://anonymous@bucket is no secret
         raise InputError(f"{scheme}://...: give credentials in the environment, not in the URL")
     with store_errors(url):
-        try:  # "[" and blanks are not allowed in a URI; fsspec, which serves hf://, takes names as they are
+        # "[" and blanks are not allowed in a URI; fsspec, which serves hf://, takes names as they
+        # are
+        try:
             location, mark, query = url.partition("?")
             quoted = quote(location, safe="/:@=&*,+~") + mark + quote(query, safe="/:@?=&%*,+~")
             filesystem, path = FileSystem.from_uri(url if scheme == "hf" else quoted)
@@ -50,7 +57,8 @@ def path_of(url: str) -> str:
 
 
 def find_files(url: str) -> tuple[Any, list[tuple[str, int]], bool]:
-    """Return the file system of a URL, the URLs and sizes of its files in sorted order, and whether it is a folder.
+    """Return the file system of a URL, the URLs and sizes of its files in sorted order, and whether
+    it is a folder.
 
     The URL names a file, a folder, or files by a pattern such as ``s3://bucket/2*/part-*.csv``.
     """
@@ -58,7 +66,8 @@ def find_files(url: str) -> tuple[Any, list[tuple[str, int]], bool]:
     from pyarrow.fs import FileSelector, FileType
 
     filesystem, shown = connect(url)
-    scheme, path = shown.partition("://")[0], path_of(shown)
+    scheme = shown.partition("://")[0]
+    path = path_of(shown)
     with store_errors(url):
         info = filesystem.get_file_info(path)
         infos = [info]
@@ -68,12 +77,16 @@ def find_files(url: str) -> tuple[Any, list[tuple[str, int]], bool]:
             infos = filesystem.get_file_info(ArrowFSWrapper(filesystem).glob(path))
             if "/." not in path:  # as on a disk, only a dot matches the dot of a hidden name
                 infos = [one for one in infos if "/." not in one.path]
-    files = sorted((f"{scheme}://{one.path}", one.size) for one in infos if one.type == FileType.File)
+    files = sorted(
+        (f"{scheme}://{one.path}", one.size) for one in infos if one.type == FileType.File
+    )
     return filesystem, files, info.type == FileType.Directory
 
 
 def open_stream(filesystem: Any, url: str, seekable: bool) -> Any:
-    """Open a file of pyarrow for reading, by large sequential requests unless it must be seekable."""
+    """Open a file of pyarrow for reading, by large sequential requests unless it must be
+    seekable.
+    """
     with store_errors(url):
         if seekable:
             return filesystem.open_input_file(path_of(url))
@@ -82,7 +95,10 @@ def open_stream(filesystem: Any, url: str, seekable: bool) -> Any:
 
 @contextmanager
 def store_errors(url: str) -> Iterator[None]:
-    """Convert an exception of a store into an InputError. The messages are long, but name bucket, cause and request."""
+    """Convert an exception of a store into an InputError.
+
+    The messages are long, but name bucket, cause and request.
+    """
     try:
         yield
     except (OSError, ValueError, ImportError) as error:

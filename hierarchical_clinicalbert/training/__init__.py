@@ -1,1 +1,3 @@
-"""Train a model from flags: arguments and recipes, data, encoder, adapter, losses, sampler, trainer, resuming."""
+"""Train a model from flags: arguments and recipes, data, encoder, adapter, losses, sampler,
+trainer, resuming.
+"""

@@ -1,7 +1,8 @@
 """Train the encoder with the supervised contrastive loss, before the heads are initialised.
 
-The contrastive loss compares a text only with other texts (Khosla et al., 2020, "Supervised Contrastive Learning"). This helps
-most with few rows: a prototype contains its own training texts, so cross-entropy starts near 0 and teaches the encoder little.
+The contrastive loss compares a text only with other texts (Khosla et al., 2020, "Supervised
+Contrastive Learning"). This helps most with few rows: a prototype contains its own training texts,
+so cross-entropy starts near 0 and teaches the encoder little.
 """
 
 import logging
@@ -21,37 +22,47 @@ TEMPERATURE = 0.1
 TEXTS_PER_CLASS = 4
 
 
-def train_contrastively(trainer: HierarchicalTrainer, inputs: list[list[int]], members: Tensor, steps: int) -> None:
+def train_contrastively(
+    trainer: HierarchicalTrainer, inputs: list[list[int]], members: Tensor, steps: int
+) -> None:
     """Train the encoder, or its adapter, at the trainer's learning rate.
 
-    Each step compares up to `TEXTS_PER_CLASS` texts of each of ``per_device_train_batch_size`` // `TEXTS_PER_CLASS` random
-    classes, at least two.
+    Each step compares up to `TEXTS_PER_CLASS` texts of each of ``per_device_train_batch_size`` //
+    `TEXTS_PER_CLASS` random classes, at least two.
 
     Args:
         inputs: token ids of the texts.
-        members: (num_texts, num_classes), 1 for the classes of a text. Classes with one text are left out.
+        members: (num_texts, num_classes), 1 for the classes of a text. Classes with one text are
+        left out.
     """
     classes = [texts for texts in map(np.flatnonzero, members.T.cpu().numpy()) if len(texts) > 1]
     if len(classes) < 2:
         logger.info("no contrastive steps: they need two classes with two training texts each")
         return
-    # ── Optimizer ────────────────────────────────────────────────────────────────────────────────────────────────────
-    model, args = trainer.model, trainer.args
+    # ── Optimizer ─────────────────────────────────────────────────────────────────────────────────
+    model = trainer.model
+    args = trainer.args
     if args.activation_checkpointing:
         model.activation_checkpointing_enable()
     weights = [weight for weight in model.encoder.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=args.learning_rate, weight_decay=0.0)
     scheduler = get_cosine_schedule_with_warmup(optimizer, args.get_warmup_steps(steps), steps)
     scaler = torch.amp.GradScaler(args.device.type, enabled=args.fp16)
-    generator, losses = np.random.default_rng(args.seed), []
+    generator = np.random.default_rng(args.seed)
+    losses = []
     num_classes = min(len(classes), max(2, args.per_device_train_batch_size // TEXTS_PER_CLASS))
 
-    # ── Steps ────────────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── Steps ─────────────────────────────────────────────────────────────────────────────────────
     model.train()
     logger.info("contrastive steps: %d", steps)
-    for _ in tqdm(range(steps), desc="contrastive steps", disable=args.disable_tqdm or args.process_index > 0):
+    for _ in tqdm(
+        range(steps), desc="contrastive steps", disable=args.disable_tqdm or args.process_index > 0
+    ):
         chosen = [classes[i] for i in generator.choice(len(classes), num_classes, replace=False)]
-        drawn = [generator.choice(texts, min(TEXTS_PER_CLASS, len(texts)), replace=False) for texts in chosen]
+        drawn = [
+            generator.choice(texts, min(TEXTS_PER_CLASS, len(texts)), replace=False)
+            for texts in chosen
+        ]
         rows = np.unique(np.concatenate(drawn))
         loss = contrastive_loss(trainer.embed([inputs[row] for row in rows]), members[rows])
         scaler.scale(loss).backward()
@@ -71,7 +82,8 @@ def contrastive_loss(vectors: Tensor, members: Tensor) -> Tensor:
 
     Args:
         vectors: (B, H).
-        members: (B, C), 1 for the classes of a text. Two texts with a class in common are a positive pair.
+        members: (B, C), 1 for the classes of a text. Two texts with a class in common are a
+        positive pair.
 
     Returns:
         The mean over all texts that are in a positive pair.

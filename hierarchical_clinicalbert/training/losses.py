@@ -9,10 +9,11 @@ from decisions_hierarchical import Decisions, sum_per_item
 
 
 def balanced_weights(counts: Tensor, group: Tensor) -> Tensor:
-    """Weight each outcome of a decision by n / (K · n_c), like scikit-learn's ``compute_class_weight("balanced")``.
+    """Weight each outcome of a decision by n / (K · n_c), like scikit-learn's
+    ``compute_class_weight("balanced")``.
 
-    n_c of the n texts of a decision with K outcomes have the outcome. An outcome without texts is not counted in K and has
-    weight 1.
+    n_c of the n texts of a decision with K outcomes have the outcome. An outcome without texts is
+    not counted in K and has weight 1.
     """
     seen = counts > 0
     texts, outcomes = (torch.bincount(group, values.double())[group] for values in (counts, seen))
@@ -22,14 +23,14 @@ def balanced_weights(counts: Tensor, group: Tensor) -> Tensor:
 class FocalLoss(nn.Module):
     """Sum over the decisions of a text of  α · (1 - p)^γ · CE, divided by the number of texts.
 
-    p is the probability of the correct outcome. CE is its cross-entropy with label smoothing ε:
-    -(1 - ε) log p - ε · Σ q_k log p_k, with q of `Decisions.smoothing`. The focal factor is from Lin et al. (2017, arXiv
-    1708.02002). α is 1, or with ``balanced`` from `balanced_weights`.
+    p is the probability of the correct outcome. CE is its cross-entropy with label smoothing ε: -(1
+    - ε) log p - ε · Σ q_k log p_k, with q of `Decisions.smoothing`. The focal factor is from Lin et
+    al. (2017, arXiv 1708.02002). α is 1, or with ``balanced`` from `balanced_weights`.
 
     Args:
-        decisions: those of the taxonomy. The loss keeps a copy, which moves to its device.
-        labels: of the training rows, as of `Decisions.targets`. Smoothing and weights use their frequencies.
-        teacher_weight: w of `forward`.
+        decisions: those of the taxonomy. The loss keeps a copy, which moves to its device. labels:
+        of the training rows, as of `Decisions.targets`. Smoothing and weights use their
+        frequencies. teacher_weight: w of `forward`.
         temperature: T of `forward`.
     """
 
@@ -47,10 +48,15 @@ class FocalLoss(nn.Module):
         self.decisions = copy.deepcopy(decisions)
         self.gamma = gamma
         self.label_smoothing = label_smoothing
-        self.teacher_weight, self.temperature = teacher_weight, temperature
-        counts, group = decisions.count_outcomes(labels), decisions.outcome_decision
-        # an only child is no decision: its p is 1 whatever the weights, and so are its loss and gradient 0
-        weights = (balanced_weights(counts, group) if balanced else 1) * (torch.bincount(group)[group] > 1)
+        self.teacher_weight = teacher_weight
+        self.temperature = temperature
+        counts = decisions.count_outcomes(labels)
+        group = decisions.outcome_decision
+        # an only child is no decision: its p is 1 whatever the weights, and so are its loss and
+        # gradient 0
+        weights = (balanced_weights(counts, group) if balanced else 1) * (
+            torch.bincount(group)[group] > 1
+        )
         self.register_buffer("group", group.clone())
         self.register_buffer("weights", weights.float())
         self.register_buffer("smoothing", decisions.smoothing(counts).float())
@@ -62,10 +68,12 @@ class FocalLoss(nn.Module):
         num_items_in_batch: Tensor | int | None = None,
         teacher_scores: Tensor | None = None,
     ) -> Tensor:
-        """Return the loss in nats for decision scores (B, num_nodes) and labels as of `Decisions.targets`.
+        """Return the loss in nats for decision scores (B, num_nodes) and labels as of
+        `Decisions.targets`.
 
-        With decision scores of a teacher, (B, num_nodes), it is  (1 - w) · L(scores, labels) + w · T² · L(scores / T, q).
-        q are the probabilities of the teacher's scores / T. T² keeps the gradient's size (Hinton et al., 2015, arXiv 1503.02531).
+        With decision scores of a teacher, (B, num_nodes), it is  (1 - w) · L(scores, labels) + w ·
+        T² · L(scores / T, q). q are the probabilities of the teacher's scores / T. T² keeps the
+        gradient's size (Hinton et al., 2015, arXiv 1503.02531).
         """
         losses = self.of_texts(scores, self.decisions.outcome_targets(labels))
         if teacher_scores is not None:
@@ -80,7 +88,11 @@ class FocalLoss(nn.Module):
         loss = -log_p
         if self.label_smoothing:
             index = self.group.expand_as(log_p)
-            expected = torch.zeros_like(log_p).scatter_add(1, index, self.smoothing * log_p).gather(1, index)
+            expected = (
+                torch.zeros_like(log_p)
+                .scatter_add(1, index, self.smoothing * log_p)
+                .gather(1, index)
+            )
             loss = (1 - self.label_smoothing) * loss - self.label_smoothing * expected
         if self.gamma:
             # the floor keeps the slope of x^γ finite at x = 0 when γ < 1

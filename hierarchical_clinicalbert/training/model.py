@@ -1,7 +1,8 @@
 """Build a model that is ready to train: encoder, quantization, adapter, heads.
 
-If ``--model_name_or_path`` is a checkpoint of this project, training continues with its adapter and the heads of known
-nodes. A checkpoint on the Hub is downloaded at one commit first, and treated as a folder from then on.
+If ``--model_name_or_path`` is a checkpoint of this project, training continues with its adapter and
+the heads of known nodes. A checkpoint on the Hub is downloaded at one commit first, and treated as
+a folder from then on.
 """
 
 import logging
@@ -15,7 +16,13 @@ from huggingface_hub import snapshot_download
 from peft import LoraConfig, inject_adapter_in_model, prepare_model_for_kbit_training
 from peft.functional import cast_adapter_dtype, set_adapter
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from checkpoint_hierarchical import check_tokenizer, load_encoder, special_tokens
 from configuration_hierarchical import DEFAULT_ENCODER, Calibration, HierarchicalConfig
@@ -38,7 +45,7 @@ logger = logging.getLogger(__name__)
 HEAD_DROPOUT = 0.1  # of the pooled vector, in training
 
 
-# ── Build a model, or continue one ───────────────────────────────────────────────────────────────────────────────────
+# ── Build a model, or continue one ────────────────────────────────────────────────────────────────
 
 
 def build_model(
@@ -49,19 +56,24 @@ def build_model(
     renamed: dict[str, str] | None = None,
     takes_steps: bool = True,
 ) -> HierarchicalForSequenceClassification:
-    """Build a model that is ready to train. With LoRA the encoder is frozen, and only adapter and heads are trained.
+    """Build a model that is ready to train. With LoRA the encoder is frozen, and only adapter and
+    heads are trained.
 
-    ``renamed`` are new names of a checkpoint's nodes. A run that ``takes_steps`` starts without the checkpoint's calibration.
+    ``renamed`` are new names of a checkpoint's nodes. A run that ``takes_steps`` starts without the
+    checkpoint's calibration.
     """
     torch.manual_seed(seed)
-    name, revision = arguments.model_name_or_path, arguments.model_revision
+    name = arguments.model_name_or_path
+    revision = arguments.model_revision
     if is_checkpoint(name):
         return continue_checkpoint(arguments, taxonomy, renamed, takes_steps)
 
-    # ── Configuration ────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── Configuration ─────────────────────────────────────────────────────────────────────────────
     with as_input_error(f"cannot load the encoder {name}"):
         # the default of trust_remote_code prompts at a terminal
-        text_config = AutoConfig.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
+        text_config = AutoConfig.from_pretrained(
+            name, revision=revision or "main", trust_remote_code=False
+        )
         if arguments.tuning == "lora":
             turn_off_dropout(text_config)  # inside a frozen encoder, the largest cost of a CPU step
         config = HierarchicalConfig(
@@ -77,7 +89,7 @@ def build_model(
         encoder = load_encoder(config, **load_arguments(arguments))
     logger.info("encoder: %s%s", config.encoder_name_or_path, f" at {revision}" if revision else "")
 
-    # ── Adapter and heads ────────────────────────────────────────────────────────────────────────────────────────────
+    # ── Adapter and heads ─────────────────────────────────────────────────────────────────────────
     model = HierarchicalForSequenceClassification(config, encoder=encoder)
     if arguments.tuning == "lora":
         add_adapter(encoder, arguments)
@@ -86,11 +98,13 @@ def build_model(
 
 
 def add_adapter(encoder: nn.Module, arguments: ModelArguments) -> None:
-    """Freeze an encoder, and inject a LoRA adapter over its linear layers, with new weights in float32, in place.
+    """Freeze an encoder, and inject a LoRA adapter over its linear layers, with new weights in
+    float32, in place.
 
     InputError: the encoder has no linear layers, or PEFT cannot adapt them.
     """
-    prepare_model_for_kbit_training(encoder, use_gradient_checkpointing=False)  # the Trainer enables it
+    # the Trainer enables it
+    prepare_model_for_kbit_training(encoder, use_gradient_checkpointing=False)
     # PEFT's own all-linear also adapts a pooler
     linear = (name for name, module in encoder.named_modules() if isinstance(module, nn.Linear))
     targets = sorted({name.rsplit(".", 1)[-1] for name in linear})
@@ -104,20 +118,26 @@ def add_adapter(encoder: nn.Module, arguments: ModelArguments) -> None:
     )
     with as_input_error(f"cannot adapt {type(encoder).__name__}", "give --tuning full"):
         inject_adapter_in_model(lora, encoder)
-    cast_adapter_dtype(encoder, "default")  # over 4-bit layers it is bfloat16, in which small steps round to zero
+    # over 4-bit layers it is bfloat16, in which small steps round to zero
+    cast_adapter_dtype(encoder, "default")
 
 
 def continue_checkpoint(
     arguments: ModelArguments, taxonomy: Taxonomy, renamed: dict[str, str] | None, takes_steps: bool
 ) -> HierarchicalForSequenceClassification:
-    """Load the model of a checkpoint, with heads for ``taxonomy``. The arguments are those of `build_model`."""
+    """Load the model of a checkpoint, with heads for ``taxonomy``.
+
+    The arguments are those of `build_model`.
+    """
     path = arguments.model_name_or_path
     config = read_config(path)
     tuning = "full" if config.adapter_subfolder is None else "lora"
     if (arguments.tuning, arguments.pooling) != (tuning, config.pooling):
         same = f"--tuning {tuning} --pooling {config.pooling}"
         weights = "an adapter" if tuning == "lora" else "full or merged weights"
-        raise InputError(f"{path} holds {weights}, with {config.pooling} pooling: continue it with {same}")
+        raise InputError(
+            f"{path} holds {weights}, with {config.pooling} pooling: continue it with {same}"
+        )
     if tuning == "lora":
         turn_off_dropout(config.text_config)
     with as_input_error(f"cannot load the checkpoint {path}"):
@@ -128,7 +148,10 @@ def continue_checkpoint(
         model.set_calibration(Calibration())  # the stored one is fitted to the earlier weights
     if tuning == "lora":
         settings = adapter_settings(model.encoder.peft_config["default"])
-        logger.info("the adapter keeps its settings: %s", ", ".join(f"{name} {settings[name]}" for name in settings))
+        logger.info(
+            "the adapter keeps its settings: %s",
+            ", ".join(f"{name} {settings[name]}" for name in settings),
+        )
         prepare_model_for_kbit_training(model.encoder, use_gradient_checkpointing=False)
         set_adapter(model.encoder, "default")
     stored = model.config.tree
@@ -139,9 +162,16 @@ def continue_checkpoint(
         with as_input_error(f"cannot change the taxonomy of {path}"):
             new, dropped = model.add_nodes(taxonomy, renamed=renamed, trains=takes_steps)
         kept = stored.num_nodes - len(dropped)
-        logger.info("heads kept: %d; initialised: %s; dropped: %s", kept, list_names(new), list_names(dropped))
+        logger.info(
+            "heads kept: %d; initialised: %s; dropped: %s",
+            kept,
+            list_names(new),
+            list_names(dropped),
+        )
     elif not takes_steps:
-        raise InputError("no training steps, and --taxonomy is the checkpoint's: nothing would change")
+        raise InputError(
+            "no training steps, and --taxonomy is the checkpoint's: nothing would change"
+        )
     model.config.set_taxonomy(taxonomy)
     return model
 
@@ -151,13 +181,15 @@ def adapter_settings(adapter: LoraConfig) -> dict[str, Any]:
     return {"lora_r": adapter.r, "lora_alpha": adapter.lora_alpha}
 
 
-# ── Fetch and load ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Fetch and load ────────────────────────────────────────────────────────────────────────────────
 
 
 def pin_model(arguments: ModelArguments) -> tuple[ModelArguments, str]:
-    """Pin ``--model_revision`` to its commit. Return the arguments, and the folder of the initial model's config.json.
+    """Pin ``--model_revision`` to its commit. Return the arguments, and the folder of the initial
+    model's config.json.
 
-    Nothing but config.json is downloaded. For the default encoder, which is no checkpoint, the second value is its id.
+    Nothing but config.json is downloaded. For the default encoder, which is no checkpoint, the
+    second value is its id.
     """
     name = arguments.model_name_or_path
     snapshot = None if name == DEFAULT_ENCODER else find_snapshot(name, arguments.model_revision)
@@ -167,36 +199,50 @@ def pin_model(arguments: ModelArguments) -> tuple[ModelArguments, str]:
 
 
 def fetch_model(arguments: ModelArguments) -> ModelArguments:
-    """Pin ``--model_revision`` to a commit of the Hub. Download a checkpoint of this project and continue from its folder."""
+    """Pin ``--model_revision`` to a commit of the Hub.
+
+    Download a checkpoint of this project and continue from its folder.
+    """
     name = arguments.model_name_or_path
     snapshot = find_snapshot(name, arguments.model_revision)
     if snapshot is not None:
         arguments = replace(arguments, model_revision=snapshot.name)
         if is_checkpoint(snapshot):
             with as_input_error(f"cannot download the checkpoint {name} at {snapshot.name}"):
-                folder = snapshot_download(name, revision=snapshot.name, allow_patterns=list(MODEL_FILES))
+                folder = snapshot_download(
+                    name, revision=snapshot.name, allow_patterns=list(MODEL_FILES)
+                )
             logger.info("checkpoint: %s at %s", name, snapshot.name)
             arguments = replace(arguments, model_name_or_path=folder, model_revision=None)
     if is_checkpoint(arguments.model_name_or_path):
-        refuse_foreign_code(arguments.model_name_or_path)  # again: only its config.json was at hand before
+        # again: only its config.json was at hand before
+        refuse_foreign_code(arguments.model_name_or_path)
         require_encoder(arguments.model_name_or_path)
     return arguments
 
 
 def load_arguments(arguments: ModelArguments) -> dict[str, Any]:
-    """Return the keyword arguments of `from_pretrained` for training, with quantization or in float32.
+    """Return the keyword arguments of `from_pretrained` for training, with quantization or in
+    float32.
 
-    4-bit is NF4 with double quantization and bfloat16 products (QLoRA: Dettmers et al., 2023). CPUs that emulate bfloat16
-    multiply in float32.
+    4-bit is NF4 with double quantization and bfloat16 products (QLoRA: Dettmers et al., 2023). CPUs
+    that emulate bfloat16 multiply in float32.
     """
     gpu = torch.cuda.is_available()
     if arguments.quantization in (None, "none"):
         return {"dtype": torch.float32}  # master weights; autocast converts them
     settings: dict[str, Any] = {"load_in_8bit": True}
     if arguments.quantization == "4bit":
-        settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-        settings["bnb_4bit_compute_dtype"] = torch.bfloat16 if gpu or has_bf16(cpu=True) else torch.float32
-        if parse_flag_from_env("ACCELERATE_USE_FSDP"):  # which needs all parameters in one floating-point type
+        settings = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+        }
+        settings["bnb_4bit_compute_dtype"] = (
+            torch.bfloat16 if gpu or has_bf16(cpu=True) else torch.float32
+        )
+        # which needs all parameters in one floating-point type
+        if parse_flag_from_env("ACCELERATE_USE_FSDP"):
             settings["bnb_4bit_quant_storage"] = torch.float32
     # quantization happens on the device
     device = {"device_map": {"": torch.cuda.current_device()}} if gpu else {}
@@ -210,7 +256,9 @@ def turn_off_dropout(text_config: PretrainedConfig) -> None:
             setattr(text_config, name, 0.0)
 
 
-def load_tokenizer(arguments: ModelArguments, model: HierarchicalForSequenceClassification) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    arguments: ModelArguments, model: HierarchicalForSequenceClassification
+) -> PreTrainedTokenizerBase:
     """Load the encoder's tokenizer, with a ``model_max_length`` of at most one window.
 
     The configuration stores its special tokens, which each window of a longer text gets.
@@ -219,10 +267,14 @@ def load_tokenizer(arguments: ModelArguments, model: HierarchicalForSequenceClas
     continued = is_checkpoint(name)
     revision = model.config.encoder_revision or "main"
     with as_input_error(f"cannot load the tokenizer of {name}"):
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=continued)
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=revision, trust_remote_code=continued
+        )
         check_tokenizer(tokenizer, model)
-    tokenizer.init_kwargs.pop("auto_map", None)  # else saved: the pipeline would run code that the encoder names
-    tokenizer.padding_side = "right"  # "cls" pooling reads the first token, and positions start there
+    # else saved: the pipeline would run code that the encoder names
+    tokenizer.init_kwargs.pop("auto_map", None)
+    # "cls" pooling reads the first token, and positions start there
+    tokenizer.padding_side = "right"
     tokenizer.truncation_side = "right"  # predictions report truncation at the end of a text
     if "attention_mask" not in tokenizer.model_input_names:  # else batches would have no mask
         tokenizer.model_input_names = [*tokenizer.model_input_names, "attention_mask"]
@@ -234,10 +286,16 @@ def load_tokenizer(arguments: ModelArguments, model: HierarchicalForSequenceClas
 
 
 def size_report(model: HierarchicalForSequenceClassification) -> dict[str, int | float]:
-    """Count all and trainable parameters, and the bytes of the encoder's weights, as stored and in float32."""
-    encoder, heads = model.encoder, model.heads
-    adapter = sum(parameter.numel() for name, parameter in encoder.named_parameters() if "lora_" in name)
-    # the encoder's method counts 4-bit weights, stored two to a byte; the model's method counts stored elements
+    """Count all and trainable parameters, and the bytes of the encoder's weights, as stored and in
+    float32.
+    """
+    encoder = model.encoder
+    heads = model.heads
+    adapter = sum(
+        parameter.numel() for name, parameter in encoder.named_parameters() if "lora_" in name
+    )
+    # the encoder's method counts 4-bit weights, stored two to a byte; the model's method counts
+    # stored elements
     total = encoder.num_parameters() + sum(parameter.numel() for parameter in heads.parameters())
     trainable = model.num_parameters(only_trainable=True)
     stored = encoder.state_dict()  # with the scales of quantized weights
@@ -245,6 +303,8 @@ def size_report(model: HierarchicalForSequenceClassification) -> dict[str, int |
         "trainable_parameters": trainable,
         "all_parameters": total,
         "trainable_share": trainable / total,
-        "encoder_bytes": sum(tensor.nbytes for name, tensor in stored.items() if "lora_" not in name),
+        "encoder_bytes": sum(
+            tensor.nbytes for name, tensor in stored.items() if "lora_" not in name
+        ),
         "encoder_bytes_float32": 4 * (encoder.num_parameters() - adapter),
     }

@@ -1,10 +1,12 @@
 """Initialise heads from prototypes: the mean embedding of each class's training texts and its name.
 
-Prototypes are from Snell et al., 2017, "Prototypical Networks for Few-shot Learning". A class name counts as several texts
-(dataless classification: Chang et al., 2008, "Importance of Semantic Representation"). Prototypes help most with few rows per
-class. For multi-label models, biases start at each node's log-odds in the training rows.
+Prototypes are from Snell et al., 2017, "Prototypical Networks for Few-shot Learning". A class name
+counts as several texts (dataless classification: Chang et al., 2008, "Importance of Semantic
+Representation"). Prototypes help most with few rows per class. For multi-label models, biases start
+at each node's log-odds in the training rows.
 
-Without training steps, `set_heads` sets the heads of classes that may have no texts, over an encoder or in a checkpoint.
+Without training steps, `set_heads` sets the heads of classes that may have no texts, over an
+encoder or in a checkpoint.
 """
 
 import logging
@@ -29,18 +31,24 @@ from taxonomy_hierarchical import Taxonomy
 
 logger = logging.getLogger(__name__)
 
-TYPICAL_SCORE = 4.0  # of a text at the typical distance from the mean, in the direction of its class
+# of a text at the typical distance from the mean, in the direction of its class
+TYPICAL_SCORE = 4.0
 NAME_WEIGHT = 4.0  # texts that a class name counts as
 DESCRIPTION_WEIGHT = 16.0  # texts that a name with a description counts as
 PHRASE_TEXTS = 2  # that a phrase of a class counts as, if the class is added to a checkpoint
-NAME_SCORE = 24.0  # of a name for itself, where there are no texts; and of texts, while they are assigned to classes
+# of a name for itself, where there are no texts; and of texts, while they are assigned to classes
+NAME_SCORE = 24.0
 CLUSTER_STEPS = 3  # of assigning unlabelled texts to classes
-CLUSTER_SCORE = 12.0  # like `TYPICAL_SCORE`, for classes of unlabelled texts: text and class are less alike
+# like `TYPICAL_SCORE`, for classes of unlabelled texts: text and class are less alike
+CLUSTER_SCORE = 12.0
 MAX_TEXTS = 4096  # that are embedded
 
 
 class Names(NamedTuple):
-    """A phrase for each class, for its prototype. ``weights`` are the numbers of texts that the phrases count as."""
+    """A phrase for each class, for its prototype.
+
+    ``weights`` are the numbers of texts that the phrases count as.
+    """
 
     source: str
     phrases: list[str]
@@ -50,31 +58,42 @@ class Names(NamedTuple):
 def find_known_nodes(
     arguments: ModelArguments, tree: Taxonomy, renamed: dict[str, str] | None = None
 ) -> dict[int, int]:
-    """Return the nodes that the initial checkpoint has, with their ids there. An encoder has none."""
+    """Return the nodes that the initial checkpoint has, with their ids there.
+
+    An encoder has none.
+    """
     stored = arguments.model_name_or_path
     with as_input_error("--renamed_nodes"):
         return tree.known_nodes(read_config(stored).tree, renamed) if is_checkpoint(stored) else {}
 
 
 def initialise_heads(
-    trainer: HierarchicalTrainer, rows: Dataset, arguments: ModelArguments, known: Container[int] = ()
+    trainer: HierarchicalTrainer,
+    rows: Dataset,
+    arguments: ModelArguments,
+    known: Container[int] = (),
 ) -> str | None:
     """Initialise new heads as ``--heads_init`` says, and biases at `Decisions.initial_biases`.
 
-    First, the encoder is trained for ``--contrastive_steps``. Return "prototypes" or "random"; None for a continued
-    checkpoint that has ``known`` nodes of the taxonomy: its heads are kept, and there are no contrastive steps.
+    First, the encoder is trained for ``--contrastive_steps``. Return "prototypes" or "random"; None
+    for a continued checkpoint that has ``known`` nodes of the taxonomy: its heads are kept, and
+    there are no contrastive steps.
     """
-    tree, heads = trainer.model.config.tree, trainer.model.heads
+    tree = trainer.model.config.tree
+    heads = trainer.model.heads
     new = [node for node in range(tree.num_nodes) if node not in known]
     with torch.no_grad():
         heads.bias[new] = initial_biases(trainer, rows).to(heads.bias)[new]
     if known:
         if arguments.contrastive_steps or arguments.heads_init:
-            logger.info("trained heads are kept: --contrastive_steps and --heads_init have no effect")
+            logger.info(
+                "trained heads are kept: --contrastive_steps and --heads_init have no effect"
+            )
         return None
     chosen = arguments.heads_init or ("prototypes" if has_few_rows(len(rows), tree) else "random")
     some = rows.select(sample(rows))
-    if chosen == "prototypes":  # after contrastive steps, prototypes without names would seem to fit these texts best
+    # after contrastive steps, prototypes without names would seem to fit these texts best
+    if chosen == "prototypes":
         vectors = embed(trainer, some["input_ids"][:])
         names = choose_names(trainer, some, vectors)
     if arguments.contrastive_steps:
@@ -92,17 +111,22 @@ def initialise_heads(
 def set_heads(
     trainer: HierarchicalTrainer, rows: Dataset | None, known: Container[int], unlabelled: list[str]
 ) -> list[str]:
-    """Set the heads of all classes, or of those that are not ``known`` to a checkpoint, without training. Return their labels.
+    """Set the heads of all classes, or of those that are not ``known`` to a checkpoint, without
+    training. Return their labels.
 
-    Over an encoder, they are those of `set_prototypes`, or without rows those of `write_name_heads`, with the ``unlabelled`` texts.
-    In a checkpoint, they are placed among the known ones by `HierarchicalHeads.place`. There, a phrase counts as `PHRASE_TEXTS`
-    texts with one vector. From the mean of the class means, this vector lies in the direction u of `set_prototypes`, as far as
-    class means do on average.
+    Over an encoder, they are those of `set_prototypes`, or without rows those of
+    `write_name_heads`, with the ``unlabelled`` texts. In a checkpoint, they are placed among the
+    known ones by `HierarchicalHeads.place`. There, a phrase counts as `PHRASE_TEXTS` texts with one
+    vector. From the mean of the class means, this vector lies in the direction u of
+    `set_prototypes`, as far as class means do on average.
     """
-    tree, heads, classes = trainer.model.config.tree, trainer.model.heads, trainer.model.config.num_labels
+    tree = trainer.model.config.tree
+    heads = trainer.model.heads
+    classes = trainer.model.config.num_labels
     names = list_candidates(tree, classes)[-1]
     phrases = embed_phrases(trainer, names.phrases)
-    texts, members = phrases[:0], phrases.new_zeros(0, classes)
+    texts = phrases[:0]
+    members = phrases.new_zeros(0, classes)
     if rows is not None:
         rows = rows.select(sample(rows))
         texts = embed(trainer, rows["input_ids"][:])
@@ -112,7 +136,9 @@ def set_heads(
         # without stored class means, the phrases are the best guess
         open_world = heads.open_world or OpenWorld.of_means(tree, phrases)
         with as_input_error("cannot add the classes without training"):
-            heads.place(new_class_vectors(open_world, new, phrases, texts, members), known, open_world)
+            heads.place(
+                new_class_vectors(open_world, new, phrases, texts, members), known, open_world
+            )
     elif rows is not None:
         heads.bias[:] = initial_biases(trainer, rows)
         set_prototypes(trainer, rows, texts, names)
@@ -128,34 +154,45 @@ def set_heads(
 def new_class_vectors(
     open_world: OpenWorld, new: list[int], phrases: Tensor, texts: Tensor, members: Tensor
 ) -> dict[int, Tensor]:
-    """Return the vectors of each new class for `HierarchicalHeads.place`, (n, H): its phrase's, as `set_heads` says, and its texts'."""
+    """Return the vectors of each new class for `HierarchicalHeads.place`, (n, H): its phrase's, as
+    `set_heads` says, and its texts'.
+    """
     means = open_world.class_means()[open_world.shares > 0]
-    center, directions = means.mean(0), normalize(phrases - phrases.mean(0))
+    center = means.mean(0)
+    directions = normalize(phrases - phrases.mean(0))
     places = center + (means - center).norm(dim=1).mean() * directions
-    return {node: torch.cat([places[node].expand(PHRASE_TEXTS, -1), texts[members[:, node] > 0]]) for node in new}
+    return {
+        node: torch.cat([places[node].expand(PHRASE_TEXTS, -1), texts[members[:, node] > 0]])
+        for node in new
+    }
 
 
 def write_name_heads(heads: HierarchicalHeads, phrases: Tensor, texts: Tensor) -> None:
-    """Set the heads of all classes from the embeddings of their names or descriptions (C, H), and of unlabelled texts (B, H).
+    """Set the heads of all classes from the embeddings of their names or descriptions (C, H), and
+    of unlabelled texts (B, H).
 
-    Without texts, a text's most probable class is the one whose phrase has the largest cosine with the text: weights have equal
-    lengths, and a phrase scores `NAME_SCORE` for itself. The mean score of the phrases is subtracted. The mean of phrases is not:
-    texts have another one.
+    Without texts, a text's most probable class is the one whose phrase has the largest cosine with
+    the text: weights have equal lengths, and a phrase scores `NAME_SCORE` for itself. The mean
+    score of the phrases is subtracted. The mean of phrases is not: texts have another one.
 
-    With texts, prototypes start as the directions u of `set_prototypes`. Each of `CLUSTER_STEPS` steps assigns each text to leaves
-    by the softmax of its scores, and makes prototypes of these shares of texts. This is the EM algorithm on a sphere (Banerjee et
-    al., 2005, "Clustering on the unit hypersphere using von Mises-Fisher distributions"). A name counts as half of the texts that a
-    class has on average, and `NAME_WEIGHT` more: so a prototype stays close to its name. The last shares count as labels for the
-    initial biases.
+    With texts, prototypes start as the directions u of `set_prototypes`. Each of `CLUSTER_STEPS`
+    steps assigns each text to leaves by the softmax of its scores, and makes prototypes of these
+    shares of texts. This is the EM algorithm on a sphere (Banerjee et al., 2005, "Clustering on the
+    unit hypersphere using von Mises-Fisher distributions"). A name counts as half of the texts that
+    a class has on average, and `NAME_WEIGHT` more: so a prototype stays close to its name. The last
+    shares count as labels for the initial biases.
     """
-    decisions, classes = heads.decisions, len(phrases)
+    decisions = heads.decisions
+    classes = len(phrases)
     if len(texts):
         offsets, mean, rms_distance = standardise(texts)
         prototypes = names = normalize(phrases - phrases.mean(0))
         name_texts = NAME_WEIGHT + len(texts) / (2 * classes)
         for _ in range(CLUSTER_STEPS):
             shares = (NAME_SCORE * offsets @ prototypes[: decisions.num_leaves].T).softmax(1)
-            members = decisions.sum_at_or_below(pad(shares, (0, decisions.num_nodes - decisions.num_leaves)))
+            members = decisions.sum_at_or_below(
+                pad(shares, (0, decisions.num_nodes - decisions.num_leaves))
+            )
             prototypes = normalize(members[:, :classes].T @ offsets + name_texts * names)
         weights = CLUSTER_SCORE / rms_distance * prototypes
         level = weights @ mean
@@ -172,12 +209,15 @@ def write_name_heads(heads: HierarchicalHeads, phrases: Tensor, texts: Tensor) -
 
 @torch.no_grad()
 def choose_names(trainer: HierarchicalTrainer, rows: Dataset, vectors: Tensor) -> Names:
-    """Choose what prototypes use in addition to the texts' vectors (B, H): nothing, class names, or names with descriptions.
+    """Choose what prototypes use in addition to the texts' vectors (B, H): nothing, class names, or
+    names with descriptions.
 
-    The choice maximises the likelihood of the training labels. Each text is left out of its own prototypes. A phrase counts as
-    `NAME_WEIGHT` texts, or as 0.
+    The choice maximises the likelihood of the training labels. Each text is left out of its own
+    prototypes. A phrase counts as `NAME_WEIGHT` texts, or as 0.
     """
-    tree, heads, classes = trainer.model.config.tree, trainer.model.heads, trainer.model.config.num_labels
+    tree = trainer.model.config.tree
+    heads = trainer.model.heads
+    classes = trainer.model.config.num_labels
     offsets, *_ = standardise(vectors)
     labels, members = read_labels(trainer, rows)
     text_sums = members.T @ offsets
@@ -186,30 +226,44 @@ def choose_names(trainer: HierarchicalTrainer, rows: Dataset, vectors: Tensor) -
         name_sums = NAME_WEIGHT * name_directions(trainer, names) if any(names.weights) else 0
         own = left_out_scores(offsets, members, text_sums + name_sums)
         scores = pad(own, (0, tree.num_nodes - classes)) + heads.bias
-        return float(heads.decisions.log_likelihood(heads.decisions.inclusive(scores), labels).sum())
+        return float(
+            heads.decisions.log_likelihood(heads.decisions.inclusive(scores), labels).sum()
+        )
 
     return max(list_candidates(tree, classes), key=likelihood)
 
 
 def list_candidates(tree: Taxonomy, classes: int) -> list[Names]:
-    """Return what prototypes may use in addition to texts: nothing, class names, and names with descriptions if there are any."""
+    """Return what prototypes may use in addition to texts: nothing, class names, and names with
+    descriptions if there are any.
+    """
     phrases = [label.replace(tree.separator, " ") for label in tree.labels[:classes]]
     descriptions = [tree.descriptions.get(label) for label in tree.labels[:classes]]
-    texts_only = "the training texts alone: the class names do not fit them; --class_names gives better ones"
+    texts_only = (
+        "the training texts alone: the class names do not fit them; --class_names gives better ones"
+    )
     candidates = [
         Names(texts_only, phrases, [0.0] * classes),
         Names("the training texts and the class names", phrases, [NAME_WEIGHT] * classes),
     ]
     if tree.descriptions:
-        described = [f"{name}: {text}" if text else name for name, text in zip(phrases, descriptions, strict=True)]
+        described = [
+            f"{name}: {text}" if text else name
+            for name, text in zip(phrases, descriptions, strict=True)
+        ]
         weights = [DESCRIPTION_WEIGHT if text else NAME_WEIGHT for text in descriptions]
-        candidates.append(Names("the training texts, the class names and their descriptions", described, weights))
+        candidates.append(
+            Names("the training texts, the class names and their descriptions", described, weights)
+        )
     return candidates
 
 
 @torch.no_grad()
-def set_prototypes(trainer: HierarchicalTrainer, rows: Dataset, vectors: Tensor, names: Names) -> None:
-    """Initialise new heads from embeddings of the training texts, (B, H), and the class names. Inner nodes get 0.
+def set_prototypes(
+    trainer: HierarchicalTrainer, rows: Dataset, vectors: Tensor, names: Names
+) -> None:
+    """Initialise new heads from embeddings of the training texts, (B, H), and the class names.
+    Inner nodes get 0.
 
     The score of a leaf for a text with embedding v is  TYPICAL_SCORE · p · (v - m) / s.
 
@@ -220,7 +274,8 @@ def set_prototypes(trainer: HierarchicalTrainer, rows: Dataset, vectors: Tensor,
 
     In multi-label models each node has such a score, added to its initial bias.
     """
-    heads, classes = trainer.model.heads, trainer.model.config.num_labels
+    heads = trainer.model.heads
+    classes = trainer.model.config.num_labels
     offsets, mean, rms_distance = standardise(vectors)
     _, members = read_labels(trainer, rows)
     name_weights = offsets.new_tensor(names.weights)[:, None]
@@ -232,7 +287,9 @@ def set_prototypes(trainer: HierarchicalTrainer, rows: Dataset, vectors: Tensor,
 
 
 def standardise(vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return offsets of vectors (B, H) from their mean, over their RMS distance; the mean (H,); and the RMS distance."""
+    """Return offsets of vectors (B, H) from their mean, over their RMS distance; the mean (H,); and
+    the RMS distance.
+    """
     mean = vectors.mean(0)
     rms_distance = (vectors - mean).square().sum(1).mean().sqrt().clamp(min=1e-6)
     return (vectors - mean) / rms_distance, mean, rms_distance
@@ -262,7 +319,8 @@ def sample(rows: Sized) -> np.ndarray:
 
 
 def read_labels(trainer: HierarchicalTrainer, rows: Dataset) -> tuple[Tensor, Tensor]:
-    """Return the labels of rows as of `Decisions.targets`, and the classes of each text, (B, C), 1 or 0 in float32.
+    """Return the labels of rows as of `Decisions.targets`, and the classes of each text, (B, C), 1
+    or 0 in float32.
 
     For one path, an inner node as the label is no class.
     """
@@ -283,8 +341,10 @@ def initial_biases(trainer: HierarchicalTrainer, rows: Dataset) -> Tensor:
 def left_out_scores(offsets: Tensor, members: Tensor, sums: Tensor) -> Tensor:
     """Score texts by prototypes that leave out the text itself, (B, C).
 
-    ``offsets`` (B, H) are the texts, ``members`` (B, C) their classes, ``sums`` (C, H) unnormalised prototypes of all texts.
+    ``offsets`` (B, H) are the texts, ``members`` (B, C) their classes, ``sums`` (C, H) unnormalised
+    prototypes of all texts.
     """
-    products, squares = offsets @ sums.T, offsets.square().sum(1, keepdim=True)
+    products = offsets @ sums.T
+    squares = offsets.square().sum(1, keepdim=True)
     lengths = sums.square().sum(1) - members * (2 * products - squares)  # |sum - text|²
     return TYPICAL_SCORE * (products - members * squares) / lengths.clamp(min=1e-6).sqrt()

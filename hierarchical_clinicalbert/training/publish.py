@@ -20,12 +20,15 @@ from taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy
 
 
 def run_settings(
-    arguments: Arguments, model: HierarchicalForSequenceClassification, max_length: int, heads_init: str | None
+    arguments: Arguments,
+    model: HierarchicalForSequenceClassification,
+    max_length: int,
+    heads_init: str | None,
 ) -> dict[str, Any]:
     """Return the settings of a run for its card.
 
-    A continued adapter keeps its own rank and scale. If ``heads_init`` is None, trained heads were kept, and there were no
-    contrastive steps.
+    A continued adapter keeps its own rank and scale. If ``heads_init`` is None, trained heads were
+    kept, and there were no contrastive steps.
     """
     settings = {
         **vars(arguments.model),
@@ -45,9 +48,14 @@ def run_settings(
     return settings | dict.fromkeys(("lora_r", "lora_alpha"))
 
 
-def run_facts(arguments: Arguments, size: dict[str, int | float], data_report: dict[str, Any]) -> dict[str, Any]:
-    """Return facts of a run for metrics.json: precision, sizes, environment and hashes of the data files."""
-    hashes = {source["split"]: source["sha256"] for source in data_report["sources"]}  # no paths: they are published
+def run_facts(
+    arguments: Arguments, size: dict[str, int | float], data_report: dict[str, Any]
+) -> dict[str, Any]:
+    """Return facts of a run for metrics.json: precision, sizes, environment and hashes of the data
+    files.
+    """
+    # no paths: they are published
+    hashes = {source["split"]: source["sha256"] for source in data_report["sources"]}
     return {
         "train_precision": arguments.training.precision,
         "train_quantization": arguments.model.quantization,
@@ -57,7 +65,8 @@ def run_facts(arguments: Arguments, size: dict[str, int | float], data_report: d
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
-    """Describe the machine as ``hardware`` (text) and ``versions`` (by library), without names of hosts or users.
+    """Describe the machine as ``hardware`` (text) and ``versions`` (by library), without names of
+    hosts or users.
 
     With data parallelism, all processes are assumed to have a ``device`` like that of this one.
     """
@@ -69,15 +78,26 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         hardware = f"{gpus} × {gpu.name} ({gpu.total_memory / 2**30:.0f} GiB); {hardware}"
     elif device.type != "cpu":
         hardware = f"{device.type} device; {hardware}"
-    versions = {library: version(library) for library in ("torch", "transformers", "peft", "bitsandbytes")}
+    versions = {
+        library: version(library) for library in ("torch", "transformers", "peft", "bitsandbytes")
+    }
     return {"hardware": hardware, "versions": {"python": platform.python_version(), **versions}}
 
 
-def describe_page(args: HierarchicalTrainingArguments, config: HierarchicalConfig) -> dict[str, Any]:
-    """Return what card and page show, see `HierarchicalConfig`: as the flags say, else as in the continued checkpoint, else by default."""
-    default = {"title": card.default_title(config.tree), "medical": config.tree == Taxonomy(DEFAULT_TAXONOMY)}
+def describe_page(
+    args: HierarchicalTrainingArguments, config: HierarchicalConfig
+) -> dict[str, Any]:
+    """Return what card and page show, see `HierarchicalConfig`: as the flags say, else as in the
+    continued checkpoint, else by default.
+    """
+    default = {
+        "title": card.default_title(config.tree),
+        "medical": config.tree == Taxonomy(DEFAULT_TAXONOMY),
+    }
     given = {"title": args.title, "medical": args.medical}
-    return default | config.page | {name: value for name, value in given.items() if value is not None}
+    return (
+        default | config.page | {name: value for name, value in given.items() if value is not None}
+    )
 
 
 def write_card(
@@ -90,14 +110,24 @@ def write_card(
 ) -> None:
     """Write README.md into a checkpoint's folder. A run that is not finished has no ``metrics``."""
     config = HierarchicalConfig.from_pretrained(folder)
-    card.write(folder, config, settings, report, metrics or {}, trainer.hub_model_id, example_result)
+    card.write(
+        folder, config, settings, report, metrics or {}, trainer.hub_model_id, example_result
+    )
 
 
-def check_hub(args: HierarchicalTrainingArguments, model: HierarchicalForSequenceClassification) -> None:
-    """Raise InputError before training if the encoder is a local folder, or the repository cannot be written to."""
+def check_hub(
+    args: HierarchicalTrainingArguments, model: HierarchicalForSequenceClassification
+) -> None:
+    """Raise InputError before training if the encoder is a local folder, or the repository cannot
+    be written to.
+    """
     if model.has_adapter:
-        refuse_local_encoder(model.config, "train without --push_to_hub, then run push_to_hub.py --merge")
+        refuse_local_encoder(
+            model.config, "train without --push_to_hub, then run push_to_hub.py --merge"
+        )
     api = HfApi(token=args.hub_token)
     name = args.hub_model_id or Path(args.output_dir).resolve().name
     private = bool(args.hub_private_repo)
-    find_target(api, log_in(api), "--hub_model_id", name, revision=args.hub_revision, private=private)
+    find_target(
+        api, log_in(api), "--hub_model_id", name, revision=args.hub_revision, private=private
+    )

@@ -1,7 +1,8 @@
 """Convert a recipe, a YAML file of flags, to command-line arguments.
 
-The recipe's arguments precede the others, so a flag of the command line overrides the recipe's. A data source on the command
-line replaces the recipe's. Values stay as they are written: codes such as ``007``, ``1.10`` and ``no`` are texts.
+The recipe's arguments precede the others, so a flag of the command line overrides the recipe's. A
+data source on the command line replaces the recipe's. Values stay as they are written: codes such
+as ``007``, ``1.10`` and ``no`` are texts.
 """
 
 import argparse
@@ -23,9 +24,13 @@ SOURCES = (
 
 
 def insert_recipe(argv: list[str], flags: Mapping[str, argparse.Action]) -> list[str]:
-    """Replace a recipe, the first argument of a command line, by the arguments that it stands for."""
+    """Replace a recipe, the first argument of a command line, by the arguments that it stands
+    for.
+    """
     path, *rest = argv
-    given = {word.split("=")[0].lstrip("-").replace("-", "_") for word in rest if word.startswith("--")}
+    given = {
+        word.split("=")[0].lstrip("-").replace("-", "_") for word in rest if word.startswith("--")
+    }
     used = [group for group in SOURCES if given & {*group}]
     replaced = {name for group in SOURCES if used and group not in used for name in group}
     words: list[str] = []
@@ -34,13 +39,18 @@ def insert_recipe(argv: list[str], flags: Mapping[str, argparse.Action]) -> list
         raise InputError(f"the recipe {path} must be a mapping of flags to values")
     for key, value in recipe.items():
         if key not in flags:
-            raise InputError(f"the recipe {path} has an unknown key {quote_name(key)}; {nearest(str(key), flags)}")
+            raise InputError(
+                f"the recipe {path} has an unknown key {quote_name(key)}; "
+                f"{nearest(str(key), flags)}"
+            )
         if key in replaced:
             continue
         if value is None and flags[key].default is None:
             continue
         if value is None:
-            raise InputError(f"the recipe {path}: {key} has no value; leave the key out for its default")
+            raise InputError(
+                f"the recipe {path}: {key} has no value; leave the key out for its default"
+            )
         if isinstance(value, dict):
             value = json.dumps(value if key == "class_names" else typed(value))
         if flags[key].nargs in ("+", "*"):

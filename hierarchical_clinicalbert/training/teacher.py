@@ -40,7 +40,9 @@ from hierarchical_clinicalbert.reading.results import PROBABILITIES, PROBABILITY
 from hierarchical_clinicalbert.reading.sources import Source, find_sources, open_rows
 
 TASK = "data"  # column of the fields in tasks of Label Studio
-ADVICE = "give an output of predict.py --probabilities, or a file with columns text and probabilities"
+ADVICE = (
+    "give an output of predict.py --probabilities, or a file with columns text and probabilities"
+)
 
 
 def teach(name: str, arguments: DataArguments, data: LabelledSplits) -> LabelledSplits:
@@ -52,7 +54,7 @@ def teach(name: str, arguments: DataArguments, data: LabelledSplits) -> Labelled
     Raises:
         InputError: the teacher's probabilities cannot be used, or some training texts have none.
     """
-    # ── Probabilities of the training texts ──────────────────────────────────────────────────────
+    # ── Probabilities of the training texts ───────────────────────────────────────────────────────
     no_rows = Dataset.from_dict({column: [] for column in FEATURES}, FEATURES)
     rows = data.splits.get("train", no_rows)
     texts = {text_hash(text) for text in rows["text"]} | data.unlabelled.keys()
@@ -67,7 +69,7 @@ def teach(name: str, arguments: DataArguments, data: LabelledSplits) -> Labelled
         of_texts = f"{missing:,} of {len(texts):,} training texts"
         raise InputError(f"--teacher {name} has no probabilities of {of_texts}")
 
-    # ── Training rows ────────────────────────────────────────────────────────────────────────────
+    # ── Training rows ─────────────────────────────────────────────────────────────────────────────
     if data.unlabelled:
         chosen = decisions.predict(torch.stack([probabilities[key] for key in data.unlabelled]))
         numbers = np.arange(len(data.unlabelled))
@@ -81,7 +83,7 @@ def teach(name: str, arguments: DataArguments, data: LabelledSplits) -> Labelled
     of_rows = torch.stack([probabilities[text_hash(text)] for text in rows["text"]])
     taught = rows.add_column("teacher", [*decisions.scores_of(of_rows).numpy()])
 
-    # ── Report ───────────────────────────────────────────────────────────────────────────────────
+    # ── Report ────────────────────────────────────────────────────────────────────────────────────
     hashes = sha256(Path(file.path) for file in files)
     source = {"split": "teacher", "name": name, "dataset": None, "sha256": hashes}
     report = data.report | {"teacher": name, "sources": [*data.report["sources"], source]}
@@ -119,7 +121,7 @@ def read_probabilities(
     Probabilities are JSON objects, {label: number}. For one path a text, only their ratios count,
     so they may be votes.
     """
-    # ── The forms of a file: JSON, Parquet or votes; tasks of Label Studio; CSV of predict.py ────
+    # ── The forms of a file: JSON, Parquet or votes; tasks of Label Studio; CSV of predict.py ─────
     table = read_table(file)
     if TASK in table:
         table = pd.DataFrame([*table[TASK]], table.index, dtype=object)
@@ -130,7 +132,7 @@ def read_probabilities(
     if PROBABILITIES not in table:
         raise InputError(f"--teacher {file.name} has no probabilities: {ADVICE}")
 
-    # ── Rows ─────────────────────────────────────────────────────────────────────────────────────
+    # ── Rows ──────────────────────────────────────────────────────────────────────────────────────
     is_output = TEXT_HASH in table
     if is_output:
         table = table.drop_duplicates(TEXT_HASH)  # a repeated text has the same probabilities

@@ -2,14 +2,17 @@
 
 Worth knowing:
 
-1. The loss is divided by the number of texts in the accumulated batch, over all devices. So the gradient does not
-   depend on how the batch is split. DDP averages gradients, so the loss is multiplied by the number of processes.
-2. The Trainer resumes and restores the best model by root-level file names. The adapter form has its own loader here.
+1. The loss is divided by the number of texts in the accumulated batch, over all devices. So the
+   gradient does not depend on how the batch is split. DDP averages gradients, so the loss is
+   multiplied by the number of processes.
+2. The Trainer resumes and restores the best model by root-level file names. The adapter form has
+   its own loader here.
 3. No ``training_args.bin`` is written, because it is a pickle and can contain a token.
 4. Checks of the losses and the state of a resumed run are callbacks, see `training.callbacks`.
-5. The Trainer would push every file of a folder, possibly in several commits, and rewrite README.md. Here a push is one commit
-   with a checkpoint's files and this project's card. States to resume from are pickles, and are not pushed: the strategies
-   ``checkpoint`` and ``all_checkpoints`` are ``every_save``. Training waits for each push.
+5. The Trainer would push every file of a folder, possibly in several commits, and rewrite
+   README.md. Here a push is one commit with a checkpoint's files and this project's card. States to
+   resume from are pickles, and are not pushed: the strategies ``checkpoint`` and
+   ``all_checkpoints`` are ``every_save``. Training waits for each push.
 """
 
 import logging
@@ -23,7 +26,13 @@ from huggingface_hub import CommitInfo, HfApi
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments, trainer_pt_utils
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainingArguments,
+    trainer_pt_utils,
+)
 from transformers.trainer_utils import HubStrategy, TrainOutput
 
 from checkpoint_hierarchical import ADAPTER_FILES, load_heads_and_adapter
@@ -31,7 +40,12 @@ from decisions_hierarchical import sum_per_item
 from hierarchical_clinicalbert.checkpoint_files import published_files
 from hierarchical_clinicalbert.errors import InputError, as_input_error
 from hierarchical_clinicalbert.publishing.hub import Target, publish
-from hierarchical_clinicalbert.training.callbacks import LogLines, ProgressBar, ResumedRun, refuse_infinite
+from hierarchical_clinicalbert.training.callbacks import (
+    LogLines,
+    ProgressBar,
+    ResumedRun,
+    refuse_infinite,
+)
 from hierarchical_clinicalbert.training.cpu import use_training_kernels
 from hierarchical_clinicalbert.training.sampler import LengthGroupedSampler
 from hierarchical_clinicalbert.training.views import halves
@@ -44,94 +58,141 @@ EMBEDDED_AT_ONCE = 8  # texts
 class HierarchicalTrainer(Trainer):
     """A Trainer whose loss is a `training.losses.FocalLoss`.
 
-    Without ``loss_function``, it is the model's own. ``consistency`` weights the divergence of a text's halves,
-    see `training.views`, and needs the columns and collator of `training.tokens`; 0 trains on whole texts.
+    Without ``loss_function``, it is the model's own. ``consistency`` weights the divergence of a
+    text's halves, see `training.views`, and needs the columns and collator of `training.tokens`; 0
+    trains on whole texts.
     """
 
     loss_is_scaled_for_ga = True
 
-    def __init__(self, *args: Any, loss_function: nn.Module | None = None, consistency: float = 0.0, **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        loss_function: nn.Module | None = None,
+        consistency: float = 0.0,
+        **kwargs: Any,
+    ):
         with as_input_error("cannot set up training"), warnings.catch_warnings():
-            # the loss smooths labels itself, and the Trainer warns that it cannot for multi-label models
+            # the loss smooths labels itself, and the Trainer warns that it cannot for multi-label
+            # models
             warnings.filterwarnings("ignore", "Label smoothing is not compatible")
             super().__init__(*args, **kwargs)
         encoder = self.model.encoder
         if self.args.activation_checkpointing and not encoder.supports_gradient_checkpointing:
             raise InputError(
-                f"--activation_checkpointing: {type(encoder).__name__} of transformers does not support it"
+                f"--activation_checkpointing: {type(encoder).__name__} of transformers does "
+                "not support it"
             )
-        # transformers' DeBERTa masks the half-precision scores of autocast with the least float32, which torch refuses
+        # transformers' DeBERTa masks the half-precision scores of autocast with the least float32,
+        # which torch refuses
         if encoder.config.model_type == "deberta" and (self.args.bf16 or self.args.fp16):
-            raise InputError("DeBERTa (version 1) of transformers fails in bf16 and fp16: give --bf16 false")
+            raise InputError(
+                "DeBERTa (version 1) of transformers fails in bf16 and fp16: give --bf16 false"
+            )
         if self.args.n_gpu > 1:
-            logger.warning("using one of %d GPUs; `accelerate launch train.py …` uses all of them", self.args.n_gpu)
+            logger.warning(
+                "using one of %d GPUs; `accelerate launch train.py …` uses all of them",
+                self.args.n_gpu,
+            )
             self.args._n_gpu = 1
             self._train_batch_size = self.args.train_batch_size
         self.decisions = self.model.heads.decisions
-        self.loss_function: Any = loss_function.to(self.args.device) if loss_function else self.decisions.loss
+        self.loss_function: Any = (
+            loss_function.to(self.args.device) if loss_function else self.decisions.loss
+        )
         self.consistency = consistency
         self.resumed: ResumedRun | None = None  # in a run that resumes
-        self.write_card: Callable[[Path], None] = lambda folder: None  # of a checkpoint that is pushed during training
+        # of a checkpoint that is pushed during training
+        self.write_card: Callable[[Path], None] = lambda folder: None
         self.pop_callback(PrinterCallback)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(ProgressBar)
         self.add_callback(LogLines)
         for module in self.model.modules():
-            if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes would repack 4-bit weights in eval mode
+            # bitsandbytes would repack 4-bit weights in eval mode
+            if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
         self.model.encodes_at_once = self.is_fsdp_enabled
         if self.args.device.type == "cpu" and self.model.has_adapter and not self.is_fsdp_enabled:
-            use_training_kernels(self.model.encoder, torch.bfloat16 if self.args.bf16 else torch.float32)
+            use_training_kernels(
+                self.model.encoder, torch.bfloat16 if self.args.bf16 else torch.float32
+            )
 
     @property
     def best_epoch(self) -> float:
         """The epoch, possibly a fraction, at which the kept weights were saved."""
         step = self.state.best_global_step if self.args.load_best_model_at_end else None
-        return next((entry["epoch"] for entry in self.state.log_history if entry["step"] == step), self.state.epoch)
+        return next(
+            (entry["epoch"] for entry in self.state.log_history if entry["step"] == step),
+            self.state.epoch,
+        )
 
-    # ── Loss ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── Loss ──────────────────────────────────────────────────────────────────────────────────────
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
+        self,
+        model: nn.Module,
+        inputs: dict,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
     ) -> Tensor | tuple[Tensor, Any]:
         """Compute the loss per text of the accumulated batch, or in evaluation of this batch."""
         inputs = dict(inputs)
-        labels, rows, sentences = inputs.pop("labels"), inputs.pop("row", None), inputs.pop("sentences", None)
+        labels = inputs.pop("labels")
+        rows = inputs.pop("row", None)
+        sentences = inputs.pop("sentences", None)
         taught = {"teacher_scores": inputs.pop("teacher")} if "teacher" in inputs else {}
         items = None
-        if model.training and num_items_in_batch is not None:  # the Trainer counts the elements of labels
+        # the Trainer counts the elements of labels
+        if model.training and num_items_in_batch is not None:
             items = num_items_in_batch / labels.shape[1:].numel()
         if self.consistency and model.training:
-            padding, seed, step = self.processing_class.pad_token_id, self.args.seed, self.state.global_step
+            padding = self.processing_class.pad_token_id
+            seed = self.args.seed
+            step = self.state.global_step
             inputs, *pair = halves(inputs, sentences, rows.tolist(), padding, seed, step)
             outputs = model(**inputs)
             first, second = (outputs["decision_logits"][half] for half in pair)
-            losses = [self.loss_function(half, labels, num_items_in_batch=items, **taught) for half in (first, second)]
+            losses = [
+                self.loss_function(half, labels, num_items_in_batch=items, **taught)
+                for half in (first, second)
+            ]
             divergence = sum_per_item(self.decisions.divergence(first, second), items)
             loss = sum(losses) / 2 + self.consistency * divergence
         else:
             # in evaluation, vectors are gathered where they are not ignored
             outputs = model(**inputs, output_vectors=not model.training)
-            loss = self.loss_function(outputs["decision_logits"], labels, num_items_in_batch=items, **taught)
+            loss = self.loss_function(
+                outputs["decision_logits"], labels, num_items_in_batch=items, **taught
+            )
         if items is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
-    def embed(self, inputs: Sequence[list[int]], pool: Callable[[Any], Tensor] | None = None) -> Tensor:
-        """Embed texts given as token ids: vectors (len(inputs), hidden_size), by default pooled as the model does."""
-        pooled, order = [], sorted(range(len(inputs)), key=lambda row: len(inputs[row]))  # by length: less padding
+    def embed(
+        self, inputs: Sequence[list[int]], pool: Callable[[Any], Tensor] | None = None
+    ) -> Tensor:
+        """Embed texts given as token ids: vectors (len(inputs), hidden_size), by default pooled as
+        the model does.
+        """
+        # by length: less padding
+        pooled = []
+        order = sorted(range(len(inputs)), key=lambda row: len(inputs[row]))
         for start in range(0, len(inputs), EMBEDDED_AT_ONCE):
             rows = order[start : start + EMBEDDED_AT_ONCE]
-            batch = self.data_collator([{"input_ids": inputs[row]} for row in rows]).to(self.model.device)
+            batch = self.data_collator([{"input_ids": inputs[row]} for row in rows]).to(
+                self.model.device
+            )
             with self.accelerator.autocast():
                 tokens, _ = self.model.encode(**batch)
             pooled.append((pool or self.model.pool)(tokens).to(self.model.heads.weight.device))
         return torch.cat(pooled)[torch.tensor(order).argsort()]
 
-    # ── Resume ───────────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── Resume ────────────────────────────────────────────────────────────────────────────────────
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
-        """Train or resume. A run that has reached ``max_steps`` or stopped early takes no further step.
+        """Train or resume. A run that has reached ``max_steps`` or stopped early takes no further
+        step.
 
         With ``num_train_epochs`` 0, no step is taken.
         """
@@ -145,28 +206,45 @@ class HierarchicalTrainer(Trainer):
         output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         if self.resumed is None:
             return output
-        metrics, before = output.metrics, self.resumed.state
+        metrics = output.metrics
+        before = self.resumed.state
         if output.global_step == before.global_step:
-            logger.info("nothing left to train: %s is at step %d", resume_from_checkpoint, before.global_step)
+            logger.info(
+                "nothing left to train: %s is at step %d",
+                resume_from_checkpoint,
+                before.global_step,
+            )
             metrics = {"epoch": before.epoch}  # without steps, there is no loss or speed
         return output._replace(metrics=metrics | {"resumed_from_step": before.global_step})
 
     def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> tuple:
-        """Return the numbers of epochs, steps and rows. There are no epochs for a resumed run that had ended."""
-        epochs, steps_per_epoch, *others, max_steps = super().set_initial_training_values(args, dataloader)
+        """Return the numbers of epochs, steps and rows.
+
+        There are no epochs for a resumed run that had ended.
+        """
+        epochs, steps_per_epoch, *others, max_steps = super().set_initial_training_values(
+            args, dataloader
+        )
         if self.resumed is not None:
             self.resumed.check_steps_per_epoch(steps_per_epoch)
             epochs = 0 if self.resumed.has_ended(max_steps) else epochs
         return epochs, steps_per_epoch, *others, max_steps
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
         with as_input_error(f"cannot resume from {resume_from_checkpoint}"):
             if not self._load_adapter_form(resume_from_checkpoint):
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load the stored states, but keep the peak learning rates and weight decays of this run."""
-        problem = f"cannot resume from {checkpoint}: its optimizer does not match the settings of this run"
+        """Load the stored states, but keep the peak learning rates and weight decays of this
+        run.
+        """
+        problem = (
+            f"cannot resume from {checkpoint}: its optimizer does not match the settings of "
+            "this run"
+        )
         wanted = [dict(group) for group in self.optimizer.param_groups]
         with as_input_error(problem):
             super()._load_optimizer_and_scheduler(checkpoint)
@@ -183,7 +261,10 @@ class HierarchicalTrainer(Trainer):
             super()._load_best_model()
 
     def _load_adapter_form(self, folder: str) -> bool:
-        """Load the adapter and heads of a checkpoint. Return False if the Trainer has to load it."""
+        """Load the adapter and heads of a checkpoint.
+
+        Return False if the Trainer has to load it.
+        """
         model = self.accelerator.unwrap_model(self.model)
         if not model.has_adapter or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return False
@@ -192,14 +273,17 @@ class HierarchicalTrainer(Trainer):
         load_heads_and_adapter(model, load_file(heads), load_file(adapter))
         return True
 
-    # ── Optimizer, samplers and files ────────────────────────────────────────────────────────────────────────────────
+    # ── Optimizer, samplers and files ─────────────────────────────────────────────────────────────
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Create the optimizer, with separate parameter groups for the heads if they have their own learning rate."""
+        """Create the optimizer, with separate parameter groups for the heads if they have their own
+        learning rate.
+        """
         is_new = self.optimizer is None
         with as_input_error("cannot set up the optimizer"):
             optimizer = super().create_optimizer(model)
-        rate = getattr(self.args, "heads_learning_rate", None)  # which TrainingArguments of transformers lack
+        # which TrainingArguments of transformers lack
+        rate = getattr(self.args, "heads_learning_rate", None)
         if is_new and rate is not None:
             heads = {id(p) for p in self.accelerator.unwrap_model(self.model).heads.parameters()}
             for group in list(optimizer.param_groups):
@@ -210,38 +294,51 @@ class HierarchicalTrainer(Trainer):
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        with as_input_error(f"cannot set up --lr_scheduler_type {self.args.lr_scheduler_type.value}"):
+        with as_input_error(
+            f"cannot set up --lr_scheduler_type {self.args.lr_scheduler_type.value}"
+        ):
             return super().create_scheduler(num_training_steps, optimizer)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         sampler = super()._get_train_sampler(train_dataset)
         if isinstance(sampler, trainer_pt_utils.LengthGroupedSampler):
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-            sampler = LengthGroupedSampler(sampler.batch_size * self.args.world_size, sampler.lengths, seed)
+            sampler = LengthGroupedSampler(
+                sampler.batch_size * self.args.world_size, sampler.lengths, seed
+            )
         return sampler
 
     def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler:
-        """Keep evaluation rows in order. With ``group_by_length`` the Trainer would shuffle them."""
+        """Keep evaluation rows in order.
+
+        With ``group_by_length`` the Trainer would shuffle them.
+        """
         return SequentialSampler(eval_dataset)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        self.accelerator.wait_for_everyone()  # trainer_state.json, which marks a complete checkpoint, is next
+        # trainer_state.json, which marks a complete checkpoint, is next
+        self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str, state_dict: dict[str, Tensor] | None = None) -> None:
         if self.args.should_save:
             model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
             refuse_infinite(
-                float(model.heads.weight.detach().sum()), "the sum of the heads' weights", self.state.global_step
+                float(model.heads.weight.detach().sum()),
+                "the sum of the heads' weights",
+                self.state.global_step,
             )
             model.save_pretrained(output_dir, state_dict=state_dict)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(output_dir)
 
-    # ── Hub ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── Hub ───────────────────────────────────────────────────────────────────────────────────────
 
-    def push_to_hub(self, commit_message: str = "End of training", **kwargs: Any) -> CommitInfo | None:
-        """Save the model, and publish its files and card in one commit. Further arguments of the Trainer are ignored.
+    def push_to_hub(
+        self, commit_message: str = "End of training", **kwargs: Any
+    ) -> CommitInfo | None:
+        """Save the model, and publish its files and card in one commit. Further arguments of the
+        Trainer are ignored.
 
         InputError: the commit failed. The message has the command that repeats it.
         """
@@ -249,7 +346,9 @@ class HierarchicalTrainer(Trainer):
         if not self.is_world_process_zero():
             return None
         branch = f" --revision {self.args.hub_revision}" if self.args.hub_revision else ""
-        command = f"push_to_hub.py --model {self.args.output_dir} --repo_id {self.hub_model_id}{branch}"
+        command = (
+            f"push_to_hub.py --model {self.args.output_dir} --repo_id {self.hub_model_id}{branch}"
+        )
         remedy = f"the run is complete, and only this push is missing: run {command}"
         commit = self.publish(Path(self.args.output_dir), commit_message, remedy)
         logger.info("published as %s", self.hub_model_id)
@@ -258,14 +357,18 @@ class HierarchicalTrainer(Trainer):
     def publish(self, folder: Path, message: str, remedy: str) -> CommitInfo:
         """Commit the files of a checkpoint to the branch ``--hub_revision``."""
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        branch, private = self.args.hub_revision or "main", bool(self.args.hub_private_repo)
+        branch = self.args.hub_revision or "main"
+        private = bool(self.args.hub_private_repo)
         target = Target(self.hub_model_id, "model", branch, private, exists=False)
-        return publish(HfApi(token=self.args.hub_token), target, published_files(folder), message, remedy)
+        return publish(
+            HfApi(token=self.args.hub_token), target, published_files(folder), message, remedy
+        )
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
-        folder, message = Path(checkpoint_folder), f"Training in progress, step {self.state.global_step}"
+        folder = Path(checkpoint_folder)
+        message = f"Training in progress, step {self.state.global_step}"
         self.write_card(folder)
         try:
             self.publish(folder, message, "the next push has all files")

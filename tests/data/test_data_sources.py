@@ -42,7 +42,9 @@ def test_every_format_gives_the_same_rows(tmp_path, kind):
     assert data.taxonomy.labels == ["x", "y", "b", "a"]
     assert nodes_of(data) == [0, 1, 2, 3]
     hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest()}
-    assert data.report["sources"] == [{"split": "train", "name": str(path), "dataset": None, "sha256": hashes}]
+    assert data.report["sources"] == [
+        {"split": "train", "name": str(path), "dataset": None, "sha256": hashes}
+    ]
 
 
 def test_a_folder_of_texts_has_the_labels_of_its_subfolders(tmp_path):
@@ -62,21 +64,24 @@ def test_a_folder_of_texts_has_the_labels_of_its_subfolders(tmp_path):
     with pytest.raises(InputError, match=r"notes, file 5: empty.txt: the text is empty"):
         load(train_file=folder, validation_size=0)
     (folder / "more.csv").write_text("text,label\n")
-    with pytest.raises(InputError, match=r"is not a folder saved by `datasets`, nor one of .txt files alone"):
+    with pytest.raises(
+        InputError, match=r"is not a folder saved by `datasets`, nor one of .txt files alone"
+    ):
         load(data_path=folder)
 
 
 def test_an_encoding_is_that_of_the_data_files(tmp_path):
     (tmp_path / "rows.csv").write_bytes("Text;Label\nKöln;Städte\nUlm;a\n".encode("cp1252"))
     with pytest.raises(
-        InputError, match=r"rows.csv, line 2: not UTF-8 text but fits cp1252: .* give --encoding cp1252"
+        InputError,
+        match=r"rows.csv, line 2: not UTF-8 text but fits cp1252: .* give --encoding cp1252",
     ):
         load(train_file=tmp_path / "rows.csv", validation_size=0)
     data = load(train_file=tmp_path / "rows.csv", validation_size=0, encoding="cp1252")
     assert sorted(data.taxonomy.labels) == ["Städte", "a"]
 
 
-# ── columns ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── columns ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_columns_are_found_in_order_of_preference_and_logged(tmp_path, caplog):
@@ -93,7 +98,9 @@ def test_columns_are_found_in_order_of_preference_and_logged(tmp_path, caplog):
 
 def test_a_label_column_that_is_not_there_is_refused(tmp_path):
     path = csv_file(tmp_path / "a.csv", [("one", "x"), ("two", "y")], ("notes", "diagnosis"))
-    with pytest.raises(InputError, match=r"no column called .*--label_column: there are 'notes', 'diagnosis'"):
+    with pytest.raises(
+        InputError, match=r"no column called .*--label_column: there are 'notes', 'diagnosis'"
+    ):
         load(train_file=path, text_column="notes")
 
 
@@ -104,7 +111,9 @@ def test_files_may_spell_the_same_column_differently(tmp_path):
     assert data.splits["test"]["text"][:] == ["d"]
     assert data.report["columns"] == {"text": "Text", "label": ["label"]}
     another = csv_file(tmp_path / "3.csv", [("c", "x")], ("body", "label"))
-    with pytest.raises(InputError, match=r"1\.csv, \S+3\.csv have no column in common for --text_column: rename"):
+    with pytest.raises(
+        InputError, match=r"1\.csv, \S+3\.csv have no column in common for --text_column: rename"
+    ):
         load(train_file=one, test_file=another)
 
 
@@ -114,12 +123,14 @@ def test_missing_values_are_named_by_line_and_the_text_is_not_shown(tmp_path):
     with pytest.raises(InputError, match=r"a\.csv, line 4, column 'text': the text is empty$"):
         load(train_file=path)
     path = csv_file(tmp_path / "a.csv", [row for row in rows if row[0].strip()])
-    with pytest.raises(InputError, match=r"a\.csv, line 3, column 'label': the label is missing .*; 2 rows") as caught:
+    with pytest.raises(
+        InputError, match=r"a\.csv, line 3, column 'label': the label is missing .*; 2 rows"
+    ) as caught:
         load(train_file=path)
     assert SECRET not in str(caught.value)
 
 
-# ── data sets of the `datasets` library ──────────────────────────────────────────────────────────────────────────────
+# ── data sets of the `datasets` library ───────────────────────────────────────────────────────────
 
 CLASSES = datasets.ClassLabel(names=["flu", "cold"])
 
@@ -130,31 +141,54 @@ def dataset(texts, labels):
 
 
 def test_class_labels_of_a_saved_folder_are_read_as_their_names(tmp_path):
-    splits = {"train": dataset(["a", "b"], [1, 0]), "valid": dataset(["c"], [0]), "extra": dataset(["d"], [0])}
+    splits = {
+        "train": dataset(["a", "b"], [1, 0]),
+        "valid": dataset(["c"], [0]),
+        "extra": dataset(["d"], [0]),
+    }
     datasets.DatasetDict(splits).save_to_disk(tmp_path / "set")
     data = load(data_path=tmp_path / "set")
     assert list(data.splits) == ["train", "validation"]
     assert labels_of(data, "train") == ["cold", "flu"]
     assert labels_of(data, "validation") == ["flu"]
     file = next((tmp_path / "set" / "valid").glob("*.arrow"))
-    assert data.report["sources"][1]["sha256"] == {file.name: hashlib.sha256(file.read_bytes()).hexdigest()}
+    assert data.report["sources"][1]["sha256"] == {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest()
+    }
     # validation rows are split off, unless there are any, and test rows if there are no splits
-    texts, labels = [f"text {i}" for i in range(100)], [i % 2 for i in range(100)]
-    datasets.DatasetDict({"train": dataset(texts, labels), "test": dataset(["z"], [0])}).save_to_disk(tmp_path / "two")
+    texts = [f"text {i}" for i in range(100)]
+    labels = [i % 2 for i in range(100)]
+    datasets.DatasetDict(
+        {"train": dataset(texts, labels), "test": dataset(["z"], [0])}
+    ).save_to_disk(tmp_path / "two")
     sizes = {split: len(rows) for split, rows in load(data_path=tmp_path / "two").splits.items()}
     assert sizes == {"train": 90, "validation": 10, "test": 1}
     dataset(texts, labels).save_to_disk(tmp_path / "one")
     data = load(data_path=tmp_path / "one", validation_size=0.2, test_size=0.1)
-    assert {split: len(rows) for split, rows in data.splits.items()} == {"train": 70, "validation": 20, "test": 10}
+    assert {split: len(rows) for split, rows in data.splits.items()} == {
+        "train": 70,
+        "validation": 20,
+        "test": 10,
+    }
 
 
 def test_saved_folders_that_cannot_be_used_are_refused(tmp_path):
-    datasets.DatasetDict({"train": dataset(["a", "b"], [1, -1])}).save_to_disk(tmp_path / "unlabelled")
-    with pytest.raises(InputError, match=r"unlabelled \[train\], row 2, column 'label': the label is missing"):
+    datasets.DatasetDict({"train": dataset(["a", "b"], [1, -1])}).save_to_disk(
+        tmp_path / "unlabelled"
+    )
+    with pytest.raises(
+        InputError, match=r"unlabelled \[train\], row 2, column 'label': the label is missing"
+    ):
         load(data_path=tmp_path / "unlabelled")
-    both = {"train": dataset(["a"], [1]), "dev": dataset(["b"], [1]), "validation": dataset(["c"], [1])}
+    both = {
+        "train": dataset(["a"], [1]),
+        "dev": dataset(["b"], [1]),
+        "validation": dataset(["c"], [1]),
+    }
     datasets.DatasetDict(both).save_to_disk(tmp_path / "both")
-    with pytest.raises(InputError, match="several splits that mean validation: train, dev, validation"):
+    with pytest.raises(
+        InputError, match="several splits that mean validation: train, dev, validation"
+    ):
         load(data_path=tmp_path / "both")
     datasets.DatasetDict({"all": dataset(["a"], [1])}).save_to_disk(tmp_path / "all")
     with pytest.raises(InputError, match="no split called train, validation or test, only all"):
@@ -172,7 +206,9 @@ def test_a_data_set_by_name_has_its_cells_as_texts(tmp_path, monkeypatch):
     assert labels_of(data, "test") == ["y"]
     for name, text in (("one", "null"), ("other", "a")):  # cells are texts, as in a --train_file
         (folder / f"{name}.csv").write_text(f"text,label,more\n{text},007\nb,7\nc,NA\nd,1.0\n")
-    configurations = [f"- config_name: {name}\n  data_files: {name}.csv\n" for name in ("one", "other")]
+    configurations = [
+        f"- config_name: {name}\n  data_files: {name}.csv\n" for name in ("one", "other")
+    ]
     (folder / "README.md").write_text("---\nconfigs:\n" + "".join(configurations) + "---\n")
     for name, text in (("one", "null"), ("other", "a")):
         data = load(dataset_name=folder, dataset_config_name=name, validation_size=0)

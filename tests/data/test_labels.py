@@ -1,4 +1,6 @@
-"""Test how labels are read and mapped to nodes, with one path and with any number of nodes a text, against cases worked by hand."""
+"""Test how labels are read and mapped to nodes, with one path and with any number of nodes a text,
+against cases worked by hand.
+"""
 
 import json
 import logging
@@ -7,7 +9,18 @@ import datasets
 import numpy as np
 import pytest
 from conftest import ROOT
-from labelled_files import MANY, SECRET, csv_file, json_lines, label_sets, labels_of, load, nodes_of, paths_of, write
+from labelled_files import (
+    MANY,
+    SECRET,
+    csv_file,
+    json_lines,
+    label_sets,
+    labels_of,
+    load,
+    nodes_of,
+    paths_of,
+    write,
+)
 
 from configuration_hierarchical import HierarchicalConfig
 from hierarchical_clinicalbert.errors import InputError
@@ -27,7 +40,7 @@ def expected(sets):
     return {f"text {i}": set(labels) for i, labels in enumerate(sets)}
 
 
-# ── One path a text ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── One path a text ───────────────────────────────────────────────────────────────────────────────
 
 
 def test_whole_numbers_are_labels(tmp_path):
@@ -36,7 +49,8 @@ def test_whole_numbers_are_labels(tmp_path):
 
 
 def test_several_label_columns_name_the_path_from_the_root(tmp_path):
-    header, columns = ("text", "l1", "l2", "l3"), {"label_column": ["l1", "l2", "l3"]}
+    header = ("text", "l1", "l2", "l3")
+    columns = {"label_column": ["l1", "l2", "l3"]}
     rows = [
         ("one", "body", "heart", "valve"),
         ("two", "body", "lung", ""),
@@ -56,16 +70,23 @@ def test_several_label_columns_name_the_path_from_the_root(tmp_path):
         (("one", "heart", "", ""), r"must name the path from the root, and \('heart'\) is none"),
     ):
         with pytest.raises(InputError, match=message):
-            load(known=data.taxonomy, test_file=csv_file(tmp_path / "b.csv", [row], header), **columns)
-    names_only = csv_file(tmp_path / "d.csv", [("one", "heart")])  # one column holds names, several hold paths
+            load(
+                known=data.taxonomy,
+                test_file=csv_file(tmp_path / "b.csv", [row], header),
+                **columns,
+            )
+    # one column holds names, several hold paths
+    names_only = csv_file(tmp_path / "d.csv", [("one", "heart")])
     assert labels_of(load(known=data.taxonomy, test_file=names_only), "test") == ["heart"]
 
 
-# ── Any number of nodes a text ───────────────────────────────────────────────────────────────────────────────────────
+# ── Any number of nodes a text ────────────────────────────────────────────────────────────────────
 
 
 def as_jsonl(folder, rows):
-    return {"train_file": write(folder / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))}
+    return {
+        "train_file": write(folder / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    }
 
 
 def as_class_labels(folder, rows):
@@ -76,7 +97,9 @@ def as_class_labels(folder, rows):
 
 
 def as_parquet_of_class_labels(folder, rows):
-    datasets.load_from_disk(as_class_labels(folder, rows)["data_path"]).to_parquet(folder / "a.parquet")
+    datasets.load_from_disk(as_class_labels(folder, rows)["data_path"]).to_parquet(
+        folder / "a.parquet"
+    )
     return {"train_file": folder / "a.parquet"}
 
 
@@ -88,14 +111,20 @@ def as_delimited(folder, rows):
 def as_columns(folder, rows):
     names = ["x", "y", "z", "c", "u", "v", "a"]
     lines = [
-        (row["text"], *(name in row["label"] for name in names[:3]), *(int(name in row["label"]) for name in names[3:]))
+        (
+            row["text"],
+            *(name in row["label"] for name in names[:3]),
+            *(int(name in row["label"]) for name in names[3:]),
+        )
         for row in rows
     ]
     file = csv_file(folder / "a.csv", lines, ("text", *names))
     return {"train_file": file, "problem_type": MANY, "label_column": names}
 
 
-@pytest.mark.parametrize("form", [as_jsonl, as_class_labels, as_parquet_of_class_labels, as_delimited, as_columns])
+@pytest.mark.parametrize(
+    "form", [as_jsonl, as_class_labels, as_parquet_of_class_labels, as_delimited, as_columns]
+)
 def test_every_form_of_labels_gives_the_same_sets(tmp_path, taxonomy, form):
     rows = [{"text": f"text {i}", "label": labels} for i, labels in enumerate(SETS)]
     data = load(**form(tmp_path, rows), taxonomy=taxonomy, validation_size=0.0)
@@ -122,21 +151,35 @@ def test_a_missing_list_a_null_and_an_empty_cell_mean_no_labels(tmp_path, taxono
 
 
 def test_a_long_table_with_one_label_a_row_is_merged_within_each_split(tmp_path, taxonomy):
-    train = csv_file(tmp_path / "a.csv", [("P", "x"), ("q", "z"), ("p", "u"), ("p ", "x"), ("q", "")])
+    train = csv_file(
+        tmp_path / "a.csv", [("P", "x"), ("q", "z"), ("p", "u"), ("p ", "x"), ("q", "")]
+    )
     test = csv_file(tmp_path / "b.csv", [("r", "y"), ("r", "b")])
-    data = load(train_file=train, test_file=test, problem_type=MANY, taxonomy=taxonomy, validation_size=0.0)
+    data = load(
+        train_file=train, test_file=test, problem_type=MANY, taxonomy=taxonomy, validation_size=0.0
+    )
     assert label_sets(data) == {"P": {"x", "u"}, "q": {"z"}}
     assert label_sets(data, "test") == {"r": {"y", "b"}}
     assert data.splits["train"]["row"][:] == [0, 1]
     assert data.report["merged_rows"] == {"train": 3, "test": 1}
 
 
-# ── Paths and names ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Paths and names ───────────────────────────────────────────────────────────────────────────────
 
 
 def test_names_with_slashes_and_names_under_two_parents_are_read_by_another_separator(tmp_path):
-    sets = [["g > cell cycle", "h > cell cycle"], ["Glycolysis/Warburg effect"], ["g > s/t"], ["h"], ["> g > s/t", "g"]]
-    data = load(train_file=json_lines(tmp_path / "a.jsonl", sets), label_separator=" > ", validation_size=0.0)
+    sets = [
+        ["g > cell cycle", "h > cell cycle"],
+        ["Glycolysis/Warburg effect"],
+        ["g > s/t"],
+        ["h"],
+        ["> g > s/t", "g"],
+    ]
+    data = load(
+        train_file=json_lines(tmp_path / "a.jsonl", sets),
+        label_separator=" > ",
+        validation_size=0.0,
+    )
     names = {"g", "h", "s/t", "Glycolysis/Warburg effect", "g > cell cycle", "h > cell cycle"}
     assert set(data.taxonomy.labels) == names
     assert label_sets(data) == expected([*sets[:2], ["s/t"], ["h"], ["s/t", "g"]])
@@ -144,7 +187,9 @@ def test_names_with_slashes_and_names_under_two_parents_are_read_by_another_sepa
 
 def test_names_that_are_not_unique_need_their_path(tmp_path):
     rows = [("one", "other"), ("two", "body/other"), ("three", "body/heart")]
-    with pytest.raises(InputError, match=r"line 2, .*'other' is ambiguous: it names .*'/other'.*write the path"):
+    with pytest.raises(
+        InputError, match=r"line 2, .*'other' is ambiguous: it names .*'/other'.*write the path"
+    ):
         load(train_file=csv_file(tmp_path / "a.csv", rows))
     rows[0] = ("one", "/other")  # a leading separator marks the root
     path = csv_file(tmp_path / "a.csv", rows)
@@ -152,13 +197,19 @@ def test_names_that_are_not_unique_need_their_path(tmp_path):
     assert paths_of(data) == [("other",), ("body", "other"), ("body", "heart")]
     assert nodes_of(load(test_file=path, known=data.taxonomy), "test") == nodes_of(data)
     # case tells names apart
-    cased = csv_file(tmp_path / "b.csv", [("one", "neoplasms/Neoplasms"), ("two", "neoplasms"), ("three", "flu")])
+    cased = csv_file(
+        tmp_path / "b.csv", [("one", "neoplasms/Neoplasms"), ("two", "neoplasms"), ("three", "flu")]
+    )
     assert labels_of(load(train_file=cased, validation_size=0)) == ["Neoplasms", "neoplasms", "flu"]
 
 
 def test_a_name_is_one_class_however_its_letters_are_composed(tmp_path):
     rows = [("one", "caf\u00e9"), ("two", "cafe\u0301"), ("three", "tea")]
-    assert nodes_of(load(train_file=csv_file(tmp_path / "a.csv", rows), validation_size=0)) == [0, 0, 1]
+    assert nodes_of(load(train_file=csv_file(tmp_path / "a.csv", rows), validation_size=0)) == [
+        0,
+        0,
+        1,
+    ]
 
 
 # the same name with other spaces, an invisible character, a wide letter, and a ligature
@@ -248,15 +299,23 @@ def test_classes_that_differ_in_case_alone_are_named_with_their_rows(tmp_path, c
     assert "in case alone" not in caplog.text
 
 
-# ── The taxonomy ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── The taxonomy ──────────────────────────────────────────────────────────────────────────────────
 
 
 def test_names_of_the_default_taxonomy_choose_it(tmp_path):
-    rows = [("one", "neoplasms"), ("two", "specific disease"), ("three", "specific disease/nervous system diseases")]
+    rows = [
+        ("one", "neoplasms"),
+        ("two", "specific disease"),
+        ("three", "specific disease/nervous system diseases"),
+    ]
     data = load(train_file=csv_file(tmp_path / "a.csv", rows), validation_size=0)
     assert data.taxonomy == Taxonomy(DEFAULT_TAXONOMY)
     assert labels_of(data) == ["neoplasms", "specific disease", "nervous system diseases"]
-    rest = ["general pathological conditions", "digestive system diseases", "cardiovascular diseases"]
+    rest = [
+        "general pathological conditions",
+        "digestive system diseases",
+        "cardiovascular diseases",
+    ]
     assert data.report["classes_without_training_rows"] == rest
     rows[2] = ("three", "flu")  # one other label, and the taxonomy is built from the labels
     data = load(train_file=csv_file(tmp_path / "a.csv", rows), validation_size=0)
@@ -265,19 +324,29 @@ def test_names_of_the_default_taxonomy_choose_it(tmp_path):
 
 def test_the_taxonomy_of_the_labels_depends_on_neither_row_order_nor_split(tmp_path):
     rows = [("one", "b / y"), ("two", "a"), ("three", "b/x")]
-    files = [csv_file(tmp_path / f"{i}.csv", part) for i, part in enumerate((rows, rows[::-1], rows[:2], rows[2:]))]
+    files = [
+        csv_file(tmp_path / f"{i}.csv", part)
+        for i, part in enumerate((rows, rows[::-1], rows[:2], rows[2:]))
+    ]
     one, other = (load(train_file=file, validation_size=0) for file in files[:2])
     split = load(train_file=files[2], test_file=files[3], validation_size=0)
     assert one.taxonomy == other.taxonomy == split.taxonomy == Taxonomy(["a", {"b": ["x", "y"]}])
     assert labels_of(one) == ["y", "a", "x"]
     assert split.report["classes_without_training_rows"] == ["x"]
     custom = csv_file(tmp_path / "c.csv", [("one", "a > b"), ("two", "a > c/d")])
-    assert load(train_file=custom, validation_size=0, label_separator=">").taxonomy.labels == ["b", "c/d", "a"]
+    assert load(train_file=custom, validation_size=0, label_separator=">").taxonomy.labels == [
+        "b",
+        "c/d",
+        "a",
+    ]
 
 
 def test_labels_may_be_inner_nodes_and_a_given_taxonomy_replaces_that_of_a_checkpoint(tmp_path):
     tree = write(tmp_path / "tree.yaml", "body: [heart, lung]\nmind:\n")
-    rows = csv_file(tmp_path / "a.csv", [("one", "body"), ("two", "body/lung"), ("three", "mind"), ("four", " heart ")])
+    rows = csv_file(
+        tmp_path / "a.csv",
+        [("one", "body"), ("two", "body/lung"), ("three", "mind"), ("four", " heart ")],
+    )
     data = load(train_file=rows, taxonomy=tree, validation_size=0)
     assert labels_of(data) == ["body", "lung", "mind", "heart"]
     assert nodes_of(data)[0] >= data.taxonomy.num_leaves
@@ -291,11 +360,13 @@ def test_a_checkpoint_keeps_its_separator(tmp_path):
     rows = csv_file(tmp_path / "a.csv", [("one", "heart > valve")])
     assert labels_of(load(known=known, test_file=rows), "test") == ["valve"]
     for separator in ({"label_separator": " > "}, {"known": known}):
-        with pytest.raises(InputError, match="--label_delimiter must differ from --label_separator, which is ' > '"):
+        with pytest.raises(
+            InputError, match="--label_delimiter must differ from --label_separator, which is ' > '"
+        ):
             load(train_file=rows, **separator, label_delimiter=">")
 
 
-# ── Codes ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Codes ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_codes_are_names_only_where_the_user_says_so(tmp_path):
@@ -305,28 +376,53 @@ def test_codes_are_names_only_where_the_user_says_so(tmp_path):
     with pytest.raises(InputError, match=r"line 2, .*'1' is not in the taxonomy"):
         load(test_file=path, known=Taxonomy(DEFAULT_TAXONOMY))
     # the corpus's own names, from its data card
-    classes = ["neoplasms", "digestive system diseases", "nervous system diseases", "cardiovascular diseases",
-               "general pathological conditions"]  # fmt: skip
-    words = [str(ROOT / "recipes" / "medical_abstracts.yaml"), "--train_file", str(path), "--validation_size", "0"]
+    classes = [
+        "neoplasms",
+        "digestive system diseases",
+        "nervous system diseases",
+        "cardiovascular diseases",
+        "general pathological conditions",
+    ]
+    words = [
+        str(ROOT / "recipes" / "medical_abstracts.yaml"),
+        "--train_file",
+        str(path),
+        "--validation_size",
+        "0",
+    ]
     data = load(**vars(parse(words)[1]))
     assert data.taxonomy == Taxonomy(DEFAULT_TAXONOMY)
     assert labels_of(data) == classes
 
 
 def test_one_file_as_taxonomy_and_as_class_names(tmp_path):
-    names = write(tmp_path / "labels.csv", "label,name,parent\nC1,Heart,body\nC2,Lung,body\nC3,Sleep,mind\n")
-    rows = csv_file(tmp_path / "a.csv", [("one", "C2"), ("two", "C3"), ("three", "body"), ("four", "Heart")])
+    names = write(
+        tmp_path / "labels.csv", "label,name,parent\nC1,Heart,body\nC2,Lung,body\nC3,Sleep,mind\n"
+    )
+    rows = csv_file(
+        tmp_path / "a.csv", [("one", "C2"), ("two", "C3"), ("three", "body"), ("four", "Heart")]
+    )
     data = load(train_file=rows, taxonomy=names, class_names=names, validation_size=0)
     assert labels_of(data) == ["Lung", "Sleep", "body", "Heart"]
 
 
 def test_codes_may_be_named_by_paths_or_level_by_level(tmp_path):
     rows = csv_file(tmp_path / "a.csv", [("one", "1"), ("two", "2"), ("three", "flu")])
-    data = load(train_file=rows, class_names='{"1": "body/heart", "2": "body", "3": "flu"}', validation_size=0)
+    data = load(
+        train_file=rows,
+        class_names='{"1": "body/heart", "2": "body", "3": "flu"}',
+        validation_size=0,
+    )
     assert paths_of(data) == [("body", "heart"), ("body",), ("flu",)]
-    with pytest.raises(InputError, match=r"a\.csv, line 4, .*'flu' is neither a code nor a name of --class_names"):
+    with pytest.raises(
+        InputError, match=r"a\.csv, line 4, .*'flu' is neither a code nor a name of --class_names"
+    ):
         load(train_file=rows, class_names='{"1": "body/heart", "2": "body"}')
-    rows = csv_file(tmp_path / "a.csv", [("one", "B", "1"), ("two", "M", ""), ("three", "B", "")], ("text", "l1", "l2"))
+    rows = csv_file(
+        tmp_path / "a.csv",
+        [("one", "B", "1"), ("two", "M", ""), ("three", "B", "")],
+        ("text", "l1", "l2"),
+    )
     names = '{"B": "body", "M": "mind", "1": "heart"}'
     data = load(train_file=rows, label_column=["l1", "l2"], validation_size=0, class_names=names)
     assert labels_of(data) == ["heart", "mind", "body"]
@@ -349,13 +445,16 @@ def test_class_names_are_read_from_json_or_a_table(tmp_path, given, message):
     names = given if given.startswith("{") else str(write(tmp_path / "names.csv", given))
     rows = csv_file(tmp_path / "a.csv", [("p", "1"), ("q", "02")])
     if message is None:
-        assert labels_of(load(train_file=rows, class_names=names, validation_size=0)) == ["one", "two"]
+        assert labels_of(load(train_file=rows, class_names=names, validation_size=0)) == [
+            "one",
+            "two",
+        ]
     else:
         with pytest.raises(InputError, match=message):
             load(train_file=rows, class_names=names, validation_size=0)
 
 
-# ── Errors ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Errors ────────────────────────────────────────────────────────────────────────────────────────
 
 NO_LABEL = "line 1, column 'label': the label is neither text nor a whole number"
 NO_TREE = {"taxonomy": None}
@@ -365,21 +464,59 @@ NO_TREE = {"taxonomy": None}
     ("labels", "flags", "message"),
     [
         ([None, "x"], {}, "line 1, column 'label': the label is missing"),
-        ([float("nan"), "x", ""], {}, "line 1, column 'label': the label is missing .*; 2 rows cannot be used"),
+        (
+            [float("nan"), "x", ""],
+            {},
+            "line 1, column 'label': the label is missing .*; 2 rows cannot be used",
+        ),
         ([1.5, 2.0], {}, NO_LABEL),
         ([["x", 1.5], ["x"]], {}, NO_LABEL),
-        ([SECRET * 50, "y"], {}, r"line 1, column 'label': the label \(a value of 700 characters\) is not in the taxonomy"),
+        (
+            [SECRET * 50, "y"],
+            {},
+            (
+                r"line 1, column 'label': the label \(a value of 700 characters\) is not in the "
+                r"taxonomy"
+            ),
+        ),
         ([SECRET * 50, "y"], NO_TREE, "has 700 characters, at most 500 are supported"),
-        (["x", "Y"], {}, "line 2, column 'label': the label 'Y' is not in the taxonomy; did you mean 'y'"),
-        ([["x"], ["x", "nope"]], {}, "line 2, column 'label': the label 'nope' is not in the taxonomy; it has 'x', 'y', "),
+        (
+            ["x", "Y"],
+            {},
+            "line 2, column 'label': the label 'Y' is not in the taxonomy; did you mean 'y'",
+        ),
+        (
+            [["x"], ["x", "nope"]],
+            {},
+            "line 2, column 'label': the label 'nope' is not in the taxonomy; it has 'x', 'y', ",
+        ),
         ([[], []], NO_TREE, "column 'label': no row has a label"),
-        (["a/b", "a/"], NO_TREE, "column 'label': the labels do not make a taxonomy: an empty name at 'a'"),
-        (["a", "a"], NO_TREE, "column 'label': the labels do not make a taxonomy: .* at least two leaves; this one has 1"),
+        (
+            ["a/b", "a/"],
+            NO_TREE,
+            "column 'label': the labels do not make a taxonomy: an empty name at 'a'",
+        ),
+        (
+            ["a", "a"],
+            NO_TREE,
+            (
+                "column 'label': the labels do not make a taxonomy: .* at least two leaves; "
+                "this one has 1"
+            ),
+        ),
         # contradictions
-        ([["x"]], {"problem_type": "single_label_classification"}, "means one label per text, but the label column holds"),
-        (["x"], {"problem_type": "single_label_classification", "label_delimiter": ";"}, "but --label_delimiter is given"),
+        (
+            [["x"]],
+            {"problem_type": "single_label_classification"},
+            "means one label per text, but the label column holds",
+        ),
+        (
+            ["x"],
+            {"problem_type": "single_label_classification", "label_delimiter": ";"},
+            "but --label_delimiter is given",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_bad_label_is_one_clear_line(tmp_path, taxonomy, labels, flags, message):
     file = json_lines(tmp_path / "a.jsonl", labels)
     with pytest.raises(InputError, match=message) as refused:
@@ -389,16 +526,24 @@ def test_a_bad_label_is_one_clear_line(tmp_path, taxonomy, labels, flags, messag
 
 
 def test_columns_of_0_and_1_are_refused_unless_their_meaning_is_clear(tmp_path):
-    rows, header = [("p", 1, 0), ("q", 0, 1), ("r", 1, 1)], ("text", "x", "y")
-    given = {"train_file": csv_file(tmp_path / "a.csv", rows, header), "label_column": ["x", "y"], "validation_size": 0}
-    with pytest.raises(InputError, match="the label columns 'x', 'y' hold 0 and 1 alone: give --problem_type multi"):
+    rows = [("p", 1, 0), ("q", 0, 1), ("r", 1, 1)]
+    header = ("text", "x", "y")
+    given = {
+        "train_file": csv_file(tmp_path / "a.csv", rows, header),
+        "label_column": ["x", "y"],
+        "validation_size": 0,
+    }
+    with pytest.raises(
+        InputError, match="the label columns 'x', 'y' hold 0 and 1 alone: give --problem_type multi"
+    ):
         load(**given)
     assert label_sets(load(**given, problem_type=MANY)) == {"p": {"x"}, "q": {"y"}, "r": {"x", "y"}}
     one = load(**given, problem_type="single_label_classification")
     assert paths_of(one) == [("1", "0"), ("0", "1"), ("1", "1")]
     given["train_file"] = csv_file(tmp_path / "b.csv", [*rows, ("s", "", 2)], header)
     with pytest.raises(
-        InputError, match=r"line 5, column 'x': the cell is neither 0 nor 1.*join columns of names to one"
+        InputError,
+        match=r"line 5, column 'x': the cell is neither 0 nor 1.*join columns of names to one",
     ):
         load(**given, problem_type=MANY)
     classes = csv_file(tmp_path / "c.csv", [("p", 1), ("q", 0)])
@@ -413,7 +558,14 @@ NAMES_IN_BRACKETS = [
     "[18F]FDG, PET [brain]",
     "[Crohn's disease]",
 ]
-WRITTEN_LISTS = [str(["it's", "b c"]), json.dumps(["a"]), "[]", str(("a",)), str([0, 1]), str(np.array(["a", "b"]))]
+WRITTEN_LISTS = [
+    str(["it's", "b c"]),
+    json.dumps(["a"]),
+    "[]",
+    str(("a",)),
+    str([0, 1]),
+    str(np.array(["a", "b"])),
+]
 
 
 @pytest.mark.parametrize("flags", [{}, {"label_delimiter": ";"}])
@@ -425,5 +577,8 @@ def test_a_list_written_as_text_is_refused_and_a_name_in_brackets_is_not(tmp_pat
         file = csv_file(tmp_path / "a.csv", [("one", "other"), ("two", label)])
         tree = write(tmp_path / "tree.json", json.dumps(["other", "third"]))
         for taxonomy in ({}, {"taxonomy": tree}):
-            with pytest.raises(InputError, match="line 3, column 'label': the label is a list written as text: save"):
+            with pytest.raises(
+                InputError,
+                match="line 3, column 'label': the label is a list written as text: save",
+            ):
                 load(train_file=file, validation_size=0, **flags, **taxonomy)

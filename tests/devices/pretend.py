@@ -58,7 +58,7 @@ class PretendTensor(Tensor):
         result = operation.decompose(*args, **options)
         return compute(operation, *args, **options) if result is NotImplemented else result
 
-    # ── What torch would read from the tensor's memory ───────────────────────────────────────────
+    # ── What torch would read from the tensor's memory ────────────────────────────────────────────
 
     @property
     def data(self) -> Tensor:
@@ -92,14 +92,14 @@ def compute(operation: Any, *args: Any, **options: Any) -> Any:
         RuntimeError: its tensors are on two devices.
         TypeError: its result would be float64.
     """
-    # ── Arguments by name, and those that the operation changes ──────────────────────────────────
+    # ── Arguments by name, and those that the operation changes ───────────────────────────────────
     arguments = operation._schema.arguments
     given = dict(zip((one.name for one in arguments), args, strict=False)) | options
     written = [one.name for one in arguments if one.alias_info and one.alias_info.is_write]
     changed = tensors_in([given.get(name) for name in written])
     on_device = any(is_pretend(tensor) for tensor in tensors_in(given))
 
-    # ── Refusals ─────────────────────────────────────────────────────────────────────────────────
+    # ── Refusals ──────────────────────────────────────────────────────────────────────────────────
     name = operation._schema.name.removeprefix("aten::")
     if on_device and name not in COPIES:
         if name in INDEXED and is_pretend(given["self"]):
@@ -109,7 +109,7 @@ def compute(operation: Any, *args: Any, **options: Any) -> Any:
             if tensor.device == CPU and not is_number:
                 raise RuntimeError(f"{name} has tensors on {DEVICE} and on cpu: move them to one")
 
-    # ── Result ───────────────────────────────────────────────────────────────────────────────────
+    # ── Result ────────────────────────────────────────────────────────────────────────────────────
     if name == "_copy_from":  # there is none for CPU tensors
         source, target = (getattr(tensor, "held", tensor) for tensor in args[:2])
         target.copy_(source)

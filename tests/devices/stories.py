@@ -43,7 +43,7 @@ if DEVICE == "pretend":
 training_model.HEAD_DROPOUT = 0.0  # a GPU draws other numbers than a CPU
 
 
-# ── Doors ────────────────────────────────────────────────────────────────────────────────────────
+# ── Doors ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 def train(output: str, *flags: object, callback: TrainerCallback | None = None) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def classify(checkpoint: str, is_calibrated: bool = True) -> dict[str, Any]:
     texts = [row["text"][0] for row in read_csv(TEXTS)]
     trusted = {"trust_remote_code": True}
 
-    # ── AutoModel ────────────────────────────────────────────────────────────────────────────────
+    # ── AutoModel ─────────────────────────────────────────────────────────────────────────────────
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, **trusted)
     inputs = tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(DEVICE)
     moved = AutoModel.from_pretrained(checkpoint, **trusted).to(DEVICE)
@@ -87,7 +87,7 @@ def classify(checkpoint: str, is_calibrated: bool = True) -> dict[str, Any]:
     with torch.inference_mode():
         outputs = [model(**inputs) for model in (moved, mapped)]
 
-    # ── Pipelines ────────────────────────────────────────────────────────────────────────────────
+    # ── Pipelines ─────────────────────────────────────────────────────────────────────────────────
     own, stock = (
         pipeline(task, checkpoint, **trusted, device=DEVICE)
         for task in ("hierarchical-text-classification", "text-classification")
@@ -95,7 +95,7 @@ def classify(checkpoint: str, is_calibrated: bool = True) -> dict[str, Any]:
     assert own.model.device.type == stock.model.device.type == DEVICE
     sets = {own.decisions.guarantee: 0.9} if is_calibrated else {}
 
-    # ── predict.py ───────────────────────────────────────────────────────────────────────────────
+    # ── predict.py ────────────────────────────────────────────────────────────────────────────────
     predictions = f"{checkpoint}.jsonl"
     words = ["--model", checkpoint, "--input", TEXTS, "--output", predictions, "--dtype", "fp32"]
     words += ["--probabilities", "--uncertainty"]
@@ -136,7 +136,7 @@ def files(form: str, *splits: str) -> list[str]:
     return flags
 
 
-# ── Stories ──────────────────────────────────────────────────────────────────────────────────────
+# ── Stories ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def trained(form: str, pooling: str) -> dict[str, Any]:

@@ -24,31 +24,49 @@ TREE = Taxonomy(["a", {"b": ["c", "d", {"e": ["f", "g"]}]}])
 VOCABULARY = 60
 
 
-def rows(count: int, seed: int = 0, leaves: int = TREE.num_leaves, several: bool = False) -> datasets.Dataset:
+def rows(
+    count: int, seed: int = 0, leaves: int = TREE.num_leaves, several: bool = False
+) -> datasets.Dataset:
     """Draw texts of 3 to 30 tokens, with the tokens 2i and 2i + 1 more frequent in texts of leaf i.
 
     The ``labels`` are a leaf of each text, or with ``several`` which nodes it has.
     """
     generator = np.random.default_rng(seed)
     has = (
-        generator.random((count, leaves)) < 0.4 if several else one_hot(generator.integers(leaves, size=count), leaves)
+        generator.random((count, leaves)) < 0.4
+        if several
+        else one_hot(generator.integers(leaves, size=count), leaves)
     )
     ids = []
     for of_text in has:
         odds = 1 + 3 * np.repeat(np.pad(of_text, (0, VOCABULARY // 2 - leaves)), 2)
-        ids.append(generator.choice(VOCABULARY, size=generator.integers(3, 31), p=odds / odds.sum()).tolist())
+        ids.append(
+            generator.choice(
+                VOCABULARY, size=generator.integers(3, 31), p=odds / odds.sum()
+            ).tolist()
+        )
     below = [[leaf for leaf in of_node if leaf < leaves] for of_node in TREE.leaves_at_or_below]
     nodes = np.column_stack([has[:, of_node].any(axis=1) for of_node in below]).astype(np.int8)
-    return datasets.Dataset.from_dict({"input_ids": ids, "labels": nodes if several else has.argmax(axis=1)})
+    return datasets.Dataset.from_dict(
+        {"input_ids": ids, "labels": nodes if several else has.argmax(axis=1)}
+    )
 
 
 def classifier_of(rows: datasets.Dataset, tree: Taxonomy = TREE) -> lexical.LeafClassifier:
-    return lexical.LeafClassifier(OnePath(tree), token_counts(rows, VOCABULARY), np.array(rows["labels"]))
+    return lexical.LeafClassifier(
+        OnePath(tree), token_counts(rows, VOCABULARY), np.array(rows["labels"])
+    )
 
 
 def features(train: np.ndarray, counts: np.ndarray, spread: np.ndarray) -> np.ndarray:
-    """Return TF-IDF times the spread, of length 1, from counts of tokens (num_rows, V). The IDF is of the training rows."""
-    weighed = TfidfTransformer(sublinear_tf=True, norm=None).fit(train).transform(counts).toarray() * spread
+    """Return TF-IDF times the spread, of length 1, from counts of tokens (num_rows, V).
+
+    The IDF is of the training rows.
+    """
+    weighed = (
+        TfidfTransformer(sublinear_tf=True, norm=None).fit(train).transform(counts).toarray()
+        * spread
+    )
     return weighed / np.linalg.norm(weighed, axis=1, keepdims=True)
 
 
@@ -67,17 +85,22 @@ def padded(ids: list[list[int]]) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("leaves", [2, TREE.num_leaves])
 def test_the_head_is_scikit_learns_logistic_regression_over_weighted_tf_idf(leaves):
-    train, unseen = rows(300, leaves=leaves), rows(40, seed=1)
+    train = rows(300, leaves=leaves)
+    unseen = rows(40, seed=1)
     # the token 58 is in one row, so it is ignored, and 59 is in two
     ids = [
         [token for token in one if token < 58] + [58] * (i < 1) + [59] * (i < 2)
         for i, one in enumerate(train["input_ids"])
     ]
     train = datasets.Dataset.from_dict({"input_ids": ids, "labels": train["labels"][:]})
-    counts, others, labels = counted(train), counted(unseen), np.array(train["labels"])
+    counts = counted(train)
+    others = counted(unseen)
+    labels = np.array(train["labels"])
     common = (counts > 0).sum(0) >= 2
     spread = lexical.log_odds_variance(csr_matrix(counts[:, common] > 0), one_hot(labels, leaves))
-    given, asked = (features(counts[:, common], of_rows[:, common], spread) for of_rows in (counts, others))
+    given, asked = (
+        features(counts[:, common], of_rows[:, common], spread) for of_rows in (counts, others)
+    )
     model = LogisticRegression(C=50, max_iter=1000, tol=1e-3).fit(given, labels)
 
     # rows labelled with an inner node do not affect the fit
@@ -87,13 +110,19 @@ def test_the_head_is_scikit_learns_logistic_regression_over_weighted_tf_idf(leav
     classifier = classifier_of(with_inner)
     ours = LexicalHead.of_weights(**classifier.weights())
     scores = ours(**padded(unseen["input_ids"]))
-    np.testing.assert_allclose(scores[:, :leaves].softmax(1).numpy(), model.predict_proba(asked), atol=2e-3)
-    np.testing.assert_allclose(classifier.scores(token_counts(unseen, VOCABULARY)), scores.numpy(), atol=1e-4)
+    np.testing.assert_allclose(
+        scores[:, :leaves].softmax(1).numpy(), model.predict_proba(asked), atol=2e-3
+    )
+    np.testing.assert_allclose(
+        classifier.scores(token_counts(unseen, VOCABULARY)), scores.numpy(), atol=1e-4
+    )
 
 
 def test_each_node_has_scikit_learns_logistic_regression_over_its_open_rows():
-    train, unseen = rows(300, several=True), rows(30, seed=1)
-    counts, labels = counted(train), np.array(train["labels"])
+    train = rows(300, several=True)
+    unseen = rows(30, seed=1)
+    counts = counted(train)
+    labels = np.array(train["labels"])
     labels[:, TREE.id("f")] = 0
     labels[labels[:, TREE.id("b")] == 1, TREE.id("c")] = 1
     classifier = lexical.NodeClassifier(ManyNodes(TREE), token_counts(train, VOCABULARY), labels)
@@ -109,7 +138,9 @@ def test_each_node_has_scikit_learns_logistic_regression_over_its_open_rows():
             continue
         model = LogisticRegression(C=50, max_iter=1000).fit(given[is_open], truth)
         prior = math.log((truth.sum() + 0.5) / ((1 - truth).sum() + 0.5))
-        np.testing.assert_allclose(scores[:, node], model.decision_function(asked) - prior, atol=0.05)
+        np.testing.assert_allclose(
+            scores[:, node], model.decision_function(asked) - prior, atol=0.05
+        )
     ours = LexicalHead.of_weights(**classifier.weights())
     np.testing.assert_allclose(ours(**padded(unseen["input_ids"])).numpy(), scores, atol=1e-4)
 
@@ -123,14 +154,23 @@ def test_leaves_without_rows_share_the_prior_of_one_row():
 
 @pytest.mark.parametrize("several", [False, True])
 def test_a_phrase_is_a_document_of_its_class_and_a_direction_of_its_weights(several):
-    form, train, unseen = (ManyNodesForm if several else OnePathForm)(TREE), rows(90, several=several), rows(20, seed=1)
+    form = (ManyNodesForm if several else OnePathForm)(TREE)
+    train = rows(90, several=several)
+    unseen = rows(20, seed=1)
     classes = form.decisions.num_classes
-    phrases = np.array([np.bincount([2 * node, 2 * node + 1], minlength=VOCABULARY) for node in range(classes)])
-    counts, labels = counted(train), np.array(train["labels"])
+    phrases = np.array(
+        [np.bincount([2 * node, 2 * node + 1], minlength=VOCABULARY) for node in range(classes)]
+    )
+    counts = counted(train)
+    labels = np.array(train["labels"])
     found = form.fit_classifier(csr_matrix(counts), labels, phrases=csr_matrix(phrases))
     paths = [[node in TREE.path(phrase) for node in range(classes)] for phrase in range(classes)]
-    with_phrases = np.concatenate([labels, np.array(paths, dtype=int) if several else np.arange(classes)])
-    expected = form.classifier(form.decisions, csr_matrix(np.concatenate([counts, phrases])), with_phrases)
+    with_phrases = np.concatenate(
+        [labels, np.array(paths, dtype=int) if several else np.arange(classes)]
+    )
+    expected = form.classifier(
+        form.decisions, csr_matrix(np.concatenate([counts, phrases])), with_phrases
+    )
     texts = token_counts(unseen, VOCABULARY)
     before = found.scores(texts)
     np.testing.assert_allclose(before, expected.scores(texts))
@@ -149,14 +189,25 @@ def logarithmic(*counts: np.ndarray) -> list[np.ndarray]:
 
 
 def test_a_token_is_weighted_by_how_differently_the_classes_use_it():
-    present = csr_matrix(np.array([[1, 1, 0], [1, 0, 0], [1, 1, 1], [1, 0, 1], [1, 1, 1], [1, 0, 0]]))
+    present = csr_matrix(
+        np.array([[1, 1, 0], [1, 0, 0], [1, 1, 1], [1, 0, 1], [1, 1, 1], [1, 0, 0]])
+    )
     labels = np.array([0, 0, 2, 2, 4, 4])
-    # of 2 and 4 documents the second token is in 1 and 2, with one more of each kind: odds of 1; the third in 0, 2, 1 of 2
-    odds = [math.log((0 + 1) / (2 + 2) * 6 / (3 + 1)), math.log(3 / 4 * 6 / 2), math.log(2 / 4 * 6 / 3)]
+    # of 2 and 4 documents the second token is in 1 and 2, with one more of each kind: odds of 1;
+    # the third in 0, 2, 1 of 2
+    odds = [
+        math.log((0 + 1) / (2 + 2) * 6 / (3 + 1)),
+        math.log(3 / 4 * 6 / 2),
+        math.log(2 / 4 * 6 / 3),
+    ]
     expected = [statistics.pvariance([math.log(3 / 4 * 6 / 5)] * 3), 0, statistics.pvariance(odds)]
-    np.testing.assert_allclose(lexical.log_odds_variance(present, one_hot(labels, 5)), expected, atol=1e-12)
+    np.testing.assert_allclose(
+        lexical.log_odds_variance(present, one_hot(labels, 5)), expected, atol=1e-12
+    )
     one_class = lexical.log_odds_variance(present, one_hot(labels, 5)[:, [0]])
-    np.testing.assert_allclose(one_class, np.square([math.log(3 / 4 * 6 / 5), 0, odds[0]]), atol=1e-12)
+    np.testing.assert_allclose(
+        one_class, np.square([math.log(3 / 4 * 6 / 5), 0, odds[0]]), atol=1e-12
+    )
 
 
 def test_a_text_alone_is_scored_as_in_a_batch_and_tokens_beyond_the_vocabulary_count_for_nothing():
@@ -164,14 +215,18 @@ def test_a_text_alone_is_scored_as_in_a_batch_and_tokens_beyond_the_vocabulary_c
     ids = [[5, 9, 9], [3] * 12, [11]]
     together = ours(**padded(ids))
     for i, tokens in enumerate(ids):
-        torch.testing.assert_close(ours(torch.tensor([[*tokens, VOCABULARY + 3]]), None)[0], together[i])
+        torch.testing.assert_close(
+            ours(torch.tensor([[*tokens, VOCABULARY + 3]]), None)[0], together[i]
+        )
 
 
 @pytest.mark.parametrize("several", [False, True])
 def test_beyond_a_number_of_weights_each_class_keeps_the_largest(several, monkeypatch):
     decisions = (ManyNodes if several else OnePath)(TREE)
-    classifier, train = lexical.NodeClassifier if several else lexical.LeafClassifier, rows(300, several=several)
-    counts, labels = token_counts(train, VOCABULARY), np.array(train["labels"])
+    classifier = lexical.NodeClassifier if several else lexical.LeafClassifier
+    train = rows(300, several=several)
+    counts = token_counts(train, VOCABULARY)
+    labels = np.array(train["labels"])
     full = classifier(decisions, counts, labels)
     monkeypatch.setattr(lexical, "MAX_WEIGHTS", 7 * len(full.classes) + 1)
     kept = classifier(decisions, counts, labels)
@@ -189,8 +244,10 @@ def test_beyond_a_number_of_weights_each_class_keeps_the_largest(several, monkey
 
 @pytest.mark.parametrize("several", [False, True])
 def test_by_default_a_head_has_a_limited_number_of_fitted_weights(several, monkeypatch):
-    form, train = (ManyNodesForm if several else OnePathForm)(TREE), rows(300, several=several)
-    counts, labels = token_counts(train, VOCABULARY), np.array(train["labels"])
+    form = (ManyNodesForm if several else OnePathForm)(TREE)
+    train = rows(300, several=several)
+    counts = token_counts(train, VOCABULARY)
+    labels = np.array(train["labels"])
     fitted = form.fit_classifier(counts, labels)
     size = len(fitted.classes) * sum((counts.toarray() > 0).sum(axis=0) > 1)
     for limit, has_head in ((size, True), (size - 1, False)):
@@ -202,8 +259,10 @@ def test_by_default_a_head_has_a_limited_number_of_fitted_weights(several, monke
 @pytest.mark.parametrize("several", [False, True])
 def test_there_is_no_lexical_head_if_the_rows_do_not_tell_two_classes_apart(caplog, several):
     caplog.set_level("INFO")
-    form, train = (ManyNodesForm if several else OnePathForm)(TREE), rows(20, leaves=2, several=several)
-    counts, labels = token_counts(train, VOCABULARY), np.array(train["labels"])
+    form = (ManyNodesForm if several else OnePathForm)(TREE)
+    train = rows(20, leaves=2, several=several)
+    counts = token_counts(train, VOCABULARY)
+    labels = np.array(train["labels"])
     assert form.fit_classifier(counts, labels) is not None
     assert form.fit_classifier(counts, labels, wanted=False) is None
     assert form.fit_classifier(counts, np.zeros_like(labels)) is None

@@ -22,7 +22,10 @@ MODULE = Path(__file__).resolve().parents[2] / "metrics" / "hierarchical_f1"
 
 def logits_for(predictions: list[int]) -> np.ndarray:
     """Return logits whose maximum is at the prediction."""
-    return np.random.default_rng(0).uniform(0, 1, (len(predictions), TREE.num_leaves)) + 2 * np.eye(5)[predictions]
+    return (
+        np.random.default_rng(0).uniform(0, 1, (len(predictions), TREE.num_leaves))
+        + 2 * np.eye(5)[predictions]
+    )
 
 
 def ancestors(parents: list[int], node: int) -> set[int]:
@@ -40,14 +43,21 @@ def metric():
 def test_hierarchical_f1_against_sets_on_a_random_forest(metric):
     rng = np.random.default_rng(1)
     parents = [-1, *(int(rng.integers(-1, node)) for node in range(1, 200))]
-    parents = [199 - parent if parent >= 0 else -1 for parent in reversed(parents)]  # parents need not come first
+    # parents need not come first
+    parents = [199 - parent if parent >= 0 else -1 for parent in reversed(parents)]
     predictions, references = rng.integers(0, 200, (2, 500)).tolist()
-    pairs = [(ancestors(parents, p), ancestors(parents, t)) for p, t in zip(predictions, references, strict=True)]
+    pairs = [
+        (ancestors(parents, p), ancestors(parents, t))
+        for p, t in zip(predictions, references, strict=True)
+    ]
     shared = sum(len(p & t) for p, t in pairs)
     scores = metric.compute(predictions=predictions, references=references, parents=parents)
     assert scores["hierarchical_precision"] == pytest.approx(shared / sum(len(p) for p, _ in pairs))
     assert scores["hierarchical_recall"] == pytest.approx(shared / sum(len(t) for _, t in pairs))
-    assert metric.compute(predictions=[A], references=[E], parents=TREE.parents)["hierarchical_f1"] == 0
+    assert (
+        metric.compute(predictions=[A], references=[E], parents=TREE.parents)["hierarchical_f1"]
+        == 0
+    )
 
 
 @pytest.mark.parametrize(
@@ -74,11 +84,14 @@ def test_scores_by_hand():
     # prediction: a  f  e  h  f  c
     labels = np.array([A, E, D, C, F, E])
     scores = OnePathForm(TREE).measure(logits_for([A, F, E, H, F, C]), labels)
-    # leaf labels: a-a, e-f, c-h, f-f, e-c, so 2 of 5. F1: a 1, c 0, e 0, f 2/3 (1 of 2 found, 1 of 1 right), h 0
+    # leaf labels: a-a, e-f, c-h, f-f, e-c, so 2 of 5. F1: a 1, c 0, e 0, f 2/3 (1 of 2 found, 1 of
+    # 1 right), h 0
     assert scores["accuracy"] == pytest.approx(2 / 5)
     assert scores["macro_f1"] == pytest.approx((1 + 2 / 3) / 5)
-    assert scores["weighted_f1"] == pytest.approx((1 * 1 + 1 * 2 / 3) / 5)  # weights: a 1, c 1, e 2, f 1, h 0
-    # shared 1 2 2 0 3 1 = 9, predicted paths 1 3 2 2 3 2 = 13, the third truncated where D is; true paths 1 3 2 2 3 3 = 14
+    # weights: a 1, c 1, e 2, f 1, h 0
+    assert scores["weighted_f1"] == pytest.approx((1 * 1 + 1 * 2 / 3) / 5)
+    # shared 1 2 2 0 3 1 = 9, predicted paths 1 3 2 2 3 2 = 13, the third truncated where D is; true
+    # paths 1 3 2 2 3 3 = 14
     assert scores["hierarchical_precision"] == pytest.approx(9 / 13)
     assert scores["hierarchical_recall"] == pytest.approx(9 / 14)
     assert scores["hierarchical_f1"] == pytest.approx(18 / 27)
@@ -88,7 +101,8 @@ def test_scores_by_hand():
     # level 2, true - D D c D D, predicted - D D h D c. F1: D 6/7 (3 of 3, 3 of 4), c 0, h 0
     assert scores["level_2_accuracy"] == pytest.approx(3 / 5)
     assert scores["level_2_macro_f1"] == pytest.approx((6 / 7 + 0 + 0) / 3)
-    # level 3, true - e - - f e, predicted - f e - f -. F1: e 0, f 2/3. The shorter path of the last one is wrong
+    # level 3, true - e - - f e, predicted - f e - f -. F1: e 0, f 2/3. The shorter path of the last
+    # one is wrong
     assert scores["level_3_accuracy"] == pytest.approx(1 / 3)
     assert scores["level_3_macro_f1"] == pytest.approx((0 + 2 / 3) / 2)
     # a leaf above the level, true - c, predicted D c: the row counts as a false positive of D
@@ -102,7 +116,9 @@ def test_the_log_loss_adds_up_the_leaves_of_an_inner_node_and_does_not_underflow
     scores = OnePathForm(TREE).measure(np.log(probabilities), np.array([B, D, G, E]))
     assert scores["log_loss"] == pytest.approx(-sum(map(math.log, [0.65, 0.45, 0.25, 0.3])) / 4)
     logits = np.array([[0, -800, 0, 0, 0]], dtype=np.float32)  # exp(-800) is 0 even in float64
-    assert OnePathForm(TREE).measure(logits, np.array([C]))["log_loss"] == pytest.approx(800 + math.log(4))
+    assert OnePathForm(TREE).measure(logits, np.array([C]))["log_loss"] == pytest.approx(
+        800 + math.log(4)
+    )
 
 
 def test_any_label_of_a_repeated_text_counts():
@@ -122,7 +138,8 @@ def test_scores_without_documents_are_left_out():
     scores = OnePathForm(TREE).measure(logits_for([E]), np.array([B]))
     assert {name: score for name, score in scores.items() if name not in ("ece", "log_loss")} == {
         **dict.fromkeys(("hierarchical_precision", "hierarchical_recall", "hierarchical_f1"), 1),
-        **{"leaf_labels": 0, "level_1_accuracy": 1, "level_1_macro_f1": 1},  # nodes below the label do not count
+        # nodes below the label do not count
+        **{"leaf_labels": 0, "level_1_accuracy": 1, "level_1_macro_f1": 1},
     }
 
 
@@ -144,7 +161,8 @@ def test_the_calibration_error_by_hand():
     # the first is wrong; the others are correct and in one bin, from 12/15 to 13/15
     scores = OnePathForm(TREE).measure(np.log(probabilities), np.array([C, A, A]))
     assert scores["ece"] == pytest.approx((0.2 + abs(2 - 1.7)) / 3)
-    # where the label is an inner node, a prediction below it is correct with its probability given the label
+    # where the label is an inner node, a prediction below it is correct with its probability given
+    # the label
     scores = OnePathForm(TREE).measure(np.log([[0.1, 0.2, 0.4, 0.2, 0.1]]), np.array([B]))
     assert scores["ece"] == pytest.approx(0.4 / 0.8 - 0.4)
 
@@ -152,24 +170,39 @@ def test_the_calibration_error_by_hand():
 # Scores of the classes, and intervals
 
 
-def report_of(form: OnePathForm | ManyNodesForm, logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+def report_of(
+    form: OnePathForm | ManyNodesForm, logits: np.ndarray, labels: np.ndarray
+) -> dict[str, Any]:
     thresholds = np.full(TREE.num_nodes, 0.4)
-    return class_scores("test", Predictions(form, logits, labels, thresholds), np.arange(len(labels)))
+    return class_scores(
+        "test", Predictions(form, logits, labels, thresholds), np.arange(len(labels))
+    )
 
 
 @FORMS
 def test_the_report_of_classes_against_scikit_learn(form):
     scores = np.random.default_rng(0).normal(-0.5, 1.5, (200, TREE.num_nodes))
     scores[:, G] = -30  # neither G nor h occurs
-    logits, labels = logits_of(form, scores), draw_labels(form, scores)
+    logits = logits_of(form, scores)
+    labels = draw_labels(form, scores)
     if isinstance(form, OnePathForm):
-        true, chosen, micro_f1 = one_hot(labels, 5), one_hot(logits.argmax(axis=1), 5), "accuracy"
-        labels, logits = np.append(labels, B), np.append(logits, logits[:1], axis=0)  # a row that is not of a leaf
+        true = one_hot(labels, 5)
+        chosen = one_hot(logits.argmax(axis=1), 5)
+        micro_f1 = "accuracy"
+        # a row that is not of a leaf
+        labels = np.append(labels, B)
+        logits = np.append(logits, logits[:1], axis=0)
     else:
-        true, chosen, micro_f1 = labels, logits >= np.log(0.4 / 0.6), "micro_f1"
+        true = labels
+        chosen = logits >= np.log(0.4 / 0.6)
+        micro_f1 = "micro_f1"
     report = report_of(form, logits, labels)
     expected = sklearn.metrics.precision_recall_fscore_support(true, chosen, zero_division=0)
-    occurring = [i for i, label in enumerate(TREE.labels[: form.decisions.num_classes]) if label not in ("G", "h")]
+    occurring = [
+        i
+        for i, label in enumerate(TREE.labels[: form.decisions.num_classes])
+        if label not in ("G", "h")
+    ]
     assert [row["label"] for row in report["per_class"]] == [TREE.labels[i] for i in occurring]
     for name, values in zip(("precision", "recall", "f1", "support"), expected, strict=True):
         assert [row[name] for row in report["per_class"]] == pytest.approx(values[occurring])
@@ -184,7 +217,9 @@ def test_the_report_of_classes_against_scikit_learn(form):
         assert report_of(form, logits, np.full(len(labels), B)) == {}
 
 
-def intervals_of(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> dict[str, np.ndarray]:
+def intervals_of(
+    labels: np.ndarray, predictions: np.ndarray, num_classes: int
+) -> dict[str, np.ndarray]:
     return bootstrap_intervals(one_hot(labels, num_classes), one_hot(predictions, num_classes))
 
 
@@ -192,7 +227,8 @@ def test_the_rows_of_a_text_are_drawn_together():
     generator = np.random.default_rng(0)
     labels, chosen = (one_hot(generator.integers(4, size=60), 4) for _ in range(2))
     twice = [np.repeat(array, 2, axis=0) for array in (labels, chosen)]
-    expected, found = bootstrap_intervals(labels, chosen), bootstrap_intervals(*twice, np.repeat(np.arange(60), 2))
+    expected = bootstrap_intervals(labels, chosen)
+    found = bootstrap_intervals(*twice, np.repeat(np.arange(60), 2))
     for name, ends in expected.items():
         np.testing.assert_allclose(found[name], ends)
     assert np.ptp(bootstrap_intervals(*twice)["micro_f1"]) < 0.8 * np.ptp(expected["micro_f1"])
@@ -205,16 +241,31 @@ def test_bootstrap_intervals_against_scipy():
     intervals = intervals_of(labels, predictions, 4)
     for name, average in (("micro_f1", "micro"), ("macro_f1", "macro")):
         statistic = partial(sklearn.metrics.f1_score, average=average)
-        options = {"paired": True, "vectorized": False, "n_resamples": 300, "method": "percentile", "rng": 1}
-        expected = scipy.stats.bootstrap((labels, predictions), statistic, **options).confidence_interval
+        options = {
+            "paired": True,
+            "vectorized": False,
+            "n_resamples": 300,
+            "method": "percentile",
+            "rng": 1,
+        }
+        expected = scipy.stats.bootstrap(
+            (labels, predictions), statistic, **options
+        ).confidence_interval
         np.testing.assert_allclose(intervals[name], expected, atol=0.015)
     assert np.isnan(intervals["f1"][:, 3]).all()  # a leaf that does not occur
     # the rare leaf is correct in every resample that contains it
-    assert intervals_of(np.append(labels, 3), np.append(predictions, 3), 4)["f1"][:, 3].tolist() == [1, 1]
+    assert intervals_of(np.append(labels, 3), np.append(predictions, 3), 4)["f1"][
+        :, 3
+    ].tolist() == [1, 1]
 
 
 def test_the_interval_of_macro_f1_holds_the_score_where_classes_are_many_and_rare():
-    generator, labels = np.random.default_rng(0), np.repeat(np.arange(200), 3)
-    predictions = np.where(generator.random(len(labels)) < 0.6, labels, generator.integers(200, size=len(labels)))
+    generator = np.random.default_rng(0)
+    labels = np.repeat(np.arange(200), 3)
+    predictions = np.where(
+        generator.random(len(labels)) < 0.6, labels, generator.integers(200, size=len(labels))
+    )
     low, high = intervals_of(labels, predictions, 200)["macro_f1"]
-    assert low < sklearn.metrics.f1_score(labels, predictions, average="macro", zero_division=0) < high
+    assert (
+        low < sklearn.metrics.f1_score(labels, predictions, average="macro", zero_division=0) < high
+    )

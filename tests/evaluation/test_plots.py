@@ -22,7 +22,9 @@ from taxonomy_hierarchical import Taxonomy
 
 
 def matrix_of(figure) -> tuple[list[str], np.ndarray]:
-    """Return the names along a confusion matrix, checked to be equal on both axes, and its shares."""
+    """Return the names along a confusion matrix, checked to be equal on both axes, and its
+    shares.
+    """
     axes = figure.axes[0]
     names = [text.get_text() for text in axes.get_yticklabels()]
     assert [text.get_text() for text in axes.get_xticklabels()] == names
@@ -38,7 +40,10 @@ def test_training_curves_hold_the_log():
     ]
     figure = training_curves(log, {"macro_f1": "macro F1", "micro_f1": "micro F1"})
     lines = {
-        (axes.get_ylabel(), line.get_label()): (line.get_xdata().tolist(), line.get_ydata().tolist())
+        (axes.get_ylabel(), line.get_label()): (
+            line.get_xdata().tolist(),
+            line.get_ydata().tolist(),
+        )
         for axes in figure.axes
         for line in axes.lines
     }
@@ -51,10 +56,17 @@ def test_training_curves_hold_the_log():
 
 
 def test_nothing_to_draw_no_figure(tmp_path):
-    assert training_curves([{"train_runtime": 1.0, "train_loss": 0.5, "step": 3}], {"macro_f1": "macro F1"}) is None
+    assert (
+        training_curves(
+            [{"train_runtime": 1.0, "train_loss": 0.5, "step": 3}], {"macro_f1": "macro F1"}
+        )
+        is None
+    )
     logits, labels = drawn(OnePathForm(TREE), 4)
     # no document has a class further down
-    assert confusion_matrices(TREE, logits, np.full_like(labels, B)).keys() == {"confusion_matrix_level_1"}
+    assert confusion_matrices(TREE, logits, np.full_like(labels, B)).keys() == {
+        "confusion_matrix_level_1"
+    }
     empty = np.zeros((4, TREE.num_nodes))
     assert reliability_diagram(Predictions(ManyNodesForm(TREE), empty - 9, empty)) is None
     write(None, tmp_path / "nothing.png")
@@ -70,13 +82,18 @@ def test_confusion_matrices_by_hand():
         # true a D D c D (B is above the level), predicted a D D h D; in reading order a, c, D, h
         2: (["a", "c", "D", "h"], [[1, 0, 0, 0], [0, 0, 0, 1], [0, 0, 3, 0], [0, 0, 0, 0]]),
         # true a e c f (D and B are above the level), predicted a f h f
-        3: (["a", "c", "e", "f", "h"], [[1, 0, 0, 0, 0], [0, 0, 0, 0, 1], [0, 0, 0, 1, 0], [0, 0, 0, 1, 0], [0] * 5]),
+        3: (
+            ["a", "c", "e", "f", "h"],
+            [[1, 0, 0, 0, 0], [0, 0, 0, 0, 1], [0, 0, 0, 1, 0], [0, 0, 0, 1, 0], [0] * 5],
+        ),
     }
     figures = confusion_matrices(TREE, logits, labels)
     for (level, (names, counts)), figure in zip(expected.items(), figures.values(), strict=True):
         shown, shares = matrix_of(figure)
         assert shown == names
-        np.testing.assert_allclose(shares, counts / np.maximum(np.sum(counts, axis=1, keepdims=True), 1))
+        np.testing.assert_allclose(
+            shares, counts / np.maximum(np.sum(counts, axis=1, keepdims=True), 1)
+        )
         assert f"level {level} of 3" in figure.get_suptitle()
     texts = [text.get_text() for text in figures["confusion_matrix_level_1"].axes[0].texts]
     assert texts == ["100%", "", "", "", "80%", "20%", "", "", ""]
@@ -91,11 +108,15 @@ def test_the_largest_of_many_classes_are_drawn():
     assert names == [f"class {i}" for i in range(20, 60)]
     assert "the 40 of 60 classes with the most documents" in figure.get_suptitle()
     recall = sklearn.metrics.recall_score(labels, logits.argmax(axis=1), average=None)
-    assert np.diag(shares) == pytest.approx(recall[20:])  # predictions of classes not drawn count in the row
+    # predictions of classes not drawn count in the row
+    assert np.diag(shares) == pytest.approx(recall[20:])
 
 
 def test_class_names_are_shortened_in_the_middle_and_dollars_are_not_mathematics():
-    names = ["Female Genital Diseases and Pregnancy Complications", (r"$\nosuchcommand{$ " * 9).strip()]
+    names = [
+        "Female Genital Diseases and Pregnancy Complications",
+        (r"$\nosuchcommand{$ " * 9).strip(),
+    ]
     taxonomy = Taxonomy(names)
     (figure,) = confusion_matrices(taxonomy, *drawn(OnePathForm(taxonomy), 50)).values()
     for name, whole in zip(matrix_of(figure)[0], names, strict=True):
@@ -107,13 +128,18 @@ def test_class_names_are_shortened_in_the_middle_and_dollars_are_not_mathematics
 
 @FORMS
 def test_the_reliability_diagram_holds_the_bins_and_the_error(form):
-    """With one path a text, it is of the predicted leaves. With many nodes, it is of all pairs that are not improbable."""
+    """With one path a text, it is of the predicted leaves.
+
+    With many nodes, it is of all pairs that are not improbable.
+    """
     logits, labels = drawn(form, 200)
     if isinstance(form, ManyNodesForm):
         pairs = expit(logits) >= 0.1
-        probabilities, correct = expit(logits[pairs]), labels[pairs] == 1
+        probabilities = expit(logits[pairs])
+        correct = labels[pairs] == 1
     else:
-        probabilities, correct = softmax(logits, axis=1).max(axis=1), logits.argmax(axis=1) == labels
+        probabilities = softmax(logits, axis=1).max(axis=1)
+        correct = logits.argmax(axis=1) == labels
     figure = reliability_diagram(Predictions(form, logits, labels))
     upper, lower = figure.axes
     bins = calibration_bins(probabilities, correct)
@@ -121,11 +147,17 @@ def test_the_reliability_diagram_holds_the_bins_and_the_error(form):
     np.testing.assert_allclose(curve.get_xdata(), bins["confidence"] / bins["count"])
     np.testing.assert_allclose(curve.get_ydata(), bins["correct"] / bins["count"])
     assert sum(bar.get_height() for bar in lower.patches) == len(correct)
-    assert f"expected calibration error {form.measure(logits, labels)['ece']:.3f}" in figure.get_suptitle()
+    assert (
+        f"expected calibration error {form.measure(logits, labels)['ece']:.3f}"
+        in figure.get_suptitle()
+    )
 
 
-def test_f1_by_frequency_shows_the_classes_that_occur_with_their_intervals_and_names_the_worst_and_the_largest():
-    rows = [{"label": f"kind {i}", "support": 100 + i, "f1": i / 20, "f1_interval": None} for i in range(20)]
+def test_f1_by_frequency_shows_intervals_and_names_the_worst_and_the_largest():
+    rows = [
+        {"label": f"kind {i}", "support": 100 + i, "f1": i / 20, "f1_interval": None}
+        for i in range(20)
+    ]
     rows[3]["f1_interval"] = [0.1, 0.25]
     rows.append({"label": "absent", "support": 0, "f1": 0.0, "f1_interval": None})
     axes = f1_by_frequency(rows).axes[0]

@@ -1,4 +1,6 @@
-"""Test thresholds by band of confidence, and measured groups, against their definitions; in both forms of label."""
+"""Test thresholds by band of confidence, and measured groups, against their definitions; in both
+forms of label.
+"""
 
 import numpy as np
 import pytest
@@ -13,21 +15,30 @@ from taxonomy_hierarchical import Taxonomy
 
 FLAT = Taxonomy([f"leaf {i}" for i in range(12)])
 DEEP = Taxonomy({f"root {i}": [f"{i} {j}" for j in range(3)] for i in range(4)})
-FORMS = pytest.mark.parametrize("form", [OnePathForm(DEEP), ManyNodesForm(DEEP)], ids=["one path", "many nodes"])
+FORMS = pytest.mark.parametrize(
+    "form", [OnePathForm(DEEP), ManyNodesForm(DEEP)], ids=["one path", "many nodes"]
+)
 
 
 def sure_and_unsure(form, rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draw logits and labels. Half of the texts are unsure, and their most probable leaf is too often wrong."""
+    """Draw logits and labels.
+
+    Half of the texts are unsure, and their most probable leaf is too often wrong.
+    """
     generator = np.random.default_rng(0)
     scales = np.where(np.arange(rows)[:, None] % 2, 0.7, 4.0)
-    scores = scales * generator.normal(size=(rows, form.tree.num_nodes)) - isinstance(form, ManyNodesForm)
+    scores = scales * generator.normal(size=(rows, form.tree.num_nodes)) - isinstance(
+        form, ManyNodesForm
+    )
     labels = draw_labels(form, scores * np.where(scales < 1, 0.2, 1.0), seed=1)
     return logits_of(form, scores), labels
 
 
 @FORMS
 def test_thresholds_by_band_hold_in_each_band_of_new_texts(form):
-    (logits, labels), texts, guarantee = sure_and_unsure(form, 3000), np.arange(1000), form.decisions.guarantee
+    logits, labels = sure_and_unsure(form, 3000)
+    texts = np.arange(1000)
+    guarantee = form.decisions.guarantee
     calibration = Calibration(**form.fit_sets(logits[:1000], labels[:1000], texts))
     by_band = guaranteed_threshold(guarantee, 0.9, calibration)
     common = form.thresholds_of(form.set_scores(logits[:1000], labels[:1000], texts))[89]
@@ -56,10 +67,15 @@ def test_groups_are_counted_by_hand():
     tree = Taxonomy({"r": ["a", "b"], "s": ["c"]})
     # texts 0 and 1 are sure, text 2 is not; text 0 is repeated with another label
     leaves = np.array([[0.9, 0.06, 0.04], [0.9, 0.06, 0.04], [0.05, 0.05, 0.9], [0.35, 0.33, 0.32]])
-    rows = ScoredSplit(leaves, np.log(leaves), np.array([0, 1, 2, 0]), np.array([0, 0, 1, 2]), np.arange(4), None)
-    measured = measure_sets(OnePathForm(tree), {"test": rows}, Calibration(set_thresholds=[0.2] * 99))
+    rows = ScoredSplit(
+        leaves, np.log(leaves), np.array([0, 1, 2, 0]), np.array([0, 0, 1, 2]), np.arange(4), None
+    )
+    measured = measure_sets(
+        OnePathForm(tree), {"test": rows}, Calibration(set_thresholds=[0.2] * 99)
+    )
     groups = {
-        (row["by"], row["group"]): (row["texts"], row["coverage"], row["nodes"]) for row in measured["set_groups"]
+        (row["by"], row["group"]): (row["texts"], row["coverage"], row["nodes"])
+        for row in measured["set_groups"]
     }
     assert groups == {
         ("confidence", "at most 40%"): (1, 1.0, 1.0),
@@ -71,4 +87,6 @@ def test_groups_are_counted_by_hand():
     assert "worst_band" not in measured  # of too few texts
     names = ("coverage", "leaves", "nodes", "single_leaf")
     # the unsure text's set is r: 0.68 − 0.8 · (2 + 1.5) / 2.5 is more than 0.35 − 0.8
-    assert [measured[f"test_set_{name}"] for name in names] == pytest.approx([2 / 3, 4 / 3, 1, 2 / 3])
+    assert [measured[f"test_set_{name}"] for name in names] == pytest.approx(
+        [2 / 3, 4 / 3, 1, 2 / 3]
+    )

@@ -1,4 +1,7 @@
-"""Test reading from and writing to an object store, with an S3 server on this machine. Skipped without moto."""
+"""Test reading from and writing to an object store, with an S3 server on this machine.
+
+Skipped without moto.
+"""
 
 import io
 import signal
@@ -47,7 +50,11 @@ def bucket(server, monkeypatch) -> Iterator:
 
 def contents(bucket) -> dict[str, bytes]:
     """Return the objects of the bucket by name, without the empty ones that stand for folders."""
-    return {one.key: one.get()["Body"].read() for one in bucket.objects.all() if not one.key.endswith("/")}
+    return {
+        one.key: one.get()["Body"].read()
+        for one in bucket.objects.all()
+        if not one.key.endswith("/")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -67,25 +74,39 @@ def upload(bucket, folder: Path) -> None:
     bucket.put_object(Key="in/_SUCCESS", Body=b"")
 
 
-def test_a_killed_run_in_a_store_writes_the_same_bytes_as_on_a_disk(bucket, clear_checkpoint, texts, tmp_path, capsys):
+def test_a_killed_run_in_a_store_writes_the_same_bytes_as_on_a_disk(
+    bucket, clear_checkpoint, texts, tmp_path, capsys
+):
     upload(bucket, texts)
     before = contents(bucket)
-    assert predict_here("--model", clear_checkpoint, "--input", texts, "--output", f"{tmp_path}/out/") == 1
-    local = {str(file.relative_to(tmp_path)): file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    assert (
+        predict_here("--model", clear_checkpoint, "--input", texts, "--output", f"{tmp_path}/out/")
+        == 1
+    )
+    local = {
+        str(file.relative_to(tmp_path)): file.read_bytes()
+        for file in tmp_path.rglob("*")
+        if file.is_file()
+    }
     words = ("--model", clear_checkpoint, "--input", f"s3://{BUCKET}/in/")
     words += ("--output", f"s3://{BUCKET}/out/?region=us-east-1")
     uploaded = ("os.remove", "/part.new")  # which is deleted from the disk
     done = complete("-c", STRIKE, ROOT / "predict.py", *uploaded, int(signal.SIGKILL), *words)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert [key for key in contents(bucket) if key.startswith("out")] == ["out/.parts/000000000.jsonl"]
-    with pytest.raises(InputError, match=rf"s3://{BUCKET}/out/.parts was started with another probabilities"):
+    assert [key for key in contents(bucket) if key.startswith("out")] == [
+        "out/.parts/000000000.jsonl"
+    ]
+    with pytest.raises(
+        InputError, match=rf"s3://{BUCKET}/out/.parts was started with another probabilities"
+    ):
         predict_here(*words, "--probabilities")
     assert predict_here(*words) == 1
     assert "continuing at row 1,024" in capsys.readouterr().err
     found = {key: value for key, value in contents(bucket).items() if key not in before}
     assert found.keys() == local.keys()
     assert found["out/part-00000.parquet"] == local["out/part-00000.parquet"]
-    expected = local["out/errors.jsonl"].replace(str(texts).encode(), f"s3://{BUCKET}/in".encode())  # the input's files
+    # the input's files
+    expected = local["out/errors.jsonl"].replace(str(texts).encode(), f"s3://{BUCKET}/in".encode())
     assert found["out/errors.jsonl"] == expected
     with pytest.raises(InputError, match="already exists"):
         predict_here(*words)
@@ -104,18 +125,31 @@ def test_sources_are_found_and_read_as_on_a_disk(bucket, texts):
     for key in ("notes/a.txt", "notes/flu/b.txt", "notes/_x.txt"):
         bucket.put_object(Key=key, Body=key.encode())
     records = read_records(find_sources(f"s3://{BUCKET}/notes"), None, "id")
-    assert [(one.id, one.text) for one in records] == [("a.txt", "notes/a.txt"), ("flu/b.txt", "notes/flu/b.txt")]
+    assert [(one.id, one.text) for one in records] == [
+        ("a.txt", "notes/a.txt"),
+        ("flu/b.txt", "notes/flu/b.txt"),
+    ]
 
 
 def test_an_error_of_a_store_is_reported_in_one_line(
     bucket, clear_checkpoint, texts, closed_port, tmp_path, monkeypatch
 ):
     upload(bucket, texts)
-    words = {"--model": clear_checkpoint, "--input": str(texts / "part-1.csv"), "--output": f"{tmp_path}/out.csv"}
+    words = {
+        "--model": clear_checkpoint,
+        "--input": str(texts / "part-1.csv"),
+        "--output": f"{tmp_path}/out.csv",
+    }
     for given, message in (
         ({"--output": "s3://no-such-bucket/out.csv"}, "--output s3://no-such-bucket/out.csv"),
-        ({"--input": f"s3://{BUCKET}/in/none.csv"}, f"--input s3://{BUCKET}/in/none.csv: there is no such file"),
-        (dict.fromkeys(["--input", "--output"], f"s3://{BUCKET}/in/part-1.csv"), "is also an input"),
+        (
+            {"--input": f"s3://{BUCKET}/in/none.csv"},
+            f"--input s3://{BUCKET}/in/none.csv: there is no such file",
+        ),
+        (
+            dict.fromkeys(["--input", "--output"], f"s3://{BUCKET}/in/part-1.csv"),
+            "is also an input",
+        ),
     ):
         with pytest.raises(InputError) as error:
             predict_here(*(word for pair in (words | given).items() for word in pair))
@@ -123,5 +157,12 @@ def test_an_error_of_a_store_is_reported_in_one_line(
         assert "\n" not in str(error.value)
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{closed_port}")
     with pytest.raises(InputError, match=rf"^--input s3://{BUCKET}/in: .*NETWORK_CONNECTION"):
-        predict_here("--model", clear_checkpoint, "--input", f"s3://{BUCKET}/in", "--output", tmp_path / "out.csv")
+        predict_here(
+            "--model",
+            clear_checkpoint,
+            "--input",
+            f"s3://{BUCKET}/in",
+            "--output",
+            tmp_path / "out.csv",
+        )
     assert not [*tmp_path.iterdir()]

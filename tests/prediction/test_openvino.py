@@ -1,4 +1,6 @@
-"""Compare predict.py --backend openvino with the same model in torch, and its encoders with transformers'."""
+"""Compare predict.py --backend openvino with the same model in torch, and its encoders with
+transformers'.
+"""
 
 import json
 import sys
@@ -10,11 +12,21 @@ from transformers import AutoConfig, AutoModel
 
 from hierarchical_clinicalbert.errors import InputError
 
-SMALL = {"vocab_size": 99, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 96}
+SMALL = {
+    "vocab_size": 99,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 96,
+}
 
 
-def test_predictions_equal_those_of_torch_and_nearly_in_8_bits(openvino, long_checkpoint, texts, long_texts, tmp_path):
-    file = write_csv(tmp_path / "in.csv", [{"text": text} for text in [*texts, *long_texts.values()]])
+def test_predictions_equal_those_of_torch_and_nearly_in_8_bits(
+    openvino, long_checkpoint, texts, long_texts, tmp_path
+):
+    file = write_csv(
+        tmp_path / "in.csv", [{"text": text} for text in [*texts, *long_texts.values()]]
+    )
     scores = {}
     flags = {
         "torch": ("--dtype", "fp32"),
@@ -24,7 +36,10 @@ def test_predictions_equal_those_of_torch_and_nearly_in_8_bits(openvino, long_ch
     for name, words in flags.items():
         output = tmp_path / f"{name}.jsonl"
         words = (*words, "--probabilities")
-        assert predict_here("--model", long_checkpoint, "--input", file, "--output", output, *words) == 0
+        assert (
+            predict_here("--model", long_checkpoint, "--input", file, "--output", output, *words)
+            == 0
+        )
         rows = [json.loads(line) for line in output.read_text().splitlines()]
         scores[name] = [list(row["probabilities"].values()) for row in rows]
         assert [row["label"] for row in rows[-5:]] == list(long_texts)
@@ -38,7 +53,13 @@ def test_an_encoder_reads_batches_of_any_shape(openvino):
     from hierarchical_clinicalbert.prediction.openvino import OpenVinoEncoder, convert
 
     torch.manual_seed(0)
-    settings = {**SMALL, "pad_token_id": 0, "cls_token_id": 1, "sep_token_id": 2, "local_attention": 8}
+    settings = {
+        **SMALL,
+        "pad_token_id": 0,
+        "cls_token_id": 1,
+        "sep_token_id": 2,
+        "local_attention": 8,
+    }
     encoder = AutoModel.from_config(AutoConfig.for_model("modernbert", **settings)).eval()
     converted = OpenVinoEncoder(convert(encoder, ["input_ids", "attention_mask"]), torch.float32)
     for rows, length in ((3, 20), (1, 5), (8, 33)):
@@ -56,7 +77,9 @@ def test_an_encoder_that_cannot_be_converted_is_named(openvino, capsys):
     settings = {**SMALL, "pad_token_id": 1, "attention_window": 8, "max_position_embeddings": 66}
     encoder = AutoModel.from_config(AutoConfig.for_model("longformer", **settings)).eval()
     for int8, advice in ((False, "--backend torch"), (True, "--dtype bf16 or fp32")):
-        with pytest.raises(InputError, match=rf"^OpenVINO cannot run LongformerModel \(.+\): give {advice}$"):
+        with pytest.raises(
+            InputError, match=rf"^OpenVINO cannot run LongformerModel \(.+\): give {advice}$"
+        ):
             convert(encoder, ["input_ids", "attention_mask"], int8)
     assert "def forward" not in capsys.readouterr().err  # the graph that torch prints
 
@@ -65,5 +88,7 @@ def test_an_encoder_that_cannot_be_converted_is_named(openvino, capsys):
 def test_a_missing_package_is_named(flag, clear_checkpoint, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "openvino", None)
     words = ("--input", ROOT / "examples" / "unseen.csv", "--output", tmp_path / "out.jsonl", *flag)
-    with pytest.raises(InputError, match=f"^{' '.join(flag)} needs OpenVINO: pip install openvino$"):
+    with pytest.raises(
+        InputError, match=f"^{' '.join(flag)} needs OpenVINO: pip install openvino$"
+    ):
         predict_here("--model", clear_checkpoint, *words)

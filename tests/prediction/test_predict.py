@@ -1,4 +1,6 @@
-"""Compare predict.py with the stock pipeline, over every kind of file, after kills, and with unreadable rows."""
+"""Compare predict.py with the stock pipeline, over every kind of file, after kills, and with
+unreadable rows.
+"""
 
 import csv
 import gzip
@@ -15,7 +17,17 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet
 import pytest
-from conftest import ROOT, STRIKE, complete, copy_checkpoint, predict_here, read_csv, run, run_outside, started
+from conftest import (
+    ROOT,
+    STRIKE,
+    complete,
+    copy_checkpoint,
+    predict_here,
+    read_csv,
+    run,
+    run_outside,
+    started,
+)
 from labelled_files import load
 from scipy.stats import entropy
 from transformers import pipeline
@@ -47,8 +59,15 @@ def predict(model: object, file: object, output: object, *flags: object) -> int:
     return predict_here("--model", model, "--input", file, "--output", output, *flags)
 
 
-def test_an_encoder_that_computes_in_float32_only_names_the_flag_that_helps(tokenizer, texts, tmp_path):
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+def test_an_encoder_that_computes_in_float32_only_names_the_flag_that_helps(
+    tokenizer, texts, tmp_path
+):
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
     config = HierarchicalConfig(text_config={"model_type": "mra", "vocab_size": 30522, **sizes})
     HierarchicalForSequenceClassification(config).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
@@ -58,14 +77,25 @@ def test_an_encoder_that_computes_in_float32_only_names_the_flag_that_helps(toke
     assert predict(*given, "--dtype", "fp32") == 0
 
 
-def test_predictions_equal_the_stock_pipeline_and_bad_rows_are_listed_separately(checkpoint, texts, tmp_path):
+def test_predictions_equal_the_stock_pipeline_and_bad_rows_are_listed_separately(
+    checkpoint, texts, tmp_path
+):
     rows = [["id", "text"], *([f"n{i}", text] for i, text in enumerate(texts))]
     rows[3:3] = [["short"], ["empty", "  "], ["long", "a", "b"]]
     with (tmp_path / "in.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(rows)
     with (tmp_path / "in.csv").open("ab") as file:
         file.write(b'latin,"caf\xe9 au lait"\nopen,"never closed\n')
-    words = ("--model", checkpoint, "--input", tmp_path / "in.csv", "--id_column", "id", "--dtype", "fp32")
+    words = (
+        "--model",
+        checkpoint,
+        "--input",
+        tmp_path / "in.csv",
+        "--id_column",
+        "id",
+        "--dtype",
+        "fp32",
+    )
     words += ("--output", tmp_path / "out.jsonl", "--probabilities", "--coverage", 0.9)
     done = run(*words, command="predict.py", check=False)
     assert done.returncode == 1
@@ -74,16 +104,30 @@ def test_predictions_equal_the_stock_pipeline_and_bad_rows_are_listed_separately
 
     predictions = read_json_lines(tmp_path / "out.jsonl")
     stock = pipeline("text-classification", model=checkpoint, trust_remote_code=True)
-    for row, expected, i in zip(predictions, stock(texts, truncation=True, top_k=None), range(20), strict=True):
+    for row, expected, i in zip(
+        predictions, stock(texts, truncation=True, top_k=None), range(20), strict=True
+    ):
         assert row["id"] == f"n{i}"
         assert row["label"] == expected[0]["label"] == row["path"][-1]
         assert row["score"] == pytest.approx(expected[0]["score"], abs=2e-5)
-        assert row["probabilities"] == pytest.approx({entry["label"]: entry["score"] for entry in expected}, abs=2e-5)
+        assert row["probabilities"] == pytest.approx(
+            {entry["label"]: entry["score"] for entry in expected}, abs=2e-5
+        )
         assert row["prediction_set"]
     problems = read_json_lines(tmp_path / "out.jsonl.errors.jsonl")
-    assert [(entry["row"], entry["line"]) for entry in problems] == [(2, 4), (3, 5), (4, 6), (23, 25), (24, 26)]
+    assert [(entry["row"], entry["line"]) for entry in problems] == [
+        (2, 4),
+        (3, 5),
+        (4, 6),
+        (23, 25),
+        (24, 26),
+    ]
     messages = [entry["problem"] for entry in problems]
-    assert messages[:3] == ["1 fields, where the header has 2", "the text is empty", "3 fields, where the header has 2"]
+    assert messages[:3] == [
+        "1 fields, where the header has 2",
+        "the text is empty",
+        "3 fields, where the header has 2",
+    ]
     assert messages[3].startswith("not UTF-8 text")
     assert messages[4] == "a quotation mark is not closed"
     beside = [*BESIDE, "out.jsonl.trained_texts.json"]
@@ -101,7 +145,16 @@ def test_all_input_formats_give_the_same_predictions(checkpoint, texts, tmp_path
     (tmp_path / "folder").mkdir()
     for number, text in enumerate(texts):
         (tmp_path / "folder" / f"{number:02}.txt").write_text(text, encoding="utf-16")
-    words = ("--model", checkpoint, "--input", "-", "--input_format", "jsonl", "--output", tmp_path / "stdin.jsonl")
+    words = (
+        "--model",
+        checkpoint,
+        "--input",
+        "-",
+        "--input_format",
+        "jsonl",
+        "--output",
+        tmp_path / "stdin.jsonl",
+    )
     run(*words, command="predict.py", given=lines)
     expected = read_json_lines(tmp_path / "stdin.jsonl")
     assert [row["row"] for row in expected] == list(range(20))
@@ -109,14 +162,19 @@ def test_all_input_formats_give_the_same_predictions(checkpoint, texts, tmp_path
         more = ("--encoding", "utf-16") if name == "tabs.csv" else ()
         assert predict(checkpoint, tmp_path / name, tmp_path / f"{number}.jsonl", *more) == 0
         assert read_json_lines(tmp_path / f"{number}.jsonl") == expected
-    assert predict(checkpoint, tmp_path / "folder", tmp_path / "folder.jsonl", "--encoding", "utf-16") == 0
+    assert (
+        predict(checkpoint, tmp_path / "folder", tmp_path / "folder.jsonl", "--encoding", "utf-16")
+        == 0
+    )
     ids = [{"id": f"{row.pop('row'):02}.txt", **row} for row in expected]  # the names of the files
     assert read_json_lines(tmp_path / "folder.jsonl") == ids
 
 
 def test_all_output_formats_hold_the_same_rows(checkpoint, texts, tmp_path):
     ids = ["a\rb", "plain", "c\r\nd", 7, 'q"\r,', "e\nf", "\r"]
-    lines = [json.dumps({"text": text, "id": key}) + "\n" for key, text in zip(ids, texts, strict=False)]
+    lines = [
+        json.dumps({"text": text, "id": key}) + "\n" for key, text in zip(ids, texts, strict=False)
+    ]
     (tmp_path / "in.jsonl").write_text("".join(lines))
     flags = ("--id_column", "id", "--probabilities", "--uncertainty", "--coverage", 0.5)
     for kind in ("jsonl", "csv", "parquet"):
@@ -130,10 +188,15 @@ def test_all_output_formats_hold_the_same_rows(checkpoint, texts, tmp_path):
         assert record == row | {"id": str(row["id"])}
         for name, value in row.pop("probabilities").items():
             assert float(cells.pop(f"probability of {name}")) == value
-        joined = {"path": " > ".join(row["path"]), "paths": "; ".join(" > ".join(path) for path in row["paths"])}
+        joined = {
+            "path": " > ".join(row["path"]),
+            "paths": "; ".join(" > ".join(path) for path in row["paths"]),
+        }
         for name in ("labels", "scores", "prediction_set"):
             joined[name] = "; ".join("" if one is None else str(one) for one in row[name])
-        expected = {name: "" if value is None else str(value) for name, value in (row | joined).items()}
+        expected = {
+            name: "" if value is None else str(value) for name, value in (row | joined).items()
+        }
         assert cells == expected
 
 
@@ -167,7 +230,9 @@ def unbroken(checkpoint, long_input, tmp_path_factory) -> Path:
     return output
 
 
-def test_a_long_folder_has_several_files_that_are_one_table(checkpoint, long_input, unbroken, tmp_path, monkeypatch):
+def test_a_long_folder_has_several_files_that_are_one_table(
+    checkpoint, long_input, unbroken, tmp_path, monkeypatch
+):
     monkeypatch.setattr("hierarchical_clinicalbert.prediction.output.BLOCKS_PER_FILE", 1)
     words = ("--model", checkpoint, "--input", long_input, "--output", f"{tmp_path / 'out'}/")
     assert predict_here(*words, "--output_format", "jsonl") == 1
@@ -176,7 +241,9 @@ def test_a_long_folder_has_several_files_that_are_one_table(checkpoint, long_inp
     assert b"".join(part.read_bytes() for part in parts) == unbroken.read_bytes()
 
 
-def test_a_killed_run_is_resumed_and_writes_the_same_bytes(checkpoint, long_input, unbroken, tmp_path, capsys):
+def test_a_killed_run_is_resumed_and_writes_the_same_bytes(
+    checkpoint, long_input, unbroken, tmp_path, capsys
+):
     output = tmp_path / "out.jsonl"
     words = ("--model", checkpoint, "--input", long_input, "--output", output)
     for *moment, kill in (
@@ -188,7 +255,9 @@ def test_a_killed_run_is_resumed_and_writes_the_same_bytes(checkpoint, long_inpu
         assert done.returncode == (130 if kill == signal.SIGINT else -kill), done.stderr
         assert not output.exists()
         if kill == signal.SIGINT:
-            assert done.stderr.endswith("stopped; the same command without --overwrite continues from here\n")
+            assert done.stderr.endswith(
+                "stopped; the same command without --overwrite continues from here\n"
+            )
     assert predict_here(*words) == 1
     assert "continuing at row " in capsys.readouterr().err
     assert_same_files(output, unbroken)
@@ -198,7 +267,9 @@ def test_a_killed_run_is_resumed_and_writes_the_same_bytes(checkpoint, long_inpu
         predict_here(*words)
 
 
-def test_two_processes_or_sets_of_options_are_never_mixed_in_one_output(checkpoint, long_input, unbroken, tmp_path):
+def test_two_processes_or_sets_of_options_are_never_mixed_in_one_output(
+    checkpoint, long_input, unbroken, tmp_path
+):
     """Stop another process after one part, while it works on the next one."""
     given = (checkpoint, long_input, tmp_path / "out.jsonl")
     words = ("--model", checkpoint, "--input", long_input, "--output", given[-1])
@@ -207,18 +278,24 @@ def test_two_processes_or_sets_of_options_are_never_mixed_in_one_output(checkpoi
         process.send_signal(signal.SIGSTOP)
         before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
         for more in ((), ("--overwrite",)):
-            with pytest.raises(InputError, match=r"^--output \S+/out.jsonl: another process is writing it"):
+            with pytest.raises(
+                InputError, match=r"^--output \S+/out.jsonl: another process is writing it"
+            ):
                 predict(*given, *more)
         assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     # killed, it holds nothing
-    with pytest.raises(InputError, match="started with another probabilities: give the same, or --overwrite"):
+    with pytest.raises(
+        InputError, match="started with another probabilities: give the same, or --overwrite"
+    ):
         predict(*given, "--probabilities")
     assert predict(*given) == 1
     assert_same_files(tmp_path / "out.jsonl", unbroken)
     assert {path.name for path in tmp_path.iterdir()} == {"out.jsonl", *BESIDE}
 
 
-def test_a_killed_run_refuses_another_input_and_a_damaged_part(checkpoint, long_input, unbroken, texts, tmp_path):
+def test_a_killed_run_refuses_another_input_and_a_damaged_part(
+    checkpoint, long_input, unbroken, texts, tmp_path
+):
     given = (checkpoint, long_input, tmp_path / "out.jsonl")
     with kill_before_the_blocks_are_joined():
         predict(*given)
@@ -237,14 +314,17 @@ def test_a_killed_run_refuses_another_input_and_a_damaged_part(checkpoint, long_
 
 
 def test_unneeded_modules_are_not_imported(tmp_path):
-    """Run predict.py for a merged checkpoint in the documented small installation, also into an error."""
+    """Run predict.py for a merged checkpoint in the documented small installation, also into an
+    error.
+    """
     words = ["--model", str(copy_checkpoint("self_contained", tmp_path / "model"))]
     words += ["--input", str(tmp_path / "in.csv"), "--output", str(tmp_path / "out.csv")]
     (tmp_path / "in.csv").write_text("text\nA study of ulcers.\n")
     code = f"""
 import json, sys
 sys.path.insert(0, {str(ROOT)!r})
-sys.modules.update(dict.fromkeys({["accelerate", "peft", "bitsandbytes", "datasets", "pandas", "sklearn", "ray"]!r}))  # absent
+absent = {["accelerate", "peft", "bitsandbytes", "datasets", "pandas", "sklearn", "ray"]!r}
+sys.modules.update(dict.fromkeys(absent))
 import predict
 from hierarchical_clinicalbert.errors import InputError, user_error_message
 assert predict.main({words!r}) == 0
@@ -260,7 +340,9 @@ def assert_same_files(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("output", ["out.tasks.json", "out/"])
-def test_without_a_readable_row_the_output_is_empty_and_all_rows_are_listed(output, checkpoint, texts, tmp_path):
+def test_without_a_readable_row_the_output_is_empty_and_all_rows_are_listed(
+    output, checkpoint, texts, tmp_path
+):
     # more than one block
     (tmp_path / "in.csv").write_text("text,id\n" + "caf\xe9 au lait,1\n" * 1100, encoding="cp1252")
     given = (checkpoint, tmp_path / "in.csv", f"{tmp_path}/{output}")
@@ -278,7 +360,8 @@ def test_without_a_readable_row_the_output_is_empty_and_all_rows_are_listed(outp
 
 
 @pytest.mark.parametrize(
-    ("given", "output"), [("a.csv", "a.csv"), ("link.csv", "a.csv"), ("b.csv.errors.jsonl", "b.csv")]
+    ("given", "output"),
+    [("a.csv", "a.csv"), ("link.csv", "a.csv"), ("b.csv.errors.jsonl", "b.csv")],
 )
 @pytest.mark.parametrize("more", [(), ("--overwrite",)])
 def test_an_input_is_not_taken_for_an_output(given, output, more, tmp_path, monkeypatch):
@@ -287,7 +370,9 @@ def test_an_input_is_not_taken_for_an_output(given, output, more, tmp_path, monk
     (tmp_path / "b.csv.errors.jsonl").write_text('{"text": "A study of ulcers."}\n')
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=f"^--output {output}: {given} is also an input: give another name$"):
+    with pytest.raises(
+        InputError, match=f"^--output {output}: {given} is also an input: give another name$"
+    ):
         predict("nothing", given, output, *more)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
@@ -319,7 +404,9 @@ def test_files_of_another_program_are_not_overwritten(theirs, output, checkpoint
     (tmp_path / theirs).parent.mkdir()
     (tmp_path / theirs).write_bytes(b"theirs")
     for more in ((), ("--overwrite",)):
-        with pytest.raises(InputError, match=f": another program wrote {tmp_path / theirs}: give another name$"):
+        with pytest.raises(
+            InputError, match=f": another program wrote {tmp_path / theirs}: give another name$"
+        ):
             predict(checkpoint, file, f"{tmp_path}/{output}", *more)
     assert (tmp_path / theirs).read_bytes() == b"theirs"
 
@@ -329,36 +416,60 @@ def test_empty_texts_and_files_do_not_affect_other_rows(checkpoint, texts, tmp_p
     header = "Re\u0301sume\u0301,,\n"  # as macOS writes accents, and spreadsheets empty columns
     lines = [header, *(f'"{text}",,\n' for text in [texts[0], "\u200b", "\xad \x01", texts[1]])]
     (tmp_path / "in" / "a.csv").write_text("".join(lines), encoding="utf-8")
-    for name, content in (("b.csv", b""), ("c.csv", b"\xef\xbb\xbf\n"), ("d.csv.gz", gzip.compress(b""))):
+    for name, content in (
+        ("b.csv", b""),
+        ("c.csv", b"\xef\xbb\xbf\n"),
+        ("d.csv.gz", gzip.compress(b"")),
+    ):
         (tmp_path / "in" / name).write_bytes(content)
-    assert predict(checkpoint, tmp_path / "in", tmp_path / "out.jsonl", "--text_column", "R\xe9sum\xe9") == 1
+    assert (
+        predict(
+            checkpoint, tmp_path / "in", tmp_path / "out.jsonl", "--text_column", "R\xe9sum\xe9"
+        )
+        == 1
+    )
     assert [row["row"] for row in read_json_lines(tmp_path / "out.jsonl")] == [0, 3]
     problems = read_json_lines(tmp_path / "out.jsonl.errors.jsonl")
-    assert [(row["row"], row["problem"]) for row in problems] == [(n, "the text is empty") for n in (1, 2)]
+    assert [(row["row"], row["problem"]) for row in problems] == [
+        (n, "the text is empty") for n in (1, 2)
+    ]
 
 
 @pytest.mark.parametrize("name", ["neoplasms > 9", "neoplasms; 9"])
 def test_labels_that_hold_a_separator_are_lists_of_json_in_csv(name, checkpoint, texts, tmp_path):
     folder = shutil.copytree(checkpoint, tmp_path / "checkpoint")
     config = (folder / "config.json").read_text(encoding="utf-8")
-    (folder / "config.json").write_text(config.replace('"neoplasms"', json.dumps(name)), encoding="utf-8")
+    (folder / "config.json").write_text(
+        config.replace('"neoplasms"', json.dumps(name)), encoding="utf-8"
+    )
     file = write_texts(tmp_path, [*texts, "A sarcoma."])
     for kind in ("csv", "jsonl"):
         predict(folder, file, tmp_path / f"out.{kind}")
-    pairs = list(zip(read_csv(tmp_path / "out.csv"), read_json_lines(tmp_path / "out.jsonl"), strict=True))
+    pairs = list(
+        zip(read_csv(tmp_path / "out.csv"), read_json_lines(tmp_path / "out.jsonl"), strict=True)
+    )
     assert name in {row["label"] for _, row in pairs}
     for cells, row in pairs:
         for field, separator in (("path", " > "), ("labels", "; ")):
-            found = json.loads(cells[field]) if cells[field].startswith("[") else cells[field].split(separator)
+            found = (
+                json.loads(cells[field])
+                if cells[field].startswith("[")
+                else cells[field].split(separator)
+            )
             assert found == row[field]
 
 
 @pytest.mark.parametrize("form", ["checkpoint", "labels_checkpoint"])
 def test_rows_of_both_forms_have_the_fields_of_a_result(form, request, texts, tmp_path):
-    model, texts = request.getfixturevalue(form), [*texts[:3], "Nothing.", "Sepsis and fever. " * 200]
+    model = request.getfixturevalue(form)
+    texts = [*texts[:3], "Nothing.", "Sepsis and fever. " * 200]
     predict(model, write_texts(tmp_path, texts), tmp_path / "out.jsonl", "--dtype", "fp32")
-    results = pipeline("hierarchical-text-classification", model=model, trust_remote_code=True)(texts)
-    for number, (row, result) in enumerate(zip(read_json_lines(tmp_path / "out.jsonl"), results, strict=True)):
+    results = pipeline("hierarchical-text-classification", model=model, trust_remote_code=True)(
+        texts
+    )
+    for number, (row, result) in enumerate(
+        zip(read_json_lines(tmp_path / "out.jsonl"), results, strict=True)
+    ):
         labels = result["labels"]
         assert row == {
             "row": number,
@@ -368,25 +479,42 @@ def test_rows_of_both_forms_have_the_fields_of_a_result(form, request, texts, tm
             "labels": [node["label"] for node in labels],
             "scores": pytest.approx([node["score"] for node in labels], abs=1e-5),
             "paths": [[step["label"] for step in node["path"]] for node in labels],
-            **({"p_value": pytest.approx(result["p_value"], abs=1e-6)} if form == "checkpoint" else {}),
+            **(
+                {"p_value": pytest.approx(result["p_value"], abs=1e-6)}
+                if form == "checkpoint"
+                else {}
+            ),
         }
     assert row["truncated"]
 
 
-def test_a_checkpoint_with_the_code_of_another_release_is_refused_in_one_line(checkpoint, texts, tmp_path):
+def test_a_checkpoint_with_the_code_of_another_release_is_refused_in_one_line(
+    checkpoint, texts, tmp_path
+):
     folder = shutil.copytree(checkpoint, tmp_path / "checkpoint")
     code = (folder / "pipeline_hierarchical.py").read_text()
-    (folder / "pipeline_hierarchical.py").write_text(code.replace("    result_version = RESULT_VERSION\n", ""))
-    with pytest.raises(InputError, match=r"its code returns results of version 1, .* version 3: copy the files"):
+    (folder / "pipeline_hierarchical.py").write_text(
+        code.replace("    result_version = RESULT_VERSION\n", "")
+    )
+    with pytest.raises(
+        InputError, match=r"its code returns results of version 1, .* version 3: copy the files"
+    ):
         predict(folder, write_texts(tmp_path, texts), tmp_path / "out.jsonl")
 
 
-def test_sets_for_a_recall_are_the_pipelines_and_the_csv_is_training_data(labels_checkpoint, texts, tmp_path):
+def test_sets_for_a_recall_are_the_pipelines_and_the_csv_is_training_data(
+    labels_checkpoint, texts, tmp_path
+):
     texts = [f"{text} She had colitis and angina." for text in texts[:9]] + ["Nothing of the kind."]
     file = write_texts(tmp_path, texts)
     for name in ("out.jsonl", "out.csv"):
-        assert predict(labels_checkpoint, file, tmp_path / name, "--dtype", "fp32", "--recall", 0.8) == 0
-    classify = pipeline("hierarchical-text-classification", model=labels_checkpoint, trust_remote_code=True)
+        assert (
+            predict(labels_checkpoint, file, tmp_path / name, "--dtype", "fp32", "--recall", 0.8)
+            == 0
+        )
+    classify = pipeline(
+        "hierarchical-text-classification", model=labels_checkpoint, trust_remote_code=True
+    )
     expected = classify(texts, recall=0.8)
     assert any(one["labels"] for one in expected)
     rows = read_json_lines(tmp_path / "out.jsonl")
@@ -396,17 +524,25 @@ def test_sets_for_a_recall_are_the_pipelines_and_the_csv_is_training_data(labels
     pd.read_csv(tmp_path / "out.csv").assign(text=texts).to_csv(tmp_path / "train.csv", index=False)
     settings = {"label_column": ["labels"], "label_delimiter": ";", "validation_size": 0.0}
     data = load(train_file=tmp_path / "train.csv", known=classify.tree, **settings)
-    read = [{classify.tree.labels[node] for node in nodes} for nodes in data.splits["train"]["nodes"]]
+    read = [
+        {classify.tree.labels[node] for node in nodes} for nodes in data.splits["train"]["nodes"]
+    ]
     assert read == [{*row["labels"]} for row in rows]
 
 
 def entropy_by_level(nodes: dict[str, float], tree: Taxonomy, several: bool) -> np.ndarray:
-    """Return what each level adds to the entropy of a prediction, from the probability of every node."""
+    """Return what each level adds to the entropy of a prediction, from the probability of every
+    node.
+    """
     p = np.array([nodes[label] for label in tree.labels])
     if not several:  # of the node at a level; a leaf above the level counts as this node
-        cells = [{tree.path(leaf)[:level][-1] for leaf in range(tree.num_leaves)} for level in range(1, tree.depth + 1)]
+        cells = [
+            {tree.path(leaf)[:level][-1] for leaf in range(tree.num_leaves)}
+            for level in range(1, tree.depth + 1)
+        ]
         return np.diff([0.0, *(entropy(p[[*nodes]]) for nodes in cells)])
-    added, levels = np.zeros(tree.depth), np.array(tree.levels) - 1
+    added = np.zeros(tree.depth)
+    levels = np.array(tree.levels) - 1
     given_parent = p / np.array([1.0 if parent < 0 else p[parent] for parent in tree.parents])
     for present in product([False, True], repeat=tree.num_nodes):  # every set of nodes
         is_open = [parent < 0 or present[parent] for parent in tree.parents]
@@ -421,11 +557,20 @@ def test_the_uncertainty_is_the_entropy_and_names_the_level_that_adds_most(
     several, checkpoint, labels_checkpoint, texts, tmp_path
 ):
     model = labels_checkpoint if several else checkpoint
-    predict(model, write_texts(tmp_path, texts), tmp_path / "out.jsonl", "--dtype", "fp32", "--uncertainty")
+    predict(
+        model,
+        write_texts(tmp_path, texts),
+        tmp_path / "out.jsonl",
+        "--dtype",
+        "fp32",
+        "--uncertainty",
+    )
     rows = read_json_lines(tmp_path / "out.jsonl")
     classify = pipeline("hierarchical-text-classification", model=model, trust_remote_code=True)
     for row, result in zip(rows, classify(texts, levels=True), strict=True):
-        nodes = {label: probability for level in result["levels"] for label, probability in level.items()}
+        nodes = {
+            label: probability for level in result["levels"] for label, probability in level.items()
+        }
         expected = entropy_by_level(nodes, classify.tree, several)
         assert row["uncertainty"] == pytest.approx(expected.sum(), abs=1e-4)
         assert row["unsure_level"] == 1 + expected.argmax()
@@ -442,13 +587,15 @@ def test_without_native_bfloat16_the_default_is_float32(checkpoint, texts, tmp_p
 def test_rows_have_the_descriptions_of_their_nodes(labels_checkpoint, tmp_path):
     shutil.copytree(labels_checkpoint, tmp_path / "described")
     config = json.loads((tmp_path / "described" / "config.json").read_text())
-    config["descriptions"] = {"neoplasms": "C00-D49: Neoplasms"}  # of one node, as in a taxonomy of codes and titles
+    # of one node, as in a taxonomy of codes and titles
+    config["descriptions"] = {"neoplasms": "C00-D49: Neoplasms"}
     (tmp_path / "described" / "config.json").write_text(json.dumps(config))
     file = write_texts(tmp_path, ["carcinoma and colitis", "The weather stayed mild."])
     for kind in ("jsonl", "parquet"):
         assert predict(tmp_path / "described", file, tmp_path / f"out.{kind}") == 0
     rows = read_json_lines(tmp_path / "out.jsonl")
     assert [dict(zip(row["labels"], row["descriptions"], strict=True)) for row in rows] == [
-        {"neoplasms": "C00-D49: Neoplasms", "digestive system diseases": None}, {}
-    ]  # fmt: skip
+        {"neoplasms": "C00-D49: Neoplasms", "digestive system diseases": None},
+        {},
+    ]
     assert pyarrow.parquet.read_table(tmp_path / "out.parquet").to_pylist() == rows

@@ -1,4 +1,7 @@
-"""Compare ``--ray`` with one process while drivers, workers and nodes are killed. Skipped without Ray."""
+"""Compare ``--ray`` with one process while drivers, workers and nodes are killed.
+
+Skipped without Ray.
+"""
 
 import json
 import os
@@ -58,21 +61,39 @@ def num_parts(output: object) -> int:
 
 def children(pid: int) -> list[tuple[int, str]]:
     """Return the process ids and command lines of a process's children."""
-    lines = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(pid)], capture_output=True, text=True).stdout
+    lines = subprocess.run(
+        ["ps", "-o", "pid=,args=", "--ppid", str(pid)], capture_output=True, text=True
+    ).stdout
     return [(int(line.split()[0]), line) for line in lines.splitlines()]
 
 
 def scorers(cluster) -> dict[int, object]:
     """Return the process ids of the actors on a cluster, with their nodes."""
-    raylets = {node.all_processes["raylet"][0].process.pid: node for node in cluster.list_all_nodes()}
+    raylets = {
+        node.all_processes["raylet"][0].process.pid: node for node in cluster.list_all_nodes()
+    }
     return {
-        pid: node for raylet, node in raylets.items() for pid, line in children(raylet) if "ray::Classifier" in line
+        pid: node
+        for raylet, node in raylets.items()
+        for pid, line in children(raylet)
+        if "ray::Classifier" in line
     }
 
 
-def test_a_node_is_killed_and_no_row_is_lost_or_doubled(cluster, clear_checkpoint, texts, expected, tmp_path):
+def test_a_node_is_killed_and_no_row_is_lost_or_doubled(
+    cluster, clear_checkpoint, texts, expected, tmp_path
+):
     output = tmp_path / "out.jsonl"
-    words = ("--model", clear_checkpoint, "--input", texts, "--output", output, "--ray", cluster.address)
+    words = (
+        "--model",
+        clear_checkpoint,
+        "--input",
+        texts,
+        "--output",
+        output,
+        "--ray",
+        cluster.address,
+    )
     with started(*words, log=Path(os.devnull), command="predict.py") as driver:
         wait_for(lambda: num_parts(output) >= 2 and scorers(cluster), driver)
         cluster.remove_node(next(iter(scorers(cluster).values())), allow_graceful=False)
@@ -81,14 +102,34 @@ def test_a_node_is_killed_and_no_row_is_lost_or_doubled(cluster, clear_checkpoin
     assert output.read_bytes() == expected.read_bytes()
     errors = Path(f"{output}.errors.jsonl")
     assert errors.read_bytes() == Path(f"{expected}.errors.jsonl").read_bytes()
-    assert {path.name for path in tmp_path.iterdir()} == {output.name, errors.name, f"{output.name}.summary.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        output.name,
+        errors.name,
+        f"{output.name}.summary.json",
+    }
 
 
-def test_a_driver_is_killed_and_its_cluster_ends_with_it(clear_checkpoint, texts, expected, tmp_path):
-    """Start a run with its own local Ray, with a folder as output, and resume it without Ray. Check rows, problems and manifest."""
+def test_a_driver_is_killed_and_its_cluster_ends_with_it(
+    clear_checkpoint, texts, expected, tmp_path
+):
+    """Start a run with its own local Ray, with a folder as output, and resume it without Ray.
+
+    Check rows, problems and manifest.
+    """
     output = tmp_path / "out"
-    words = ("--model", clear_checkpoint, "--input", texts, "--output", f"{output}/", "--output_format", "jsonl")
-    with started(*words, "--ray", "local", log=Path(os.devnull), command="predict.py", settings=RAY) as driver:
+    words = (
+        "--model",
+        clear_checkpoint,
+        "--input",
+        texts,
+        "--output",
+        f"{output}/",
+        "--output_format",
+        "jsonl",
+    )
+    with started(
+        *words, "--ray", "local", log=Path(os.devnull), command="predict.py", settings=RAY
+    ) as driver:
         wait_for(lambda: num_parts(f"{output}/") >= 2, driver)
         ray_processes = [pid for pid, _ in children(driver.pid)]
         assert ray_processes
@@ -103,7 +144,9 @@ def test_a_driver_is_killed_and_its_cluster_ends_with_it(clear_checkpoint, texts
     assert problems == Path(f"{expected}.errors.jsonl").read_text().splitlines()
     manifest = json.loads((output / "manifest.json").read_text())
     assert [Path(file["name"]).name for file in manifest["input"]] == ["0.csv", "1.csv", "2.csv"]
-    assert [file["bytes"] for file in manifest["input"]] == [file.stat().st_size for file in sorted(texts.iterdir())]
+    assert [file["bytes"] for file in manifest["input"]] == [
+        file.stat().st_size for file in sorted(texts.iterdir())
+    ]
     assert (manifest["rows"], manifest["problems"]) == (4_498, 2)
     assert manifest["parts"] == [{"name": "part-00000.jsonl", "rows": 4_498}]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -113,9 +156,13 @@ def test_rows_that_kill_every_worker_are_named(cluster, clear_checkpoint, tmp_pa
     """Use a checkpoint whose code ends the process at one of the texts."""
     model = shutil.copytree(clear_checkpoint, tmp_path / "model")
     code = (model / "pipeline_hierarchical.py").read_text()
-    poisoned = 'texts.append(read_text(item, position)); item == "poison" and __import__("os")._exit(1)'
+    poisoned = (
+        'texts.append(read_text(item, position)); item == "poison" and __import__("os")._exit(1)'
+    )
     assert "texts.append(read_text(item, position))" in code
-    (model / "pipeline_hierarchical.py").write_text(code.replace("texts.append(read_text(item, position))", poisoned))
+    (model / "pipeline_hierarchical.py").write_text(
+        code.replace("texts.append(read_text(item, position))", poisoned)
+    )
     rows = ["a fever"] * 3000
     rows[1500] = "poison"
     pd.DataFrame({"text": rows}).to_csv(tmp_path / "in.csv", index=False)
@@ -124,28 +171,38 @@ def test_rows_that_kill_every_worker_are_named(cluster, clear_checkpoint, tmp_pa
     with pytest.raises(InputError) as error:
         predict_here(*words, "--ray", cluster.address)
     first, last = (f"{tmp_path / 'in.csv'}, line {line}" for line in (1026, 2049))
-    assert str(error.value).startswith(f"1 workers died while they classified the rows from {first}, to {last}: ")
+    assert str(error.value).startswith(
+        f"1 workers died while they classified the rows from {first}, to {last}: "
+    )
     assert "poison" not in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_actors_with_another_model_do_not_take_part(cluster, clear_checkpoint, texts, tmp_path):
     """Change the model's folder during the run, so that a new actor loads other weights."""
-    model, output = tmp_path / "model", tmp_path / "out.jsonl"
+    model = tmp_path / "model"
+    output = tmp_path / "out.jsonl"
     shutil.copytree(clear_checkpoint, model)
 
     def change() -> None:
         wait_for(lambda: num_parts(output) >= 1 and scorers(cluster))
         heads = model / "heads.safetensors"
-        save_file({name: weight.flip(0) for name, weight in load_file(heads).items()}, heads, {"format": "pt"})
+        save_file(
+            {name: weight.flip(0) for name, weight in load_file(heads).items()},
+            heads,
+            {"format": "pt"},
+        )
         os.kill(next(iter(scorers(cluster))), signal.SIGKILL)
 
     changer = threading.Thread(target=change, daemon=True)
     changer.start()
     with pytest.raises(
-        InputError, match=r"^node [\d.]+ has another fingerprint, \w+, not \w+: use nodes that are alike$"
+        InputError,
+        match=r"^node [\d.]+ has another fingerprint, \w+, not \w+: use nodes that are alike$",
     ):
-        predict_here("--model", model, "--input", texts, "--output", output, "--ray", cluster.address)
+        predict_here(
+            "--model", model, "--input", texts, "--output", output, "--ray", cluster.address
+        )
     changer.join()
     assert not output.exists()
 
@@ -156,7 +213,10 @@ def test_errors_are_reported_in_one_line(cluster, clear_checkpoint, texts, tmp_p
     heads.write_bytes(heads.read_bytes()[:-100])
     words = ("--input", texts, "--output", tmp_path / "out.jsonl", "--ray")
     for flags, message in (
-        ((cluster.address, "--model", model), rf"^node [0-9.]+\b.*cannot use the model {re.escape(str(model))}: "),
+        (
+            (cluster.address, "--model", model),
+            rf"^node [0-9.]+\b.*cannot use the model {re.escape(str(model))}: ",
+        ),
         (("127.0.0.1:1",), "^--ray 127.0.0.1:1: "),
         ((cluster.address, "--model", "none"), "^cannot load the model none: "),
     ):

@@ -1,6 +1,8 @@
-"""Test published checkpoints in other engines: ONNX Runtime, text-embeddings-inference, OpenVINO and Inference Endpoints.
+"""Test published checkpoints in other engines: ONNX Runtime, text-embeddings-inference, OpenVINO
+and Inference Endpoints.
 
-text-embeddings-inference is not installed. Its reading of files and its computations are reimplemented here, from its source.
+text-embeddings-inference is not installed. Its reading of files and its computations are
+reimplemented here, from its source.
 """
 
 import functools
@@ -26,22 +28,31 @@ from hierarchical_clinicalbert.errors import InputError
 from hierarchical_clinicalbert.publishing.export import Logits, export_onnx
 from taxonomy_hierarchical import Taxonomy
 
-TEXTS = [f"We treated {name} and compared it with {names[0]}." for names in CLEAR.values() for name in names]
+TEXTS = [
+    f"We treated {name} and compared it with {names[0]}."
+    for names in CLEAR.values()
+    for name in names
+]
 LONG = " ".join(TEXTS)  # beyond the 256 tokens of the multi-label model
 FORMS = ("one_path", "several_labels")
 
 
 @pytest.fixture(scope="module")
 def published(hub, tiny_encoder, long_checkpoint, tmp_path_factory) -> dict[str, Path]:
-    """Publish a single-path checkpoint for long texts, and a multi-label one with family attention over two windows.
+    """Publish a single-path checkpoint for long texts, and a multi-label one with family attention
+    over two windows.
 
     Return folders with the published files, by form.
     """
     folder = tmp_path_factory.mktemp("engines")
-    settings = {"pooling": "family_attention", "tokens_before": [101], "tokens_after": [102]}  # [CLS] and [SEP]
+    # [CLS] and [SEP]
+    settings = {"pooling": "family_attention", "tokens_before": [101], "tokens_after": [102]}
     labels = write_labels_checkpoint(tiny_encoder, folder / "labels", max_length=256, **settings)
     (folder / "labels" / "README.md").write_text("A checkpoint.")
-    for form, checkpoint, flags in (("one_path", long_checkpoint, ["--merge"]), ("several_labels", labels, [])):
+    for form, checkpoint, flags in (
+        ("one_path", long_checkpoint, ["--merge"]),
+        ("several_labels", labels, []),
+    ):
         words = ["--model", checkpoint, "--repo_id", f"alice/{form}", "--onnx", *flags]
         done = run(*words, command="push_to_hub.py", settings=hub.environment(token="hf_alice"))
         assert "axis name" not in done.stderr  # in warnings of the exporter
@@ -50,11 +61,15 @@ def published(hub, tiny_encoder, long_checkpoint, tmp_path_factory) -> dict[str,
 
 
 def classify(folder: Path, texts: list[str], **parameters) -> list:
-    return pipeline("hierarchical-text-classification", model=str(folder), trust_remote_code=True)(texts, **parameters)
+    return pipeline("hierarchical-text-classification", model=str(folder), trust_remote_code=True)(
+        texts, **parameters
+    )
 
 
 def probabilities(folder: Path, texts: list[str]) -> np.ndarray:
-    """Return the pipeline's class probabilities (num_texts, num_classes), in the order of label2id."""
+    """Return the pipeline's class probabilities (num_texts, num_classes), in the order of
+    label2id.
+    """
     results = [result["labels"] for result in classify(folder, texts, top_k=99)]
     labels = json.loads((folder / "config.json").read_text())["label2id"]
     scores = np.zeros((len(texts), len(labels)))
@@ -80,7 +95,8 @@ def test_the_onnx_files_give_the_probabilities_of_the_pipeline(published, long_t
     texts = [*TEXTS[::6], LONG, *long_texts.values()]
     tokenizer = AutoTokenizer.from_pretrained(published[form], trust_remote_code=True)
     inputs = tokenizer(texts, padding=True, truncation=True, return_tensors="np")
-    first = {one: ids[:1, : inputs["attention_mask"][0].sum()] for one, ids in inputs.items()}  # of another shape
+    # of another shape
+    first = {one: ids[:1, : inputs["attention_mask"][0].sum()] for one, ids in inputs.items()}
     expected = probabilities(published[form], texts)
     for name, tolerance in ((ONNX_FILE, 1e-3), (QUANTIZED_ONNX_FILE, 0.1)):
         found = LINK[form](run_onnx(published[form] / name, inputs))
@@ -88,21 +104,33 @@ def test_the_onnx_files_give_the_probabilities_of_the_pipeline(published, long_t
         alone = LINK[form](run_onnx(published[form] / name, first))
         np.testing.assert_allclose(alone, expected[:1], atol=tolerance)
     ids = json.loads((published[form] / "config.json").read_text())["label2id"]
-    assert form != "one_path" or expected[-5:].argmax(1).tolist() == [ids[label] for label in long_texts]
+    assert form != "one_path" or expected[-5:].argmax(1).tolist() == [
+        ids[label] for label in long_texts
+    ]
 
 
 def test_an_export_whose_probabilities_differ_is_refused(published, monkeypatch, tmp_path):
     model = onnx_ir.load(published["several_labels"] / ONNX_FILE)
-    monkeypatch.setattr(torch.onnx, "export", lambda *arguments, **options: SimpleNamespace(model=model))
+    monkeypatch.setattr(
+        torch.onnx, "export", lambda *arguments, **options: SimpleNamespace(model=model)
+    )
     folder = shutil.copytree(published["several_labels"], tmp_path / "other")
     tensors = load_file(folder / "model.safetensors")
-    save_file(tensors | {"heads.bias": tensors["heads.bias"] + 0.2}, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(InputError, match=r"model\.onnx changes the probabilities by .*; publish without --onnx"):
+    save_file(
+        tensors | {"heads.bias": tensors["heads.bias"] + 0.2},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
+    with pytest.raises(
+        InputError, match=r"model\.onnx changes the probabilities by .*; publish without --onnx"
+    ):
         export_onnx(folder, tmp_path)
 
 
 def served_softmax(logits: np.ndarray) -> np.ndarray:
-    """Compute the softmax as text-embeddings-inference does: in float32, minus the logit of the largest absolute value."""
+    """Compute the softmax as text-embeddings-inference does: in float32, minus the logit of the
+    largest absolute value.
+    """
     with np.errstate(over="ignore", invalid="ignore"):
         powers = np.exp(logits - logits[np.abs(logits).argmax()], dtype=np.float32)
         return powers / powers.sum(dtype=np.float32)
@@ -112,7 +140,9 @@ def test_the_softmax_of_text_embeddings_inference_stays_finite_for_improbable_le
     tree = Taxonomy({"a": {"b": ["c", "d"], "e": None}, "f": None})
     model = untrained_model(tiny_encoder, tree)
     with torch.no_grad():  # P(c) is about exp(-60), P(d) about exp(-180)
-        model.heads.bias.copy_(torch.tensor([{"b": -60.0, "d": -120.0}.get(name, 0.0) for name in tree.names]))
+        model.heads.bias.copy_(
+            torch.tensor([{"b": -60.0, "d": -120.0}.get(name, 0.0) for name in tree.names])
+        )
     inputs = AutoTokenizer.from_pretrained(tiny_encoder)(TEXTS, padding=True, return_tensors="pt")
     with torch.inference_mode():
         expected = model(**inputs).logits.double().exp().numpy()
@@ -126,7 +156,9 @@ def test_the_softmax_of_text_embeddings_inference_stays_finite_for_improbable_le
 
 
 def served_logits(folder: Path, texts: list[str]) -> tuple[list[str], np.ndarray]:
-    """Return labels and raw scores as text-embeddings-inference computes them on a CPU, with truncation, from a repository."""
+    """Return labels and raw scores as text-embeddings-inference computes them on a CPU, with
+    truncation, from a repository.
+    """
     config = json.loads((folder / "config.json").read_text())
     assert any(architecture.endswith("Classification") for architecture in config["architectures"])
     assert isinstance(config["model_type"], str)
@@ -146,14 +178,20 @@ def served_logits(folder: Path, texts: list[str]) -> tuple[list[str], np.ndarray
         "attention_mask": [row.attention_mask for row in rows],
         "token_type_ids": [row.type_ids for row in rows],
     }
-    return labels, run_onnx(folder / ONNX_FILE, {name: np.array(ids) for name, ids in inputs.items()})
+    return labels, run_onnx(
+        folder / ONNX_FILE, {name: np.array(ids) for name, ids in inputs.items()}
+    )
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_text_embeddings_inference_gives_the_probabilities_of_the_pipeline(published, long_texts, form):
+def test_text_embeddings_inference_gives_the_probabilities_of_the_pipeline(
+    published, long_texts, form
+):
     texts = [*TEXTS[::5], LONG, *long_texts.values()]
     labels, logits = served_logits(published[form], texts)
-    assert labels == list(json.loads((published[form] / "config.json").read_text())["id2label"].values())
+    assert labels == list(
+        json.loads((published[form] / "config.json").read_text())["id2label"].values()
+    )
     # for multi-label models it has no sigmoid: clients request raw scores
     scores = expit(logits) if form == "several_labels" else [served_softmax(row) for row in logits]
     assert classify(published[form], texts)[-1]["truncated"] == (form != "one_path")
@@ -165,11 +203,14 @@ def test_text_embeddings_inference_gives_the_probabilities_of_the_pipeline(publi
 
 
 def test_openvino_gives_the_labels_of_the_pipeline(openvino, published):
-    folder, texts = published["one_path"], [*TEXTS, LONG]
+    folder = published["one_path"]
+    texts = [*TEXTS, LONG]
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     inputs = tokenizer(texts, padding=True, truncation=True, return_tensors="np")
     core = openvino.Core()
-    model = core.compile_model(core.read_model(folder / ONNX_FILE), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    model = core.compile_model(
+        core.read_model(folder / ONNX_FILE), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
+    )
     logits = model({one.any_name: inputs[one.any_name] for one in model.inputs})["logits"]
     np.testing.assert_allclose(LINK["one_path"](logits), probabilities(folder, texts), atol=1e-4)
 
@@ -193,7 +234,9 @@ print(json.dumps(answers))
 
 def serve(folder: Path, requests: list) -> list:
     """Return the responses of the toolkit of Inference Endpoints, in a separate process."""
-    return run_outside(TOOLKIT.format(folder=str(folder), requests=json.dumps(requests)), folder.parent)
+    return run_outside(
+        TOOLKIT.format(folder=str(folder), requests=json.dumps(requests)), folder.parent
+    )
 
 
 PARAMETERS = {
@@ -222,8 +265,14 @@ def test_a_bad_request_is_refused_in_one_line_without_its_text(published):
         ({"inputs": [secret, 5]}, "the item at position 1 (counted from 0) is not a text but int"),
         ({"inputs": " "}, "the text at position 0 (counted from 0) is empty"),
         ({"inputs": secret, "parameters": [1]}, '"parameters" must be an object with any of top_k'),
-        ({"inputs": secret, "parameters": {"batch_size": 10**9}}, "must be an object with any of top_k"),
-        ({"inputs": secret, "parameters": {"recall": 0.9}}, "this checkpoint guarantees a coverage, no recall"),
+        (
+            {"inputs": secret, "parameters": {"batch_size": 10**9}},
+            "must be an object with any of top_k",
+        ),
+        (
+            {"inputs": secret, "parameters": {"recall": 0.9}},
+            "this checkpoint guarantees a coverage, no recall",
+        ),
         ({"inputs": secret, "parameters": {"prior": "/etc/passwd"}}, "prior must be a list of"),
     ]
     answers = serve(published["one_path"], [request for request, _ in cases])

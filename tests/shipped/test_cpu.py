@@ -16,14 +16,19 @@ from taxonomy_hierarchical import Taxonomy
 TREE = Taxonomy({"a": ["b", "c"], "d": None})
 TEXTS = [
     "Carcinoma of the colon.",
-    "A long note on the treatment of epilepsy in children, and on what became of them after nine years of it.",
+    (
+        "A long note on the treatment of epilepsy in children, and on what became of them after "
+        "nine years of it."
+    ),
     "Angina pectoris in a patient of 57 years",
 ]
 
 
 def lora_model(minilm: str, quantization: str = "4bit", **settings):
     """Build a model with a random adapter, because a new adapter is zero."""
-    model = build_model(ModelArguments(minilm, quantization=quantization, lora_r=4, **settings), TREE, seed=3)
+    model = build_model(
+        ModelArguments(minilm, quantization=quantization, lora_r=4, **settings), TREE, seed=3
+    )
     model.heads.dropout.p = 0.0
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -40,27 +45,35 @@ def batch(minilm):
 def step(model, batch, dtype=torch.bfloat16) -> tuple[torch.Tensor, torch.Tensor]:
     """Return node log-probabilities, and the gradients of all trained weights as one vector.
 
-    Weights without a gradient are left out, such as Longformer's layers for global attention, which are not in use.
+    Weights without a gradient are left out, such as Longformer's layers for global attention, which
+    are not in use.
     """
     model.zero_grad()
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         output = model(**batch)
     output.loss.backward()
-    gradients = [p.grad.flatten() for p in model.parameters() if p.requires_grad and p.grad is not None]
+    gradients = [
+        p.grad.flatten() for p in model.parameters() if p.requires_grad and p.grad is not None
+    ]
     return output.node_log_probs.detach(), torch.cat(gradients)
 
 
 def assert_same(model, fast, batch, dtype=torch.bfloat16) -> None:
-    """Check that two models have equal outputs and gradients up to the precision in which both compute."""
+    """Check that two models have equal outputs and gradients up to the precision in which both
+    compute.
+    """
     error = 0.02 if dtype == torch.bfloat16 else 1e-5
-    (outputs, gradients), (fast_outputs, fast_gradients) = (step(one, batch, dtype) for one in (model, fast))
+    (outputs, gradients), (fast_outputs, fast_gradients) = (
+        step(one, batch, dtype) for one in (model, fast)
+    )
     torch.testing.assert_close(fast_outputs, outputs, atol=error, rtol=0)
     assert torch.cosine_similarity(gradients, fast_gradients, dim=0) > 0.999
     assert fast_gradients.norm() / gradients.norm() == pytest.approx(1, abs=error)
 
 
 @pytest.mark.parametrize(
-    ("quantization", "dtype"), [("4bit", torch.bfloat16), ("8bit", torch.bfloat16), ("none", torch.float32)]
+    ("quantization", "dtype"),
+    [("4bit", torch.bfloat16), ("8bit", torch.bfloat16), ("none", torch.float32)],
 )
 def test_outputs_and_gradients_are_those_of_peft(minilm, batch, quantization, dtype):
     model, fast = (lora_model(minilm, quantization) for _ in range(2))
@@ -68,16 +81,33 @@ def test_outputs_and_gradients_are_those_of_peft(minilm, batch, quantization, dt
     assert_same(model, fast, batch, dtype)
 
 
-SMALL = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+SMALL = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+}
 ENCODERS = {
     "roberta": {**SMALL, "pad_token_id": 1},
     "electra": {**SMALL, "embedding_size": 16},
     "distilbert": {"vocab_size": 99, "dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 48},
-    "modernbert": {**SMALL, "pad_token_id": 0, "cls_token_id": 1, "sep_token_id": 2, "local_attention": 8,
-                   "global_attn_every_n_layers": 2},
+    "modernbert": {
+        **SMALL,
+        "pad_token_id": 0,
+        "cls_token_id": 1,
+        "sep_token_id": 2,
+        "local_attention": 8,
+        "global_attn_every_n_layers": 2,
+    },
     "deberta-v2": {**SMALL, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
-    "longformer": {**SMALL, "pad_token_id": 1, "attention_window": 8, "max_position_embeddings": 66},
-}  # fmt: skip
+    "longformer": {
+        **SMALL,
+        "pad_token_id": 1,
+        "attention_window": 8,
+        "max_position_embeddings": 66,
+    },
+}
 
 
 @pytest.mark.parametrize("kind", ENCODERS)
@@ -87,7 +117,11 @@ def test_outputs_and_gradients_of_other_encoders(kind, tmp_path):
     AutoModel.from_config(AutoConfig.for_model(kind, **ENCODERS[kind])).save_pretrained(tmp_path)
     mask = torch.ones(3, 20, dtype=torch.long)
     mask[1, 11:] = mask[2, 4:] = 0
-    given = {"input_ids": torch.randint(5, 90, (3, 20)), "attention_mask": mask, "labels": torch.tensor([0, 1, 2])}
+    given = {
+        "input_ids": torch.randint(5, 90, (3, 20)),
+        "attention_mask": mask,
+        "labels": torch.tensor([0, 1, 2]),
+    }
     model, fast = (lora_model(str(tmp_path), "none") for _ in range(2))
     use_training_kernels(fast.encoder, torch.bfloat16)
     assert_same(model, fast, given)
@@ -104,7 +138,9 @@ def test_padding_may_stand_on_the_left_or_in_between(minilm, batch, hole):
     assert_same(model, fast, given)
 
 
-def test_training_works_without_the_private_names_that_the_attention_uses(minilm, batch, monkeypatch, caplog):
+def test_training_works_without_the_private_names_that_the_attention_uses(
+    minilm, batch, monkeypatch, caplog
+):
     model, plain = (lora_model(minilm, "none") for _ in range(2))
     monkeypatch.setitem(sys.modules, "cpu_hierarchical", None)  # importing it raises ImportError
     use_training_kernels(plain.encoder, torch.bfloat16)
@@ -125,13 +161,21 @@ CLOSE = {torch.bfloat16: {"atol": 0.06, "rtol": 0.02}, torch.float32: {"atol": 1
 @pytest.mark.parametrize("kind", ENCODERS)
 def test_packed_layers_give_the_outputs_and_gradients_of_plain_layers(kind, dtype):
     torch.manual_seed(0)
-    plain = AutoModel.from_config(AutoConfig.for_model(kind, **ENCODERS[kind])).to(dtype).eval().requires_grad_(False)
+    plain = (
+        AutoModel.from_config(AutoConfig.for_model(kind, **ENCODERS[kind]))
+        .to(dtype)
+        .eval()
+        .requires_grad_(False)
+    )
     packed = copy.deepcopy(plain)
     pack_linear_layers(packed)
     vectors = plain.get_input_embeddings()(torch.randint(5, 90, (3, 20))).requires_grad_()
     given = {"inputs_embeds": vectors, "attention_mask": torch.ones(3, 20).long()}
     outputs, expected = (encoder(**given).last_hidden_state for encoder in (packed, plain))
-    gradients = [torch.autograd.grad(values[:, 0, :9].square().sum(), vectors)[0] for values in (outputs, expected)]
+    gradients = [
+        torch.autograd.grad(values[:, 0, :9].square().sum(), vectors)[0]
+        for values in (outputs, expected)
+    ]
     torch.testing.assert_close(*gradients, **CLOSE[dtype])
     with torch.inference_mode():
         for values in (outputs, packed(**given).last_hidden_state):

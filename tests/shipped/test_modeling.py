@@ -19,20 +19,36 @@ from modeling_hierarchical import HierarchicalForSequenceClassification
 from taxonomy_hierarchical import Taxonomy
 
 UNEVEN = Taxonomy({"a": {"b": ["c", "d"], "e": None}, "f": ["g"], "h": None})
-SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+}
 AUTO_CLASSES = (HierarchicalForSequenceClassification, AutoModel)
 FORMS = pytest.mark.parametrize("form", ["adapter", "whole"])
 ENCODERS = {
     "bert": SMALL,
     "roberta": {**SMALL, "pad_token_id": 1, "max_position_embeddings": 66},
     "distilbert": {"vocab_size": 64, "dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 48},
-    "deberta-v2": {**SMALL, "relative_attention": True, "position_buckets": 8, "pos_att_type": ["p2c", "c2p"]},
-    "modernbert": SMALL | {"pad_token_id": 0, **dict.fromkeys(("cls_token_id", "bos_token_id"), 1), "sep_token_id": 2},
+    "deberta-v2": {
+        **SMALL,
+        "relative_attention": True,
+        "position_buckets": 8,
+        "pos_att_type": ["p2c", "c2p"],
+    },
+    "modernbert": SMALL
+    | {"pad_token_id": 0, **dict.fromkeys(("cls_token_id", "bos_token_id"), 1), "sep_token_id": 2},
 }
 
 
-def small_model(kind: str = "bert", taxonomy: Taxonomy = UNEVEN, **settings) -> HierarchicalForSequenceClassification:
-    config = HierarchicalConfig(text_config={"model_type": kind, **ENCODERS[kind]}, taxonomy=taxonomy, **settings)
+def small_model(
+    kind: str = "bert", taxonomy: Taxonomy = UNEVEN, **settings
+) -> HierarchicalForSequenceClassification:
+    config = HierarchicalConfig(
+        text_config={"model_type": kind, **ENCODERS[kind]}, taxonomy=taxonomy, **settings
+    )
     return HierarchicalForSequenceClassification(config).eval()
 
 
@@ -49,9 +65,14 @@ def batch(rows: int = 3, length: int = 10) -> dict[str, torch.Tensor]:
     return {"input_ids": torch.where(mask.bool(), ids, 1), "attention_mask": mask}
 
 
-def naive_log_probs(model: HierarchicalForSequenceClassification, pooled: torch.Tensor) -> torch.Tensor:
-    """Compute the log-probabilities naively: each inclusive value, each decision's softmax and each path separately."""
-    tree, own = model.config.tree, pooled @ model.heads.weight.T + model.heads.bias
+def naive_log_probs(
+    model: HierarchicalForSequenceClassification, pooled: torch.Tensor
+) -> torch.Tensor:
+    """Compute the log-probabilities naively: each inclusive value, each decision's softmax and each
+    path separately.
+    """
+    tree = model.config.tree
+    own = pooled @ model.heads.weight.T + model.heads.bias
 
     def score(node: int) -> torch.Tensor:
         below = [score(child) for child in tree.children(node)]
@@ -65,7 +86,9 @@ def naive_log_probs(model: HierarchicalForSequenceClassification, pooled: torch.
     return torch.stack([conditional[:, tree.path(i)].sum(-1) for i in range(tree.num_nodes)], 1)
 
 
-@pytest.mark.parametrize("taxonomy", [UNEVEN, Taxonomy(["x", "y", "z"]), Taxonomy({"only": {"root": ["p", "q"]}})])
+@pytest.mark.parametrize(
+    "taxonomy", [UNEVEN, Taxonomy(["x", "y", "z"]), Taxonomy({"only": {"root": ["p", "q"]}})]
+)
 def test_node_probabilities_are_products_along_the_path(taxonomy):
     model = small_model(taxonomy=taxonomy)
     nn.init.normal_(model.heads.weight, std=20)  # scores whose powers overflow
@@ -77,9 +100,12 @@ def test_node_probabilities_are_products_along_the_path(taxonomy):
     torch.testing.assert_close(logits.softmax(1), found[:, : model.config.tree.num_leaves].exp())
 
 
-@pytest.mark.parametrize(("kind", "pooling"), [*product(ENCODERS, ["mean"]), ("bert", "label_attention")])
+@pytest.mark.parametrize(
+    ("kind", "pooling"), [*product(ENCODERS, ["mean"]), ("bert", "label_attention")]
+)
 def test_every_encoder_trains_saves_and_comes_back_the_same(kind, pooling, tmp_path):
-    model, inputs = small_model(kind, pooling=pooling), batch()
+    model = small_model(kind, pooling=pooling)
+    inputs = batch()
     model.resize_token_embeddings(80)
     inputs["input_ids"][0, 0] = 79
     assert not any("pooler" in name for name, _ in model.named_parameters())
@@ -88,15 +114,23 @@ def test_every_encoder_trains_saves_and_comes_back_the_same(kind, pooling, tmp_p
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
     model.eval().save_pretrained(tmp_path)
     for auto in AUTO_CLASSES:
-        loaded, info = auto.from_pretrained(tmp_path, trust_remote_code=True, output_loading_info=True)
-        torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits, atol=1e-6, rtol=0)
-        assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        loaded, info = auto.from_pretrained(
+            tmp_path, trust_remote_code=True, output_loading_info=True
+        )
+        torch.testing.assert_close(
+            loaded(**inputs).logits, model(**inputs).logits, atol=1e-6, rtol=0
+        )
+        assert not any(
+            info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        )
 
 
 def test_heads_calibration_and_logits_stay_in_float32(tmp_path):
     stored = small_model()
     lexical = {"idf": torch.rand(64), "weight": torch.randn(5, 64), "bias": torch.randn(5)}
-    stored.set_calibration(Calibration(0.5, np.linspace(0.7, 2.9646, UNEVEN.num_nodes).tolist()), lexical)
+    stored.set_calibration(
+        Calibration(0.5, np.linspace(0.7, 2.9646, UNEVEN.num_nodes).tolist()), lexical
+    )
     stored.save_pretrained(tmp_path)
     model = HierarchicalForSequenceClassification.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert model.heads.scale.equal(stored.heads.scale)
@@ -112,7 +146,8 @@ def test_heads_calibration_and_logits_stay_in_float32(tmp_path):
 def test_the_dtype_argument_works_as_for_any_model(form, adapted, tmp_path):
     model = adapted if form == "adapter" else small_model().to(torch.bfloat16)
     model.save_pretrained(tmp_path)
-    stored = torch.float32 if form == "adapter" else torch.bfloat16  # the adapter form stores no encoder
+    # the adapter form stores no encoder
+    stored = torch.float32 if form == "adapter" else torch.bfloat16
     expected = {torch.float16: torch.float16, "bfloat16": torch.bfloat16, "auto": stored}
     for auto, dtype in product(AUTO_CLASSES, expected):
         loaded = auto.from_pretrained(tmp_path, trust_remote_code=True, dtype=dtype)
@@ -127,23 +162,31 @@ def test_the_permissions_of_saved_files_follow_the_umask(form, adapted, tmp_path
         save(form, adapted, tmp_path)
     finally:
         os.umask(before)
-    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()}
+    modes = {
+        path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()
+    }
     assert modes == dict.fromkeys(modes, 0o640)
 
 
 @FORMS
 def test_the_caller_and_not_a_stored_configuration_chooses_the_attention(form, adapted, tmp_path):
-    """transformers would fetch an implementation that is named as a repository, at no pinned commit."""
+    """transformers would fetch an implementation that is named as a repository, at no pinned
+    commit.
+    """
     save(form, adapted, tmp_path)
     path = tmp_path / "config.json"
     stored = json.loads(path.read_text())
     for key in ("attn_implementation", "_attn_implementation"):
         kernel = {key: "kernels-community/flash-attn"}
-        path.write_text(json.dumps({**stored, **kernel, "text_config": {**stored["text_config"], **kernel}}))
+        path.write_text(
+            json.dumps({**stored, **kernel, "text_config": {**stored["text_config"], **kernel}})
+        )
         for auto in AUTO_CLASSES:
             loaded = auto.from_pretrained(tmp_path, trust_remote_code=True)
             assert loaded.encoder.config._attn_implementation == "sdpa"
-            chosen = auto.from_pretrained(tmp_path, trust_remote_code=True, attn_implementation="eager")
+            chosen = auto.from_pretrained(
+                tmp_path, trust_remote_code=True, attn_implementation="eager"
+            )
             assert chosen.encoder.config._attn_implementation == "eager"
     chosen.save_pretrained(tmp_path / "again")
     assert "attn_implementation" not in (tmp_path / "again" / "config.json").read_text()
@@ -151,16 +194,21 @@ def test_the_caller_and_not_a_stored_configuration_chooses_the_attention(form, a
 
 def test_weights_that_bitsandbytes_repacked_are_not_saved(tmp_path):
     width = {"hidden_size": 64, "intermediate_size": 128}  # whole blocks of 64
-    config = HierarchicalConfig(text_config={"model_type": "bert", **SMALL, **width}, taxonomy=UNEVEN)
+    config = HierarchicalConfig(
+        text_config={"model_type": "bert", **SMALL, **width}, taxonomy=UNEVEN
+    )
     HierarchicalForSequenceClassification(config).save_pretrained(tmp_path / "plain")
     four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
-    model = HierarchicalForSequenceClassification.from_pretrained(tmp_path / "plain", quantization_config=four_bits)
+    model = HierarchicalForSequenceClassification.from_pretrained(
+        tmp_path / "plain", quantization_config=four_bits
+    )
     inputs = batch()
     model.save_pretrained(tmp_path / "before")
     with torch.inference_mode():
         expected = model(**inputs).logits
     states = [getattr(weight, "quant_state", None) for weight in model.parameters()]
-    if any(getattr(state, "packing_format_for_cpu", False) for state in states):  # on a CPU with AVX-512 BF16
+    # on a CPU with AVX-512 BF16
+    if any(getattr(state, "packing_format_for_cpu", False) for state in states):
         with pytest.raises(ValueError, match="was repacked by bitsandbytes"):
             model.save_pretrained(tmp_path / "after")
         assert not (tmp_path / "after").exists()
@@ -169,22 +217,32 @@ def test_weights_that_bitsandbytes_repacked_are_not_saved(tmp_path):
         torch.testing.assert_close(loaded(**inputs).logits, expected, atol=0.01, rtol=0)
 
 
-@pytest.mark.parametrize("problem_type", ["single_label_classification", "multi_label_classification"])
+@pytest.mark.parametrize(
+    "problem_type", ["single_label_classification", "multi_label_classification"]
+)
 def test_the_loss_compiles_without_a_graph_break(problem_type):
-    model, inputs = small_model(problem_type=problem_type), batch()
+    model = small_model(problem_type=problem_type)
+    inputs = batch()
     labels = model.heads.decisions.targets([[0], [1], [6]])
     compiled = torch.compile(model, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(**inputs, labels=labels).loss, model(**inputs, labels=labels).loss)
+    torch.testing.assert_close(
+        compiled(**inputs, labels=labels).loss, model(**inputs, labels=labels).loss
+    )
 
 
-def test_checkpoints_that_load_in_threads_change_nothing_of_the_process(adapted, tmp_path, monkeypatch):
+def test_checkpoints_that_load_in_threads_change_nothing_of_the_process(
+    adapted, tmp_path, monkeypatch
+):
     """Load folders that each have a copy of the code, as repositories on the Hub have."""
     monkeypatch.delenv("DISABLE_SAFETENSORS_CONVERSION", raising=False)
     folders = [tmp_path / "one", tmp_path / "two"]
     for folder in folders:
         adapted.save_pretrained(folder)
-    # Not in the threads: transformers parses the code here, and the parser of Python 3.11.7 can fail in threads.
-    classes = [type(AutoModel.from_pretrained(folder, trust_remote_code=True)) for folder in folders]
+    # Not in the threads: transformers parses the code here, and the parser of Python 3.11.7 can
+    # fail in threads.
+    classes = [
+        type(AutoModel.from_pretrained(folder, trust_remote_code=True)) for folder in folders
+    ]
     before = transformers.logging.get_verbosity()
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda i: classes[i].from_pretrained(folders[i]), [0, 1] * 4))
@@ -213,17 +271,28 @@ def adapted(minilm) -> HierarchicalForSequenceClassification:
 
 def test_the_adapter_form_holds_adapter_and_heads_alone_and_comes_back_the_same(adapted, tmp_path):
     adapted.save_pretrained(tmp_path)
-    assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()} == {
+    assert {
+        path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()
+    } == {
         *(path.name for path in ROOT.glob("*_hierarchical.py")),
-        *("config.json", "heads.safetensors", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"),
+        *(
+            "config.json",
+            "heads.safetensors",
+            "adapter/adapter_config.json",
+            "adapter/adapter_model.safetensors",
+        ),
     }
     inputs = batch(length=20)
     injected = AutoModel.from_pretrained(tmp_path, trust_remote_code=True, merge_adapter=False)
-    torch.testing.assert_close(injected(**inputs).logits, adapted(**inputs).logits, atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        injected(**inputs).logits, adapted(**inputs).logits, atol=1e-6, rtol=0
+    )
     merged = AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
     assert (injected.has_adapter, merged.has_adapter) == (True, False)
     torch.testing.assert_close(merged(**inputs).logits, adapted(**inputs).logits, atol=1e-4, rtol=0)
-    half = HierarchicalForSequenceClassification.from_pretrained(tmp_path, dtype=torch.bfloat16, merge_adapter=False)
+    half = HierarchicalForSequenceClassification.from_pretrained(
+        tmp_path, dtype=torch.bfloat16, merge_adapter=False
+    )
     half.save_pretrained(tmp_path / "half")  # the adapter beside bfloat16 weights is not rounded
     assert same_weights(tmp_path, tmp_path / "half")
 
@@ -231,24 +300,33 @@ def test_the_adapter_form_holds_adapter_and_heads_alone_and_comes_back_the_same(
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("fnet", "FNetModel gives other outputs when its inputs are padded"),  # it takes no attention mask
+        # it takes no attention mask
+        ("fnet", "FNetModel gives other outputs when its inputs are padded"),
         ("convbert", "ConvBertModel gives other outputs when its inputs are padded"),
         ("nystromformer", "NystromformerModel gives other outputs when its inputs are padded"),
         ("bart", "BartModel has a decoder"),
     ],
 )
 def test_models_that_cannot_read_a_text_alone_are_refused(kind, message):
-    sizes = {"bart": {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1}, "convbert": {"embedding_size": 32}}
+    sizes = {
+        "bart": {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1},
+        "convbert": {"embedding_size": 32},
+    }
     config = {"model_type": kind, **SMALL, **sizes.get(kind, {})}
     with pytest.raises(ValueError, match=message):
-        HierarchicalForSequenceClassification(HierarchicalConfig(taxonomy=["a", "b"], text_config=config))
+        HierarchicalForSequenceClassification(
+            HierarchicalConfig(taxonomy=["a", "b"], text_config=config)
+        )
 
 
 def test_big_bird_predicts_a_long_text_equally_before_and_after_a_short_one():
     blocks = {"max_position_embeddings": 256, "block_size": 4, "num_random_blocks": 1}
     config = {"model_type": "big_bird", **SMALL, **blocks}
-    model = HierarchicalForSequenceClassification(HierarchicalConfig(taxonomy=["a", "b"], text_config=config)).eval()
-    long, short = batch(length=200), batch(length=10)
+    model = HierarchicalForSequenceClassification(
+        HierarchicalConfig(taxonomy=["a", "b"], text_config=config)
+    ).eval()
+    long = batch(length=200)
+    short = batch(length=10)
     before = model(**long).logits
     model(**short)
     torch.testing.assert_close(model(**long).logits, before, atol=0, rtol=0)
@@ -260,23 +338,41 @@ def test_big_bird_predicts_a_long_text_equally_before_and_after_a_short_one():
         ({"page": {"title": 1}}, "page holds title .*, not title: 1"),
         ({"page": {"logo": "x"}}, "not logo: 'x'"),
         ({"pooling": "max"}, "pooling must be one of mean, cls, label_attention, family_attention"),
-        ({"calibration": {"scales": [1.0, 1.0]}}, r"calibration: scales must be a list of \d numbers"),
+        (
+            {"calibration": {"scales": [1.0, 1.0]}},
+            r"calibration: scales must be a list of \d numbers",
+        ),
         ({"calibration": {"set_bands": 0.4}}, "calibration: set_bands must be a list"),
         (
             {"calibration": {"set_bands": [0.4], "set_thresholds": [[0.1]] * 99}},
             "set_thresholds must be a list of 2 numbers",
         ),
-        ({"calibration": {"set_thresholds": [["a"]] * 99}}, "an entry of set_thresholds must be a list of 1 numbers"),
+        (
+            {"calibration": {"set_thresholds": [["a"]] * 99}},
+            "an entry of set_thresholds must be a list of 1 numbers",
+        ),
         ({"calibration": {"prior": [0.5]}}, "calibration: prior must be a list of 5 numbers"),
-        ({"calibration": {"set_scores": [0.5]}}, "calibration: set_scores must be a list of 0 numbers"),
+        (
+            {"calibration": {"set_scores": [0.5]}},
+            "calibration: set_scores must be a list of 0 numbers",
+        ),
         (
             {"calibration": {"set_scores": [0.5], "set_labels": [[99]]}},
             r"set_labels must hold lists of node ids, not \[99\]",
         ),
-        ({"calibration": {"temperatures": [1.0]}}, "calibration has unknown fields: .*'temperatures'"),
-        ({"id2label": dict(enumerate("hgedc"))}, "id2label is not the list of the taxonomy's classes"),
+        (
+            {"calibration": {"temperatures": [1.0]}},
+            "calibration has unknown fields: .*'temperatures'",
+        ),
+        (
+            {"id2label": dict(enumerate("hgedc"))},
+            "id2label is not the list of the taxonomy's classes",
+        ),
         ({"num_labels": 3}, "or num_labels not their number"),
-        ({"taxonomy": ["x", "y"]}, "cannot be replaced at loading: load the model, then call its add_nodes"),
+        (
+            {"taxonomy": ["x", "y"]},
+            "cannot be replaced at loading: load the model, then call its add_nodes",
+        ),
         ({"problem_type": "regression"}, "problem_type must be 'single_label_classification' or"),
     ],
 )
@@ -294,9 +390,16 @@ def test_offloaded_weights_predict_as_in_memory_or_are_refused(adapted, tmp_path
     load = AutoModel.from_pretrained
     for last in ("disk", "cpu"):
         places = {"embeddings": "cpu", **layers, "encoder.layer.5": last}
-        options = {"device_map": places, "offload_folder": tmp_path / "offloaded", "trust_remote_code": True}
+        options = {
+            "device_map": places,
+            "offload_folder": tmp_path / "offloaded",
+            "trust_remote_code": True,
+        }
         if last == "disk":
-            with pytest.raises(ValueError, match=r"layer\.5\..* is offloaded, and the adapter cannot be added to it"):
+            with pytest.raises(
+                ValueError,
+                match=r"layer\.5\..* is offloaded, and the adapter cannot be added to it",
+            ):
                 load(tmp_path / "adapter", **options)
         else:
             found = load(tmp_path / "adapter", **options)(**inputs).logits
@@ -305,11 +408,14 @@ def test_offloaded_weights_predict_as_in_memory_or_are_refused(adapted, tmp_path
     for places in ({"encoder": "cpu", "heads": "disk"}, {"encoder": "disk", "heads": "cpu"}):
         whole = load(tmp_path / "whole", **(options | {"device_map": places}))
         with torch.inference_mode():
-            torch.testing.assert_close(whole(**inputs).logits, adapted(**inputs).logits, atol=1e-4, rtol=0)
+            torch.testing.assert_close(
+                whole(**inputs).logits, adapted(**inputs).logits, atol=1e-4, rtol=0
+            )
 
 
 def test_files_of_an_earlier_save_are_neither_loaded_nor_kept(adapted, tmp_path):
-    whole, inputs = small_model(), batch(length=20)
+    whole = small_model()
+    inputs = batch(length=20)
     for shards in ({"max_shard_size": "8KB"}, {}, {"max_shard_size": "8KB"}):
         with torch.no_grad():
             whole.heads.weight.mul_(-1.5)
@@ -319,7 +425,9 @@ def test_files_of_an_earlier_save_are_neither_loaded_nor_kept(adapted, tmp_path)
         assert ("model.safetensors.index.json" in names) == (shards != {})
         assert find_damage(tmp_path) is None
         loaded = AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
-        torch.testing.assert_close(loaded(**inputs).logits, whole(**inputs).logits, atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            loaded(**inputs).logits, whole(**inputs).logits, atol=1e-5, rtol=0
+        )
     adapted.save_pretrained(tmp_path)
     assert not [*tmp_path.glob("model*.safetensors*")]
     assert find_damage(tmp_path) is None
@@ -329,7 +437,8 @@ def test_files_of_an_earlier_save_are_neither_loaded_nor_kept(adapted, tmp_path)
 
 def test_hidden_states_and_attentions_are_returned_on_request(tmp_path):
     small_model().save_pretrained(tmp_path)
-    options, inputs = {"output_hidden_states": True, "output_attentions": True}, batch()
+    options = {"output_hidden_states": True, "output_attentions": True}
+    inputs = batch()
     eager = {"attn_implementation": "eager"}
     plain = HierarchicalForSequenceClassification.from_pretrained(tmp_path, **eager)
     at_loading = HierarchicalForSequenceClassification.from_pretrained(tmp_path, **eager, **options)
@@ -354,5 +463,7 @@ def test_weights_that_cannot_be_loaded_again_are_not_saved(adapted, tmp_path):
         with pytest.raises(ValueError, match=message):
             model.save_pretrained(folder, **options)
     assert not folder.exists()
-    with pytest.raises(ValueError, match=r"encoder is a folder of this machine: .* run push_to_hub\.py --merge"):
+    with pytest.raises(
+        ValueError, match=r"encoder is a folder of this machine: .* run push_to_hub\.py --merge"
+    ):
         adapted.push_to_hub("someone/model")

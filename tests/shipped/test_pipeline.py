@@ -21,9 +21,13 @@ from taxonomy_hierarchical import Taxonomy
 UNEVEN = Taxonomy({"a": {"b": ["c", "d"], "e": None}, "f": ["g", "c"], "h": None})
 TEXTS = [
     "Liver cirrhosis.",
-    "A randomized trial of aspirin after myocardial infarction in two hundred men and women, followed for five years.",
+    (
+        "A randomized trial of aspirin after myocardial infarction in two hundred men and "
+        "women, followed for five years."
+    ),
     "Stroke and epilepsy",
-    "Colonoscopy found a carcinoma of the sigmoid colon; resection was followed by chemotherapy. " * 3,
+    "Colonoscopy found a carcinoma of the sigmoid colon; resection was followed by chemotherapy. "
+    * 3,
     "x",
 ]
 LEAVES = UNEVEN.labels[: UNEVEN.num_leaves]
@@ -43,9 +47,17 @@ def _two_cores() -> Iterator[None]:
 def checkpoint(minilm, tmp_path_factory) -> str:
     """Return a checkpoint with random weights and MiniLM's tokenizer."""
     torch.manual_seed(1)
-    shape = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2}
-    config = HierarchicalConfig(text_config=AutoConfig.from_pretrained(minilm, **shape), taxonomy=UNEVEN)
-    model, tokenizer = HierarchicalForSequenceClassification(config).eval(), AutoTokenizer.from_pretrained(minilm)
+    shape = {
+        "num_hidden_layers": 2,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_attention_heads": 2,
+    }
+    config = HierarchicalConfig(
+        text_config=AutoConfig.from_pretrained(minilm, **shape), taxonomy=UNEVEN
+    )
+    model = HierarchicalForSequenceClassification(config).eval()
+    tokenizer = AutoTokenizer.from_pretrained(minilm)
     nn.init.normal_(model.heads.weight)
     with torch.no_grad():  # without the part that all texts share
         vectors = model.pool(model.encode(**tokenizer(TEXTS, padding=True, return_tensors="pt"))[0])
@@ -62,7 +74,9 @@ def classify(checkpoint):
 
 
 def one_by_one(checkpoint: str, texts: list[str]) -> np.ndarray:
-    """Compute node probabilities (num_texts, num_nodes) by the model alone, with one text per batch."""
+    """Compute node probabilities (num_texts, num_nodes) by the model alone, with one text per
+    batch.
+    """
     model = AutoModel.from_pretrained(checkpoint, trust_remote_code=True)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True)
     with torch.inference_mode():
@@ -70,7 +84,9 @@ def one_by_one(checkpoint: str, texts: list[str]) -> np.ndarray:
     return np.array([output.node_log_probs[0].exp().numpy() for output in outputs])
 
 
-def test_a_result_is_the_path_to_the_most_probable_leaf_and_every_node_by_level(checkpoint, classify):
+def test_a_result_is_the_path_to_the_most_probable_leaf_and_every_node_by_level(
+    checkpoint, classify
+):
     expected = one_by_one(checkpoint, TEXTS)
     for text, nodes in zip(TEXTS, expected, strict=True):
         result = classify(text, levels=True)
@@ -79,9 +95,17 @@ def test_a_result_is_the_path_to_the_most_probable_leaf_and_every_node_by_level(
         counts = {name: result[name] for name in ("tokens", "tokens_read", "truncated")}
         assert result == {"labels": [first], **first, **counts, "levels": result["levels"]}
         assert result["label"] == UNEVEN.labels[leaf]
-        assert result["score"] == result["path"][-1]["score"] == pytest.approx(nodes[leaf], abs=1e-5)
-        assert [step["label"] for step in result["path"]] == [UNEVEN.labels[node] for node in UNEVEN.path(leaf)]
-        assert [list(level) for level in result["levels"]] == [["a", "f", "h"], ["b", "e", "g", "f/c"], ["a/b/c", "d"]]
+        assert (
+            result["score"] == result["path"][-1]["score"] == pytest.approx(nodes[leaf], abs=1e-5)
+        )
+        assert [step["label"] for step in result["path"]] == [
+            UNEVEN.labels[node] for node in UNEVEN.path(leaf)
+        ]
+        assert [list(level) for level in result["levels"]] == [
+            ["a", "f", "h"],
+            ["b", "e", "g", "f/c"],
+            ["a/b/c", "d"],
+        ]
         found = {label: score for level in result["levels"] for label, score in level.items()}
         for node, label in enumerate(UNEVEN.labels):
             assert found[label] == pytest.approx(nodes[node], abs=1e-5)
@@ -103,7 +127,8 @@ def test_results_come_in_order_whatever_the_batches(checkpoint, classify):
 def test_lists_streams_and_data_sets_are_read(classify):
     rows = Dataset.from_dict({"text": TEXTS})
     expected = [result["label"] for result in classify(TEXTS)]
-    lazy, series = (text for text in TEXTS), pd.Series(TEXTS)
+    lazy = (text for text in TEXTS)
+    series = pd.Series(TEXTS)
     for data in (
         tuple(TEXTS),
         iter(TEXTS),
@@ -115,7 +140,9 @@ def test_lists_streams_and_data_sets_are_read(classify):
         series,
     ):
         assert [result["label"] for result in classify(data, batch_size=2)] == expected
-    with pytest.raises(ValueError, match=r"give the column that holds them, such as table\['text'\]"):
+    with pytest.raises(
+        ValueError, match=r"give the column that holds them, such as table\['text'\]"
+    ):
         classify(pd.DataFrame({"text": ["one", "two"]}))
 
 
@@ -139,7 +166,9 @@ def test_a_stream_is_read_no_further_than_needed(classify):
 
 # edges between the leaves of UNEVEN, with one node above all roots, in the order of LEAVES
 def test_arguments_of_a_call_override_arguments_of_the_pipeline(checkpoint, classify):
-    load = partial(pipeline, "hierarchical-text-classification", model=checkpoint, trust_remote_code=True)
+    load = partial(
+        pipeline, "hierarchical-text-classification", model=checkpoint, trust_remote_code=True
+    )
     two = load(top_k=2, max_length=16)
     assert [len(result["labels"]) for result in (two("text"), two("text", top_k=3))] == [2, 3]
     assert two(LONG)["truncated"]
@@ -166,7 +195,9 @@ def test_an_invalid_text_is_named_by_its_position(classify, item, message):
     with pytest.raises(ValueError, match=message.replace("2", "0")):
         classify(item) if not isinstance(item, list) else classify([item])
     results = classify(iter(["one", "two", item, "four"]))
-    assert [next(results)["label"], next(results)["label"]] == [r["label"] for r in classify(["one", "two"])]
+    assert [next(results)["label"], next(results)["label"]] == [
+        r["label"] for r in classify(["one", "two"])
+    ]
     with pytest.raises(ValueError, match=message):
         next(results)
 
@@ -192,7 +223,8 @@ def test_arguments_that_cannot_be_used_are_refused(classify, arguments, message)
 def test_a_text_without_tokens_is_refused(checkpoint, has_special_tokens):
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True)
     if not has_special_tokens:
-        tokenizer.backend_tokenizer.post_processor = None  # which puts [CLS] and [SEP] around a text
+        # which puts [CLS] and [SEP] around a text
+        tokenizer.backend_tokenizer.post_processor = None
     model = AutoModel.from_pretrained(checkpoint, trust_remote_code=True)
     classify = HierarchicalTextClassificationPipeline(model=model, tokenizer=tokenizer)
     for texts in ("\u200b", ["liver", "\u200b"]):
@@ -201,11 +233,17 @@ def test_a_text_without_tokens_is_refused(checkpoint, has_special_tokens):
 
 
 @pytest.mark.parametrize("batch_size", [None, 1, 6])
-def test_a_model_sees_few_shapes_of_little_padding_and_each_core_computes_alone(checkpoint, batch_size):
-    """Count the shapes: for each new number of tokens, oneDNN compiles every bfloat16 product, which costs time and memory."""
+def test_a_model_sees_few_shapes_of_little_padding_and_each_core_computes_alone(
+    checkpoint, batch_size
+):
+    """Count the shapes: for each new number of tokens, oneDNN compiles every bfloat16 product,
+    which costs time and memory.
+    """
     words = LONG.split()
     texts = [" ".join(random.Random(i).choices(words, k=1 + i * 7 % 480)) for i in range(120)]
-    classify = pipeline("hierarchical-text-classification", model=checkpoint, trust_remote_code=True, device="cpu")
+    classify = pipeline(
+        "hierarchical-text-classification", model=checkpoint, trust_remote_code=True, device="cpu"
+    )
     seen = []  # what each forward pass gets, in whichever thread
 
     def look(model, args, kwargs):
@@ -214,12 +252,17 @@ def test_a_model_sees_few_shapes_of_little_padding_and_each_core_computes_alone(
 
     classify.model.register_forward_pre_hook(look, with_kwargs=True)
     assert len(list(classify((text for text in texts), batch_size=batch_size))) == 120
-    shapes, threads = [shape for shape, _, _ in seen], {count for _, _, count in seen}
+    shapes = [shape for shape, _, _ in seen]
+    threads = {count for _, _, count in seen}
     assert len({rows * length for rows, length in shapes}) <= 40
     assert all(length - longest < 16 for (_, length), longest, _ in seen)
     assert max(length for _, length in shapes) <= classify.tokenizer.model_max_length
-    assert batch_size is not None or max(rows * longest for (rows, _), longest, _ in seen) <= 2048 * 2**0.5
-    assert threads == {torch.get_num_threads() if batch_size == 1 else 1}  # a text that comes alone has all cores
+    assert (
+        batch_size is not None
+        or max(rows * longest for (rows, _), longest, _ in seen) <= 2048 * 2**0.5
+    )
+    # a text that comes alone has all cores
+    assert threads == {torch.get_num_threads() if batch_size == 1 else 1}
 
 
 @pytest.mark.parametrize("renamed", ["", "bidirectional_mask_function", "_reorder_linear_weight"])
@@ -231,7 +274,12 @@ def test_bfloat16_on_a_cpu_predicts_as_float32_with_or_without_fast_kernels(
     if renamed:
         file = folder / "cpu_hierarchical.py"
         file.write_text(file.read_text().replace(renamed, f"{renamed}_of_old"))
-    half = pipeline("hierarchical-text-classification", model=str(folder), trust_remote_code=True, dtype=torch.bfloat16)
+    half = pipeline(
+        "hierarchical-text-classification",
+        model=str(folder),
+        trust_remote_code=True,
+        dtype=torch.bfloat16,
+    )
     texts = [*TEXTS, LONG]
     for a, b in zip(classify(texts, levels=True), half(texts, levels=True), strict=True):
         for one, other in zip(a["levels"], b["levels"], strict=True):
@@ -255,26 +303,48 @@ def test_an_error_in_a_batch_is_raised_and_no_thread_remains(checkpoint):
 
 def test_4_bit_weights_predict_equally_in_threads_and_alone(checkpoint):
     """bitsandbytes repacks them in the first forward on a CPU, in place."""
-    texts = [f"study {i} of colitis in adults and of what became of the ulcers" for i in range(8)]  # all begin at once
+    # all begin at once
+    texts = [f"study {i} of colitis in adults and of what became of the ulcers" for i in range(8)]
     quantization = BitsAndBytesConfig(load_in_4bit=True)
-    alone = AutoModel.from_pretrained(checkpoint, trust_remote_code=True, quantization_config=quantization)
+    alone = AutoModel.from_pretrained(
+        checkpoint, trust_remote_code=True, quantization_config=quantization
+    )
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True)
     with torch.inference_mode():
         expected = [
-            alone(**tokenizer(text, return_tensors="pt", truncation=True)).node_log_probs[0].exp() for text in texts
+            alone(**tokenizer(text, return_tensors="pt", truncation=True)).node_log_probs[0].exp()
+            for text in texts
         ]
     for _ in range(3):
         classify = pipeline(
-            "hierarchical-text-classification", model=checkpoint, trust_remote_code=True,
+            "hierarchical-text-classification",
+            model=checkpoint,
+            trust_remote_code=True,
             model_kwargs={"quantization_config": quantization},
-        )  # fmt: skip
+        )
         for result, nodes in zip(classify(texts, batch_size=2), expected, strict=True):
-            assert result["score"] == pytest.approx(nodes[: UNEVEN.num_leaves].max().item(), abs=0.05)
+            assert result["score"] == pytest.approx(
+                nodes[: UNEVEN.num_leaves].max().item(), abs=0.05
+            )
 
 
-def test_texts_are_padded_at_their_ends_and_masked_whatever_the_tokenizer_says(checkpoint, classify):
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True, padding_side="left")
+def test_texts_are_padded_at_their_ends_and_masked_whatever_the_tokenizer_says(
+    checkpoint, classify
+):
+    tokenizer = AutoTokenizer.from_pretrained(
+        checkpoint, trust_remote_code=True, padding_side="left"
+    )
     tokenizer.model_input_names = ["input_ids"]
-    other = pipeline("hierarchical-text-classification", model=checkpoint, tokenizer=tokenizer, trust_remote_code=True)
-    for found, expected in zip(other(TEXTS, batch_size=5), classify(TEXTS, batch_size=1), strict=True):
-        assert (found["label"], found["score"]) == (expected["label"], pytest.approx(expected["score"], abs=1e-5))
+    other = pipeline(
+        "hierarchical-text-classification",
+        model=checkpoint,
+        tokenizer=tokenizer,
+        trust_remote_code=True,
+    )
+    for found, expected in zip(
+        other(TEXTS, batch_size=5), classify(TEXTS, batch_size=1), strict=True
+    ):
+        assert (found["label"], found["score"]) == (
+            expected["label"],
+            pytest.approx(expected["score"], abs=1e-5),
+        )

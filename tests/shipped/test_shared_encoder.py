@@ -1,4 +1,6 @@
-"""Test that models in one process share their encoder's weights, and that each predicts as it does alone."""
+"""Test that models in one process share their encoder's weights, and that each predicts as it does
+alone.
+"""
 
 import re
 from functools import partial
@@ -30,19 +32,31 @@ def checkpoints(tiny_encoder, tmp_path_factory) -> list[str]:
     """Return two checkpoints with different adapted layers, ranks and taxonomies."""
     folder = tmp_path_factory.mktemp("shared")
     return [
-        write_adapter(tiny_encoder, folder / "a", {"a": ["b", "c"]}, 1, r=4, target_modules=["query", "value"]),
         write_adapter(
-            tiny_encoder, folder / "b", {"d": None, "e": ["f", "g"]}, 2, r=8, target_modules=["query", "dense"]
+            tiny_encoder, folder / "a", {"a": ["b", "c"]}, 1, r=4, target_modules=["query", "value"]
+        ),
+        write_adapter(
+            tiny_encoder,
+            folder / "b",
+            {"d": None, "e": ["f", "g"]},
+            2,
+            r=8,
+            target_modules=["query", "dense"],
         ),
     ]
 
 
 def load(checkpoint: str, **arguments) -> HierarchicalForSequenceClassification:
-    return HierarchicalForSequenceClassification.from_pretrained(checkpoint, **{"merge_adapter": False, **arguments})
+    return HierarchicalForSequenceClassification.from_pretrained(
+        checkpoint, **{"merge_adapter": False, **arguments}
+    )
 
 
-def test_models_over_one_encoder_predict_as_alone_and_hold_its_weights_once(checkpoints, tiny_encoder):
-    texts, tokenizer = ["Hepatitis in 41 patients.", "Angina."], AutoTokenizer.from_pretrained(tiny_encoder)
+def test_models_over_one_encoder_predict_as_alone_and_hold_its_weights_once(
+    checkpoints, tiny_encoder
+):
+    texts = ["Hepatitis in 41 patients.", "Angina."]
+    tokenizer = AutoTokenizer.from_pretrained(tiny_encoder)
     tokenizer.model_max_length = 128
     build = partial(HierarchicalTextClassificationPipeline, tokenizer=tokenizer, device="cpu")
     alone = [build(model=load(checkpoint))(texts) for checkpoint in checkpoints]
@@ -51,7 +65,11 @@ def test_models_over_one_encoder_predict_as_alone_and_hold_its_weights_once(chec
     pipelines = [build(model=first), build(model=second)]
     assert [classify(texts) for classify in pipelines * 2] == alone * 2
     kept, shared = (
-        {weight.data_ptr() for name, weight in model.encoder.named_parameters() if "lora_" not in name}
+        {
+            weight.data_ptr()
+            for name, weight in model.encoder.named_parameters()
+            if "lora_" not in name
+        }
         for model in (first, second)
     )
     assert kept == shared
@@ -67,5 +85,8 @@ def test_encoders_that_differ_are_not_shared(checkpoints):
     with pytest.raises(ValueError, match="differ in dtype or device, or are quantized"):
         load(checkpoints[0], dtype=torch.bfloat16).share_encoder(other)
     other.config.encoder_revision = "0" * 40
-    with pytest.raises(ValueError, match=re.escape(f"are different: {first.config.encoder_name_or_path} at None and")):
+    with pytest.raises(
+        ValueError,
+        match=re.escape(f"are different: {first.config.encoder_name_or_path} at None and"),
+    ):
         first.share_encoder(other)

@@ -5,7 +5,8 @@ from taxonomy_hierarchical import Taxonomy, TaxonomyError
 
 
 def test_a_name_is_one_node_however_its_letters_are_composed():
-    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    composed = "caf\u00e9"
+    decomposed = "cafe\u0301"
     with pytest.raises(TaxonomyError, match="occurs twice among the roots"):
         Taxonomy([composed, decomposed])
     # a checkpoint whose configuration was written before names were composed

@@ -1,4 +1,6 @@
-"""Test the API of the Space with models for one path and for several labels a text: results, files, types and refusals."""
+"""Test the API of the Space with models for one path and for several labels a text: results, files,
+types and refusals.
+"""
 
 from types import SimpleNamespace
 
@@ -10,7 +12,11 @@ from transformers import pipeline
 
 from hierarchical_clinicalbert.reading.results import to_row
 
-TEXTS = ("Outcomes of epilepsy after hypertension.", "Fever and dementia", "We report on the weather.")
+TEXTS = (
+    "Outcomes of epilepsy after hypertension.",
+    "Fever and dementia",
+    "We report on the weather.",
+)
 FORMS = {
     "one path": ("space", "plain_checkpoint", "coverage"),
     "several labels": ("labels_space", "labels_checkpoint", "recall"),
@@ -19,11 +25,16 @@ FORMS = {
 
 @pytest.fixture(scope="module", params=FORMS)
 def form(request) -> SimpleNamespace:
-    """Return a served checkpoint with a client, the pipeline of the same checkpoint, and the name of its guarantee."""
+    """Return a served checkpoint with a client, the pipeline of the same checkpoint, and the name
+    of its guarantee.
+    """
     server, checkpoint, guarantee = FORMS[request.param]
-    server, model = request.getfixturevalue(server), request.getfixturevalue(checkpoint)
+    server = request.getfixturevalue(server)
+    model = request.getfixturevalue(checkpoint)
     classify = pipeline("hierarchical-text-classification", model=model, trust_remote_code=True)
-    return SimpleNamespace(client=server.client, server=server, classify=classify, guarantee=guarantee)
+    return SimpleNamespace(
+        client=server.client, server=server, classify=classify, guarantee=guarantee
+    )
 
 
 def test_results_are_those_of_the_pipeline(form, texts):
@@ -40,29 +51,41 @@ def test_results_are_those_of_the_pipeline(form, texts):
 
 
 def test_the_rows_of_a_file_are_classified_as_single_texts(form, tmp_path):
-    (tmp_path / "in.csv").write_text(f"id,abstract\na,{TEXTS[0]}\nb\nc, \nd,{'x' * 20_001}\ne,{TEXTS[2]}\n")
-    result = form.client.predict(handle_file(str(tmp_path / "in.csv")), None, 0.9, api_name="/classify_file")
+    (tmp_path / "in.csv").write_text(
+        f"id,abstract\na,{TEXTS[0]}\nb\nc, \nd,{'x' * 20_001}\ne,{TEXTS[2]}\n"
+    )
+    result = form.client.predict(
+        handle_file(str(tmp_path / "in.csv")), None, 0.9, api_name="/classify_file"
+    )
     assert result["column"] == "abstract"
     assert [(row["line"], row["text"]) for row in result["rows"]] == [(2, TEXTS[0]), (6, TEXTS[2])]
     assert [problem["line"] for problem in result["problems"]] == [3, 4, 5]
     assert "20,001 characters; at most 20,000" in result["problems"][2]["problem"]
     for row in result["rows"]:
         single = form.classify(row["text"], **{form.guarantee: 0.9})
-        assert row == close({"line": row["line"], "text": row["text"], "result_version": 3, **to_row(single)})
+        assert row == close(
+            {"line": row["line"], "text": row["text"], "result_version": 3, **to_row(single)}
+        )
 
 
 def test_a_file_in_another_encoding_needs_its_name(form, tmp_path):
     (tmp_path / "in.txt").write_bytes("Ménière\n".encode("cp1252"))
     refused = form.client.predict(handle_file(str(tmp_path / "in.txt")), api_name="/classify_file")
     assert "choose the encoding cp1252" in refused["problems"][0]["problem"]
-    result = form.client.predict(handle_file(str(tmp_path / "in.txt")), encoding="cp1252", api_name="/classify_file")
+    result = form.client.predict(
+        handle_file(str(tmp_path / "in.txt")), encoding="cp1252", api_name="/classify_file"
+    )
     assert [row["text"] for row in result["rows"]] == ["Ménière"]
 
 
 def test_the_api_is_typed_and_documented(form):
     api = form.client.view_api(return_format="dict")["named_endpoints"]
     assert api.keys() == {"/classify", "/explain", "/classify_file"}
-    assert [one["parameter_name"] for one in api["/classify"]["parameters"]] == ["text", form.guarantee, "levels"]
+    assert [one["parameter_name"] for one in api["/classify"]["parameters"]] == [
+        "text",
+        form.guarantee,
+        "levels",
+    ]
     types = {name: endpoint["returns"][0]["python_type"]["type"] for name, endpoint in api.items()}
     fields = form.classify(TEXTS[0], levels=True, **{form.guarantee: 0.9})
     assert all(f"{field}: " in types["/classify"] for field in (*fields, "p_value"))
@@ -82,8 +105,18 @@ def test_the_api_is_typed_and_documented(form):
         ((7, None, "/classify"), "The value is not text but int"),
         (("text", "x", "/classify"), "must be a number between 0.5 and 0.99"),
         (("text", "no such node", "/explain"), "no such node"),
-        (({"path": "/etc/passwd", "meta": {"_type": "other"}}, None, "/classify_file"), "upload it again"),
-        (({"path": "http://127.0.0.1:1/a.csv", "meta": {"_type": "gradio.FileData"}}, None, "/classify_file"), "URL"),
+        (
+            ({"path": "/etc/passwd", "meta": {"_type": "other"}}, None, "/classify_file"),
+            "upload it again",
+        ),
+        (
+            (
+                {"path": "http://127.0.0.1:1/a.csv", "meta": {"_type": "gradio.FileData"}},
+                None,
+                "/classify_file",
+            ),
+            "URL",
+        ),
     ],
 )
 def test_a_refusal_says_why(form, given, message):
@@ -93,9 +126,12 @@ def test_a_refusal_says_why(form, given, message):
 
 
 def test_the_prediction_depends_only_on_the_characters_read(space, texts):
-    long, whole = " ".join(texts), "A study of ulcers. \n"
+    long = " ".join(texts)
+    whole = "A study of ulcers. \n"
     result = space.client.predict(long, api_name="/classify")
-    assert space.client.predict(whole, "neoplasms", api_name="/explain")["characters_read"] == len(whole)
+    assert space.client.predict(whole, "neoplasms", api_name="/explain")["characters_read"] == len(
+        whole
+    )
     read = space.client.predict(long, "neoplasms", api_name="/explain")["characters_read"]
     shortened = space.client.predict(long[:read], api_name="/classify")
     assert shortened["score"] == pytest.approx(result["score"], abs=1e-5)
@@ -104,5 +140,8 @@ def test_the_prediction_depends_only_on_the_characters_read(space, texts):
 
 def test_equal_files_of_several_clients_are_each_read(space, tmp_path):
     (tmp_path / "same.csv").write_text("text\nColitis\n")
-    jobs = [space.client.submit(handle_file(str(tmp_path / "same.csv")), api_name="/classify_file") for _ in range(4)]
+    jobs = [
+        space.client.submit(handle_file(str(tmp_path / "same.csv")), api_name="/classify_file")
+        for _ in range(4)
+    ]
     assert [len(job.result(120)["rows"]) for job in jobs] == [1] * 4

@@ -1,4 +1,6 @@
-"""Test the files of the Space: what is read of an upload, what is refused, and that no download holds a formula."""
+"""Test the files of the Space: what is read of an upload, what is refused, and that no download
+holds a formula.
+"""
 
 import csv
 import io
@@ -19,8 +21,16 @@ from tables import FORMULA, MAX_BYTES, Refused, read_table, to_csv
     ("content", "kind", "message"),
     [
         (b"text\n", "csv", "no rows"),
-        (b"We followed 212 patients with fibrillation.\nBlood was drawn.\n", "csv", "is the header missing"),
-        ("text\nKoliken\n".encode("utf-16"), "csv", "fits utf-16: save it as UTF-8, or choose the encoding utf-16"),
+        (
+            b"We followed 212 patients with fibrillation.\nBlood was drawn.\n",
+            "csv",
+            "is the header missing",
+        ),
+        (
+            "text\nKoliken\n".encode("utf-16"),
+            "csv",
+            "fits utf-16: save it as UTF-8, or choose the encoding utf-16",
+        ),
         (b"text\n" * 10_002, "csv", "more than 10,000 rows"),
         (b"text\n", "docx", "must be CSV, TSV, Excel"),
     ],
@@ -44,32 +54,48 @@ def test_an_encoding_is_offered_and_several_texts_are_rows():
     texts = [(f"{name}.txt", f"Grüße,\n{name}".encode("cp1252")) for name in "ab"]
     for files in (texts, [("a.csv", "text\nGrüße\n".encode("cp1252"))]):
         assert "choose the encoding cp1252" in read_table(files).rows[0].problem
-    assert [row.text for row in read_table(texts, encoding="cp1252").rows] == ["Grüße,\na", "Grüße,\nb"]
-    assert read_table([("a.csv", "text\nGrüße\n".encode("utf-16"))], encoding="utf-16").rows[0].text == "Grüße"
+    assert [row.text for row in read_table(texts, encoding="cp1252").rows] == [
+        "Grüße,\na",
+        "Grüße,\nb",
+    ]
+    assert (
+        read_table([("a.csv", "text\nGrüße\n".encode("utf-16"))], encoding="utf-16").rows[0].text
+        == "Grüße"
+    )
     with pytest.raises(Refused, match="no such encoding"):
         read_table(texts, encoding="nonsense")
 
 
-# ── Hostile files ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Hostile files ─────────────────────────────────────────────────────────────────────────────────
 
 
 def hostile_files() -> dict[str, bytes]:
     """Return contents, by name, of files of at most 10 MB that unpack to much more."""
-    head = '<worksheet xmlns="http://schemas.openxmlformats.org/spreadsheetml/2006/main"><sheetData>'
-    entities = '<!DOCTYPE x [<!ENTITY a0 "text">' + "".join(f'<!ENTITY a{i + 1} "{f"&a{i};" * 10}">' for i in range(9))
+    head = (
+        '<worksheet xmlns="http://schemas.openxmlformats.org/spreadsheetml/2006/main"><sheetData>'
+    )
+    entities = '<!DOCTYPE x [<!ENTITY a0 "text">' + "".join(
+        f'<!ENTITY a{i + 1} "{f"&a{i};" * 10}">' for i in range(9)
+    )
     repeated = pa.DictionaryArray.from_arrays(pa.array([0] * 10_000, pa.int32()), ["x" * 2**20])
     return {
         "repeated.parquet": parquet({"text": repeated}),
         "names.jsonl": b"{" + b",".join(b'"%x":0' % i for i in range(200_000)) + b"}\n",
-        "cells.csv": b",".join(b"%x" % i for i in range(1000)) + b"\n" + (b"," * 999 + b"\n") * 10_000,
+        "cells.csv": b",".join(b"%x" % i for i in range(1000))
+        + b"\n"
+        + (b"," * 999 + b"\n") * 10_000,
         "cells.xlsx": sheet(f"{head}<row>{'<c/>' * 2 * 2**20}</row></sheetData></worksheet>"),
-        "entities.xlsx": sheet(f'{entities}]>{head}<row><c t="str"><v>&a9;</v></c></row></sheetData></worksheet>'),
+        "entities.xlsx": sheet(
+            f'{entities}]>{head}<row><c t="str"><v>&a9;</v></c></row></sheetData></worksheet>'
+        ),
         "wide.txt": ("\U0001f600" + "a" * 1030 + "\n").encode() * 10_000,
     }
 
 
 def test_no_file_of_10_mb_takes_a_gigabyte(tmp_path):
-    """Measure the peak memory of a fresh process and its subprocesses, minus the memory at the start."""
+    """Measure the peak memory of a fresh process and its subprocesses, minus the memory at the
+    start.
+    """
     for name, content in hostile_files().items():
         assert len(content) <= MAX_BYTES, name
         (tmp_path / name).write_bytes(content)
@@ -98,25 +124,51 @@ print(json.dumps([results, most(resource.RUSAGE_SELF) - rest + most(resource.RUS
     assert "memory" in results["cells.xlsx"] or "seconds" in results["cells.xlsx"]
     assert "damaged" in results["entities.xlsx"]
     assert results["wide.txt"] == results["cells.csv"] == 10_000
-    assert results["names.jsonl"] == "The file has more than 1,000 columns, the most that is accepted."
+    assert (
+        results["names.jsonl"] == "The file has more than 1,000 columns, the most that is accepted."
+    )
 
 
-# ── Downloads ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Downloads ─────────────────────────────────────────────────────────────────────────────────────
 
 # what OWASP lists, in front of what a spreadsheet may drop and behind what may end a cell
 FORMULAS = [
     f"a{end}{dropped}{start}HYPERLINK(1)"
     for end in ("", ",", ";", "\t", "|", "\r\n", "x")
     for dropped in ("", " ", '"', "'", ' "', "\u00a0", "\t", "'\n", "\0")
-    for start in ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20", "\t", "\r", "\n", "\\=", "\\\\-", "\\\t=")
+    for start in (
+        "=",
+        "+",
+        "-",
+        "@",
+        "\uff1d",
+        "\uff0b",
+        "\uff0d",
+        "\uff20",
+        "\t",
+        "\r",
+        "\n",
+        "\\=",
+        "\\\\-",
+        "\\\t=",
+    )
 ]
 
 
 def test_no_cell_of_a_download_is_a_formula_wherever_a_spreadsheet_splits_it(space):
-    texts = [*FORMULAS, *(text[1:] + " x" for text in FORMULAS if len(text) > 13), "p = 0.5 (-1)", 'a "b", one\nmore']
-    space.open_file("".join(json.dumps({"text": text}) + "\n" for text in texts).encode(), "formulas", "a.jsonl")
+    texts = [
+        *FORMULAS,
+        *(text[1:] + " x" for text in FORMULAS if len(text) > 13),
+        "p = 0.5 (-1)",
+        'a "b", one\nmore',
+    ]
+    space.open_file(
+        "".join(json.dumps({"text": text}) + "\n" for text in texts).encode(), "formulas", "a.jsonl"
+    )
     space.run_file("formulas")
-    downloads = [content for path, content in space.files().items() if path.name == "predictions.csv"]
+    downloads = [
+        content for path, content in space.files().items() if path.name == "predictions.csv"
+    ]
     (download,) = (content.decode("utf-8-sig") for content in downloads if b"HYPERLINK" in content)
     csv.field_size_limit(len(download))
     for delimiter in ",;\t|":
@@ -126,7 +178,11 @@ def test_no_cell_of_a_download_is_a_formula_wherever_a_spreadsheet_splits_it(spa
             assert sum("HYPERLINK" in cell for cell in cells) > 1
             for cell in cells:
                 assert not cell.startswith(("\t", "\r", "\n")), (delimiter, quotes, cell)
-                assert not re.match(r"[\s\0\"']*[=+@\uff1d\uff0b\uff0d\uff20-]", cell), (delimiter, quotes, cell)
+                assert not re.match(r"[\s\0\"']*[=+@\uff1d\uff0b\uff0d\uff20-]", cell), (
+                    delimiter,
+                    quotes,
+                    cell,
+                )
 
     # read back as docs/space.md says
     marked = re.compile(FORMULA.pattern.replace("(?=", r"(\\) (?="), re.VERBOSE)

@@ -1,4 +1,6 @@
-"""Test what the Space keeps, logs, serves and accepts: privacy, limits for all users together, and hostile clients."""
+"""Test what the Space keeps, logs, serves and accepts: privacy, limits for all users together, and
+hostile clients.
+"""
 
 import re
 import socket
@@ -51,45 +53,72 @@ def is_on_disk(space: SpaceServer, content: bytes) -> bool:
     return any(content in kept for kept in space.files().values())
 
 
-# ── Privacy ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Privacy ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_nothing_of_what_is_sent_is_logged_or_kept(space, texts, tmp_path):
     mark = "Zebrafish-4711"
     (tmp_path / f"{mark}.csv").write_text(f"{mark},text\n{mark},{mark} {texts[0]}\n{mark}\n")
     space.client.predict(f"{mark} colitis", api_name="/explain")
-    space.client.predict(handle_file(str(tmp_path / f"{mark}.csv")), "text", api_name="/classify_file")
+    space.client.predict(
+        handle_file(str(tmp_path / f"{mark}.csv")), "text", api_name="/classify_file"
+    )
     with pytest.raises(AppError):
         space.client.predict(mark * 5000, api_name="/classify")
-    # call every function of the page with invalid arguments, also functions that are hidden from clients
+    # call every function of the page with invalid arguments, also functions that are hidden from
+    # clients
     functions = space.http.get("/config").json()["dependencies"]
-    assert {"classify", "explain", "classify_file", "run_file"} <= {function["api_name"] for function in functions}
+    assert {"classify", "explain", "classify_file", "run_file"} <= {
+        function["api_name"] for function in functions
+    }
     for function in functions:
-        for value in (mark, {"path": f"/etc/{mark}", "meta": {"_type": "gradio.FileData"}}, "half \ud800 " + mark):
+        for value in (
+            mark,
+            {"path": f"/etc/{mark}", "meta": {"_type": "gradio.FileData"}},
+            "half \ud800 " + mark,
+        ):
             messages = space.press(function["id"], [value] * 3, f"{mark}{function['id']}")
             assert '"process_completed"' in messages
     for route in ("call/v2/classify", f"run/{mark}", f"call/{mark}"):
         space.http.post(f"/gradio_api/{route}", json={"data": [mark], mark: mark})
     assert mark not in space.log()
-    assert not [path for path, content in space.files().items() if mark.encode() in content or mark in path.name]
+    assert not [
+        path
+        for path, content in space.files().items()
+        if mark.encode() in content or mark in path.name
+    ]
 
 
 def test_no_path_of_the_server_is_served(space, clear_checkpoint):
-    for path in ("/etc/passwd", f"{clear_checkpoint}/config.json", str(ROOT / "space" / "app.py"), "../../etc/passwd"):
+    for path in (
+        "/etc/passwd",
+        f"{clear_checkpoint}/config.json",
+        str(ROOT / "space" / "app.py"),
+        "../../etc/passwd",
+    ):
         for route in ("/gradio_api/file=", "/file=", "/gradio_api/file/"):
             assert space.http.get(f"{route}{path}").status_code in (403, 404)
     local = "http://127.0.0.1:1/"
-    for route in ("deep_link?session_hash=x", f"proxy={local}", f"file={local}", "runs", "openapi.json"):
+    for route in (
+        "deep_link?session_hash=x",
+        f"proxy={local}",
+        f"file={local}",
+        "runs",
+        "openapi.json",
+    ):
         assert space.http.get(f"/gradio_api/{route}").status_code == 404
     assert space.http.get("/monitoring").status_code == 404
 
 
-# ── What is kept, and for how long ───────────────────────────────────────────────────────────────────────────────────
+# ── What is kept, and for how long ────────────────────────────────────────────────────────────────
 
 
 @pytest.fixture
 def hasty_space(clear_checkpoint, tmp_path) -> Iterator[SpaceServer]:
-    """Serve a Space that keeps things for seconds. Of `LONGER_LINES`, one result fits, and two do not."""
+    """Serve a Space that keeps things for seconds.
+
+    Of `LONGER_LINES`, one result fits, and two do not.
+    """
     limits = {"MAX_UNREAD": 8_000_000, "KEPT_SECONDS": KEPT_SECONDS, "SWEEP_SECONDS": 1}
     with strict_space(clear_checkpoint, tmp_path, **limits) as space:
         yield space
@@ -99,7 +128,8 @@ def test_results_and_files_that_nobody_reads_are_deleted_in_time(hasty_space):
     space = hasty_space
     classify_lines(space, LONGER_LINES)
     unread, read = (space.call("classify", "Zebrafish with colitis", None, False) for _ in range(2))
-    assert "event: complete" in space.result("classify", read).text  # so the first one is complete, too
+    # so the first one is complete, too
+    assert "event: complete" in space.result("classify", read).text
     space.upload(b"Okapi\n")
     space.open_file(b"Okapi\n", "unused")
     assert is_on_disk(space, b"Okapi")
@@ -110,7 +140,9 @@ def test_results_and_files_that_nobody_reads_are_deleted_in_time(hasty_space):
         assert answer.json()["detail"].startswith("There is no such result.")
     assert not is_on_disk(space, b"Okapi")
     assert "There is no file" in space.run_file("unused")
-    assert "event: complete" in space.result("classify_file", classify_lines(space, LONGER_LINES)).text
+    assert (
+        "event: complete" in space.result("classify_file", classify_lines(space, LONGER_LINES)).text
+    )
 
     # downloads of an open page
     with space.http.stream("GET", "/gradio_api/heartbeat/open") as page:
@@ -131,11 +163,12 @@ def test_a_closed_page_keeps_no_file(space):
     wait_until(lambda: "There is no file" in space.run_file("closed"))
 
 
-# ── How much ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── How much ──────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_requests_that_are_too_large_are_refused(space):
-    big, before = b"x" * (11 * MEGABYTE), space.files()
+    big = b"x" * (11 * MEGABYTE)
+    before = space.files()
     several = [("files", (f"{i}.csv", big[: len(big) // 4])) for i in range(8)]
     for path, body in (
         ("upload", {"files": {"files": ("a.csv", big)}}),
@@ -146,12 +179,17 @@ def test_requests_that_are_too_large_are_refused(space):
         answer = space.http.post(f"/gradio_api/{path}", **body)
         assert answer.status_code == 413
     assert answer.json()["detail"] == "The request is too large."  # which the page shows
-    assert not any(len(content) > MEGABYTE for file, content in space.files().items() if file not in before)
+    assert not any(
+        len(content) > MEGABYTE for file, content in space.files().items() if file not in before
+    )
 
 
 @pytest.fixture(scope="module")
 def small_space(long_checkpoint, tmp_path_factory) -> Iterator[SpaceServer]:
-    """Serve a Space with a checkpoint for long texts. Of `LONG_LINES`, one result fits, and two do not."""
+    """Serve a Space with a checkpoint for long texts.
+
+    Of `LONG_LINES`, one result fits, and two do not.
+    """
     limits = {"MAX_UNREAD": 2_200_000, "MAX_STORED": 25 * MEGABYTE}
     with strict_space(long_checkpoint, tmp_path_factory.mktemp("small"), **limits) as space:
         yield space
@@ -167,7 +205,8 @@ def test_long_texts_are_read_to_their_ends(small_space, long_texts):
     heaviest = max(explained["words"], key=lambda word: word["weight"])
     assert heaviest["start"] > text.index("We treated")
     assert explained["characters_read"] == len(text)
-    with pytest.raises(AppError, match="24,580 characters; at most 24,576"):  # 8 for each of 3,072 tokens
+    # 8 for each of 3,072 tokens
+    with pytest.raises(AppError, match="24,580 characters; at most 24,576"):
         client.predict("word " * 4_916, api_name="/classify")
 
 
@@ -175,12 +214,19 @@ def test_unread_results_and_uploads_have_a_limit(small_space):
     """Of files that are read at once, any number is accepted."""
     space = small_space
     for _ in range(3):
-        assert "event: complete" in space.result("classify_file", classify_lines(space, LONG_LINES)).text
-    unread, refused = classify_lines(space, LONG_LINES), classify_lines(space, LONG_LINES)
+        assert (
+            "event: complete"
+            in space.result("classify_file", classify_lines(space, LONG_LINES)).text
+        )
+    unread = classify_lines(space, LONG_LINES)
+    refused = classify_lines(space, LONG_LINES)
     answer = space.result("classify_file", refused).text
     assert answer.startswith("event: error")
     assert "the unread results of all users have reached 2 MB" in answer
-    assert "event: complete" in space.result("classify", space.call("classify", "Colitis", None, False)).text
+    assert (
+        "event: complete"
+        in space.result("classify", space.call("classify", "Colitis", None, False)).text
+    )
     assert "event: complete" in space.result("classify_file", unread).text
 
     sent = [space.upload(FULL) for _ in range(2)]
@@ -188,15 +234,26 @@ def test_unread_results_and_uploads_have_a_limit(small_space):
     kept = sum(map(len, space.files().values()))
     full = space.upload(FULL)
     assert (full.status_code, full.headers["retry-after"]) == (429, "60")
-    assert full.json()["detail"] == "The files of all users have reached 25 MB: try again in 60 seconds."
+    assert (
+        full.json()["detail"]
+        == "The files of all users have reached 25 MB: try again in 60 seconds."
+    )
     assert sum(map(len, space.files().values())) == kept
-    assert "more than 10,000 rows" in space.result("classify_file", classify_file(space, sent[0])).text
+    assert (
+        "more than 10,000 rows" in space.result("classify_file", classify_file(space, sent[0])).text
+    )
     assert space.upload(FULL).status_code == 200  # because the file that was read is deleted
 
 
 def test_an_upload_that_breaks_off_leaves_nothing(space):
-    head = "POST /gradio_api/upload HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=b\r\n"
-    head += "Content-Length: 5000000\r\n\r\n--b\r\nContent-Disposition: form-data; name=files; filename=a.csv\r\n\r\n"
+    head = (
+        "POST /gradio_api/upload HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; "
+        "boundary=b\r\n"
+    )
+    head += (
+        "Content-Length: 5000000\r\n\r\n--b\r\nContent-Disposition: form-data; name=files; "
+        "filename=a.csv\r\n\r\n"
+    )
     with socket.create_connection(("127.0.0.1", space.port), timeout=60) as connection:
         connection.sendall(head.encode() + b"Tapir\n" * 400_000)
         wait_until(lambda: is_on_disk(space, b"Tapir"))
@@ -204,11 +261,15 @@ def test_an_upload_that_breaks_off_leaves_nothing(space):
 
 
 def test_a_text_waits_for_no_file_and_a_full_queue_is_reported(space, texts):
-    """Classify texts while a file of 10,000 rows is classified; its run is cancelled before the end."""
+    """Classify texts while a file of 10,000 rows is classified; its run is cancelled before the
+    end.
+    """
     space.open_file(f"{texts[0][:900]}\n".encode() * 10_000, "long")
     run = ("run_file", [None, "text", 0.9, None])
     event = space.join(*run, "long").json()["event_id"]
-    with space.http.stream("GET", "/gradio_api/queue/data", params={"session_hash": "long"}) as messages:
+    with space.http.stream(
+        "GET", "/gradio_api/queue/data", params={"session_hash": "long"}
+    ) as messages:
         lines = messages.iter_lines()
         assert any('"process_generating"' in line for line in lines)
         assert space.client.predict("A study of colitis.", api_name="/classify")["label"]
@@ -222,4 +283,6 @@ def test_a_text_waits_for_no_file_and_a_full_queue_is_reported(space, texts):
         cancel = {"session_hash": "long", "fn_index": number, "event_id": event}
         assert space.http.post("/gradio_api/cancel", json=cancel).json() == {"success": True}
         assert not any("Done:" in line for line in lines)
-    wait_until(lambda: space.join("show_result", ["A study of colitis.", 0.9], "last").status_code == 200)
+    wait_until(
+        lambda: space.join("show_result", ["A study of colitis.", 0.9], "last").status_code == 200
+    )

@@ -1,4 +1,6 @@
-"""Test classes that get heads without training: in a model, and from the command line of a user who has no or few rows."""
+"""Test classes that get heads without training: in a model, and from the command line of a user who
+has no or few rows.
+"""
 
 import copy
 import json
@@ -24,36 +26,62 @@ from open_world_hierarchical import OpenWorld
 from taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy, TaxonomyError
 
 TREE = {"a": {"b": ["c", "d"], "e": None}, "f": ["g", "h"], "i": None}
-SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+}
 IDS = torch.arange(5, 55).view(5, 10)
 
 
-def model_of(problem_type: str = SINGLE_LABEL, calibrated: bool = True) -> HierarchicalForSequenceClassification:
-    """Return a model with random heads; if ``calibrated``, with a lexical head, and a temperature for each decision."""
+def model_of(
+    problem_type: str = SINGLE_LABEL, calibrated: bool = True
+) -> HierarchicalForSequenceClassification:
+    """Return a model with random heads; if ``calibrated``, with a lexical head, and a temperature
+    for each decision.
+    """
     config = HierarchicalConfig(text_config=SMALL, taxonomy=TREE, problem_type=problem_type)
     model = HierarchicalForSequenceClassification(config).eval()
     torch.nn.init.normal_(model.heads.weight)
     torch.nn.init.normal_(model.heads.bias)
     if calibrated:
-        tree, classes = config.tree, config.num_labels
+        tree = config.tree
+        classes = config.num_labels
         scales = [0.5 + decision / 4 for decision in tree.decision_of]
         biases = torch.randn(tree.num_nodes).tolist()
         thresholds = [0.3] * tree.num_nodes if problem_type == MULTI_LABEL else None
-        lexical = {"idf": torch.rand(64), "weight": torch.randn(classes, 64), "bias": torch.randn(classes)}
+        lexical = {
+            "idf": torch.rand(64),
+            "weight": torch.randn(classes, 64),
+            "bias": torch.randn(classes),
+        }
         model.set_calibration(
-            Calibration(0.7, scales, biases, thresholds, [0.2] * 99, 64, 50), lexical, known_texts()[0]
+            Calibration(0.7, scales, biases, thresholds, [0.2] * 99, 64, 50),
+            lexical,
+            known_texts()[0],
         )
     return model
 
 
 def known_texts() -> tuple[OpenWorld, np.ndarray, np.ndarray]:
-    """Draw training texts of each leaf. Return what a checkpoint stores of them, their vectors, and their leaves."""
-    tree, generator = Taxonomy(TREE), np.random.default_rng(0)
+    """Draw training texts of each leaf.
+
+    Return what a checkpoint stores of them, their vectors, and their leaves.
+    """
+    tree = Taxonomy(TREE)
+    generator = np.random.default_rng(0)
     leaves = np.arange(200) % tree.num_leaves
-    places, spread = generator.normal(size=(tree.num_leaves, 32)), np.linspace(0.2, 2, 32)
+    places = generator.normal(size=(tree.num_leaves, 32))
+    spread = np.linspace(0.2, 2, 32)
     vectors = (places[leaves] + spread * generator.normal(size=(200, 32))).astype(np.float32)
     nodes = leaves[:, None].tolist()
-    return fit_open_world(tree, vectors, nodes, np.c_[vectors, np.zeros(200, np.float32)]), vectors, leaves
+    return (
+        fit_open_world(tree, vectors, nodes, np.c_[vectors, np.zeros(200, np.float32)]),
+        vectors,
+        leaves,
+    )
 
 
 def outputs(model: HierarchicalForSequenceClassification) -> dict[str, dict[str, np.ndarray]]:
@@ -62,57 +90,75 @@ def outputs(model: HierarchicalForSequenceClassification) -> dict[str, dict[str,
         found = model(IDS)
     labels = model.config.tree.labels
     columns = {"p": found.node_log_probs.exp(), "score": found.decision_logits}
-    return {name: dict(zip(labels, values.double().numpy().T, strict=True)) for name, values in columns.items()}
+    return {
+        name: dict(zip(labels, values.double().numpy().T, strict=True))
+        for name, values in columns.items()
+    }
 
 
-def flat_heads(model: HierarchicalForSequenceClassification) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    """Return weight and bias of each leaf in the equivalent flat softmax: their sums along the leaf's path."""
-    tree, heads = model.config.tree, model.heads
+def flat_heads(
+    model: HierarchicalForSequenceClassification,
+) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    """Return weight and bias of each leaf in the equivalent flat softmax: their sums along the
+    leaf's path.
+    """
+    tree = model.config.tree
+    heads = model.heads
     paths = {tree.labels[leaf]: tree.path(leaf) for leaf in range(tree.num_leaves)}
-    weights, biases = heads.weight.detach().double().numpy(), heads.bias.detach().double().numpy()
+    weights = heads.weight.detach().double().numpy()
+    biases = heads.bias.detach().double().numpy()
     return {leaf: weights[path].sum(0) for leaf, path in paths.items()}, {
         leaf: biases[path].sum() for leaf, path in paths.items()
     }
 
 
-# ── In a model ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── In a model ────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("problem_type", [SINGLE_LABEL, MULTI_LABEL])
 def test_a_new_leaf_changes_known_nodes_only_by_its_share(problem_type):
     """Test the scores of known nodes beside the new leaf, with all that is calibrated."""
     model = model_of(problem_type)
-    before, grown = outputs(model), copy.deepcopy(model)
+    before = outputs(model)
+    grown = copy.deepcopy(model)
     nested = {"a": {"b": ["new", "d", "c"], "e": None}, "f": ["g", "h"], "i": None}  # ids change
     assert grown.add_nodes(nested, {"new": torch.randn(3, 32)}) == (["new"], [])
-    after, tree = outputs(grown), grown.config.tree
+    after = outputs(grown)
+    tree = grown.config.tree
     for label in ("c", "d", "e", "g", "h", "f", "i"):
         np.testing.assert_allclose(after["score"][label], before["score"][label], atol=1e-4)
     assert (after["p"]["new"] <= after["p"]["b"]).all()
     if problem_type == SINGLE_LABEL:
-        np.testing.assert_allclose(sum(after["p"][leaf] for leaf in grown.config.id2label.values()), 1, rtol=1e-5)
+        np.testing.assert_allclose(
+            sum(after["p"][leaf] for leaf in grown.config.id2label.values()), 1, rtol=1e-5
+        )
     stored = grown.config.calibration
     assert (stored.set_thresholds, stored.num_texts) == (None, None)
     assert stored.thresholds == (None if problem_type == SINGLE_LABEL else [0.3] * 10)
     assert stored.scales == [0.5 + decision / 4 for decision in tree.decision_of]
     old, new = (one.heads.lexical.weights() for one in (model, grown))
     for name in ("weight", "bias"):
-        before, after = old[name].to_dense(), new[name].to_dense()
+        before = old[name].to_dense()
+        after = new[name].to_dense()
         mean = (before[model.config.label2id["c"]] + before[model.config.label2id["d"]]) / 2
         torch.testing.assert_close(after[tree.id("new")], mean)
         torch.testing.assert_close(after[tree.id("c")], before[model.config.label2id["c"]])
 
 
 def test_a_new_head_is_the_one_worked_by_hand():
-    """Compare the leaf probabilities with a flat softmax in NumPy, where the new leaf's siblings are c and d.
+    """Compare the leaf probabilities with a flat softmax in NumPy, where the new leaf's siblings
+    are c and d.
 
     The covariance within the classes is that of scikit-learn.
     """
-    model, (open_world, texts, text_leaves) = model_of(calibrated=False), known_texts()
+    model = model_of(calibrated=False)
+    open_world, texts, text_leaves = known_texts()
     model.set_calibration(Calibration(), None, open_world)
     weights, biases = flat_heads(model)
     labels = Taxonomy(TREE).labels[: len(weights)]
-    means = {label: texts[text_leaves == leaf].mean(0, dtype=float) for leaf, label in enumerate(labels)}
+    means = {
+        label: texts[text_leaves == leaf].mean(0, dtype=float) for leaf, label in enumerate(labels)
+    }
     residuals = texts - np.stack([means[labels[leaf]] for leaf in text_leaves])
     covariance = LedoitWolf(assume_centered=True).fit(residuals).covariance_
     regularised = covariance + 2 * np.trace(covariance) / 32 * np.eye(32)
@@ -130,9 +176,12 @@ def test_a_new_head_is_the_one_worked_by_hand():
     nested = {"a": {"b": ["c", "d", "new"], "e": None}, "f": ["g", "h"], "i": None}
     model.add_nodes(nested, {"new": torch.from_numpy(given)})
     with torch.no_grad():
-        pooled, found = model.pool(model.encode(IDS, None)[0]).double().numpy(), model(IDS).logits
+        pooled = model.pool(model.encode(IDS, None)[0]).double().numpy()
+        found = model(IDS).logits
     leaves = [model.config.id2label[i] for i in range(len(model.config.id2label))]
-    expected = log_softmax(np.stack([pooled @ weights[leaf] + biases[leaf] for leaf in leaves], 1), axis=1)
+    expected = log_softmax(
+        np.stack([pooled @ weights[leaf] + biases[leaf] for leaf in leaves], 1), axis=1
+    )
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
@@ -148,7 +197,8 @@ def test_leaves_that_stay_keep_their_odds(nested, new, gone):
     model = model_of(calibrated=False)
     before = outputs(model)["p"]
     assert model.add_nodes(nested, {}) == (new, gone)
-    after, kept = outputs(model)["p"], {*"cdeghi"} - {*gone}
+    after = outputs(model)["p"]
+    kept = {*"cdeghi"} - {*gone}
     total = sum(before[leaf] for leaf in kept)
     for leaf in kept:
         np.testing.assert_allclose(after[leaf], before[leaf] / total, rtol=1e-4)
@@ -158,7 +208,8 @@ def test_leaves_that_stay_keep_their_odds(nested, new, gone):
 @pytest.mark.parametrize("problem_type", [SINGLE_LABEL, MULTI_LABEL])
 def test_a_renamed_node_stays_the_same_and_keeps_its_guarantee(problem_type):
     model = model_of(problem_type)
-    before, sets = outputs(model)["p"], model.config.calibration.set_thresholds
+    before = outputs(model)["p"]
+    sets = model.config.calibration.set_thresholds
     nested = {"a": {"B": ["c", "d"], "e": None}, "f": ["g", "h"], "i": None}
     with pytest.raises(TaxonomyError, match="'b' is renamed to 'x', which is not in the taxonomy"):
         model.add_nodes(nested, renamed={"b": "x"})
@@ -170,7 +221,9 @@ def test_a_renamed_node_stays_the_same_and_keeps_its_guarantee(problem_type):
 
 
 def test_with_family_attention_known_nodes_keep_their_queries():
-    config = HierarchicalConfig(text_config=SMALL, taxonomy=TREE, problem_type=MULTI_LABEL, pooling="family_attention")
+    config = HierarchicalConfig(
+        text_config=SMALL, taxonomy=TREE, problem_type=MULTI_LABEL, pooling="family_attention"
+    )
     model = HierarchicalForSequenceClassification(config).eval()
     for weight in (model.heads.weight, model.heads.query):
         torch.nn.init.normal_(weight)
@@ -184,40 +237,50 @@ def test_with_family_attention_known_nodes_keep_their_queries():
 
 @pytest.mark.parametrize(
     "changed",
-    [{"a": ["b", "e"], "f": ["g", "h"], "i": None}, {"a": {"b": ["c"], "e": None}, "f": ["g", "h", "d"], "i": None}],
+    [
+        {"a": ["b", "e"], "f": ["g", "h"], "i": None},
+        {"a": {"b": ["c"], "e": None}, "f": ["g", "h", "d"], "i": None},
+    ],
 )
 def test_with_label_attention_nodes_are_merged_or_moved_before_a_training_alone(changed):
     settings = {"text_config": SMALL, "taxonomy": TREE, "pooling": "label_attention"}
     model = HierarchicalForSequenceClassification(HierarchicalConfig(**settings))
     torch.nn.init.normal_(model.heads.weight)
-    with pytest.raises(ValueError, match="with label attention, moved or merged nodes need training"):
+    with pytest.raises(
+        ValueError, match="with label attention, moved or merged nodes need training"
+    ):
         model.add_nodes(changed)
     assert model.add_nodes(changed, trains=True)[0] == []
 
 
 def test_new_classes_need_vectors_and_known_classes_beside_them():
     """After an error, the model classifies as before, bit for bit."""
-    model, plain = model_of(), model_of(calibrated=False)
-    nested, text = {"a": {"b": ["c", "d", "new"], "e": None}, "f": ["g", "h"], "i": None}, torch.ones(1, 32)
+    model = model_of()
+    plain = model_of(calibrated=False)
+    nested = {"a": {"b": ["c", "d", "new"], "e": None}, "f": ["g", "h"], "i": None}
+    text = torch.ones(1, 32)
     for refused, taxonomy, given, message in (
         (model, nested, {}, "vectors are missing for 'new'"),
         (model, nested, {"new": text, "x": text}, "the label 'x' is not in the taxonomy"),
         (model, ["x", "y"], {"x": text, "y": text}, "no class of the taxonomy is known"),
         (plain, nested, {"new": text}, "stores no class means"),
     ):
-        config, before = refused.config.to_dict(), outputs(refused)
+        config = refused.config.to_dict()
+        before = outputs(refused)
         with pytest.raises(ValueError, match=message):
             refused.add_nodes(taxonomy, given)
         assert refused.config.to_dict() == config
         np.testing.assert_equal(outputs(refused), before)
 
 
-# ── From the command line ────────────────────────────────────────────────────────────────────────────────────────────
+# ── From the command line ─────────────────────────────────────────────────────────────────────────
 
 
 def taxonomy_file(file: Path, classes: dict[str, str]) -> str:
     """Write a taxonomy of roots with descriptions."""
-    return write_csv(file, [{"parent": "", "name": name, "description": text} for name, text in classes.items()])
+    return write_csv(
+        file, [{"parent": "", "name": name, "description": text} for name, text in classes.items()]
+    )
 
 
 def accuracy(folder: Path, labels: set[str]) -> float:
@@ -236,7 +299,10 @@ def outputs_of(folder: Path, texts: list[str]) -> tuple[HierarchicalForSequenceC
 
 def test_without_rows_the_largest_cosine_of_a_phrase_wins(minilm, tmp_path):
     """Compare the order of the roots with cosines of the encoder, loaded by transformers alone."""
-    words = ["--taxonomy", taxonomy_file(tmp_path / "classes.csv", {name: CLEAR[name][0] for name in CLEAR})]
+    words = [
+        "--taxonomy",
+        taxonomy_file(tmp_path / "classes.csv", {name: CLEAR[name][0] for name in CLEAR}),
+    ]
     words += ["--model_name_or_path", minilm, "--output_dir", tmp_path / "results"]
     done = run(*words)
     assert "no training steps" in done.stderr
@@ -246,7 +312,9 @@ def test_without_rows_the_largest_cosine_of_a_phrase_wins(minilm, tmp_path):
     assert "No labelled rows were given. Taxonomy: from classes.csv." in card
     texts = [row["text"] for row in clear_rows(3)[::9]]
     model, found = outputs_of(tmp_path / "results", texts)
-    phrases = vectors(minilm, tuple(f"{name}: {CLEAR[name][0]}" for name in model.config.tree.labels))
+    phrases = vectors(
+        minilm, tuple(f"{name}: {CLEAR[name][0]}" for name in model.config.tree.labels)
+    )
     cosines = unit(vectors(minilm, tuple(texts))) @ unit(phrases).T
     for scores, cosine in zip(found.node_log_probs.numpy(), cosines, strict=True):
         order = np.argsort(cosine)
@@ -255,23 +323,43 @@ def test_without_rows_the_largest_cosine_of_a_phrase_wins(minilm, tmp_path):
 
 
 @pytest.mark.parametrize("problem_type", [SINGLE_LABEL, MULTI_LABEL])
-def test_without_rows_unlabelled_texts_move_the_heads_as_worked_by_hand(minilm, tmp_path, problem_type):
+def test_without_rows_unlabelled_texts_move_the_heads_as_worked_by_hand(
+    minilm, tmp_path, problem_type
+):
     (tmp_path / "classes.json").write_text(json.dumps(DEFAULT_TAXONOMY))
-    words = ["--taxonomy", tmp_path / "classes.json", "--model_name_or_path", minilm, "--problem_type", problem_type]
-    words += ["--unlabelled_file", write_csv(tmp_path / "texts.csv", ROWS), "--output_dir", tmp_path / "results"]
+    words = [
+        "--taxonomy",
+        tmp_path / "classes.json",
+        "--model_name_or_path",
+        minilm,
+        "--problem_type",
+        problem_type,
+    ]
+    words += [
+        "--unlabelled_file",
+        write_csv(tmp_path / "texts.csv", ROWS),
+        "--output_dir",
+        tmp_path / "results",
+    ]
     train.main([*map(str, words), "--bf16", "false"])
-    assert "are the embeddings of unlabelled texts, class names" in (tmp_path / "results/README.md").read_text()
+    assert (
+        "are the embeddings of unlabelled texts, class names"
+        in (tmp_path / "results/README.md").read_text()
+    )
     rows = [*{row["text"]: row for row in ROWS}.values()]  # each text counts once
     model, found = outputs_of(tmp_path / "results", [row["text"] for row in rows])
     offsets, directions = offsets_and_names(minilm, [*model.config.id2label.values()], rows)
     prototypes = names = np.stack(directions)
     for _ in range(3):
         shares = softmax(24 * offsets @ prototypes[:5].T, axis=1)
-        members = np.stack([shares[:, leaves].sum(1) for leaves in model.config.tree.leaves_at_or_below])[: len(names)]
+        members = np.stack(
+            [shares[:, leaves].sum(1) for leaves in model.config.tree.leaves_at_or_below]
+        )[: len(names)]
         prototypes = unit((4 + len(rows) / (2 * len(names))) * names + members @ offsets)
     expected = 12 * offsets @ prototypes.T
     if problem_type == MULTI_LABEL:  # log-odds given the parent
-        counts, tree = members.sum(1), model.config.tree
+        counts = members.sum(1)
+        tree = model.config.tree
         of_parent = [counts[parent] if parent >= 0 else len(rows) for parent in tree.parents]
         expected += np.log((counts + 0.5) / (of_parent - counts + 0.5))
     else:
@@ -283,11 +371,16 @@ def test_without_rows_unlabelled_texts_move_the_heads_as_worked_by_hand(minilm, 
 def test_classes_are_added_to_a_classifier_without_rows(minilm, tmp_path):
     """Such a checkpoint has no class means: the phrases take their place."""
     described = {f"K{i}": ", ".join(names[:2]) for i, names in enumerate(CLEAR.values())}
-    first = taxonomy_file(tmp_path / "first.csv", {label: described[label] for label in [*described][:3]})
+    first = taxonomy_file(
+        tmp_path / "first.csv", {label: described[label] for label in [*described][:3]}
+    )
     run("--taxonomy", first, "--model_name_or_path", minilm, "--output_dir", tmp_path / "first")
-    folder, taxonomy = tmp_path / "grown", taxonomy_file(tmp_path / "classes.csv", described)
+    folder = tmp_path / "grown"
+    taxonomy = taxonomy_file(tmp_path / "classes.csv", described)
     run("--taxonomy", taxonomy, "--model_name_or_path", tmp_path / "first", "--output_dir", folder)
-    classify = pipeline("hierarchical-text-classification", model=str(folder), trust_remote_code=True)
+    classify = pipeline(
+        "hierarchical-text-classification", model=str(folder), trust_remote_code=True
+    )
     given = [(f"K{i}", name) for i, names in enumerate(CLEAR.values()) for name in names[2:]]
     found = classify([f"We report on patients with {name}." for _, name in given])
     correct = [result["label"] == label for result, (label, _) in zip(found, given, strict=True)]
@@ -304,10 +397,33 @@ def known(minilm, tmp_path_factory) -> Path:
         write_csv(folder / f"{split}.csv", rows)
     taxonomy = taxonomy_file(folder / "classes.csv", dict.fromkeys([*CLEAR][:3], ""))
     run(
-        *("--train_file", folder / "train.csv", "--validation_file", folder / "validation.csv", "--taxonomy", taxonomy),
+        *(
+            "--train_file",
+            folder / "train.csv",
+            "--validation_file",
+            folder / "validation.csv",
+            "--taxonomy",
+            taxonomy,
+        ),
         *("--max_steps", 4),
-        *("--model_name_or_path", minilm, "--quantization", "none", "--eval_strategy", "no", "--save_strategy", "no"),
-        *("--load_best_model_at_end", "false", "--output_dir", folder / "results", "--heads_init", "prototypes"),
+        *(
+            "--model_name_or_path",
+            minilm,
+            "--quantization",
+            "none",
+            "--eval_strategy",
+            "no",
+            "--save_strategy",
+            "no",
+        ),
+        *(
+            "--load_best_model_at_end",
+            "false",
+            "--output_dir",
+            folder / "results",
+            "--heads_init",
+            "prototypes",
+        ),
     )
     return folder / "results"
 
@@ -315,28 +431,55 @@ def known(minilm, tmp_path_factory) -> Path:
 def test_a_checkpoint_of_several_labels_grows_without_naming_its_form(labels_checkpoint, tmp_path):
     stored = json.loads(Path(labels_checkpoint, "config.json").read_text())
     (tmp_path / "grown.json").write_text(json.dumps([*stored["id2label"].values(), "renal colic"]))
-    words = ["--model_name_or_path", labels_checkpoint, "--tuning", "full", "--output_dir", tmp_path / "a"]
+    words = [
+        "--model_name_or_path",
+        labels_checkpoint,
+        "--tuning",
+        "full",
+        "--output_dir",
+        tmp_path / "a",
+    ]
     train.main([*map(str, words), "--taxonomy", str(tmp_path / "grown.json")])
     grown = json.loads((tmp_path / "a" / "config.json").read_text())
-    assert (grown["problem_type"], len(grown["id2label"])) == (MULTI_LABEL, len(stored["id2label"]) + 1)
+    assert (grown["problem_type"], len(grown["id2label"])) == (
+        MULTI_LABEL,
+        len(stored["id2label"]) + 1,
+    )
 
 
 @pytest.mark.parametrize("rows_per_class", [0, 4])
 def test_classes_are_added_to_a_checkpoint_without_training(known, tmp_path, rows_per_class):
-    new, renamed = [*CLEAR][3:], {"neoplasms": "tumours"}
-    classes = {renamed.get(name, name): ", ".join(names[:3]) if name in new else "" for name, names in CLEAR.items()}
-    test = [{**row, "label": renamed.get(row["label"], row["label"])} for row in clear_rows(3, wrong=False)]
-    words = ["--taxonomy", taxonomy_file(tmp_path / "classes.csv", classes), "--renamed_nodes", json.dumps(renamed)]
+    new = [*CLEAR][3:]
+    renamed = {"neoplasms": "tumours"}
+    classes = {
+        renamed.get(name, name): ", ".join(names[:3]) if name in new else ""
+        for name, names in CLEAR.items()
+    }
+    test = [
+        {**row, "label": renamed.get(row["label"], row["label"])}
+        for row in clear_rows(3, wrong=False)
+    ]
+    words = [
+        "--taxonomy",
+        taxonomy_file(tmp_path / "classes.csv", classes),
+        "--renamed_nodes",
+        json.dumps(renamed),
+    ]
     words += ["--model_name_or_path", known, "--test_file", write_csv(tmp_path / "test.csv", test)]
     if rows_per_class:
         rows = [row for label in new for row in clear_rows(1, wrong=False) if row["label"] == label]
-        some = [row for label in new for row in [r for r in rows if r["label"] == label][::5][:rows_per_class]]
+        some = [
+            row
+            for label in new
+            for row in [r for r in rows if r["label"] == label][::5][:rows_per_class]
+        ]
         words += ["--train_file", write_csv(tmp_path / "train.csv", some), "--num_train_epochs", 0]
     folder = tmp_path / "results"
     log = run(*words, "--output_dir", folder).stderr
     assert (
-        "heads kept: 3; initialised: 'cardiovascular diseases', 'general pathological conditions'; dropped: none" in log
-    )
+        "heads kept: 3; initialised: 'cardiovascular diseases', 'general pathological "
+        "conditions'; dropped: none"
+    ) in log
     removed = "the checkpoint's prediction sets for 90 % coverage and p-values are removed"
     assert f"{removed}: they were fitted to its earlier taxonomy; to fit new ones, train" in log
     assert accuracy(folder, {*new}) > 0.5
@@ -352,7 +495,10 @@ def test_classes_are_added_to_a_checkpoint_without_training(known, tmp_path, row
         for name in ("weight", "bias"):
             assert heads[0][name][old].equal(heads[1][name][kept])
     card = (folder / "README.md").read_text()
-    assert "No training steps: the heads of cardiovascular diseases, general pathological conditions are the" in card
+    assert (
+        "No training steps: the heads of cardiovascular diseases, general pathological "
+        "conditions are the"
+    ) in card
     assert "The calibration is that of the earlier checkpoint, which lacked these classes." in card
 
 
@@ -390,23 +536,78 @@ def test_exchanged_names_take_their_heads_with_them(known, tmp_path, trains):
     ("flags", "message"),
     [
         (("--test_file", "rows.csv"), "no training rows: give --train_file"),
-        (("--train_file", "rows.csv", "--num_train_epochs", "0", "--max_steps", "2"), "0 takes no steps: leave out --max_steps"),
-        (("--taxonomy", "same.csv", "--model_name_or_path", "known"), "--taxonomy is the checkpoint's: nothing would change"),
-        (("--taxonomy", "same.csv", "--renamed_nodes", '{"x": "neoplasms"}', "--model_name_or_path", "known"), "'x' is not in"),
-        (("--taxonomy", "same.csv", "--renamed_nodes", '{"neoplasms": "neoplasms"}', "--model_name_or_path", "known"),
-         "nothing would change"),
-        (("--taxonomy", "same.csv", "--renamed_nodes", '{"neoplasms": "digestive system diseases"}', "--model_name_or_path", "known"),
-         "'neoplasms' and 'digestive system diseases' would be one node: rename both, or neither"),
-        (("--taxonomy", "grown.csv", "--unlabelled_file", "rows.csv", "--model_name_or_path", "known"), "for a new classifier"),
-        (("--taxonomy", "same.csv", "--problem_type", MULTI_LABEL), "several labels without training rows need --unlabelled_file"),
-        (("--taxonomy", "same.csv", "--renamed_nodes", '{"x": "y"}'), "--renamed_nodes is for the nodes of a checkpoint"),
+        (
+            ("--train_file", "rows.csv", "--num_train_epochs", "0", "--max_steps", "2"),
+            "0 takes no steps: leave out --max_steps",
+        ),
+        (
+            ("--taxonomy", "same.csv", "--model_name_or_path", "known"),
+            "--taxonomy is the checkpoint's: nothing would change",
+        ),
+        (
+            (
+                "--taxonomy",
+                "same.csv",
+                "--renamed_nodes",
+                '{"x": "neoplasms"}',
+                "--model_name_or_path",
+                "known",
+            ),
+            "'x' is not in",
+        ),
+        (
+            (
+                "--taxonomy",
+                "same.csv",
+                "--renamed_nodes",
+                '{"neoplasms": "neoplasms"}',
+                "--model_name_or_path",
+                "known",
+            ),
+            "nothing would change",
+        ),
+        (
+            (
+                "--taxonomy",
+                "same.csv",
+                "--renamed_nodes",
+                '{"neoplasms": "digestive system diseases"}',
+                "--model_name_or_path",
+                "known",
+            ),
+            (
+                "'neoplasms' and 'digestive system diseases' would be one node: rename both, or "
+                "neither"
+            ),
+        ),
+        (
+            (
+                "--taxonomy",
+                "grown.csv",
+                "--unlabelled_file",
+                "rows.csv",
+                "--model_name_or_path",
+                "known",
+            ),
+            "for a new classifier",
+        ),
+        (
+            ("--taxonomy", "same.csv", "--problem_type", MULTI_LABEL),
+            "several labels without training rows need --unlabelled_file",
+        ),
+        (
+            ("--taxonomy", "same.csv", "--renamed_nodes", '{"x": "y"}'),
+            "--renamed_nodes is for the nodes of a checkpoint",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_built_is_one_line(flags, message, known, tiny_encoder, tmp_path):
     taxonomy_file(tmp_path / "same.csv", dict.fromkeys([*CLEAR][:3], ""))
     taxonomy_file(tmp_path / "grown.csv", dict.fromkeys(CLEAR, ""))
     write_csv(tmp_path / "rows.csv", clear_rows(1))
-    files = {name: str(tmp_path / name) for name in ("same.csv", "grown.csv", "rows.csv")} | {"known": str(known)}
+    files = {name: str(tmp_path / name) for name in ("same.csv", "grown.csv", "rows.csv")} | {
+        "known": str(known)
+    }
     words = ["--model_name_or_path", tiny_encoder, *(files.get(word, word) for word in flags)]
     with pytest.raises(InputError, match=message) as refused:
         train.main([*words, "--output_dir", str(tmp_path / "results")])

@@ -1,4 +1,6 @@
-"""Test heads that are initialised from texts and class names: against encoder vectors, and from the command line."""
+"""Test heads that are initialised from texts and class names: against encoder vectors, and from the
+command line.
+"""
 
 import functools
 
@@ -48,10 +50,14 @@ ASKED = {"heads_init": "prototypes"}
 @functools.cache
 def vectors(minilm: str, texts: tuple[str, ...]) -> np.ndarray:
     """Return the mean token vectors of the pretrained encoder, loaded by transformers alone."""
-    tokenizer, encoder = AutoTokenizer.from_pretrained(minilm), AutoModel.from_pretrained(minilm).eval()
+    tokenizer = AutoTokenizer.from_pretrained(minilm)
+    encoder = AutoModel.from_pretrained(minilm).eval()
     with torch.no_grad():
         return np.stack(
-            [encoder(**tokenizer(t, return_tensors="pt")).last_hidden_state[0].mean(0).numpy() for t in texts]
+            [
+                encoder(**tokenizer(t, return_tensors="pt")).last_hidden_state[0].mean(0).numpy()
+                for t in texts
+            ]
         )
 
 
@@ -59,11 +65,18 @@ def unit(vector: np.ndarray) -> np.ndarray:
     return vector / np.linalg.norm(vector, axis=-1, keepdims=True)
 
 
-def offsets_and_names(minilm: str, names: list[str], rows=ROWS) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Return the texts' offsets from their mean, over their RMS distance from it, and the directions of the names."""
-    texts, named = vectors(minilm, tuple(row["text"] for row in rows)), vectors(minilm, tuple(names))
+def offsets_and_names(
+    minilm: str, names: list[str], rows=ROWS
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Return the texts' offsets from their mean, over their RMS distance from it, and the
+    directions of the names.
+    """
+    texts = vectors(minilm, tuple(row["text"] for row in rows))
+    named = vectors(minilm, tuple(names))
     offsets = texts - texts.mean(0)
-    return offsets / np.sqrt((offsets**2).sum(1).mean()), [unit(one - named.mean(0)) for one in named]
+    return offsets / np.sqrt((offsets**2).sum(1).mean()), [
+        unit(one - named.mean(0)) for one in named
+    ]
 
 
 def trainer_of(minilm: str, folder, tree: Taxonomy = TREE, **settings) -> HierarchicalTrainer:
@@ -90,13 +103,22 @@ def predicted(trainer: HierarchicalTrainer, output: str) -> np.ndarray:
 
 
 def several_labels() -> tuple[list[list[int]], np.ndarray, np.ndarray]:
-    """Return two nodes for each row, which nodes each row has, and each node's log-odds given its parent."""
+    """Return two nodes for each row, which nodes each row has, and each node's log-odds given its
+    parent.
+    """
     nodes = [[*LEAVES[i], *LEAVES[i // 2]] for i in range(len(ROWS))]
-    has = np.array([[node in TREE.with_ancestors(of_row) for node in range(TREE.num_nodes)] for of_row in nodes])
+    has = np.array(
+        [
+            [node in TREE.with_ancestors(of_row) for node in range(TREE.num_nodes)]
+            for of_row in nodes
+        ]
+    )
     odds = []
     for node, parent in enumerate(TREE.parents):
         given = has if parent < 0 else has[has[:, parent]]
-        odds.append(np.log((given[:, node].sum() + 0.5) / (len(given) - given[:, node].sum() + 0.5)))
+        odds.append(
+            np.log((given[:, node].sum() + 0.5) / (len(given) - given[:, node].sum() + 0.5))
+        )
     return nodes, has, np.array(odds)
 
 
@@ -106,12 +128,20 @@ def several_labels() -> tuple[list[list[int]], np.ndarray, np.ndarray]:
         (SINGLE_LABEL, FITS[0], 0, {}),
         (SINGLE_LABEL, FITS[1], 1, {}),
         (SINGLE_LABEL, FITS[2], 0, DESCRIPTIONS),
-        (SINGLE_LABEL, FITS[0], 0, dict(zip(DESCRIPTIONS, [*DESCRIPTIONS.values()][::-1], strict=True))),
+        (
+            SINGLE_LABEL,
+            FITS[0],
+            0,
+            dict(zip(DESCRIPTIONS, [*DESCRIPTIONS.values()][::-1], strict=True)),
+        ),
         (MULTI_LABEL, FITS[0], 0, {}),
     ],
 )
-def test_scores_are_those_worked_by_hand(minilm, tmp_path, caplog, problem_type, fits, shift, descriptions):
-    """Test labels that fit the names, labels of the next class, and descriptions that fit or contradict the names.
+def test_scores_are_those_worked_by_hand(
+    minilm, tmp_path, caplog, problem_type, fits, shift, descriptions
+):
+    """Test labels that fit the names, labels of the next class, and descriptions that fit or
+    contradict the names.
 
     The best source is found by leave-one-out likelihood.
     """
@@ -119,17 +149,21 @@ def test_scores_are_those_worked_by_hand(minilm, tmp_path, caplog, problem_type,
     classes = TREE.labels if several else TREE.labels[: TREE.num_leaves]
     nodes, has, odds = several_labels()
     if not several:
-        nodes, odds = [[(leaf + shift) % len(classes)] for (leaf,) in LEAVES], np.zeros(len(classes))
+        nodes = [[(leaf + shift) % len(classes)] for (leaf,) in LEAVES]
+        odds = np.zeros(len(classes))
         has = np.array([[leaf == own for leaf in range(len(classes))] for (own,) in nodes])
     offsets, names = offsets_and_names(minilm, classes)
     _, described = offsets_and_names(
-        minilm, [f"{name}: {descriptions[name]}" if name in descriptions else name for name in classes]
+        minilm,
+        [f"{name}: {descriptions[name]}" if name in descriptions else name for name in classes],
     )
 
     def scores(directions, weights, left_out: int | None = None) -> np.ndarray:
         known = np.arange(len(ROWS)) != left_out
         sums = [offsets[known & of_class].sum(0) for of_class in has.T]
-        prototypes = [unit(k * u + one) for k, u, one in zip(weights, directions, sums, strict=True)]
+        prototypes = [
+            unit(k * u + one) for k, u, one in zip(weights, directions, sums, strict=True)
+        ]
         found = odds + TYPICAL_SCORE * offsets @ np.transpose(prototypes)
         return found if several else log_softmax(found, axis=1)
 
@@ -149,7 +183,10 @@ def test_scores_are_those_worked_by_hand(minilm, tmp_path, caplog, problem_type,
     tree = Taxonomy(DEFAULT_TAXONOMY, descriptions=descriptions)
     trainer = trainer_of(minilm, tmp_path, tree, problem_type=problem_type)
     with caplog.at_level("INFO"):
-        assert initialise_heads(trainer, tokenized(trainer, nodes), ModelArguments(minilm, **ASKED)) == "prototypes"
+        assert (
+            initialise_heads(trainer, tokenized(trainer, nodes), ModelArguments(minilm, **ASKED))
+            == "prototypes"
+        )
     assert f"heads are initialised from {fits}" in caplog.text
     found = predicted(trainer, "decision_logits" if several else "logits")
     np.testing.assert_allclose(found, scores(sources[fits], weights), atol=1e-3)
@@ -165,5 +202,8 @@ def test_with_32_rows_per_class_heads_are_random_unless_requested_otherwise(
     trainer = trainer_of(tiny_encoder, tmp_path)  # five classes
     before = trainer.model.heads.weight.clone()
     data = tokenized(trainer).select([i % len(ROWS) for i in range(rows)])
-    assert initialise_heads(trainer, data, ModelArguments(tiny_encoder, heads_init=requested)) == expected
+    assert (
+        initialise_heads(trainer, data, ModelArguments(tiny_encoder, heads_init=requested))
+        == expected
+    )
     assert torch.equal(trainer.model.heads.weight, before) == (expected == "random")

@@ -11,12 +11,17 @@ from hierarchical_clinicalbert.training.views import NO_SENTENCE, halves, senten
 from taxonomy_hierarchical import Taxonomy
 
 TEXTS = [
-    "A trial of stents. Forty patients were treated? All recovered (p < 0.05)! None died; follow-up was 2.5 years.",
+    (
+        "A trial of stents. Forty patients were treated? All recovered (p < 0.05)! None died; "
+        "follow-up was 2.5 years."
+    ),
     "Only one sentence, without an end",
     "Title of the second. Its only other sentence.",
     "Asthma. Cough. Wheezing. Fever. Chills. Nausea. Rash.",
 ]
-SENTENCES = [text.replace("? ", "?|").replace("! ", "!|").replace(". ", ".|").split("|") for text in TEXTS]
+SENTENCES = [
+    text.replace("? ", "?|").replace("! ", "!|").replace(". ", ".|").split("|") for text in TEXTS
+]
 
 
 def batch_of(tokenizer, texts, rows):
@@ -42,7 +47,11 @@ def test_each_token_knows_its_sentence(tokenizer):
     for text, sentences in zip(TEXTS, SENTENCES, strict=True):
         encoded = tokenizer(text, return_offsets_mapping=True)
         numbers = sentence_numbers(text, [end for _, end in encoded["offset_mapping"]])
-        by_hand = [i for i, one in enumerate(sentences) for _ in tokenizer(one, add_special_tokens=False)["input_ids"]]
+        by_hand = [
+            i
+            for i, one in enumerate(sentences)
+            for _ in tokenizer(one, add_special_tokens=False)["input_ids"]
+        ]
         assert numbers == [NO_SENTENCE, *by_hand, NO_SENTENCE]
 
 
@@ -57,8 +66,11 @@ def test_tokens_of_training_texts_know_their_sentences_also_where_texts_are_trun
 
 
 def find_halves(ids, parts):
-    """Return the sentences of each half, given the tokens of both, each truncated at 55 % of the text's tokens; else None."""
-    numbers, limit = range(len(ids)), int(0.55 * sum(map(len, ids)))
+    """Return the sentences of each half, given the tokens of both, each truncated at 55 % of the
+    text's tokens; else None.
+    """
+    numbers = range(len(ids))
+    limit = int(0.55 * sum(map(len, ids)))
     for size in range(1, len(ids)):
         for one in itertools.combinations(numbers, size):
             other = tuple(i for i in numbers if i not in one)
@@ -75,7 +87,10 @@ def test_halves_share_out_the_sentences_in_their_order(tokenizer):
         for i, sentences in enumerate(SENTENCES):
             ids = [tokenizer(one, add_special_tokens=False)["input_ids"] for one in sentences]
             parts = [tokens(inputs, view[i]) for view in (first, second)]
-            assert all((part[0], part[-1]) == (tokenizer.cls_token_id, tokenizer.sep_token_id) for part in parts)
+            assert all(
+                (part[0], part[-1]) == (tokenizer.cls_token_id, tokenizer.sep_token_id)
+                for part in parts
+            )
             if len(sentences) == 1:
                 assert first[i] == second[i]
                 assert parts[0][1:-1] == ids[0]
