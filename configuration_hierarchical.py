@@ -59,18 +59,21 @@ class Calibration:
 
     Attributes:
         lexical_weight: weight of the lexical head's scores, relative to the encoder's. None without
-        a lexical head. scales, biases: of each node's score, (num_nodes,). By default 1 and 0.
+            a lexical head.
+        scales, biases: of each node's score, (num_nodes,). By default 1 and 0.
         thresholds: least probability at which each node is predicted, (num_nodes,), for multi-label
-        models. By default 0.5. set_thresholds: thresholds of prediction sets for coverages, or
-        recalls, of 0.01, 0.02, … 0.99. An entry is one
-            threshold for all texts, or a list of one for each band, or None if texts were too few.
+            models. By default 0.5.
+        set_thresholds: thresholds of prediction sets for coverages, or recalls, of 0.01, 0.02, …
+            0.99. An entry is one threshold for all texts, or a list of one for each band, or None
+            if texts were too few.
         set_bands: the probabilities of a text's most probable leaf that separate the bands, if
-        there are any. set_scores, set_labels: of each text in the fit, the least common threshold
-        whose set holds its labels, and the ids of
-            these labels, for single-path models.
+            there are any.
+        set_scores, set_labels: of each text in the fit, the least common threshold whose set holds
+            its labels, and the ids of these labels, for single-path models.
         prior: the mean probability of each class over the validation rows, (num_classes,).
         max_length: the length in tokens, special ones included, at which texts were truncated in
-        the fit. num_texts: number of labelled texts that ``set_thresholds`` were fitted on.
+            the fit.
+        num_texts: number of labelled texts that ``set_thresholds`` were fitted on.
     """
 
     lexical_weight: float | None = None
@@ -154,35 +157,33 @@ class HierarchicalConfig(PretrainedConfig):
 
     Args:
         text_config: the encoder's configuration, as an object or a dict with ``model_type``. BERT's
-        by default. taxonomy: a `Taxonomy`, or its nested form; by default that of the Medical
-        Abstracts corpus. label_separator: separator between the names of a path.
+            by default.
+        taxonomy: a `Taxonomy`, or its nested form; by default that of the Medical Abstracts corpus.
+        label_separator: separator between the names of a path.
         descriptions: phrases that describe nodes, by label; not every node needs one.
         encoder_name_or_path, encoder_revision: Hub id and commit of the encoder's weights, or a
-        folder and None. adapter_subfolder: subfolder of the checkpoint with a PEFT adapter; None in
-        the self-contained form. pooling: ``"mean"`` over the tokens that are not padding;
-        ``"cls"``, the first token; ``"label_attention"``, a
-            weighted mean for each node; or ``"family_attention"``, one for the leaves below each
-            inner node.
+            folder and None.
+        adapter_subfolder: subfolder of the checkpoint with a PEFT adapter; None in the
+            self-contained form.
+        pooling: ``"mean"`` over the tokens that are not padding; ``"cls"``, the first token;
+            ``"label_attention"``, a weighted mean for each node; or ``"family_attention"``, one for
+            the leaves below each inner node.
         head_dropout: dropout probability before the heads.
         initializer_range: standard deviation of new head weights.
         lexical_vocab_size: the number of token ids of the lexical head. None without one.
         lexical_entries: the number of its weights. None without one.
         window: the longest input of the encoder, in tokens; a longer text is read in several
-        windows. By default the encoder's
-            number of positions.
+            windows. By default the encoder's number of positions.
         tokens_before, tokens_after: ids of the special tokens that the tokenizer puts before and
-        after a text. Without them, a
-            text of several windows cannot be read.
+            after a text. Without them, a text of several windows cannot be read.
         page: what card and Space show: ``title``, ``medical``, which is whether to say that the
-        model is no medical device, and
-            ``examples``, a list of texts. Each may be missing.
+            model is no medical device, and ``examples``, a list of texts. Each may be missing.
         calibration: a `Calibration`, or a dict of its fields.
         open_world: the number of references of the model's `OpenWorld`. None without one.
         self_test: the token ids of a short text, this model's log-probabilities of all nodes for
-        it, and the dtype and versions
-            that computed them: see `check_self_test`.
+            it, and the dtype and versions that computed them: see `check_self_test`.
         problem_type: ``"multi_label_classification"`` for multi-label models. By default a text has
-        one path.
+            one path.
 
     Raises:
         TaxonomyError: the taxonomy is invalid, or ``id2label`` or ``num_labels`` does not fit it.
@@ -308,7 +309,7 @@ class HierarchicalConfig(PretrainedConfig):
 
         Raises:
             ValueError: the configuration has another format, a given taxonomy is not the stored
-            one, or see the class.
+                one, or see the class.
         """
         version = config_dict.get("format_version")
         if version != FORMAT_VERSION:  # where a later release maps the fields of this format
@@ -338,8 +339,8 @@ class HierarchicalConfig(PretrainedConfig):
         return super().from_dict({**config_dict, **given}, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the configuration as stored, with the format's version and `ENCODER_FIELDS` of the
-        encoder.
+        """Return the configuration as stored, with the format's version and `ENCODER_FIELDS` of
+        the encoder.
         """
         fields = {name: getattr(self.text_config, name, None) for name in ENCODER_FIELDS}
         positions = fields["max_position_embeddings"]
@@ -403,8 +404,8 @@ def read_calibration(given: Calibration | dict | None) -> Calibration:
 
 
 def check_numbers(name: str, values: Any, count: int | None = None) -> None:
-    """Raise ValueError unless a field of a calibration is None, or a list of ``count`` numbers, by
-    default of any number.
+    """Raise ValueError unless a field of a calibration is None, or a list of ``count`` numbers,
+    by default of any number.
     """
     if values is None:
         return

@@ -180,8 +180,8 @@ class LexicalHead(nn.Module):
         )
 
     def add_up(self, ids: Tensor, tfidf: Tensor) -> Tensor:
-        """Return scores (B, num_classes) from token ids and their TF-IDF (B, T), by the weights of
-        these tokens alone.
+        """Return scores (B, num_classes) from token ids and their TF-IDF (B, T), by the weights
+        of these tokens alone.
         """
         num_texts, length = ids.shape
         ids = ids.flatten()
@@ -387,8 +387,8 @@ class HierarchicalHeads(nn.Module):
         }
 
     def attend(self, tokens: Tokens, blocks: slice) -> Tensor:
-        """Score the tokens of texts by label attention, without biases, for some blocks of nodes:
-        (B, blocks · width).
+        """Score the tokens of texts by label attention, without biases, for some blocks of
+        nodes: (B, blocks · width).
         """
         query: Any = self.query
         vectors = tokens.vectors
@@ -415,8 +415,8 @@ class HierarchicalHeads(nn.Module):
         return scores.transpose(0, 1).flatten(1)
 
     def own_scores(self, vectors: Tensor | Tokens) -> Tensor:
-        """Score vectors of texts (B, H), or with label attention their tokens, without the lexical
-        head: (B, num_nodes).
+        """Score vectors of texts (B, H), or with label attention their tokens, without the
+        lexical head: (B, num_nodes).
         """
         if isinstance(vectors, Tensor):
             return nn.functional.linear(
@@ -774,11 +774,11 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         Args:
             input_ids, attention_mask, token_type_ids, position_ids: (B, T).
             inputs_embeds: (B, T, H), instead of ``input_ids``, which only a lexical head then
-            reads. labels: (B,), ids of leaves or inner nodes. The loss is their negative
-            log-likelihood in nats. For multi-label
-                models (B, num_nodes): 1 for the text's nodes and their ancestors, else 0. The loss
-                is the binary cross-entropy of the probabilities, summed over a text's nodes. Labels
-                of -100 add nothing.
+                reads.
+            labels: (B,), ids of leaves or inner nodes. The loss is their negative log-likelihood in
+                nats. For multi-label models (B, num_nodes): 1 for the text's nodes and their
+                ancestors, else 0. The loss is the binary cross-entropy of the probabilities, summed
+                over a text's nodes. Labels of -100 add nothing.
             num_items_in_batch: divisor of the summed loss, by default the number of texts.
             output_vectors: whether to return ``vectors``, which `OpenWorld` reads.
             kwargs: for the encoder, such as ``output_hidden_states`` and ``output_attentions``.
@@ -881,10 +881,10 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
 
         Args:
             vectors: of texts of each new class, (n, H), see `HierarchicalHeads.place`. Without
-            them, new heads have random weights. renamed: new names of nodes, by their present
-            labels.
+                them, new heads have random weights.
+            renamed: new names of nodes, by their present labels.
             trains: whether the model is trained afterwards. With label attention, moved and merged
-            nodes need this.
+                nodes need this.
 
         Returns:
             The labels of the new nodes, and of the removed nodes.

@@ -62,10 +62,11 @@ class OpenWorld(nn.Module):
     Attributes:
         center: mean of the training texts' vectors, (H,).
         whitening: turns vectors minus ``center`` into vectors whose covariance within the classes
-        is the identity, (H, H). means: whitened means of the classes, (N + 1, H). A class is a node
-        with the texts that have no label below it. The last
-            class is of texts without a label. Both are in half precision if all tensors, with
-            `MAX_REFERENCES`, would hold more than `FULL_PRECISION` numbers.
+            is the identity, (H, H).
+        means: whitened means of the classes, (N + 1, H). A class is a node with the texts that have
+            no label below it. The last class is of texts without a label. Both are in half
+            precision if all tensors, with `MAX_REFERENCES`, would hold more than `FULL_PRECISION`
+            numbers.
         shares: share of the training texts in each class, (N + 1,).
         energy_weight: factor of the energy, (1,).
         references: strangeness of validation texts in ascending order, (num_references,).
@@ -130,8 +131,8 @@ class OpenWorld(nn.Module):
 
     @property
     def variances(self) -> Tensor:
-        """Variances within the classes along the columns of ``whitening``, (H,): each column is a
-        direction over its deviation.
+        """Variances within the classes along the columns of ``whitening``, (H,): each column is
+        a direction over its deviation.
         """
         return 1 / self.whitening.float().square().sum(0)
 
@@ -153,8 +154,8 @@ class OpenWorld(nn.Module):
 
     @classmethod
     def of_means(cls, tree: Taxonomy, means: Tensor) -> "OpenWorld":
-        """Return one without references, with the given means of the first classes, (C, H), and a
-        covariance of the identity.
+        """Return one without references, with the given means of the first classes, (C, H), and
+        a covariance of the identity.
         """
         num_known, size = means.shape
         one = cls(tree, size, 0)

@@ -96,23 +96,21 @@ class HierarchicalTextClassificationPipeline(Pipeline):
 
     Args:
         batch_size: number of texts in a batch; by default a power of two, for about 2,048 tokens on
-        a CPU and 32,768
-            elsewhere. A stream is read up to 64 batches ahead, by default 1,024 texts. 1 reads
-            nothing ahead.
+            a CPU and 32,768 elsewhere. A stream is read up to 64 batches ahead, by default 1,024
+            texts. 1 reads nothing ahead.
         top_k: ``labels`` are this number of leaves, or for multi-label models of nodes, the most
-        probable ones. max_length: in tokens, special ones included; by default, and at most, the
-        tokenizer's limit. coverage: share of texts whose prediction set holds the correct leaf,
-        rounded up to a hundredth: see
-            `OnePath.prediction_sets`. Excludes any ``max_length`` other than the validation rows
-            had.
+            probable ones.
+        max_length: in tokens, special ones included; by default, and at most, the tokenizer's
+            limit.
+        coverage: share of texts whose prediction set holds the correct leaf, rounded up to a
+            hundredth: see `OnePath.prediction_sets`. Excludes any ``max_length`` other than the
+            validation rows had.
         recall: for multi-label models, the share of a text's correct nodes that the prediction set
-        holds on average. Otherwise
-            like ``coverage``.
+            holds on average. Otherwise like ``coverage``.
         prior: how frequent the classes are in these texts, if they are not like the validation
-        rows: a list in the order of the
-            classes, as `estimate_prior` returns it, or a mapping from their labels. It corrects all
-            probabilities, and ``coverage`` is then for texts with these frequencies. Excludes
-            ``recall``.
+            rows: a list in the order of the classes, as `estimate_prior` returns it, or a mapping
+            from their labels. It corrects all probabilities, and ``coverage`` is then for texts
+            with these frequencies. Excludes ``recall``.
         levels: whether results have ``levels``.
 
     Attributes:
@@ -121,7 +119,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
 
     Raises:
         ValueError: an item or argument cannot be used, or the checkpoint has no thresholds for the
-        guarantee.
+            guarantee.
     """
 
     _load_processor = False
@@ -236,7 +234,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
 
         Raises:
             ValueError: the checkpoint does not store the frequencies of its validation rows, or
-            there are no texts.
+                there are no texts.
         """
         calibration = self.model.config.calibration
         classes = self.tree.labels[: self.decisions.num_classes]
@@ -252,8 +250,8 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         return estimate_prior(self.decisions, calibration, torch.stack(rows)).tolist()
 
     def _check_together(self, truncation: dict, output: dict) -> None:
-        """Raise ValueError for arguments that exclude each other, and warn if a guarantee does not
-        hold.
+        """Raise ValueError for arguments that exclude each other, and warn if a guarantee does
+        not hold.
         """
         length = self._length(**truncation)
         self.decisions.set_threshold(
@@ -320,8 +318,8 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         workers: Executor | None,
         alone: bool = True,
     ) -> PendingTexts:
-        """Tokenize texts and submit their batches to ``workers``; with None compute the batches at
-        once.
+        """Tokenize texts and submit their batches to ``workers``; with None compute the batches
+        at once.
         """
         rows, tokens = self.preprocess(texts, **truncation)
         lengths = [len(row["input_ids"]) for row in rows]
@@ -401,8 +399,8 @@ class HierarchicalTextClassificationPipeline(Pipeline):
     def preprocess(
         self, texts: list[str], max_length: int | None = None
     ) -> tuple[list[dict[str, list[int]]], list[int]]:
-        """Return the tokens of each text, truncated at its end, and how many tokens the whole text
-        has.
+        """Return the tokens of each text, truncated at its end, and how many tokens the whole
+        text has.
         """
         length = self._length(max_length)
         rows = []
@@ -440,8 +438,8 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         prediction_set: list[int] | None = None,
         levels: bool = False,
     ) -> dict[str, Any]:
-        """Build a result from the probabilities of all nodes, the predicted nodes, the numbers of
-        tokens, and the p-value.
+        """Build a result from the probabilities of all nodes, the predicted nodes, the numbers
+        of tokens, and the p-value.
         """
         tree = self.tree
         if math.isnan(sum(probabilities)):
@@ -515,8 +513,8 @@ def batches_by_length(lengths: list[int], batch_size: int | None, tokens: int) -
 
 
 def group_by_characters(texts: list[str]) -> Iterator[list[str]]:
-    """Yield the texts in groups of at most `CHARACTERS` in all, or of one text: tokenizing takes 60
-    times the memory of a text.
+    """Yield the texts in groups of at most `CHARACTERS` in all, or of one text: tokenizing takes
+    60 times the memory of a text.
     """
     group = list[str]()
     size = 0
@@ -531,8 +529,8 @@ def group_by_characters(texts: list[str]) -> Iterator[list[str]]:
 
 
 def truncate(tokens: list[int], length: int, num_after: int) -> list[int]:
-    """Return a text's tokens without those beyond ``length``, except the ``num_after`` special ones
-    at its end.
+    """Return a text's tokens without those beyond ``length``, except the ``num_after`` special
+    ones at its end.
     """
     return (
         tokens
@@ -568,8 +566,8 @@ def check_number(name: str, value: Any, minimum: int) -> None:
 
 
 def read_text(item: Any, position: int) -> str:
-    """Return the text of an item, or raise ValueError if it holds none, or one that is empty or not
-    valid Unicode.
+    """Return the text of an item, or raise ValueError if it holds none, or one that is empty or
+    not valid Unicode.
     """
     text = item.get("text") if isinstance(item, Mapping) else item
     where = f"at position {position} (counted from 0)"

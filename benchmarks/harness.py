@@ -1,5 +1,5 @@
-"""What the benchmarks share: the import path, flags, files of results, tables, processes, batches
-and intervals.
+"""What the benchmarks share: the import path, flags, files of results, tables, processes,
+batches and intervals.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def flag_parser(
     Args:
         results: if given, ``--output`` is a flag, by default this file of `RESULTS`.
         shared: further flags: ``data`` and ``encoder``, which are required, and ``runs``, the
-        folder of trained models.
+            folder of trained models.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -201,7 +201,8 @@ def run_batches(
     Args:
         size: texts in a batch.
         run: takes the numbers of the texts and their padded inputs, and returns several outputs, a
-        row for each text. options: further options of the tokenizer.
+            row for each text.
+        options: further options of the tokenizer.
     """
     encoded = tokenizer(texts, truncation=True, **options)
     parts = []
@@ -241,7 +242,7 @@ def paired_intervals(
 
     Args:
         own, other: the predicted nodes of each seed, (num_texts, num_nodes) bool. Scores are means
-        over the seeds.
+            over the seeds.
 
     Returns:
         The difference, and the lower and upper end.

@@ -37,7 +37,8 @@ class Scores:
 
     Attributes:
         own, lexical: of the encoder's heads and of the lexical head, the latter None without one,
-        (num_texts, num_nodes). labels: the arrays of `Decisions.targets`.
+            (num_texts, num_nodes).
+        labels: the arrays of `Decisions.targets`.
         log_prior: that of `LexicalClassifier`.
     """
 
@@ -59,8 +60,8 @@ class Scores:
         return some(order[:count]), some(order[count:])
 
     def calibrated(self, other: "Scores") -> tuple[np.ndarray, np.ndarray]:
-        """Return logits as `evaluation.report` has them: of these rows, calibrated out of fold, and
-        of ``other``, by all of these.
+        """Return logits as `evaluation.report` has them: of these rows, calibrated out of fold,
+        and of ``other``, by all of these.
         """
         fitted = (self.own, self.lexical, self.labels)
         decisions = self.form.decisions

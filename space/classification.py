@@ -43,12 +43,14 @@ class Classification(TypedDict, total=False):
 
     Attributes:
         labels: the deepest predicted nodes, most probable first: one, or for a multi-label model
-        any number. label, score, path: those of the first of them; null and an empty path without
-        one. p_value: the share of validation texts that look at least as strange to the encoder.
+            any number.
+        label, score, path: those of the first of them; null and an empty path without one.
+        p_value: the share of validation texts that look at least as strange to the encoder.
         prediction_set: nodes with the requested coverage, most probable first. It is missing
-        without a coverage. tokens, tokens_read, truncated: the length of the text in tokens, how
-        many the model has read, and whether these differ. levels: if asked for: for each level,
-        from the roots down, the probability of every node.
+            without a coverage.
+        tokens, tokens_read, truncated: the length of the text in tokens, how many the model has
+            read, and whether these differ.
+        levels: if asked for: for each level, from the roots down, the probability of every node.
     """
 
     labels: list[Prediction]
@@ -87,7 +89,7 @@ def check_text(text: Any, length: int) -> str:
 
     Raises:
         Refused: it is not a text, or is blank, longer than ``length`` characters, or not valid
-        Unicode.
+            Unicode.
     """
     if problem := problem_of(text, length):
         raise Refused(f"{problem[:1].upper()}{problem[1:]}.")

@@ -99,7 +99,7 @@ def take_uploads(paths: list[str]) -> list[File]:
 
     Raises:
         Refused: one is not an upload, or was deleted; or of several, one is not a text, or they are
-        too large together.
+            too large together.
     """
     files: list[File] = []
     for path in paths:
@@ -169,7 +169,7 @@ class Service:
         Args:
             text: at most 20,000 characters.
             node: the label of any node of the taxonomy; by default the first predicted one, or the
-            most probable root.
+                most probable root.
 
         Returns:
             The node, its probability for the text and for a blank text, and the words with their
@@ -193,9 +193,9 @@ class Service:
 
         Args:
             file: CSV, TSV, JSON, JSON Lines, Parquet, or plain text with one text a line; at most
-            10 MB and 10,000 rows. column: the column of texts; by default found by its name, such
-            as text or abstract, else the one with the most
-                characters.
+                10 MB and 10,000 rows.
+            column: the column of texts; by default found by its name, such as text or abstract,
+                else the one with the most characters.
             coverage: as in classify.
             encoding: of a text file, such as cp1252; by default UTF-8.
         """
@@ -256,8 +256,8 @@ class Service:
     # ── The page ──────────────────────────────────────────────────────────────────────────────────
 
     def show_result(self, text: str, target: float | None) -> list[Any]:
-        """Return the outputs of one text: the text if it was classified, its result, the tree, and
-        the node to explain.
+        """Return the outputs of one text: the text if it was classified, its result, the tree,
+        and the node to explain.
         """
         no_set = ""
         try:
@@ -315,8 +315,8 @@ class Service:
         return result["label"] or max(roots, key=roots.get)
 
     def show_words(self, text: str, node: str) -> str:
-        """Return the text with the weights of its words for a node, or a placeholder if no text was
-        classified.
+        """Return the text with the weights of its words for a node, or a placeholder if no text
+        was classified.
         """
         if not text:
             return views.no_words()
@@ -353,8 +353,8 @@ class Service:
         return [state, *self.show_rows([], []), *[gr.DownloadButton(interactive=False)] * 2, None]
 
     def show_rows(self, records: list[dict[str, Any]], problems: list[Problem]) -> list[str]:
-        """Return the summary of the rows that were classified, the first page of them, and the rows
-        that were not.
+        """Return the summary of the rows that were classified, the first page of them, and the
+        rows that were not.
         """
         return [
             views.summary(self.tree, records),

@@ -112,7 +112,7 @@ def started(
         words: the command's arguments.
         log: the file for standard output and error.
         until: the condition: a file that must exist, whose path may have wildcards, or a text that
-        must be in the log.
+            must be in the log.
     """
     line = [str(ROOT / command), *map(str, words)]
     with open(os.devnull) as nothing, log.open("w") as output:
@@ -163,8 +163,8 @@ def complete(
     Args:
         given: the standard input.
         modules: the modules that the forked process has already imported. With None, a fresh
-        process is started. variables: environment variables, as pairs, that these modules have
-        read.
+            process is started.
+        variables: environment variables, as pairs, that these modules have read.
     """
     if modules is None:
         line = [sys.executable, *map(str, words)]
@@ -207,7 +207,7 @@ def run(
         settings: environment variables, added to the current ones.
         given: the standard input.
         fresh: whether to start a fresh process, as a shell does. A forked process saves the seconds
-        of the imports.
+            of the imports.
     """
     read = tuple(
         (name, value) for name, value in (settings or {}).items() if name.startswith(READ_AT_IMPORT)
@@ -242,7 +242,7 @@ def run_outside(
 
     Args:
         fresh: whether to start a fresh process, for code that checks the imported modules or its
-        memory.
+            memory.
     """
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | (
         settings or {}
@@ -462,8 +462,8 @@ INITIAL_STATE = {  # of the libraries' loggers, before any test
 
 
 def restore_loggers() -> None:
-    """Undo the logging setup of a command that ran in this process: levels, and the root's handler
-    with its closed stream.
+    """Undo the logging setup of a command that ran in this process: levels, and the root's
+    handler with its closed stream.
     """
     for name, logger in logging.root.manager.loggerDict.items():
         if isinstance(logger, logging.Logger) and (
@@ -535,8 +535,8 @@ def hub() -> Iterator[HubServer]:
 
 @pytest.fixture(scope="session")
 def plain_checkpoint(clear_checkpoint, tmp_path_factory) -> str:
-    """Copy a single-path checkpoint without what p-values need: texts of tests are unlike the few
-    training texts.
+    """Copy a single-path checkpoint without what p-values need: texts of tests are unlike the
+    few training texts.
     """
     folder = shutil.copytree(clear_checkpoint, tmp_path_factory.mktemp("plain") / "results")
     config = json.loads((folder / "config.json").read_text())
@@ -649,7 +649,7 @@ def clear_rows(offset: int, wrong: bool = True) -> list[dict[str, str]]:
     Args:
         offset: selects the second disease that a text names.
         wrong: whether one row in six has a wrong label, so that a model does not become
-        overconfident.
+            overconfident.
     """
     texts = (
         "{} was studied in adults with {}.",

@@ -39,16 +39,15 @@ class LexicalClassifier:
 
     Attributes:
         default_size: fitted weights, up to which there is a head by default. Beyond it, the fit
-        takes several minutes, and of leaves
-            more than 5 GB of memory.
+            takes several minutes, and of leaves more than 5 GB of memory.
         classes, tokens: the ids of the classes and tokens that are fitted, (C,) and (T,). Other
-        weights are 0. L-BFGS keeps some 25
-            arrays (C, T), so with thousands of classes (num_classes, V) would take too much memory.
+            weights are 0. L-BFGS keeps some 25 arrays (C, T), so with thousands of classes
+            (num_classes, V) would take too much memory.
         weight: the weights, sparse, (num_classes, V).
         bias: (num_classes,).
         log_prior: what the decision scores of the classifier hold of the classes' frequencies,
-        (num_nodes,) or 0. phrases: how often each token occurs in each class's phrase,
-        (num_classes, V), or None.
+            (num_nodes,) or 0.
+        phrases: how often each token occurs in each class's phrase, (num_classes, V), or None.
     """
 
     default_size: int
@@ -171,8 +170,8 @@ class LeafClassifier(LexicalClassifier):
 
     @staticmethod
     def learnable(decisions: OnePath, labels: np.ndarray) -> np.ndarray:
-        """Return the labelled leaves if there are several, else none: the classes that the labels
-        tell apart.
+        """Return the labelled leaves if there are several, else none: the classes that the
+        labels tell apart.
         """
         leaves = np.unique(labels[labels < decisions.num_leaves])
         return leaves if len(leaves) > 1 else leaves[:0]

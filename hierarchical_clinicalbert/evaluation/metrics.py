@@ -33,8 +33,9 @@ class Predictions:
         texts: ids of the rows' texts, (num_rows,), or None.
         log_probs, probabilities: of all nodes, (num_rows, num_nodes) in float64.
         true, chosen: the labelled and the predicted nodes, with their ancestors,
-        (num_rows, num_nodes) of bool. known: the nodes that the label says to be present or absent,
-        (num_rows, num_nodes) of bool. counts: the `confusion_counts` of all known nodes.
+            (num_rows, num_nodes) of bool.
+        known: the nodes that the label says to be present or absent, (num_rows, num_nodes) of bool.
+        counts: the `confusion_counts` of all known nodes.
     """
 
     def __init__(
@@ -62,8 +63,8 @@ class Predictions:
         self.counts = confusion_counts(self.true, self.chosen & self.known)
 
     def score(self, nodes: Any, score: Callable[[np.ndarray], float]) -> float | None:
-        """Return a score of the counts of some nodes, over the rows in which all of them are known;
-        None without a label.
+        """Return a score of the counts of some nodes, over the rows in which all of them are
+        known; None without a label.
         """
         rows = self.known[:, nodes].all(axis=1)
         counts = confusion_counts(self.true[rows][:, nodes], self.chosen[rows][:, nodes])
@@ -93,8 +94,8 @@ def confusion_counts(labels: np.ndarray, chosen: np.ndarray) -> np.ndarray:
 
 
 def node_f1(counts: np.ndarray) -> np.ndarray:
-    """Compute F1 (…, num_classes) from counts (3, …, num_classes); NaN for a class in no label and
-    no prediction.
+    """Compute F1 (…, num_classes) from counts (3, …, num_classes); NaN for a class in no label
+    and no prediction.
     """
     occurring = counts[1] + counts[2]
     return np.where(occurring > 0, 2 * counts[0] / np.maximum(occurring, 1), np.nan)
@@ -108,8 +109,8 @@ def micro_f1(counts: np.ndarray) -> float:
 
 
 def macro_f1(counts: np.ndarray) -> float:
-    """Compute the mean F1 of the classes in labels or predictions from counts (3, num_classes); 0
-    if there is none.
+    """Compute the mean F1 of the classes in labels or predictions from counts (3, num_classes);
+    0 if there is none.
     """
     return float(np.nanmean(node_f1(counts))) if counts.any() else 0.0
 
@@ -172,8 +173,8 @@ def mean_average_precision(p: Predictions) -> float | None:
 
 
 def expected_calibration_error(p: Predictions) -> float | None:
-    """Compute the mean over `Form.scored_pairs` of their bin's |accuracy - confidence| (Guo et al.,
-    2017, equation 3).
+    """Compute the mean over `Form.scored_pairs` of their bin's |accuracy - confidence| (Guo et
+    al., 2017, equation 3).
     """
     bins = calibration_bins(*p.form.scored_pairs(p))
     return (
@@ -217,13 +218,13 @@ class Metric:
 
     Attributes:
         compute: takes the form's predictions and, if the name holds ``{}``, a ``level`` from 1. It
-        returns None if the scored rows
-            do not define the metric.
+            returns None if the scored rows do not define the metric.
         title: in the card and the training curves.
         hub_type: the metric's type on the Hub, see hf.co/metrics.
         direction: 1 if higher is better, -1 if lower is, and 0 if the metric cannot select a
-        checkpoint. is_key: whether it is in the log, in the first table of the card and, if higher
-        is better, among the training curves.
+            checkpoint.
+        is_key: whether it is in the log, in the first table of the card and, if higher is better,
+            among the training curves.
     """
 
     compute: Callable[..., Any]
@@ -335,7 +336,7 @@ def bootstrap_intervals(
     Args:
         labels, chosen: as for `confusion_counts`.
         texts: ids of the rows' texts, (num_rows,). All rows of a text are drawn together. By
-        default each row is a text.
+            default each row is a text.
 
     Returns:
         Lower and upper ends: ``micro_f1`` and ``macro_f1``, (2,); ``f1``, (2, num_classes), over

@@ -31,10 +31,11 @@ class PredictedSets:
 
     Attributes:
         labels: a row for each label of a text: ``text``, ``node`` and ``held``, 1 if the set holds
-        the label, else 0. sizes: means over each text's rows, by text; ``nodes`` is the number of
-        nodes in a set. confidence: the probability of the most probable leaf, by text.
+            the label, else 0.
+        sizes: means over each text's rows, by text; ``nodes`` is the number of nodes in a set.
+        confidence: the probability of the most probable leaf, by text.
         combine: what a text counts for: "min" if its set must hold all its labels, "mean" for the
-        share of them.
+            share of them.
     """
 
     decisions: Decisions
@@ -80,8 +81,8 @@ class PredictedSets:
         return rows
 
     def worst_band(self, min_texts: int = MIN_TEXTS) -> dict[str, Any] | None:
-        """Return the row of `groups` of the band of confidence that holds least; None if all bands
-        have few texts.
+        """Return the row of `groups` of the band of confidence that holds least; None if all
+        bands have few texts.
         """
         bands = [
             row for row in self.groups() if row["by"] == "confidence" and row["texts"] >= min_texts

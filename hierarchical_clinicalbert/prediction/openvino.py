@@ -26,7 +26,8 @@ class OpenVinoEncoder(nn.Module):
     Args:
         converted: the result of `convert`.
         dtype: the dtype of the operations, a key of `PRECISIONS`. With either, 8-bit weights are
-        multiplied in 8 bits. hint: "THROUGHPUT" for many batches at a time, or "LATENCY".
+            multiplied in 8 bits.
+        hint: "THROUGHPUT" for many batches at a time, or "LATENCY".
     """
 
     def __init__(self, converted: openvino.Model, dtype: torch.dtype, hint: str = "THROUGHPUT"):
@@ -65,8 +66,8 @@ class Int8Weights(nn.Module):
 
 
 def scales_of(rows: Tensor) -> Tensor:
-    """Return the quantization step of each row, (num_rows, 1): its largest absolute value over 127,
-    and more than 0.
+    """Return the quantization step of each row, (num_rows, 1): its largest absolute value over
+    127, and more than 0.
     """
     largest = rows.abs().amax(1, keepdim=True)
     return (largest / LARGEST_INT8).clamp_min(torch.finfo(rows.dtype).tiny)

@@ -88,7 +88,8 @@ def write(
     Args:
         settings: the flags of the run.
         data_report, metrics: content of data_report.json and metrics.json. There are no metrics
-        before the end of a run. model_id: id on the Hub; None for a placeholder in the snippets.
+            before the end of a run.
+        model_id: id on the Hub; None for a placeholder in the snippets.
         example_result: what `classify_example` returns.
     """
     facts = collect_facts(folder, config, settings, data_report, metrics)
@@ -177,8 +178,9 @@ def update_for_publishing(
         config: of the checkpoint, before an adapter is merged.
         merged: whether to describe the merged model in place of the adapter.
         examples: texts for the widget, the first one also for the code. Without any, the widget
-        keeps its own. example_result: what `classify_example` returns for the first of them. None:
-        the card keeps its own.
+            keeps its own.
+        example_result: what `classify_example` returns for the first of them. None: the card keeps
+            its own.
 
     Raises:
         ValueError, yaml.YAMLError: the metadata cannot be read.
@@ -346,8 +348,8 @@ def printed(result: dict[str, Any]) -> str:
 
 
 def source_name(source: dict[str, Any]) -> str:
-    """Return the id of a data set on the Hub, or the name of a file or folder without its path, on
-    one line.
+    """Return the id of a data set on the Hub, or the name of a file or folder without its path,
+    on one line.
     """
     return source["dataset"] or " ".join(Path(source["name"]).name.split())
 
@@ -420,8 +422,8 @@ def eval_results(facts: dict[str, Any]) -> list[EvalResult]:
 
 
 def escape(text: str) -> str:
-    """Replace characters with a meaning in Markdown or HTML by numeric entities, and put the text
-    on one line.
+    """Replace characters with a meaning in Markdown or HTML by numeric entities, and put the
+    text on one line.
     """
     # an underscore inside a word has no meaning
     special = r"[\\`*\[\]<>|&$~#!]|(?<![^\W_])_|_(?![^\W_])"

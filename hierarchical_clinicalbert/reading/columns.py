@@ -21,8 +21,9 @@ def find_column(
 
     Args:
         requested: a name that must match exactly, up to Unicode normalization. None to search for
-        the candidates. candidates: names in order of preference, without regard to case and
-        surrounding white space.
+            the candidates.
+        candidates: names in order of preference, without regard to case and surrounding white
+            space.
     """
     if requested is not None:  # an accent may be a character of its own, as in files from macOS
         return {to_nfc(column): column for column in columns}.get(to_nfc(requested))

@@ -89,13 +89,13 @@ class RowReader:
 
     Args:
         stream: a binary stream, which the caller closes. Only read() is called; for `SEEKABLE`
-        kinds also seekable() and
-            seek(). For a `FOLDER`, the names of its files, each with a function that reads it.
+            kinds also seekable() and seek(). For a `FOLDER`, the names of its files, each with a
+            function that reads it.
         kind: one of `KINDS`, or `FOLDER`.
         name: name of the source in messages.
         progress: returns the share of the stream that was read, or None if it is unknown. Ignored
-        for Parquet. encoding: of text files. None for UTF-8 where no flag ``--encoding`` can be
-        offered.
+            for Parquet.
+        encoding: of text files. None for UTF-8 where no flag ``--encoding`` can be offered.
 
     Attributes:
         columns: column names in order. For JSON, the names of the first 1,024 rows.
@@ -173,8 +173,8 @@ class RowReader:
 
     @contextmanager
     def _as_input_error(self) -> Iterator[None]:
-        """Convert any exception into an `InputError`: libraries document none for a damaged source,
-        and raise, say, KeyError.
+        """Convert any exception into an `InputError`: libraries document none for a damaged
+        source, and raise, say, KeyError.
         """
         try:
             yield

@@ -28,9 +28,10 @@ class FocalLoss(nn.Module):
     al. (2017, arXiv 1708.02002). α is 1, or with ``balanced`` from `balanced_weights`.
 
     Args:
-        decisions: those of the taxonomy. The loss keeps a copy, which moves to its device. labels:
-        of the training rows, as of `Decisions.targets`. Smoothing and weights use their
-        frequencies. teacher_weight: w of `forward`.
+        decisions: those of the taxonomy. The loss keeps a copy, which moves to its device.
+        labels: of the training rows, as of `Decisions.targets`. Smoothing and weights use their
+            frequencies.
+        teacher_weight: w of `forward`.
         temperature: T of `forward`.
     """
 
