@@ -25,6 +25,16 @@ def load(seed=0, known=None, trained=NO_TRAINED_TEXTS, trains=True, **flags):
     return split_rows(read_rows(arguments, trains), arguments, known, seed, trained)
 
 
+def load_rows(folder, rows, header=("text", "label"), **flags):
+    """Load rows of a CSV file as training rows. None of them are split off."""
+    return load(train_file=csv_file(folder / "rows.csv", rows, header), validation_size=0, **flags)
+
+
+def load_labels(folder, labels, **flags):
+    """Load texts with these labels, see `json_lines`, as training rows. None are split off."""
+    return load(train_file=json_lines(folder / "rows.jsonl", labels), validation_size=0, **flags)
+
+
 def _text(value):
     return value if isinstance(value, (bool, int, float, list, type(None))) else str(value)
 
@@ -37,6 +47,11 @@ def write(path, text):
 def csv_file(path, rows, header=("text", "label")):
     pd.DataFrame(rows, columns=list(header)).to_csv(path, index=False)
     return path
+
+
+def files_of(folder, **rows):
+    """Write the rows of each split to a CSV file. Return the flags that name the files."""
+    return {f"{split}_file": csv_file(folder / f"{split}.csv", rows[split]) for split in rows}
 
 
 def json_lines(path, labels):

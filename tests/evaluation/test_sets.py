@@ -5,7 +5,7 @@ forms of label.
 import numpy as np
 import pytest
 from drawn import draw_labels, logits_of
-from scipy.special import log_softmax
+from scipy.special import softmax
 
 from configuration_hierarchical import Calibration
 from decisions_hierarchical import guaranteed_threshold
@@ -13,7 +13,6 @@ from hierarchical_clinicalbert.evaluation.forms import ManyNodesForm, OnePathFor
 from hierarchical_clinicalbert.evaluation.report import ScoredSplit, measure_sets
 from taxonomy_hierarchical import Taxonomy
 
-FLAT = Taxonomy([f"leaf {i}" for i in range(12)])
 DEEP = Taxonomy({f"root {i}": [f"{i} {j}" for j in range(3)] for i in range(4)})
 FORMS = pytest.mark.parametrize(
     "form", [OnePathForm(DEEP), ManyNodesForm(DEEP)], ids=["one path", "many nodes"]
@@ -27,9 +26,8 @@ def sure_and_unsure(form, rows: int) -> tuple[np.ndarray, np.ndarray]:
     """
     generator = np.random.default_rng(0)
     scales = np.where(np.arange(rows)[:, None] % 2, 0.7, 4.0)
-    scores = scales * generator.normal(size=(rows, form.tree.num_nodes)) - isinstance(
-        form, ManyNodesForm
-    )
+    scores = scales * generator.normal(size=(rows, form.tree.num_nodes))
+    scores -= isinstance(form, ManyNodesForm)  # most nodes are improbable
     labels = draw_labels(form, scores * np.where(scales < 1, 0.2, 1.0), seed=1)
     return logits_of(form, scores), labels
 
@@ -52,13 +50,17 @@ def test_thresholds_by_band_hold_in_each_band_of_new_texts(form):
 
 
 def test_few_texts_and_texts_of_equal_confidence_get_one_threshold():
-    form = OnePathForm(FLAT)
+    form = OnePathForm(Taxonomy([f"leaf {i}" for i in range(12)]))
     logits, labels = sure_and_unsure(form, 600)
-    assert form.fit_sets(logits[:30], labels[:30], np.arange(30))["set_bands"] is None
-    sure = np.flatnonzero(np.exp(log_softmax(logits, axis=1)).max(1) > 0.8)
-    assert form.fit_sets(logits[sure], labels[sure], np.arange(len(sure)))["set_bands"] is None
+
+    def fit(rows: np.ndarray) -> dict:
+        return form.fit_sets(logits[rows], labels[rows], rows)
+
+    assert fit(np.arange(30))["set_bands"] is None
+    sure = softmax(logits, axis=1).max(axis=1) > 0.8
+    assert fit(np.flatnonzero(sure))["set_bands"] is None
     # where a band has too few texts for a coverage, all texts have one threshold
-    thresholds = form.fit_sets(logits[:300], labels[:300], np.arange(300))["set_thresholds"]
+    thresholds = fit(np.arange(300))["set_thresholds"]
     assert isinstance(thresholds[89], list)
     assert isinstance(thresholds[98], float)
 
@@ -67,16 +69,14 @@ def test_groups_are_counted_by_hand():
     tree = Taxonomy({"r": ["a", "b"], "s": ["c"]})
     # texts 0 and 1 are sure, text 2 is not; text 0 is repeated with another label
     leaves = np.array([[0.9, 0.06, 0.04], [0.9, 0.06, 0.04], [0.05, 0.05, 0.9], [0.35, 0.33, 0.32]])
-    rows = ScoredSplit(
-        leaves, np.log(leaves), np.array([0, 1, 2, 0]), np.array([0, 0, 1, 2]), np.arange(4), None
-    )
-    measured = measure_sets(
-        OnePathForm(tree), {"test": rows}, Calibration(set_thresholds=[0.2] * 99)
-    )
-    groups = {
-        (row["by"], row["group"]): (row["texts"], row["coverage"], row["nodes"])
-        for row in measured["set_groups"]
-    }
+    labels = np.array([0, 1, 2, 0])
+    texts = np.array([0, 0, 1, 2])
+    rows = ScoredSplit(leaves, np.log(leaves), labels, texts, np.arange(4), None)
+    calibration = Calibration(set_thresholds=[0.2] * 99)
+    measured = measure_sets(OnePathForm(tree), {"test": rows}, calibration)
+    groups = {}
+    for row in measured["set_groups"]:
+        groups[row["by"], row["group"]] = (row["texts"], row["coverage"], row["nodes"])
     assert groups == {
         ("confidence", "at most 40%"): (1, 1.0, 1.0),
         ("confidence", "above 80%"): (2, 0.5, 1.0),
@@ -87,6 +87,5 @@ def test_groups_are_counted_by_hand():
     assert "worst_band" not in measured  # of too few texts
     names = ("coverage", "leaves", "nodes", "single_leaf")
     # the unsure text's set is r: 0.68 − 0.8 · (2 + 1.5) / 2.5 is more than 0.35 − 0.8
-    assert [measured[f"test_set_{name}"] for name in names] == pytest.approx(
-        [2 / 3, 4 / 3, 1, 2 / 3]
-    )
+    scores = [measured[f"test_set_{name}"] for name in names]
+    assert scores == pytest.approx([2 / 3, 4 / 3, 1, 2 / 3])
