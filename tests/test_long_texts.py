@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 from conftest import predict_here, write_csv
+from small_encoders import small_encoder
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+from transformers import pipeline
 
-from checkpoint_hierarchical import special_tokens
 from configuration_hierarchical import HierarchicalConfig
 from modeling_hierarchical import TOKENS_AT_ONCE, HierarchicalForSequenceClassification
 
@@ -16,43 +16,19 @@ from modeling_hierarchical import TOKENS_AT_ONCE, HierarchicalForSequenceClassif
 WINDOW = 16
 START = 5
 END = 6
-SMALL = {
-    "vocab_size": 100,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 48,
-}
-SPECIAL = {
-    "pad_token_id": 0,
-    "cls_token_id": 1,
-    "sep_token_id": 2,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-ENCODERS = {
-    "bert": {**SMALL, "max_position_embeddings": WINDOW},
-    "roberta": {**SMALL, "pad_token_id": 1, "max_position_embeddings": WINDOW + 2},
-    "mpnet": {**SMALL, "pad_token_id": 1, "max_position_embeddings": WINDOW + 2},
-    "deberta-v2": {
-        **SMALL,
-        "relative_attention": True,
-        "position_buckets": 8,
-        "pos_att_type": ["p2c", "c2p"],
-    },
-    "modernbert": SMALL | SPECIAL,
-}
+POSITIONS = {"bert": WINDOW, "roberta": WINDOW + 2, "mpnet": WINDOW + 2}
+KINDS = (*POSITIONS, "deberta-v2", "modernbert")
 POOLINGS = ["mean", "cls", "label_attention", "family_attention"]
-LENGTHS = [7, 16, 17, 40, 63]  # of texts, special tokens included
+LENGTHS = [7, 16, 17, 30, 63]  # of texts, special tokens included; 30 are two full windows
 TREE = {"a": None, "b": ["c", "d"]}
 
 
 def small_model(kind: str = "bert", **settings) -> HierarchicalForSequenceClassification:
     own = {"window": WINDOW, "tokens_before": [START], "tokens_after": [END]} | settings
     torch.manual_seed(0)
-    model = HierarchicalForSequenceClassification(
-        HierarchicalConfig(text_config={"model_type": kind, **ENCODERS[kind]}, taxonomy=TREE, **own)
-    ).eval()
+    encoder = small_encoder(kind, max_position_embeddings=POSITIONS.get(kind, 512))
+    config = HierarchicalConfig(text_config=encoder, taxonomy=TREE, **own)
+    model = HierarchicalForSequenceClassification(config).eval()
     for weight in (model.heads.weight, model.heads.query):
         if weight is not None:
             torch.nn.init.normal_(weight)
@@ -62,7 +38,7 @@ def small_model(kind: str = "bert", **settings) -> HierarchicalForSequenceClassi
 def texts_of(lengths: list[int]) -> list[list[int]]:
     generator = torch.Generator().manual_seed(1)
     return [
-        [START, *torch.randint(10, 99, (length - 2,), generator=generator).tolist(), END]
+        [START, *torch.randint(10, 63, (length - 2,), generator=generator).tolist(), END]
         for length in lengths
     ]
 
@@ -109,13 +85,13 @@ def by_hand(model: HierarchicalForSequenceClassification, text: list[int]) -> to
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
-@pytest.mark.parametrize("kind", ENCODERS)
+@pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_a_text_is_read_by_its_own_windows_alone_and_beside_others(kind, pooling):
     model = small_model(kind, pooling=pooling)
     texts = texts_of(LENGTHS)
     expected = torch.stack([by_hand(model, text) for text in texts])
-    pad = ENCODERS[kind].get("pad_token_id", 0)
+    pad = model.encoder.config.pad_token_id
     alone = torch.cat([model(**padded([text])).logits for text in texts])
     torch.testing.assert_close(alone, expected, atol=1e-5, rtol=0)
     # beside each other, they are read without windows
@@ -194,50 +170,29 @@ def test_all_doors_read_the_last_words_of_a_long_text(long_checkpoint, long_text
     """Other doors are in tests/prediction, tests/publishing/test_engines.py and tests/space."""
     labels = list(long_texts)
     texts = list(long_texts.values())
-    tokenizer = AutoTokenizer.from_pretrained(long_checkpoint, trust_remote_code=True)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        long_checkpoint, trust_remote_code=True
-    )
-    assert special_tokens(tokenizer) == (model.config.tokens_before, model.config.tokens_after)
-    encoded = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
-    num_tokens = encoded["attention_mask"].sum(1)
-    assert 3000 <= num_tokens.min() <= num_tokens.max() < tokenizer.model_max_length == 3072
-    with torch.no_grad():
-        expected = model(**encoded).logits.softmax(1)
-    named = model.config.id2label
-    assert [named[leaf] for leaf in expected.argmax(1).tolist()] == labels
-
     ours = pipeline(
         "hierarchical-text-classification", model=long_checkpoint, trust_remote_code=True
     )
     flat = pipeline("text-classification", model=long_checkpoint, trust_remote_code=True)
-    results = ours(texts, top_k=len(named))
-    for found in ([one["labels"] for one in results], flat(texts, top_k=None)):
-        for row, nodes in zip(expected, found, strict=True):
-            scores = {node["label"]: node["score"] for node in nodes}
-            assert [scores[named[i]] for i in named] == pytest.approx(row.tolist(), abs=1e-5)
-    assert [(one["tokens"], one["tokens_read"]) for one in results] == [
-        (n, n) for n in num_tokens.tolist()
-    ]
-    joined = ours(" ".join(texts))
-    assert (joined["tokens"], joined["tokens_read"]) == (sum(num_tokens - 2) + 2, 3072)
+    num_tokens = [len(ids) for ids in ours.tokenizer(texts, truncation=True)["input_ids"]]
+    assert 3000 <= min(num_tokens) <= max(num_tokens) < ours.tokenizer.model_max_length == 3072
+    config = ours.model.config
+    special = [[ours.tokenizer.cls_token_id], [ours.tokenizer.sep_token_id]]
+    assert [config.tokens_before, config.tokens_after] == special
 
-    write_csv(tmp_path / "in.csv", [{"text": text} for text in texts])
-    words = (
-        "--input",
-        tmp_path / "in.csv",
-        "--output",
-        tmp_path / "out.jsonl",
-        "--dtype",
-        "fp32",
-        "--probabilities",
+    results = ours(texts)
+    assert [(one["tokens"], one["tokens_read"]) for one in results] == [(n, n) for n in num_tokens]
+    joined = ours(" ".join(texts))
+    assert (joined["tokens"], joined["tokens_read"]) == (sum(num_tokens) - 2 * len(texts) + 2, 3072)
+
+    source = write_csv(tmp_path / "in.csv", [{"text": text} for text in texts])
+    output = tmp_path / "out.jsonl"
+    predict_here(
+        "--model", long_checkpoint, "--input", source, "--output", output, "--dtype", "fp32"
     )
-    predict_here("--model", long_checkpoint, *words)
-    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert [(row["label"], row["tokens_read"]) for row in rows] == list(
-        zip(labels, num_tokens.tolist(), strict=True)
-    )
-    for row, scores in zip(rows, expected, strict=True):
-        assert [row["probabilities"][named[i]] for i in named] == pytest.approx(
-            scores.tolist(), abs=1e-5
-        )
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["tokens_read"] for row in rows] == num_tokens
+    scores = [one["score"] for one in flat(texts)]
+    for found in (results, flat(texts), rows):
+        assert [one["label"] for one in found] == labels
+        assert [one["score"] for one in found] == pytest.approx(scores, abs=1e-5)

@@ -1,5 +1,5 @@
-"""Test the model card: it parses back to the run's metrics, no name breaks it, no path leaks, and
-the id can be replaced.
+"""Test the model card of finished runs: it parses back to the run's metrics, no name breaks it,
+and no path leaks.
 """
 
 import ast
@@ -7,346 +7,241 @@ import getpass
 import json
 import re
 import socket
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import pandas as pd
 import pytest
-import torch
-from conftest import snippets
+from conftest import snippets, train_label_sets
 from huggingface_hub import ModelCard
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from configuration_hierarchical import MULTI_LABEL, SINGLE_LABEL, Calibration, HierarchicalConfig
-from hierarchical_clinicalbert.data.label_forms import ManyNodesRows, OnePathRows
-from hierarchical_clinicalbert.data.report import describe_split, length_report
-from hierarchical_clinicalbert.evaluation.forms import form_of
+from configuration_hierarchical import HierarchicalConfig
 from hierarchical_clinicalbert.publishing import card
-from hierarchical_clinicalbert.training.publish import describe_environment
-from taxonomy_hierarchical import DEFAULT_TAXONOMY
 
 ENCODER = "emilyalsentzer/Bio_ClinicalBERT"
 COMMIT = "d5892b39a4adaed74b92212a44081509db72f87b"
-HOSTILE = [
-    "colon: and 'quotes' \"both\"",
-    "a | b \\| c",
-    "````",
-    "---",
-    "<script>alert(1)</script>",
-    "<!-- other/model -->",
-    "{{ config }} {% raw %}",
-    {"```python": ["# heading", "[link](http://x) *bold* _it_ $$x$$ &lt;"]},
-]
-SETTINGS = {
-    "model_name_or_path": ENCODER,
-    "model_revision": COMMIT,
-    "quantization": "4bit",
-    "tuning": "lora",
-    "lora_r": 16,
-    "attn_implementation": None,
-    "focal_gamma": 1.0,
-    "learning_rate": 6e-4,
-    "max_length": 256,
-    "load_best_model_at_end": True,
+HOSTILE = {
+    "general pathological conditions": "colon: and 'quotes' \"both\"",
+    "specific disease": "# heading {{ config }} {% raw %} [link](http://x) *bold* _it_ $$x$$ &lt;",
+    "neoplasms": "a | b \\| c",
+    "digestive system diseases": "````",
+    "nervous system diseases": "---",
+    "cardiovascular diseases": "<script>alert(1)</script> <!-- other/model -->",
 }
-FORMS = pytest.mark.parametrize("problem_type", [SINGLE_LABEL, MULTI_LABEL])
-SPLITS = ("train", "validation", "test")
 
 
-def make_config(
-    taxonomy=DEFAULT_TAXONOMY, calibrated: bool = True, **changes
-) -> HierarchicalConfig:
-    settings = {
-        "encoder_name_or_path": ENCODER,
-        "encoder_revision": COMMIT,
-        "adapter_subfolder": "adapter",
-    }
-    settings |= {"page": {"title": "Abstracts by disease", "medical": True}, **changes}
-    config = HierarchicalConfig(taxonomy=taxonomy, **settings)
-    if calibrated:
-        config.calibration = Calibration(
-            lexical_weight=0.3,
-            scales=[1.0] * config.tree.num_nodes,
-            thresholds=np.linspace(0.2, 0.5, config.tree.num_nodes).tolist()
-            if config.is_multi_label
-            else None,
-            set_thresholds=[0.5] * 99,
-            num_texts=120,
-        )
-    return config
+class Run:
+    """A finished run: its card, and what the card was written from."""
+
+    def __init__(self, folder: Path, names: Mapping[str, str] = {}):
+        """Read the files of a run. ``names`` replaces names of nodes."""
+
+        def read(name: str) -> Any:
+            content = (folder / name).read_text(encoding="utf-8")
+            for old, new in names.items():
+                content = content.replace(json.dumps(old), json.dumps(new))
+            return json.loads(content)
+
+        self.folder = folder
+        self.text = (folder / "README.md").read_text(encoding="utf-8")
+        self.config = HierarchicalConfig(**read("config.json"))
+        self.report = read("data_report.json")
+        self.metrics = read("metrics.json")
+        self.several = self.config.is_multi_label
+        self.guarantee = "recall" if self.several else "coverage"
+
+    def write(self, folder: Path, report=None, metrics=None, settings=None, **arguments) -> str:
+        """Write the card, by default of this run, to another folder, and return it."""
+        report = self.report if report is None else report
+        metrics = self.metrics if metrics is None else metrics
+        card.write(folder, self.config, settings or {}, report, metrics, **arguments)
+        return (folder / "README.md").read_text(encoding="utf-8")
 
 
-def make_report(
-    config: HierarchicalConfig, sources: dict[str, str] | None = None, **changes
-) -> dict:
-    """Make a data report with the functions of train.py.
-
-    Leaf 0 has no row, and the first text has two labels.
-    """
-    tree = config.tree
-    form = ManyNodesRows() if config.is_multi_label else OnePathRows()
-    sources = sources or {split: f"/home/alice/data/{split}.csv" for split in SPLITS}
-    splits = {}
-    for number, split in enumerate(SPLITS):
-        nodes = [(label,) for label in [*range(1, tree.num_leaves), 1, 1]]
-        texts = [0, 0, *range(2, len(nodes))]
-        if config.is_multi_label:
-            nodes = [(1, 3), (1, 3), (1,), (), (), (1,), (1,), ()]
-            texts = range(8)
-        part = pd.DataFrame(
-            {"text_id": [100_000 * number + text for text in texts], "nodes": nodes, "split": split}
-        )
-        splits[split] = describe_split(part, tree, form, number)
-    return {
-        "sources": [
-            {"split": split, "name": name, "dataset": None, "sha256": {Path(name).name: "ab" * 32}}
-            for split, name in sources.items()
-        ],
-        "columns": {"text": "text", "label": ["label"]},
-        "taxonomy": "from /home/alice/taxonomy.yaml",
-        "split": {"method": "as given", "split_off": {}, "seed": 42},
-        "splits": splits,
-        "classes_without_training_rows": [tree.labels[0]],
-        "trained_before": {"scores": "verified", "left_out": {}},
-        "lengths": {split: length_report([10, 20, 300], 256) for split in SPLITS},
-        "merged_rows": {"train": 7, "validation": 0, "test": 1} if config.is_multi_label else {},
-        **changes,
-    }
+@pytest.fixture(scope="module")
+def folders(quickstart_run, tiny_encoder, tmp_path_factory) -> list[Path]:
+    """Return the folders of a run with one path a text, and of one with several labels."""
+    several = tmp_path_factory.mktemp("several") / "results"
+    train_label_sets(tiny_encoder, several)
+    return [quickstart_run[0], several]
 
 
-def make_metrics(config: HierarchicalConfig) -> dict:
-    """Make metrics with the function and the names of train.py."""
-    tree = config.tree
-    form = form_of(config.tree, config.problem_type)
-    generator = np.random.default_rng(0)
-    labels = form.decisions.targets([[i % tree.num_nodes] for i in range(40)]).numpy()
-    metrics = {}
-    for prefix in ("uncalibrated_eval", "uncalibrated_test", "eval", "test"):
-        logits = generator.normal(size=(40, form.decisions.num_classes))
-        scores = {"loss": 0.5, "runtime": 2.0, **form.measure(logits, labels)}
-        metrics |= {f"{prefix}_{name}": value for name, value in scores.items()}
-    classes = tree.labels[: form.decisions.num_classes]
-    row = {"precision": 0.5, "recall": 0.25, "f1": 1 / 3, "support": 20, "f1_interval": [0.2, 0.4]}
-    worst = {
-        "by": "confidence",
-        "group": "at most 40%",
-        "texts": 52,
-        form.decisions.guarantee: 0.769,
-        "nodes": 2.8,
-    }
-    return {
-        "train_runtime": 125.0,
-        "trainable_parameters": 665_862,
-        "all_parameters": 23_231_238,
-        "trainable_share": 665_862 / 23_231_238,
-        "encoder_bytes": 53_310_240,
-        "encoder_bytes_float32": 90_261_504,
-        "environment": describe_environment(torch.device("cpu")),
-        "lexical_weight": 0.3,
-        "per_class": [{"label": label, **row} for label in classes],
-        "intervals": {f"test_{form.micro_f1}": [0.71, 0.75], "test_macro_f1": [0.6, 0.7]},
-        f"test_set_{form.decisions.guarantee}": 0.8876,
-        "test_set_nodes": 2.25,
-        "worst_band": worst,
-        "set_groups": [worst, worst | {"by": "root", "group": tree.labels[-1], "texts": 30}],
-        **metrics,
-    }
-
-
-METRICS = {
-    form: make_metrics(make_config(problem_type=form)) for form in (SINGLE_LABEL, MULTI_LABEL)
-}
+@pytest.fixture(params=["one path", "several labels"])
+def folder(request, folders) -> Path:
+    return folders[request.param == "several labels"]
 
 
 @pytest.fixture
-def written(tmp_path):
-    """Return a function that writes a card, by default of a finished run, and returns its text."""
+def finished(folder) -> Run:
+    return Run(folder)
 
-    def write(
-        config=None, settings=(), report=None, metrics=None, problem_type=SINGLE_LABEL, **arguments
-    ) -> str:
-        config = config or make_config(problem_type=problem_type)
-        report = make_report(config) if report is None else report
-        metrics = METRICS[config.problem_type] if metrics is None else metrics
-        card.write(tmp_path, config, SETTINGS | dict(settings), report, metrics, **arguments)
-        return (tmp_path / "README.md").read_text(encoding="utf-8")
 
-    return write
+@pytest.fixture
+def one_path(folders) -> Run:
+    return Run(folders[0])
 
 
 def section(text: str, title: str) -> str:
     """Return what stands under a heading, or in a folded part."""
-    (start,) = {f"\n## {title}\n", f"<summary>{title}</summary>\n"} & {
-        *re.findall(r"\n## .*\n|<summary>.*</summary>\n", text)
-    }
+    titles = re.findall(r"\n## .*\n|<summary>.*</summary>\n", text)
+    (start,) = {f"\n## {title}\n", f"<summary>{title}</summary>\n"} & {*titles}
     return re.split(r"\n## |\n</details>|\n<details>", text.split(start)[1])[0]
 
 
 # ── front matter ──────────────────────────────────────────────────────────────────────────────────
 
 
-@FORMS
-def test_the_results_parse_back_to_the_numbers_of_the_metrics_file(written, problem_type):
-    parsed = ModelCard(written(problem_type=problem_type, model_id="me/model")).data
-    metrics = METRICS[problem_type]
+def test_the_results_parse_back_to_the_numbers_of_the_metrics_file(finished):
+    results = ModelCard(finished.text).data.eval_results
+    measured = [name for name in finished.metrics if name.startswith("uncalibrated_eval_")]
+    names = {name.removeprefix("uncalibrated_eval_") for name in measured} - {"loss"}
     prefixes = {"validation": "eval", "test": "test"}
-    published = {
-        f"{prefixes[r.dataset_split]}_{r.metric_name}": r.metric_value for r in parsed.eval_results
-    }
+    published = {f"{prefixes[r.dataset_split]}_{r.metric_name}": r.metric_value for r in results}
     assert published == {
-        name: value
-        for name, value in metrics.items()
-        if re.match("(eval|test)_(?!set_)", name)
-        and not re.search("_(loss|runtime)$", name.replace("log_loss", ""))
+        f"{prefix}_{name}": finished.metrics[f"{prefix}_{name}"]
+        for prefix in prefixes.values()
+        for name in names
     }
-    types = {r.metric_name: r.metric_type for r in parsed.eval_results}
-    assert types["log_loss"] == "log_loss"
-    assert {
-        types["macro_f1"],
-        types[f"level_2_{'macro' if problem_type == SINGLE_LABEL else 'micro'}_f1"],
-    } == {"f1"}
-    names = {
-        (r.task_type, r.dataset_type, r.dataset_name, r.dataset_split, r.verified)
-        for r in parsed.eval_results
+    types = {r.metric_name: r.metric_type for r in results}
+    level = "level_2_micro_f1" if finished.several else "level_2_macro_f1"
+    assert (types["log_loss"], types["macro_f1"], types[level]) == ("log_loss", "f1", "f1")
+    kind = "jsonl" if finished.several else "csv"
+    data = {
+        (r.task_type, r.dataset_type, r.dataset_name, r.dataset_split, r.verified) for r in results
     }
-    assert names == {
-        ("text-classification", "unknown", f"{s}.csv", s, None) for s in ("validation", "test")
-    }
+    assert data == {("text-classification", "unknown", f"{s}.{kind}", s, None) for s in prefixes}
 
-    front = parsed.to_dict()
-    assert front["license"] == "apache-2.0"
-    assert (front["library_name"], front["pipeline_tag"]) == ("transformers", "text-classification")
-    assert {"hierarchical-text-classification", "medical", "lora"} <= set(front["tags"])
-    assert (front["base_model"], front["base_model_relation"]) == (ENCODER, "adapter")
+
+def test_only_an_encoder_and_a_data_set_of_the_hub_are_named_as_such(one_path, tmp_path):
+    front = ModelCard(one_path.text).data.to_dict()
+    assert (front["license"], front["library_name"]) == ("apache-2.0", "transformers")
+    assert front["pipeline_tag"] == "text-classification"
+    assert {"hierarchical-text-classification", "medical", "lora"} <= {*front["tags"]}
     assert front["widget"] == [{"text": card.MEDICAL_EXAMPLE}]
-    assert front["model-index"][0]["name"] == "me/model"
-    assert front.keys().isdisjoint({"datasets", "language"})
+    assert front.keys().isdisjoint({"base_model", "base_model_relation", "datasets", "language"})
 
-
-def test_only_a_data_set_of_the_hub_is_named_as_one(written):
-    hub = {split: f"TimSchopf/medical_abstracts [{split}]" for split in ("train", "test")}
-    report = make_report(make_config(), hub)
-    for source in report["sources"]:
-        source["dataset"] = "TimSchopf/medical_abstracts"
-    parsed = ModelCard(written(report=report)).data
-    assert parsed.datasets == ["TimSchopf/medical_abstracts"]
-    assert {(r.dataset_type, r.dataset_name) for r in parsed.eval_results} == {
-        ("TimSchopf/medical_abstracts",) * 2
-    }
-    for source in ("saved/set [train]", "/data/all.csv"):
-        parsed = ModelCard(written(report=make_report(make_config(), {"all": source}))).data
-        assert parsed.datasets is None
-        assert {r.dataset_name for r in parsed.eval_results} == {Path(source).name}
+    hub = "TimSchopf/medical_abstracts"
+    sources = [
+        source | {"name": f"{hub} [x]", "dataset": hub} for source in one_path.report["sources"]
+    ]
+    one_path.config.encoder_name_or_path = ENCODER
+    one_path.config.encoder_revision = COMMIT
+    text = one_path.write(
+        tmp_path, report=one_path.report | {"sources": sources}, model_id="me/model"
+    )
+    parsed = ModelCard(text).data
+    assert (parsed.base_model, parsed.get("base_model_relation")) == (ENCODER, "adapter")
+    assert (parsed.datasets, parsed.model_name) == ([hub], "me/model")
+    assert {(r.dataset_type, r.dataset_name) for r in parsed.eval_results} == {(hub, hub)}
+    link = f"[{ENCODER}](https://huggingface.co/{ENCODER})"
+    assert f"{link} at revision `{COMMIT}`" in section(text, "Training")
 
 
 # ── names and paths ───────────────────────────────────────────────────────────────────────────────
 
 
-@FORMS
-def test_hostile_names_break_neither_front_matter_nor_tables_nor_code(written, problem_type):
-    config = make_config(HOSTILE, problem_type=problem_type, page={})
-    sources = {split: f"/data/--- <b>`x|y`: \n--- {split}.csv" for split in SPLITS}
-    report = make_report(config, sources, columns={"text": "te|xt", "label": ["<la`bel>"]})
-    text = written(config, report=report, metrics=make_metrics(config))
+def test_hostile_names_break_neither_front_matter_nor_tables_nor_code(folder, tmp_path):
+    run = Run(folder, HOSTILE)
+    run.config.page = {}
+    sources = [
+        s | {"name": f"/data/--- <b>`x|y`: \n--- {s['split']}.csv"} for s in run.report["sources"]
+    ]
+    columns = {"text": "te|xt", "label": ["<la`bel>"]}
+    text = run.write(tmp_path, report=run.report | {"sources": sources, "columns": columns})
 
     parsed = ModelCard(text)
-    assert {r.dataset_name for r in parsed.data.eval_results} == {
-        f"--- <b>`x|y`: --- {split}.csv" for split in ("validation", "test")
-    }
+    named = {r.dataset_name for r in parsed.data.eval_results}
+    assert named == {f"--- <b>`x|y`: --- {split}.csv" for split in ("validation", "test")}
     assert parsed.text.lstrip().startswith("# Text classifier: colon: and")
 
     fence, drawn = re.search(r"^(`{5,})text\n(.*?)\n\1$", text, re.M | re.S).groups()
-    assert drawn == config.tree.draw()  # whole, and ended by nothing in it
-    outside = text.replace(f"{fence}text\n{drawn}\n{fence}", "")
+    assert drawn == run.config.tree.draw()  # whole, and ended by nothing in it
+    outside = text.replace(f"{fence}text\n{drawn}\n{fence}", "").split("\n---\n", 1)[1]
     for code in re.findall(r"^```\w+\n.*?^```$", outside, re.M | re.S):
         outside = outside.replace(code, "")
-    outside = re.sub(
-        '"<commit>"|</?(details|summary)>|<!-- .* (anew|use|result|loading) -->',
-        "",
-        outside.split("\n---\n", 1)[1],
-    )
-    assert not re.search(
-        r"[<>]|\$\$|\*bold|\[link|\}\}|\{\{|\{%|%\}", outside.replace("{{ config }} {% raw %}", "")
-    )
+    ours = '"<commit>"|</?(details|summary)>|<!-- .* (anew|use|result|loading) -->'
+    outside = re.sub(ours, "", outside).replace("{{ config }} {% raw %}", "")
+    assert not re.search(r"[<>]|\$\$|\*bold|\[link|\}\}|\{\{|\{%|%\}", outside)
     assert "&#60;script&#62;alert(1)&#60;/script&#62;" in outside
     assert not re.findall(r"^(?:---|# heading)", outside, re.M)
 
-    tables = [
-        lines for block in text.split("\n\n") if (lines := block.split("\n"))[0].startswith("| ")
-    ]
+    blocks = [block.split("\n") for block in text.split("\n\n")]
+    tables = [lines for lines in blocks if lines[0].startswith("| ")]
     assert len(tables) >= 7
     for lines in tables:
         assert {line.count("|") for line in lines} == {lines[0].count("|")}
     assert len(snippets(text)) == 3
 
 
-def test_no_path_of_the_machine_is_written(written, tmp_path):
-    config = make_config(encoder_name_or_path="/home/alice/encoder", encoder_revision=None)
+def test_no_path_and_no_name_of_the_machine_is_written(finished, tmp_path):
+    """Read the card of the run, and one whose settings and sources are absolute paths."""
+    environment = json.dumps(finished.metrics["environment"])
+    assert socket.gethostname() not in environment
+    assert f"/{getpass.getuser()}" not in environment
     settings = {
         "model_name_or_path": "/home/alice/run",
         "attn_implementation": "/home/alice/kernel",
     }
-    text = written(config, settings=settings)
-    assert all(name in text for name in ("kernel", "train.csv", "taxonomy.yaml"))
-    assert "alice" not in text
-    assert str(tmp_path) not in text
+    sources = [
+        s | {"name": f"/home/alice/{Path(s['name']).name}"} for s in finished.report["sources"]
+    ]
+    report = finished.report | {"sources": sources, "taxonomy": "from /home/alice/taxonomy.yaml"}
+    text = finished.write(tmp_path, report=report, settings=settings)
+    assert all(name in text for name in ("kernel", "train.", "taxonomy.yaml"))
     assert "continued from an earlier checkpoint" in text
-    assert not re.search(r"(?<![\w:/<.*])/\w+/", text)
+    for written in (text, finished.text):
+        assert "alice" not in written
+        assert str(finished.folder.parent) not in written
+        assert not re.search(r"(?<![\w:/<.*])/\w+/", written)
 
 
-# ── snippets and renaming ─────────────────────────────────────────────────────────────────────────
+# ── publishing ────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_renaming_keeps_what_was_written_by_hand(written):
-    config = make_config(["old/model", "old/model-2"])
-    text = written(config, metrics=make_metrics(config), model_id="old/model")
+def test_renaming_keeps_what_was_written_by_hand(folders, tmp_path):
+    run = Run(folders[0], {"neoplasms": "old/model", "cardiovascular diseases": "old/model-2"})
+    text = run.write(tmp_path, model_id="old/model")
     by_hand = text.replace(
         "license: apache-2.0", "# my remark\nlanguage: [en]\nlicense: mit\nextra: {a: 1}"
     )
-    by_hand = by_hand.replace(
-        "## Use\n",
-        "## Demo\n\nSee old/model-2 and its [Space](https://hf.co/spaces/old/model).\n\n## Use\n",
-    )
-    renamed = ModelCard(card.update_for_publishing(by_hand, config, "new/model", False, []))
-    parsed = ModelCard(by_hand)
-    assert renamed.text == parsed.text.replace('"old/model"', '"new/model"')
+    demo = "See old/model-2 and its [Space](https://hf.co/spaces/old/model)."
+    by_hand = by_hand.replace("## Use\n", f"## Demo\n\n{demo}\n\n## Use\n")
+    renamed = ModelCard(card.update_for_publishing(by_hand, run.config, "new/model", False, []))
+    before = ModelCard(by_hand)
+    assert renamed.text == before.text.replace('"old/model"', '"new/model"')
     assert all('"new/model"' in snippet for snippet in snippets(str(renamed)))
-    assert "See old/model-2 and its [Space](https://hf.co/spaces/old/model)." in renamed.text
-    assert "\nold/model\nold/model-2\n" in renamed.text  # classes of these names
+    assert demo in renamed.text
+    assert "├── old/model\n" in renamed.text  # a class of this name
     front = renamed.data.to_dict()
     assert (front["language"], front["license"], front["extra"]) == (["en"], "mit", {"a": 1})
-    parsed.data.model_name = "new/model"
-    assert front == parsed.data.to_dict()
+    before.data.model_name = "new/model"
+    assert front == before.data.to_dict()
 
 
-def test_a_merged_card_describes_the_whole_model_and_has_the_given_examples(written):
-    results = [{"labels": [{"label": label, "score": 0.5}]} for label in ("before", "after")]
-    config = make_config()
-    examples = ['One "\\" text.', "Another."]
-    text = written(config, example_result=results[0])
+def test_a_merged_card_describes_the_whole_model_and_has_the_given_examples(one_path, tmp_path):
+    one_path.config.encoder_name_or_path = ENCODER
+    one_path.config.encoder_revision = COMMIT
+    before, after = ({"labels": [{"label": name, "score": 0.5}]} for name in ("before", "after"))
+    text = one_path.write(tmp_path, example_result=before)
     old = re.search(r'classify\((".*?")', text)[1]
-    renamed = card.update_for_publishing(text, config, "me/model", True, examples, results[1])
-    assert (
-        "after" in section(renamed, "Use"),
-        "before" in section(renamed, "Use"),
-        old in renamed,
-    ) == (
-        True,
-        False,
-        False,
-    )
-    assert ast.literal_eval(re.search(r'classify\((".*?(?<!\\)")', renamed)[1]) == examples[0]
-    # by hand: these parts are the user's own
-    edited = re.sub("<!-- end of (?:use|loading) -->", "", text)
-    assert (
-        card.update_for_publishing(edited, config, "me/model", True, examples, results[1]).count(
-            old
+    examples = ['One "\\" text.', "Another."]
+
+    def publish(written: str) -> str:
+        return card.update_for_publishing(
+            written, one_path.config, "me/model", True, examples, after
         )
-        == 3
-    )
+
+    renamed = publish(text)
+    assert "after" in section(renamed, "Use")
+    assert "before" not in section(renamed, "Use")
+    assert old not in renamed
+    assert ast.literal_eval(re.search(r'classify\((".*?(?<!\\)")', renamed)[1]) == examples[0]
+    edited = re.sub("<!-- end of (?:use|loading) -->", "", text)  # these parts are the user's own
+    assert publish(edited).count(old) == 3
     assert ModelCard(renamed).data.base_model_relation == "finetune"
-    assert ModelCard(renamed).data.widget == [{"text": text} for text in examples]
+    assert ModelCard(renamed).data.widget == [{"text": example} for example in examples]
     assert "The repository holds the whole model" in renamed
     assert "PEFT adapter (`adapter/`)" not in renamed
 
@@ -354,104 +249,93 @@ def test_a_merged_card_describes_the_whole_model_and_has_the_given_examples(writ
 # ── sections ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_card_of_an_unfinished_run_has_no_results(written):
-    text = written(metrics={})
+def test_the_card_of_an_unfinished_run_has_no_results(one_path, tmp_path):
+    text = one_path.write(tmp_path, metrics={})
     assert "not finished" in section(text, "Scores")
     assert ModelCard(text).data.to_dict().keys().isdisjoint({"model-index", "metrics"})
     assert "├── neoplasms" in text
-    assert "there are no scores" in section(written(metrics={"train_runtime": 1.0}), "Scores")
+    without = one_path.write(tmp_path, metrics={"train_runtime": 1.0})
+    assert "there are no scores" in section(without, "Scores")
 
 
-@FORMS
-def test_all_scores_are_shown_with_their_guarantees(written, problem_type):
-    printed = section(written(problem_type=problem_type), "Results")
-    metrics = METRICS[problem_type]
+def test_all_scores_are_shown_with_their_guarantees(finished):
+    printed = section(finished.text, "Results")
+    metrics = finished.metrics
     titles = {"macro_f1": "macro F1", "ece": "expected calibration error"}
-    titles["log_loss"] = (
-        "log loss (nats)" if problem_type == SINGLE_LABEL else "log loss of a node (nats)"
-    )
+    if finished.several:
+        titles |= {"log_loss": "log loss of a node (nats)", "level_2_micro_f1": "level 2 micro F1"}
+    else:
+        titles |= {"log_loss": "log loss (nats)", "level_2_macro_f1": "level 2 macro F1"}
     for name, title in titles.items():
         assert (
             f"| {title} | {metrics[f'eval_{name}']:.4f} | {metrics[f'test_{name}']:.4f} |\n"
             in printed
         )
-    assert f"| level 2 {'macro' if problem_type == SINGLE_LABEL else 'micro'} F1 | " in printed
-    assert "0.7100 – 0.7500; test macro F1 0.6000 – 0.7000" in printed
-    guarantee, other = (
-        ("coverage", "recall") if problem_type == SINGLE_LABEL else ("recall", "coverage")
-    )
-    assert (
-        f"On the test texts, the {guarantee} is 88.8%,\nand 76.9% in the worst band of "
-        "confidence, the 52"
-    ) in printed
-    assert "| texts whose most probable leaf has at most 40% | 52 | 76.9% | 2.8 |" in printed
-    assert f"={other}" not in printed
-    assert ("lie between 0.20 and 0.50." in printed) == (problem_type == MULTI_LABEL)
-
-
-@FORMS
-def test_the_first_lines_say_what_the_model_does_how_often_it_is_right_and_where_it_is_wrong(
-    written, problem_type
-):
-    config = make_config(problem_type=problem_type)
-    metrics = METRICS[problem_type]
-    names = [f"kind {i}" for i in range(5)]
-    rows = [
-        {"label": name, "support": 9 + i, "f1": i / 10, "f1_interval": None}
-        for i, name in enumerate(names)
-    ]
-    metrics = metrics | {"per_class": [{"precision": 0.5, "recall": 0.5, **row} for row in rows]}
-    node = {"label": "neoplasms", "score": 0.98765, "path": []}
-    result = {"labels": [node], "prediction_set": [node, node | {"label": "other"}]}
-    text = written(config, metrics=metrics, example_result=result)
-    first = ModelCard(text).text.split("\n## ")[0]
-    assert first.lstrip().startswith("# Abstracts by disease\n")
-    num_rows = make_report(config)["splits"]["test"]["rows"]
-    if problem_type == SINGLE_LABEL:
-        accuracy, leaves = (
-            f"{100 * metrics[f'test_{name}']:.0f} %" for name in ("accuracy", "leaf_labels")
-        )
-        correct = (
-            f"**{accuracy} of the {leaves} of {num_rows} test texts that have a leaf as label "
-            "are classified correctly"
-        )
-        assert correct in first
+    low, high = metrics["intervals"]["test_macro_f1"]
+    assert f"; test macro F1 {low:.4f} – {high:.4f}." in printed
+    reached = metrics[f"test_set_{finished.guarantee}"]
+    worst = metrics["worst_band"]
+    share = f"{worst[finished.guarantee]:.1%}"
+    assert f"On the test texts, the {finished.guarantee} is {reached:.1%},\n" in printed
+    assert f"and {share} in the worst band of confidence, the {worst['texts']} texts" in printed
+    row = f"{worst['group']} | {worst['texts']} | {share} | {worst['nodes']:.1f} |"
+    assert f"| texts whose most probable leaf has {row}" in printed
+    assert f"With `{finished.guarantee}=0.9` the pipeline returns" in printed
+    if finished.several:
+        thresholds = finished.config.calibration.thresholds
+        assert f"lie between {min(thresholds):.2f} and {max(thresholds):.2f}." in printed
     else:
-        assert (
-            f"**F1 {metrics['test_micro_f1']:.2f} over all nodes of {num_rows} test texts" in first
-        )
-    assert "of 90 % hold 2.2 nodes, and reach 89 %" in first
-    assert (
-        "Lowest F1: kind 1 (10 % of 10 texts), kind 2 (20 % of 11 texts), kind 3 (30 % of "
-        "12 texts)."
-    ) in first
+        assert "thresholds of the nodes" not in printed
+
+
+def test_the_first_lines_say_what_the_model_does_and_how_well(finished, tmp_path):
+    metrics = finished.metrics
+    first = ModelCard(finished.text).text.split("\n## ")[0]
+    assert first.lstrip().startswith(f"# {finished.config.page['title']}\n")
+    if finished.several:
+        assert f"**F1 {metrics['test_micro_f1']:.2f} over all nodes of 120 test texts" in first
+    else:
+        accuracy = f"{100 * metrics['test_accuracy']:.0f} %"
+        assert f"**{accuracy} of 150 test texts are classified correctly" in first
+    reached = metrics[f"test_set_{finished.guarantee}"]
+    sets = f"of 90 % hold {metrics['test_set_nodes']:.1f} nodes, and reach {100 * reached:.0f} %"
+    assert sets in first
     assert "Not a medical device, and not for diagnosis, treatment" in first
     assert "Not for texts unlike the training texts" in first
-    use = section(text, "Use")
-    assert (
-        "\nlabels: [{'label': 'neoplasms', 'score': 0.99}]\nprediction_set: [{'label': "
-        "'neoplasms', 'score'"
-    ) in use
-    # three lines of code
-    assert len(snippets(text)[0].split("\n\n")) == len(snippets(text)[0].splitlines()) - 2 == 2
+    use = section(finished.text, "Use")
+    for field in ("labels", "prediction_set"):
+        assert re.search(rf"\n{field}: \[.*'score': \d\.\d+\}}\]\n", use)
+    assert len(snippets(finished.text)[0].splitlines()) == 4  # three of them code
+
+    # the weakest of the nodes with at least ten texts
+    rows = [{"label": f"kind {i}", "support": 9 + i, "f1": i / 10} for i in range(5)]
+    more = {"precision": 0.5, "recall": 0.5, "f1_interval": None}
+    text = finished.write(tmp_path, metrics=metrics | {"per_class": [row | more for row in rows]})
+    weakest = "kind 1 (10 % of 10 texts), kind 2 (20 % of 11 texts), kind 3 (30 % of 12 texts)."
+    assert f"Lowest F1: {weakest}" in text
+    if not finished.several:
+        text = finished.write(tmp_path, metrics=metrics | {"test_leaf_labels": 0.5})
+        assert f"**{accuracy} of the 50 % of 150 test texts that have a leaf as label are" in text
 
 
-def test_only_a_medical_model_is_called_one(written):
-    text = written(
-        make_config(["sport", "politics"], page={"examples": ["The match", "The vote"]}), metrics={}
-    )
+def test_only_a_medical_model_is_called_one(one_path, tmp_path):
+    assert "medical" in one_path.text
+    one_path.config.page = {"examples": ["The match", "The vote"]}
+    text = one_path.write(tmp_path, metrics={})
     assert "medical" not in text.casefold()
     assert "Colonoscopy" not in text
     assert ModelCard(text).data.widget == [{"text": "The match"}, {"text": "The vote"}]
     assert 'classify("The match"' in snippets(text)[0]
-    assert "# Text classifier: sport, politics\n" in text
+    assert "# Text classifier: general pathological conditions, specific disease\n" in text
 
 
-def test_results_show_the_most_common_classes(written):
+def test_results_show_the_most_common_classes(one_path, tmp_path):
     row = {"precision": 0.5, "recall": 0.25, "f1": 1 / 3, "f1_interval": [0.2, 0.4]}
     rows = [{"label": f"kind <{i}>", "support": i, **row} for i in range(60)]
     rows[59]["f1_interval"] = None
-    printed = section(written(metrics=METRICS[SINGLE_LABEL] | {"per_class": rows}), "Results")
+    printed = section(
+        one_path.write(tmp_path, metrics=one_path.metrics | {"per_class": rows}), "Results"
+    )
     pattern = (
         r"(?m)^\| kind &#60;(\d+)&#62; \| (\d+) \| 0.5000 \| 0.2500 \| 0.3333 \| (0.2000 – "
         r"0.4000)? \|$"
@@ -463,99 +347,106 @@ def test_results_show_the_most_common_classes(written):
     assert f"are of the {sum(range(60)):,} test rows that are labelled with a leaf" in printed
 
 
-@FORMS
-def test_scores_and_guarantees_on_rows_that_selected_the_checkpoint_are_called_optimistic(
-    written, problem_type
+def test_scores_and_guarantees_on_rows_that_selected_the_checkpoint_are_optimistic(
+    finished, tmp_path
 ):
     sentence = "The validation rows also selected the checkpoint, so their scores are optimistic"
     guarantee = "does not account for the selection of the checkpoint on the same rows"
-    for chosen in True, False:
-        text = written(problem_type=problem_type, settings={"load_best_model_at_end": chosen})
+    for chosen in (True, False):
+        text = finished.write(tmp_path, settings={"load_best_model_at_end": chosen})
         assert (sentence in text) == (guarantee in section(text, "Results")) == chosen
         assert f"| load_best_model_at_end | {chosen} |" in text
     test_only = {
-        name: value for name, value in METRICS[problem_type].items() if not name.startswith("eval_")
+        name: value for name, value in finished.metrics.items() if not name.startswith("eval_")
     }
-    assert sentence not in written(problem_type=problem_type, metrics=test_only)
+    assert sentence not in finished.write(
+        tmp_path, metrics=test_only, settings={"load_best_model_at_end": True}
+    )
 
 
-@FORMS
-def test_only_plots_that_are_there_are_shown(written, tmp_path, problem_type):
-    assert "![" not in written(problem_type=problem_type)
+def test_only_plots_that_are_there_are_shown(finished, tmp_path):
+    def images(text: str) -> dict[str, str]:
+        return {file: caption for caption, file in re.findall(r"!\[(.*?)\]\(plots/(.*?)\)", text)}
+
+    assert images(finished.text).keys() == {
+        file.name for file in (finished.folder / "plots").iterdir()
+    }
+    assert images(finished.write(tmp_path)) == {}
     (tmp_path / "plots").mkdir()
     numbered = PngInfo()
     numbered.add_text("Description", "1: 神経; 2: *")
-    for name in (
-        "training_curves",
-        "f1_by_frequency",
-        "confusion_matrix_level_2",
-        "confusion_matrix_level_3",
-    ):
-        Image.new("L", (1, 1)).save(
-            tmp_path / "plots" / f"{name}.png", pnginfo=numbered if name[-1] in "2y" else None
-        )
-    shown = written(problem_type=problem_type)
+    for name in ("confusion_matrix_level_2", "confusion_matrix_level_3", "f1_by_frequency"):
+        Image.new("L", (1, 1)).save(tmp_path / "plots" / f"{name}.png", pnginfo=numbered)
+    shown = finished.write(tmp_path)
     assert shown.count("Names that the font of the plots lacks: 1: 神経; 2: &#42;.") == 1
-    images = re.findall(r"!\[(.*?)\]\(plots/(.*?)\.png\)", shown)
-    if problem_type == SINGLE_LABEL:  # the taxonomy has two levels: the third is of another run
-        expected = ("Confusion matrix of the test rows, level 2", "confusion_matrix_level_2")
+    if finished.several:
+        assert images(shown) == {
+            "f1_by_frequency.png": "F1 of each node over its number of test texts"
+        }
+    else:  # the taxonomy has two levels: the third is of another run
+        assert images(shown) == {
+            "confusion_matrix_level_2.png": "Confusion matrix of the test rows, level 2"
+        }
+
+
+def test_the_data_section_shows_rows_labels_files_lengths_and_merged_rows(finished, tmp_path):
+    shown = section(finished.text, "Data")
+    sha = finished.metrics["environment"]["data"]["test"]
+    (name,) = sha
+    assert f"| test | {name} | {sha[name][:12]} |" in shown
+    if finished.several:
+        assert "| train | 480 | 0 | 1.40 | 59 |" in shown
+        assert "| neoplasms | 149 | 36 | 35 |" in shown
+        assert "ceiling" not in shown
+        merged = {"train": 7, "validation": 0, "test": 1}
+        shown = section(
+            finished.write(tmp_path, report=finished.report | {"merged_rows": merged}), "Data"
+        )
+        assert "7 train rows and 1 test rows" in shown
     else:
-        expected = ("F1 of each node over its number of test texts", "f1_by_frequency")
-    assert images == [expected, ("Training curves", "training_curves")]
+        assert "| train | 800 | 0 | 0 | 0 | 0 | 100.00% |" in shown
+        assert "| neoplasms | 176 | 22 | 33 |" in shown
+        limits = section(finished.text, "Limits and intended use")
+        assert "256 tokens; the model does not see the rest. Truncated: 3 train texts." in limits
 
 
-def test_the_data_section_shows_rows_conflicts_lengths_and_classes(written):
-    report = make_report(
-        make_config(), columns={"text": "text", "label": [f"label {i}" for i in range(5000)]}
-    )
-    text = written(report=report)
-    shown = section(text, "Data")
-    limits = section(text, "Limits and intended use")
-    ceiling = report["splits"]["train"]["accuracy_ceiling"]
-    assert f"| train | 6 | 0 | 1 | 1 | 2 | {ceiling:.2%} |" in shown
-    assert "| neoplasms | 3 | 3 | 3 |" in shown
-    assert "| train | train.csv | abababababab |" in shown
-    assert "label 19 and 4,980 more" in shown
-    assert "so expect no correct predictions: general pathological conditions." in limits
-    assert (
-        "256 tokens; the model does not see the rest. Truncated: 1 train texts, 1 "
-        "validation texts, 1 test"
-    ) in limits
-    split_off = {"method": "by class", "split_off": {"test": 0.1}, "seed": 7}
-    before = {"scores": "unverified", "left_out": {}}
-    text = written(report=make_report(make_config(), split=split_off, trained_before=before))
-    assert "0.1 for test; seed 7" in section(text, "Data")
-    assert "**These scores are unverified**" in text
-    assert {r.metric_name.split(" ")[1] for r in ModelCard(text).data.eval_results} == {
-        "(unverified)"
+def test_repeated_texts_many_columns_and_classes_without_rows_are_reported(one_path, tmp_path):
+    report = one_path.report | {
+        "columns": {"text": "text", "label": [f"label {i}" for i in range(5000)]},
+        "split": {"method": "by class", "split_off": {"test": 0.1}, "seed": 7},
+        "classes_without_training_rows": ["neoplasms"],
     }
+    repeats = {"conflicting_texts": 1, "conflicting_rows": 2, "accuracy_ceiling": 0.875}
+    report["splits"]["train"] |= repeats
+    text = one_path.write(tmp_path, report=report)
+    shown = section(text, "Data")
+    assert "| train | 800 | 0 | 0 | 1 | 2 | 87.50% |" in shown
+    assert "label 19 and 4,980 more" in shown
+    assert "0.1 for test; seed 7" in shown
+    limits = section(text, "Limits and intended use")
+    assert "so expect no correct predictions: neoplasms." in limits
 
 
-def test_the_data_section_of_a_multi_label_card_shows_labels_and_merged_rows(written):
-    shown = section(written(problem_type=MULTI_LABEL), "Data")
-    assert "| train | 8 | 0 | 0.88 | 3 |" in shown
-    assert "7 train rows and 1 test rows" in shown
-    assert "| neoplasms | 5 | 5 | 5 |" in shown
-    assert "ceiling" not in shown
-
-
-def test_the_training_section_shows_encoder_settings_size_time_and_machine(written):
-    environment = METRICS[SINGLE_LABEL]["environment"]
-    assert socket.gethostname() not in json.dumps(environment)
-    assert f"/{getpass.getuser()}" not in json.dumps(environment)
-    metrics = METRICS[SINGLE_LABEL] | {"resumed_from_step": 1200}
-    shown = section(written(metrics=metrics), "Training").replace("&#95;", "_")
+def test_the_training_section_shows_settings_size_time_and_machine(one_path, tmp_path):
+    shown = section(one_path.text, "Training")
+    metrics = one_path.metrics
+    trained = metrics["trainable_parameters"]
+    whole = metrics["all_parameters"]
+    versions = metrics["environment"]["versions"]
     for words in (
-        f"[{ENCODER}](https://huggingface.co/{ENCODER}) at revision `{COMMIT}`",
-        "665,862 of 23,231,238 parameters (2.9%)",
+        f"{trained:,} of {whole:,} parameters ({trained / whole:.1%})",
         "| lora_r | 16 |",
-        "| learning_rate | 0.0006 |",
-        (
-            "Training time from step 1,200 on, where it was resumed, evaluations included: 2.1 "
-            "minutes."
-        ),
-        f"transformers {environment['versions']['transformers']}",
+        "| learning_rate | 0.001 |",
+        f"Training time, evaluations included: {metrics['train_runtime'] / 60:.1f} minutes.",
+        f"transformers {versions['transformers']}",
     ):
         assert words in shown, words
     assert "attn_implementation" not in shown  # it was not set
     assert "continued" not in shown
+    resumed = one_path.write(
+        tmp_path, metrics=metrics | {"resumed_from_step": 1200, "train_runtime": 125.0}
+    )
+    assert (
+        "Training time from step 1,200 on, where it was resumed, evaluations included: 2.1 minutes."
+        in resumed
+    )

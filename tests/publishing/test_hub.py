@@ -30,7 +30,6 @@ from transformers import AutoTokenizer
 
 from checkpoint_hierarchical import SHIPPED_FILES
 from configuration_hierarchical import HierarchicalConfig
-from decisions_hierarchical import guaranteed_threshold, threshold_at
 from modeling_hierarchical import HierarchicalForSequenceClassification, Tokens
 
 ADAPTER_REPOSITORY = {
@@ -113,8 +112,8 @@ def expected(checkpoint, hub) -> torch.Tensor:
 
 
 def by_hand(hub: HubServer, checkpoint: Path) -> torch.Tensor:
-    """Compute log-probabilities of a checkpoint's nodes for TEXTS, (2, num_nodes), from the local
-    files by PEFT alone.
+    """Compute log-probabilities of a checkpoint's nodes for TEXTS, (2, num_nodes), from the
+    local files by PEFT alone.
     """
     from peft import PeftModel
     from transformers import AutoModel
@@ -185,10 +184,8 @@ SAVE_AGAIN = """
 import shutil, torch
 from transformers import AutoModel
 source, target = {source!r}, {target!r}
-model = AutoModel.from_pretrained(source, trust_remote_code=True, dtype=torch.{dtype})
-model.save_pretrained(target)
-tokenizer = ("tokenizer.json", "tokenizer_config.json")
-for name in ("README.md", "metrics.json", "fingerprint.json", *tokenizer):
+AutoModel.from_pretrained(source, trust_remote_code=True, dtype=torch.{dtype}).save_pretrained(target)
+for name in ("README.md", "metrics.json", "fingerprint.json", "tokenizer.json", "tokenizer_config.json"):
     shutil.copy(f"{{source}}/{{name}}", target)
 print("{{}}")
 """
@@ -495,13 +492,10 @@ import json, os
 from transformers import AutoModel, AutoTokenizer, BitsAndBytesConfig
 options = {{"cache_dir": "elsewhere", "token": "hf_alice", "trust_remote_code": True}}
 bits = BitsAndBytesConfig(load_in_4bit=True)
-quantized = options | dict(device_map="auto", quantization_config=bits)
-model = AutoModel.from_pretrained("alice/over-bin", **quantized)
-tokenizer = AutoTokenizer.from_pretrained("alice/over-bin", **options)
-inputs = tokenizer({TEXTS[0]!r}, return_tensors="pt", truncation=True)
+model = AutoModel.from_pretrained("alice/over-bin", device_map="auto", quantization_config=bits, **options)
+inputs = AutoTokenizer.from_pretrained("alice/over-bin", **options)({TEXTS[0]!r}, return_tensors="pt", truncation=True)
 log_probs = model(**inputs).node_log_probs[0].tolist()
-linear = type(model.encoder.encoder.layer[0].intermediate.dense).__name__
-print(json.dumps([linear, log_probs, os.listdir("elsewhere")]))
+print(json.dumps([type(model.encoder.encoder.layer[0].intermediate.dense).__name__, log_probs, os.listdir("elsewhere")]))
 """
     linear, log_probs, cached = run_outside(code, tmp_path, hub.environment(tmp_path / "home"))
     torch.testing.assert_close(torch.tensor(log_probs), expected[0], atol=0.5, rtol=0)
@@ -563,25 +557,17 @@ tokenizer = AutoTokenizer.from_pretrained({repo!r}, trust_remote_code=True)
 logits = model(**tokenizer({TEXTS!r}, padding=True, return_tensors="pt")).logits
 own = pipeline("hierarchical-text-classification", model={repo!r}, trust_remote_code=True)
 stock = pipeline("text-classification", model={repo!r}, trust_remote_code=True, top_k=None)
-results = own({TEXTS!r}, recall=0.9, levels=True)
-print(json.dumps([logits.sigmoid().tolist(), results, stock({TEXTS!r}, truncation=True)]))
+print(json.dumps([logits.sigmoid().tolist(), own({TEXTS!r}, levels=True), stock({TEXTS!r}, truncation=True)]))
 """
     shown = snippets(hub.files(repo)["README.md"].decode())
     results, *printed = run_snippets([code, *shown], tmp_path, hub.environment(tmp_path / "home"))
     model, own, stock = json.loads(results)
-    config = HierarchicalConfig.from_pretrained(output)
-    labels = config.tree.labels
-    threshold = guaranteed_threshold("recall", 0.9, config.calibration)
+    labels = HierarchicalConfig.from_pretrained(output).tree.labels
     np.testing.assert_allclose(model, expected_probabilities, atol=1e-4)
     for expected, result, flat in zip(expected_probabilities, own, stock, strict=True):
         nodes = {label: score for level in result["levels"] for label, score in level.items()}
         assert nodes == pytest.approx(dict(zip(labels, expected.tolist(), strict=True)), abs=1e-4)
         assert {one["label"]: one["score"] for one in flat} == pytest.approx(nodes, abs=1e-4)
-        confidence = torch.tensor([max(nodes[label] for label in labels[: config.tree.num_leaves])])
-        least = threshold_at(threshold, confidence).item()
-        assert {one["label"] for one in result["prediction_set"]} == {
-            label for label in nodes if nodes[label] >= least
-        }
     result = ast.literal_eval(printed[0])
     predicted, held = (
         {one["label"]: one["score"] for one in result[name]}

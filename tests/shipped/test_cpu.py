@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from small_encoders import small_encoder
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from cpu_hierarchical import PackedLinear, pack_linear_layers
@@ -81,44 +82,18 @@ def test_outputs_and_gradients_are_those_of_peft(minilm, batch, quantization, dt
     assert_same(model, fast, batch, dtype)
 
 
-SMALL = {
-    "vocab_size": 99,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 48,
-}
-ENCODERS = {
-    "roberta": {**SMALL, "pad_token_id": 1},
-    "electra": {**SMALL, "embedding_size": 16},
-    "distilbert": {"vocab_size": 99, "dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 48},
-    "modernbert": {
-        **SMALL,
-        "pad_token_id": 0,
-        "cls_token_id": 1,
-        "sep_token_id": 2,
-        "local_attention": 8,
-        "global_attn_every_n_layers": 2,
-    },
-    "deberta-v2": {**SMALL, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
-    "longformer": {
-        **SMALL,
-        "pad_token_id": 1,
-        "attention_window": 8,
-        "max_position_embeddings": 66,
-    },
-}
+KINDS = ("roberta", "electra", "distilbert", "modernbert", "deberta-v2", "longformer")
 
 
-@pytest.mark.parametrize("kind", ENCODERS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_outputs_and_gradients_of_other_encoders(kind, tmp_path):
     """Compare encoders with windowed attention, or with custom attention layers."""
     torch.manual_seed(0)
-    AutoModel.from_config(AutoConfig.for_model(kind, **ENCODERS[kind])).save_pretrained(tmp_path)
+    AutoModel.from_config(AutoConfig.for_model(**small_encoder(kind))).save_pretrained(tmp_path)
     mask = torch.ones(3, 20, dtype=torch.long)
     mask[1, 11:] = mask[2, 4:] = 0
     given = {
-        "input_ids": torch.randint(5, 90, (3, 20)),
+        "input_ids": torch.randint(5, 60, (3, 20)),
         "attention_mask": mask,
         "labels": torch.tensor([0, 1, 2]),
     }
@@ -158,18 +133,14 @@ CLOSE = {torch.bfloat16: {"atol": 0.06, "rtol": 0.02}, torch.float32: {"atol": 1
 
 
 @pytest.mark.parametrize("dtype", [pytest.param(torch.bfloat16, marks=packs), torch.float32])
-@pytest.mark.parametrize("kind", ENCODERS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_packed_layers_give_the_outputs_and_gradients_of_plain_layers(kind, dtype):
     torch.manual_seed(0)
-    plain = (
-        AutoModel.from_config(AutoConfig.for_model(kind, **ENCODERS[kind]))
-        .to(dtype)
-        .eval()
-        .requires_grad_(False)
-    )
+    plain = AutoModel.from_config(AutoConfig.for_model(**small_encoder(kind))).to(dtype)
+    plain.eval().requires_grad_(False)
     packed = copy.deepcopy(plain)
     pack_linear_layers(packed)
-    vectors = plain.get_input_embeddings()(torch.randint(5, 90, (3, 20))).requires_grad_()
+    vectors = plain.get_input_embeddings()(torch.randint(5, 60, (3, 20))).requires_grad_()
     given = {"inputs_embeds": vectors, "attention_mask": torch.ones(3, 20).long()}
     outputs, expected = (encoder(**given).last_hidden_state for encoder in (packed, plain))
     gradients = [

@@ -10,6 +10,7 @@ import torch
 import transformers
 from conftest import ROOT, same_weights, untrained_model
 from peft import LoraConfig, inject_adapter_in_model
+from small_encoders import small_encoder
 from torch import nn
 from transformers import AutoModel, BitsAndBytesConfig, initialization
 
@@ -19,36 +20,15 @@ from modeling_hierarchical import HierarchicalForSequenceClassification
 from taxonomy_hierarchical import Taxonomy
 
 UNEVEN = Taxonomy({"a": {"b": ["c", "d"], "e": None}, "f": ["g"], "h": None})
-SMALL = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 48,
-}
 AUTO_CLASSES = (HierarchicalForSequenceClassification, AutoModel)
 FORMS = pytest.mark.parametrize("form", ["adapter", "whole"])
-ENCODERS = {
-    "bert": SMALL,
-    "roberta": {**SMALL, "pad_token_id": 1, "max_position_embeddings": 66},
-    "distilbert": {"vocab_size": 64, "dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 48},
-    "deberta-v2": {
-        **SMALL,
-        "relative_attention": True,
-        "position_buckets": 8,
-        "pos_att_type": ["p2c", "c2p"],
-    },
-    "modernbert": SMALL
-    | {"pad_token_id": 0, **dict.fromkeys(("cls_token_id", "bos_token_id"), 1), "sep_token_id": 2},
-}
+KINDS = ("bert", "roberta", "distilbert", "deberta-v2", "modernbert")
 
 
 def small_model(
     kind: str = "bert", taxonomy: Taxonomy = UNEVEN, **settings
 ) -> HierarchicalForSequenceClassification:
-    config = HierarchicalConfig(
-        text_config={"model_type": kind, **ENCODERS[kind]}, taxonomy=taxonomy, **settings
-    )
+    config = HierarchicalConfig(text_config=small_encoder(kind), taxonomy=taxonomy, **settings)
     return HierarchicalForSequenceClassification(config).eval()
 
 
@@ -101,7 +81,7 @@ def test_node_probabilities_are_products_along_the_path(taxonomy):
 
 
 @pytest.mark.parametrize(
-    ("kind", "pooling"), [*product(ENCODERS, ["mean"]), ("bert", "label_attention")]
+    ("kind", "pooling"), [*product(KINDS, ["mean"]), ("bert", "label_attention")]
 )
 def test_every_encoder_trains_saves_and_comes_back_the_same(kind, pooling, tmp_path):
     model = small_model(kind, pooling=pooling)
@@ -193,10 +173,8 @@ def test_the_caller_and_not_a_stored_configuration_chooses_the_attention(form, a
 
 
 def test_weights_that_bitsandbytes_repacked_are_not_saved(tmp_path):
-    width = {"hidden_size": 64, "intermediate_size": 128}  # whole blocks of 64
-    config = HierarchicalConfig(
-        text_config={"model_type": "bert", **SMALL, **width}, taxonomy=UNEVEN
-    )
+    wide = small_encoder("bert", hidden_size=64, intermediate_size=128)  # whole blocks of 64
+    config = HierarchicalConfig(text_config=wide, taxonomy=UNEVEN)
     HierarchicalForSequenceClassification(config).save_pretrained(tmp_path / "plain")
     four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
     model = HierarchicalForSequenceClassification.from_pretrained(
@@ -312,7 +290,7 @@ def test_models_that_cannot_read_a_text_alone_are_refused(kind, message):
         "bart": {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1},
         "convbert": {"embedding_size": 32},
     }
-    config = {"model_type": kind, **SMALL, **sizes.get(kind, {})}
+    config = small_encoder(kind, **sizes.get(kind, {}))
     with pytest.raises(ValueError, match=message):
         HierarchicalForSequenceClassification(
             HierarchicalConfig(taxonomy=["a", "b"], text_config=config)
@@ -321,7 +299,7 @@ def test_models_that_cannot_read_a_text_alone_are_refused(kind, message):
 
 def test_big_bird_predicts_a_long_text_equally_before_and_after_a_short_one():
     blocks = {"max_position_embeddings": 256, "block_size": 4, "num_random_blocks": 1}
-    config = {"model_type": "big_bird", **SMALL, **blocks}
+    config = small_encoder("big_bird", **blocks)
     model = HierarchicalForSequenceClassification(
         HierarchicalConfig(taxonomy=["a", "b"], text_config=config)
     ).eval()

@@ -30,7 +30,6 @@ TEXTS = [
     * 3,
     "x",
 ]
-LEAVES = UNEVEN.labels[: UNEVEN.num_leaves]
 LONG = "headache migraine seizure tumour liver heart valve artery colon biopsy " * 30
 
 
@@ -164,7 +163,6 @@ def test_a_stream_is_read_no_further_than_needed(classify):
     assert list(classify(iter([]))) == []
 
 
-# edges between the leaves of UNEVEN, with one node above all roots, in the order of LEAVES
 def test_arguments_of_a_call_override_arguments_of_the_pipeline(checkpoint, classify):
     load = partial(
         pipeline, "hierarchical-text-classification", model=checkpoint, trust_remote_code=True

@@ -68,14 +68,21 @@ def test_the_rows_of_a_file_are_classified_as_single_texts(form, tmp_path):
         )
 
 
-def test_a_file_in_another_encoding_needs_its_name(form, tmp_path):
-    (tmp_path / "in.txt").write_bytes("Ménière\n".encode("cp1252"))
-    refused = form.client.predict(handle_file(str(tmp_path / "in.txt")), api_name="/classify_file")
-    assert "choose the encoding cp1252" in refused["problems"][0]["problem"]
-    result = form.client.predict(
-        handle_file(str(tmp_path / "in.txt")), encoding="cp1252", api_name="/classify_file"
-    )
+@pytest.mark.parametrize(("kind", "encoding"), [("txt", "cp1252"), ("csv", "utf-16")])
+def test_a_file_in_another_encoding_needs_its_name(space, tmp_path, kind, encoding):
+    lines = ["text", "Ménière"] if kind == "csv" else ["Ménière"]
+    (tmp_path / f"in.{kind}").write_text("\n".join(lines), encoding=encoding)
+
+    def classify(**given: str) -> dict:
+        file = handle_file(str(tmp_path / f"in.{kind}"))
+        return space.client.predict(file, **given, api_name="/classify_file")
+
+    result = classify(encoding=encoding)
     assert [row["text"] for row in result["rows"]] == ["Ménière"]
+    with pytest.raises(AppError, match="no such encoding"):
+        classify(encoding="nonsense")
+    if kind == "txt":
+        assert "choose the encoding cp1252" in classify()["problems"][0]["problem"]
 
 
 def test_the_api_is_typed_and_documented(form):

@@ -50,22 +50,6 @@ def test_the_column_of_texts_is_the_requested_one_or_the_one_with_the_most_chara
         read_table([("csv", b"a,b\n1,2\n")], "c")
 
 
-def test_an_encoding_is_offered_and_several_texts_are_rows():
-    texts = [(f"{name}.txt", f"Grüße,\n{name}".encode("cp1252")) for name in "ab"]
-    for files in (texts, [("a.csv", "text\nGrüße\n".encode("cp1252"))]):
-        assert "choose the encoding cp1252" in read_table(files).rows[0].problem
-    assert [row.text for row in read_table(texts, encoding="cp1252").rows] == [
-        "Grüße,\na",
-        "Grüße,\nb",
-    ]
-    assert (
-        read_table([("a.csv", "text\nGrüße\n".encode("utf-16"))], encoding="utf-16").rows[0].text
-        == "Grüße"
-    )
-    with pytest.raises(Refused, match="no such encoding"):
-        read_table(texts, encoding="nonsense")
-
-
 # ── Hostile files ─────────────────────────────────────────────────────────────────────────────────
 
 
