@@ -145,12 +145,11 @@ def read_examples(path: str, encoding: str | None) -> list[str]:
 
     InputError: it has no column of texts, a text is missing, or there are too many.
     """
-    table, _ = read_texts(
-        path, "examples", DataArguments(encoding=encoding), flag="another file as --examples"
-    )
-    if len(table) > MAX_EXAMPLES:
-        raise InputError(f"--examples: {path} has {len(table):,} texts; give 1 to {MAX_EXAMPLES}")
-    return [*table.iloc[:, 0]]
+    flag = "another file as --examples"
+    texts, _ = read_texts(path, DataArguments(encoding=encoding), flag)
+    if len(texts) > MAX_EXAMPLES:
+        raise InputError(f"--examples: {path} has {len(texts):,} texts; give 1 to {MAX_EXAMPLES}")
+    return texts
 
 
 def config_with_examples(file: Path, examples: list[str]) -> bytes:

@@ -50,6 +50,7 @@ from taxonomy_hierarchical import quote_name
 
 logger = logging.getLogger(__name__)
 
+ALL = "all"  # in place of a split: a source that is to be split into all splits
 SPLIT_ALIASES = {"valid": "validation", "val": "validation", "dev": "validation"}
 
 
@@ -62,6 +63,11 @@ class SplitSource:
     read: Callable[[list[str]], pd.DataFrame]  # takes the names of columns, see `read_table`
     sha256: dict[str, str]
     dataset: str | None = None  # id on the Hub
+
+    def describe(self, split: str) -> dict[str, Any]:
+        """Return an entry of `SourceRows.sources`."""
+        about = {"name": self.name, "dataset": self.dataset, "sha256": self.sha256}
+        return {"split": split} | about
 
 
 @dataclass(frozen=True)
@@ -85,19 +91,18 @@ def read_rows(arguments: DataArguments, trains: bool = True) -> SourceRows:
     with a taxonomy needs no rows.
     """
     # ── Sources and their columns ─────────────────────────────────────────────────────────────────
-    sources, single = find_split_sources(arguments, needs_rows=not (trains and arguments.taxonomy))
-    unlabelled = list[str]()
-    described = list[dict[str, Any]]()
+    sources = find_split_sources(arguments, needs_rows=not (trains and arguments.taxonomy))
+    unlabelled: list[str] = []
+    described: list[dict[str, Any]] = []
     if arguments.unlabelled_file is not None:
-        table, source = read_texts(arguments.unlabelled_file, "unlabelled", arguments)
-        unlabelled = [*table.iloc[:, 0]]
-        described = [source]
+        unlabelled, source = read_texts(arguments.unlabelled_file, arguments)
+        described.append(source.describe("unlabelled"))
     if not sources:
         rows = pd.DataFrame({"split": [], "row": [], "text": [], "labels": []}, dtype=object)
         return SourceRows(rows, {}, choose_form([], [], arguments), [], described, {}, unlabelled)
     if not trains and len(sources) > 1:
         sources.pop("train", None)
-    shares = find_shares(arguments, sources.keys(), single)
+    shares = find_shares(arguments, sources)
     columns = find_columns(list(sources.values()), arguments)
     first = next(iter(columns.values()))  # other sources may use another case
     logger.info(
@@ -108,8 +113,8 @@ def read_rows(arguments: DataArguments, trains: bool = True) -> SourceRows:
     tables = {split: source.read(columns[source.name]) for split, source in sources.items()}
     cells = chain.from_iterable(table[name] for table in tables.values() for name in [*table][1:])
     form = choose_form(list(cells), first[1:], arguments)
-    parts = []
-    places = dict[Label, str]()
+    parts: list[pd.DataFrame] = []
+    places: dict[Label, str] = {}
     for split, table in tables.items():
         text_column, *label_columns = table
         refuse_rows(table, [text_column], map(text_problem, table[text_column]))
@@ -120,31 +125,26 @@ def read_rows(arguments: DataArguments, trains: bool = True) -> SourceRows:
                 (WRITTEN_LIST if is_written_list(cell) else None for cell in table[name]),
             )
         labels = form.read(table, label_columns, arguments.label_delimiter)
-        for row, label in ((row, label) for row, of_row in enumerate(labels) for label in of_row):
-            if label not in places:
-                places[label] = place(table, row, label_columns)
-        rows = pd.DataFrame(
-            {"split": split, "row": np.arange(len(table)), "text": table[text_column].array}
-        )
-        parts.append(rows.assign(labels=pd.Series(labels, dtype=object)))  # tuples
-    described += [
-        {
-            "split": "all" if single else split,
-            "name": source.name,
-            "dataset": source.dataset,
-            "sha256": source.sha256,
-        }
-        for split, source in sources.items()
-    ]
+        for row, row_labels in enumerate(labels):
+            for label in row_labels:
+                if label not in places:
+                    places[label] = place(table, row, label_columns)
+        rows = pd.DataFrame({"row": np.arange(len(table)), "text": table[text_column].array})
+        rows.insert(0, "split", "train" if split == ALL else split)
+        rows["labels"] = pd.Series(labels, dtype=object)  # tuples
+        parts.append(rows)
+        described.append(sources[split].describe(split))
     return SourceRows(
         pd.concat(parts, ignore_index=True), places, form, first, described, shares, unlabelled
     )
 
 
 def read_texts(
-    path: str, split: str, arguments: DataArguments, flag: str = "--text_column"
-) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Read the texts of a file that is no split, and describe it as `SourceRows.sources` does.
+    path: str,
+    arguments: DataArguments,
+    flag: str = "--text_column",
+) -> tuple[list[str], SplitSource]:
+    """Read the texts of a file that is no split.
 
     ``flag`` is what messages advise to give if there is no column of texts.
     """
@@ -154,18 +154,14 @@ def read_texts(
     )
     table = source.read(columns)
     refuse_rows(table, columns, map(text_problem, table[columns[0]]))
-    return table, {"split": split, "name": source.name, "dataset": None, "sha256": source.sha256}
+    return [*table[columns[0]]], source
 
 
 # ── Sources ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def find_split_sources(
-    arguments: DataArguments, needs_rows: bool = True
-) -> tuple[dict[str, SplitSource], bool]:
-    """Return the source of each split, and whether the only source, under ``train``, is to be split
-    into all splits.
-    """
+def find_split_sources(arguments: DataArguments, needs_rows: bool) -> dict[str, SplitSource]:
+    """Return the source of each split, or the one of `ALL` splits."""
     # ── Which source is given ─────────────────────────────────────────────────────────────────────
     files = {
         split: path for split in SPLITS if (path := getattr(arguments, f"{split}_file")) is not None
@@ -175,7 +171,7 @@ def find_split_sources(
     ]
     if not others and not files:
         if not needs_rows:
-            return {}, False
+            return {}
         advice = "or --taxonomy for a classifier without examples"
         raise InputError(
             "no data: give --dataset_name, --data_path, or --train_file, "
@@ -192,12 +188,12 @@ def find_split_sources(
 
     # ── Files ─────────────────────────────────────────────────────────────────────────────────────
     if files:
-        return {split: _from_file(path, arguments.encoding) for split, path in files.items()}, False
+        return {split: _from_file(path, arguments.encoding) for split, path in files.items()}
     name = arguments.dataset_name or arguments.data_path or ""
     if arguments.dataset_name is None and not any(
         Path(name, file).exists() for file in SAVED_BY_DATASETS
     ):
-        return {"train": _from_file(name, arguments.encoding)}, True
+        return {ALL: _from_file(name, arguments.encoding)}
 
     # ── Data sets ─────────────────────────────────────────────────────────────────────────────────
     if arguments.dataset_name is None:
@@ -215,7 +211,7 @@ def find_split_sources(
         with as_input_error(what):
             loaded = _load_dataset(name, arguments.dataset_config_name, arguments.dataset_revision)
     if isinstance(loaded, datasets.Dataset):
-        return {"train": _from_dataset(name, loaded)}, True
+        return {ALL: _from_dataset(name, loaded)}
     hub_id = None if Path(name).exists() else name  # --dataset_name may be a folder, too
     sources: dict[str, SplitSource] = {}
     for key, dataset in loaded.items():
@@ -230,7 +226,7 @@ def find_split_sources(
         raise InputError(
             f"{name} has no split called train, validation or test, only {', '.join(loaded)}"
         )
-    return sources, False
+    return sources
 
 
 def _load_dataset(name: str, config_name: str | None, revision: str | None) -> datasets.DatasetDict:
@@ -306,16 +302,18 @@ def _from_file(path: str, encoding: str | None) -> SplitSource:
     return SplitSource(path, columns, read, {Path(path).name: combined})
 
 
-def find_shares(arguments: DataArguments, splits: Container[str], single: bool) -> dict[str, float]:
-    """Return the share of the texts to split off for each split without a source, or raise
-    InputError.
+def find_shares(arguments: DataArguments, sources: Container[str]) -> dict[str, float]:
+    """Return the share of the texts to split off for each split without a source.
 
-    Args:
-        splits: the splits with a source.
-        single: whether the only source is to be split into all splits.
+    ``sources`` are the splits with a source, or `ALL`. InputError: a share has no effect, or they
+    are too large.
     """
     given = {"test": arguments.test_size, "validation": arguments.validation_size}
-    can_split = {"test": single, "validation": "train" in splits and "validation" not in splits}
+    is_whole = ALL in sources
+    can_split = {
+        "test": is_whole,
+        "validation": is_whole or ("train" in sources and "validation" not in sources),
+    }
     for split, size in given.items():
         if size and not can_split[split]:
             raise InputError(
@@ -335,8 +333,8 @@ def find_shares(arguments: DataArguments, splits: Container[str], single: bool) 
 
 
 def find_columns(sources: list[SplitSource], arguments: DataArguments) -> dict[str, list[str]]:
-    """Choose the columns of each source: its text column, then its label columns, by the source's
-    name.
+    """Choose the columns of each source: its text column, then its label columns, by the
+    source's name.
     """
     requested: list[Any] = arguments.label_column or [None]
     columns = {source.name: source.columns for source in sources}
@@ -356,8 +354,8 @@ def find_columns(sources: list[SplitSource], arguments: DataArguments) -> dict[s
 
 
 def choose_form(cells: list[Any], columns: list[str], arguments: DataArguments) -> RowForm:
-    """Return the form of the labels, given the cells of all label columns, or raise InputError if
-    it is not clear.
+    """Return the form of the labels, given the cells of all label columns, or raise InputError
+    if it is not clear.
     """
     delimiter = arguments.label_delimiter
     has_lists = any(isinstance(cell, list) for cell in cells)

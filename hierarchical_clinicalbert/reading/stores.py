@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from urllib.parse import quote
 
 from hierarchical_clinicalbert.reading.rows import InputError, reason_of
 
@@ -31,24 +30,23 @@ def connect(url: str) -> tuple[Any, str]:
     from pyarrow.fs import FileSystem  # lazily, because pyarrow is slow to import
 
     scheme, _, rest = url.partition("://")
+    location, mark, query = rest.partition("?")
+    bucket, _, key = location.partition("/")
     if scheme in ("http", "https"):
-        raise InputError(
-            f"{scheme}://...: give a store, or download the file and pipe it to standard input (-)"
-        )
-    if ":" in rest.partition("/")[0].rpartition("@")[0]:  # gs://anonymous@bucket is no secret
+        remedy = "give a store, or download the file and pipe it to standard input (-)"
+        raise InputError(f"{scheme}://...: {remedy}")
+    if ":" in bucket.rpartition("@")[0]:  # gs://anonymous@bucket is no secret
         raise InputError(f"{scheme}://...: give credentials in the environment, not in the URL")
+    # without the key, which may have characters that a URI may not, such as "[" and blanks
+    root = f"{scheme}://{bucket}/{mark}{query}"
     with store_errors(url):
-        # "[" and blanks are not allowed in a URI; fsspec, which serves hf://, takes names as they
-        # are
         try:
-            location, mark, query = url.partition("?")
-            quoted = quote(location, safe="/:@=&*,+~") + mark + quote(query, safe="/:@?=&%*,+~")
-            filesystem, path = FileSystem.from_uri(url if scheme == "hf" else quoted)
+            filesystem, path = FileSystem.from_uri(root)
         except ValueError as error:
             if "Unrecognized filesystem type" not in str(error):
                 raise
-            filesystem, path = FileSystem.from_uri(f"fsspec+{url}")
-    return filesystem, f"{scheme}://{path}"
+            filesystem, path = FileSystem.from_uri(f"fsspec+{root}")
+    return filesystem, f"{scheme}://{path.rstrip('/')}/{key}".rstrip("/")
 
 
 def path_of(url: str) -> str:

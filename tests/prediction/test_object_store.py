@@ -3,7 +3,7 @@
 Skipped without moto.
 """
 
-import json
+import io
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +13,8 @@ import pytest
 from conftest import ROOT, STRIKE, complete, predict_here
 
 from hierarchical_clinicalbert.errors import InputError
+from hierarchical_clinicalbert.prediction.input import read_records
+from hierarchical_clinicalbert.reading.sources import find_sources
 
 boto3 = pytest.importorskip("boto3")
 moto = pytest.importorskip("moto.server")
@@ -69,8 +71,7 @@ def texts(tmp_path_factory) -> Path:
 def upload(bucket, folder: Path) -> None:
     for file in folder.iterdir():
         bucket.upload_file(str(file), f"in/{file.name}")
-    for hidden in ("in/_SUCCESS", "in/_part-0.csv"):
-        bucket.put_object(Key=hidden, Body=b"text\nhidden\n")
+    bucket.put_object(Key="in/_SUCCESS", Body=b"")
 
 
 def test_a_killed_run_in_a_store_writes_the_same_bytes_as_on_a_disk(
@@ -112,25 +113,22 @@ def test_a_killed_run_in_a_store_writes_the_same_bytes_as_on_a_disk(
     assert predict_here(*words, "--overwrite") == 1
 
 
-def test_sources_are_found_and_read_as_on_a_disk(bucket, clear_checkpoint, texts, tmp_path):
+def test_sources_are_found_and_read_as_on_a_disk(bucket, texts):
     upload(bucket, texts)
-    pd.read_csv(texts / "part-1.csv").to_parquet(tmp_path / "part-3.parquet")
-    bucket.upload_file(str(tmp_path / "part-3.parquet"), "in/part-3.parquet")
+    pd.read_csv(texts / "part-1.csv").to_parquet(stream := io.BytesIO())
+    bucket.put_object(Key="in/part 3 [ü%20].parquet", Body=stream.getvalue())
+    table = [(None if text == "" else text) for text in pd.read_csv(texts / "part-1.csv")["text"]]
+    for name, count in (("in/part 3 [ü%20].parquet", 700), ("*/part-[12]*", 1200)):
+        records = list(read_records(find_sources(f"s3://{BUCKET}/{name}"), None, None))
+        assert [record.text for record in records[:700]] == table
+        assert (len(records), records[-1].done) == (count, 1)
     for key in ("notes/a.txt", "notes/flu/b.txt", "notes/_x.txt"):
         bucket.put_object(Key=key, Body=key.encode())
-
-    def rows_of(source: object) -> list[dict]:
-        output = tmp_path / "out.jsonl"
-        predict_here(
-            "--model", clear_checkpoint, "--input", source, "--output", output, "--overwrite"
-        )
-        return [json.loads(line) for line in output.read_text().splitlines()]
-
-    expected = rows_of(texts)
-    assert len(expected) == 1199
-    assert rows_of(f"s3://{BUCKET}/*/part-[12]*") == expected
-    assert rows_of(f"s3://{BUCKET}/in/part-3.parquet") == expected[:700]
-    assert [row["id"] for row in rows_of(f"s3://{BUCKET}/notes")] == ["a.txt", "flu/b.txt"]
+    records = read_records(find_sources(f"s3://{BUCKET}/notes"), None, "id")
+    assert [(one.id, one.text) for one in records] == [
+        ("a.txt", "notes/a.txt"),
+        ("flu/b.txt", "notes/flu/b.txt"),
+    ]
 
 
 def test_an_error_of_a_store_is_reported_in_one_line(
