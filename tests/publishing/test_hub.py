@@ -184,8 +184,10 @@ SAVE_AGAIN = """
 import shutil, torch
 from transformers import AutoModel
 source, target = {source!r}, {target!r}
-AutoModel.from_pretrained(source, trust_remote_code=True, dtype=torch.{dtype}).save_pretrained(target)
-for name in ("README.md", "metrics.json", "fingerprint.json", "tokenizer.json", "tokenizer_config.json"):
+model = AutoModel.from_pretrained(source, trust_remote_code=True, dtype=torch.{dtype})
+model.save_pretrained(target)
+tokenizer = ("tokenizer.json", "tokenizer_config.json")
+for name in ("README.md", "metrics.json", "fingerprint.json", *tokenizer):
     shutil.copy(f"{{source}}/{{name}}", target)
 print("{{}}")
 """
@@ -492,10 +494,13 @@ import json, os
 from transformers import AutoModel, AutoTokenizer, BitsAndBytesConfig
 options = {{"cache_dir": "elsewhere", "token": "hf_alice", "trust_remote_code": True}}
 bits = BitsAndBytesConfig(load_in_4bit=True)
-model = AutoModel.from_pretrained("alice/over-bin", device_map="auto", quantization_config=bits, **options)
-inputs = AutoTokenizer.from_pretrained("alice/over-bin", **options)({TEXTS[0]!r}, return_tensors="pt", truncation=True)
+quantized = options | dict(device_map="auto", quantization_config=bits)
+model = AutoModel.from_pretrained("alice/over-bin", **quantized)
+tokenizer = AutoTokenizer.from_pretrained("alice/over-bin", **options)
+inputs = tokenizer({TEXTS[0]!r}, return_tensors="pt", truncation=True)
 log_probs = model(**inputs).node_log_probs[0].tolist()
-print(json.dumps([type(model.encoder.encoder.layer[0].intermediate.dense).__name__, log_probs, os.listdir("elsewhere")]))
+linear = type(model.encoder.encoder.layer[0].intermediate.dense).__name__
+print(json.dumps([linear, log_probs, os.listdir("elsewhere")]))
 """
     linear, log_probs, cached = run_outside(code, tmp_path, hub.environment(tmp_path / "home"))
     torch.testing.assert_close(torch.tensor(log_probs), expected[0], atol=0.5, rtol=0)
@@ -557,7 +562,8 @@ tokenizer = AutoTokenizer.from_pretrained({repo!r}, trust_remote_code=True)
 logits = model(**tokenizer({TEXTS!r}, padding=True, return_tensors="pt")).logits
 own = pipeline("hierarchical-text-classification", model={repo!r}, trust_remote_code=True)
 stock = pipeline("text-classification", model={repo!r}, trust_remote_code=True, top_k=None)
-print(json.dumps([logits.sigmoid().tolist(), own({TEXTS!r}, levels=True), stock({TEXTS!r}, truncation=True)]))
+results = own({TEXTS!r}, levels=True)
+print(json.dumps([logits.sigmoid().tolist(), results, stock({TEXTS!r}, truncation=True)]))
 """
     shown = snippets(hub.files(repo)["README.md"].decode())
     results, *printed = run_snippets([code, *shown], tmp_path, hub.environment(tmp_path / "home"))
