@@ -14,7 +14,7 @@ Worth knowing:
 """
 
 import math
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -292,23 +292,6 @@ class OnePath(Decisions):
         along the path.
         """
         return self.sum_to_root(own)
-
-    def relatives(self, parent: int, known: Container[int]) -> list[int]:
-        """Return the known nodes closest to new leaves below a parent, -1 for the roots: the leaves
-        below it, if any are known.
-
-        Else they are those below its nearest ancestor that has any. A known parent without any was
-        a leaf, and is the relative.
-        """
-        for ancestor in [-1] if parent < 0 else [*reversed(self.tree.path(parent)), -1]:
-            below = (
-                range(self.num_leaves) if ancestor < 0 else self.tree.leaves_at_or_below[ancestor]
-            )
-            if leaves := [leaf for leaf in below if leaf in known]:
-                return leaves
-            if ancestor in known:
-                return [ancestor]
-        return []
 
     # ── Labels ────────────────────────────────────────────────────────────────────────────────────
 
@@ -622,13 +605,6 @@ class ManyNodes(Decisions):
         nothing.
         """
         return torch.zeros_like(own)
-
-    def relatives(self, parent: int, known: Container[int]) -> list[int]:
-        """Return the known nodes closest to new children of a parent: its other children, or
-        without any all known nodes.
-        """
-        children = [child for child in self.tree.children(parent) if child in known]
-        return children or [node for node in range(self.num_nodes) if node in known]
 
     # ── Labels ────────────────────────────────────────────────────────────────────────────────────
 

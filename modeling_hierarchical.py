@@ -21,10 +21,8 @@ Worth knowing:
 
 import math
 import os
-from collections.abc import Container, Mapping
 from copy import copy, deepcopy
 from dataclasses import dataclass
-from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -49,7 +47,7 @@ try:
     from .configuration_hierarchical import Calibration, HierarchicalConfig, read_tree
     from .decisions_hierarchical import Decisions, build_decisions, calibrate
     from .open_world_hierarchical import OpenWorld
-    from .taxonomy_hierarchical import Taxonomy, list_names
+    from .taxonomy_hierarchical import Taxonomy
 except ImportError:  # as a top-level module of the repository, not as remote code of a checkpoint
     from checkpoint_hierarchical import (
         build_encoder,
@@ -62,7 +60,7 @@ except ImportError:  # as a top-level module of the repository, not as remote co
     from configuration_hierarchical import Calibration, HierarchicalConfig, read_tree
     from decisions_hierarchical import Decisions, build_decisions, calibrate
     from open_world_hierarchical import OpenWorld
-    from taxonomy_hierarchical import Taxonomy, list_names
+    from taxonomy_hierarchical import Taxonomy
 
 # never runs, but makes transformers fetch the file, which `save_pretrained` copies
 if TYPE_CHECKING:
@@ -74,7 +72,6 @@ TOKENS_AT_ONCE = 4096
 SCORES_AT_ONCE = 2**22  # numbers of label attention: more are computed in chunks of nodes
 ENTRIES_AT_ONCE = 2**26  # of the lexical head, times texts: texts beyond them are scored in parts
 FAMILY_WIDTH = 16  # nodes that are scored together from one vector of a text
-NEW_LENGTH = 2.5  # of the weights of classes that are added without training, see benchmarks/LOG.md
 
 
 @dataclass
@@ -472,6 +469,8 @@ class HierarchicalHeads(nn.Module):
             taken = {query_of[node]: old_query_of[old_id] for node, old_id in sorted(known.items())}
             self.query[[*taken]] = old.query[[*taken.values()]]
             heads = own[old_ids]
+        # a new inner node leaves the odds of the leaves below it as they are
+        self.weight[self.decisions.num_classes :] = 0
         self.weight[new_ids] = heads[:, :-1]
         self.bias[new_ids] = heads[:, -1]
 
@@ -479,104 +478,20 @@ class HierarchicalHeads(nn.Module):
         """Return the share of each class of another taxonomy in each class, sparse,
         (num_classes, its num_classes).
 
-        A class is the mean of the classes that it stands for: itself, those that were below it, or
-        its relatives.
+        A known class has itself, or equal shares of the leaves that were below it. New classes have
+        none.
         """
-
-        def classes(node: int) -> list[int]:
-            return (
-                [known[node]]
-                if known[node] < old.num_classes
-                else old.tree.leaves_at_or_below[known[node]]
-            )
-
-        @cache
-        def of_relatives(parent: int) -> list[int]:
-            return [*chain.from_iterable(map(classes, self.decisions.relatives(parent, known)))]
-
-        parents = self.decisions.tree.parents
-        num_classes = self.decisions.num_classes
-        sources = [
-            classes(node) if node in known else of_relatives(parents[node])
-            for node in range(num_classes)
-        ]
-        places = [(node, source) for node, of_node in enumerate(sources) for source in of_node]
-        values = [1 / len(of_node) for of_node in sources for _ in of_node]
-        size = (num_classes, old.num_classes)
+        places: list[tuple[int, int]] = []
+        values: list[float] = []
+        for node, old_id in known.items():
+            if node < self.decisions.num_classes:
+                is_class = old_id < old.num_classes
+                sources = [old_id] if is_class else old.tree.leaves_at_or_below[old_id]
+                places += [(node, source) for source in sources]
+                values += [1 / len(sources)] * len(sources)
         indices = torch.tensor(places, dtype=torch.long).view(-1, 2).T
+        size = (self.decisions.num_classes, old.num_classes)
         return torch.sparse_coo_tensor(indices, torch.tensor(values), size, check_invariants=True)
-
-    @torch.no_grad()
-    def place(
-        self, vectors: Mapping[int, Tensor], known: Container[int], open_world: OpenWorld | None
-    ) -> None:
-        """Set the heads of new classes, given by their ids, from the vectors of texts of each,
-        (n, H), without training.
-
-        A new head is the mean head of the class's relatives (`Decisions.relatives`), plus a weight
-        w that is 0 for a text at the mean μ of the relatives' texts:  w · (v - μ).  Its direction
-        is that of a linear discriminant analysis (`OpenWorld.discriminant`) between μ and the mean
-        of the class's texts, where μ counts as one more text. Its length is `NEW_LENGTH` times that
-        with which such weights would give known classes, at their means, the scores of their heads,
-        on average. Inner nodes that are no classes get 0.
-
-        ``known`` are the ids of all other nodes, and ``open_world`` has the means of their texts.
-        ValueError: it is None, a class has no vectors, or the model has label attention.
-        """
-        tree = self.decisions.tree
-        num_classes = self.decisions.num_classes
-        new = [node for node in range(self.num_nodes) if node not in known]
-        if not new:
-            return
-        if self.query is not None:
-            raise ValueError("with label attention, new nodes need training")
-        if not any(node in known for node in range(num_classes)):
-            raise ValueError(
-                "no class of the taxonomy is known: new classes need known ones beside them"
-            )
-        if missing := [
-            tree.labels[node] for node in new if node < num_classes and node not in vectors
-        ]:
-            raise ValueError(f"vectors are missing for {list_names(missing)}")
-        self.weight[new] = 0
-        self.bias[new] = 0
-        if not vectors:
-            return
-        if open_world is None:
-            raise ValueError(
-                "the checkpoint stores no class means, for want of validation texts: new "
-                "classes need training"
-            )
-        # weights and bias of each node as the log-odds of a leaf read them, with those of its
-        # ancestors
-        own = torch.cat([self.weight, self.bias[:, None]], 1)
-        above = self.decisions.of_parents(self.decisions.passed_down(own.T)).T
-        total = own + above
-        means = open_world.class_means()
-        has_texts = open_world.shares > 0
-        fitted = [node for node in range(num_classes) if has_texts[node] and node in known]
-        heads, offsets = (values - values.mean(0) for values in (total[fitted, :-1], means[fitted]))
-        length = (
-            NEW_LENGTH
-            * (heads * offsets).sum()
-            / (open_world.discriminant(offsets) * offsets).sum()
-        )
-        for parent in {tree.parents[node] for node in vectors}:
-            relatives = self.decisions.relatives(parent, known)
-            level = total[relatives].mean(0)
-            if relatives[0] >= num_classes:  # a divided leaf: its parts share its probability
-                level[-1] -= math.log(len(tree.leaves_at_or_below[relatives[0]]))
-            center = means[[node for node in relatives if has_texts[node]] or fitted].mean(0)
-            for node in (child for child in tree.children(parent) if child in vectors):
-                texts = torch.atleast_2d(vectors[node]).to(means)
-                offset = (texts - center).sum(0) / (len(texts) + 1)
-                weight = length * open_world.discriminant(offset)
-                self.weight[node], self.bias[node] = (
-                    (level - above[node])[:-1],
-                    (level - above[node])[-1],
-                )
-                self.weight[node] += weight
-                self.bias[node] -= weight @ center
 
     def forward(
         self,
@@ -868,20 +783,17 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
     def add_nodes(
         self,
         taxonomy: Taxonomy | list | dict,
-        vectors: Mapping[str, Tensor] | None = None,
         renamed: dict[str, str] | None = None,
         trains: bool = False,
     ) -> tuple[list[str], list[str]]:
         """Replace the taxonomy without training: nodes may be added, moved, renamed and removed.
 
         Known nodes (`Taxonomy.known_nodes`) keep their heads, and their parts of the lexical head
-        and the calibration. In the lexical head, a new class gets the mean of its relatives
-        (`Decisions.relatives`). Prediction sets, the stored prior and p-values are removed, unless
-        nodes are only renamed, and keep their order.
+        and the calibration. Heads of new classes are random, so train them, or have ``train.py``
+        set them. Prediction sets, the stored prior and p-values are removed, unless nodes are only
+        renamed, and keep their order.
 
         Args:
-            vectors: of texts of each new class, (n, H), see `HierarchicalHeads.place`. Without
-                them, new heads have random weights.
             renamed: new names of nodes, by their present labels.
             trains: whether the model is trained afterwards. With label attention, moved and merged
                 nodes need this.
@@ -890,7 +802,7 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
             The labels of the new nodes, and of the removed nodes.
 
         Raises:
-            ValueError: see `HierarchicalHeads.take_over` and `HierarchicalHeads.place`.
+            ValueError: see `HierarchicalHeads.take_over`.
         """
         # ── Build: the model changes last, so that an error leaves it as it is ────────────────────
         tree = read_tree(taxonomy, self.config.label_separator)
@@ -918,10 +830,6 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         if not only_renamed:
             open_world = None if open_world is None else open_world.of_nodes(tree, known)
             calibration = calibration.of_nodes(tree, old, known)
-        if vectors is not None:
-            heads.place(
-                {tree.id(label): vector for label, vector in vectors.items()}, known, open_world
-            )
 
         # ── Change the model ──────────────────────────────────────────────────────────────────────
         if open_world is not None:

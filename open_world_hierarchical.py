@@ -43,7 +43,6 @@ MAX_REFERENCES = 999
 # numbers: 4 MB. In half precision, 1,500 nodes at BERT's base size take less
 FULL_PRECISION = 10**6
 MAX_STEPS = 1000  # of the EM algorithm
-SHRINKAGE = 2.0  # mean variances that are added to all variances, for the weights of new classes
 TOLERANCE = 1e-6  # largest change of a frequency in its last step
 # with as many validation texts a class, the fitted prior counts as much as the new texts
 FITTED_TEXTS = 7.0
@@ -139,31 +138,6 @@ class OpenWorld(nn.Module):
     def class_means(self) -> Tensor:
         """Return the means of the classes in the space of the texts' vectors, (N + 1, H)."""
         return (self.means.float() * self.variances) @ self.whitening.float().T + self.center
-
-    def discriminant(self, offsets: Tensor) -> Tensor:
-        """Return the weights of linear discriminants along offsets between means: both (H,), or
-        (K, H).
-
-        These are offsets times the inverse covariance within the classes, regularised by
-        `SHRINKAGE` (Friedman, 1989, "Regularized discriminant analysis").
-        """
-        variances = self.variances
-        whitening = self.whitening.float()
-        kept = variances / (variances + SHRINKAGE * variances.mean())
-        return (offsets @ whitening * kept) @ whitening.T
-
-    @classmethod
-    def of_means(cls, tree: Taxonomy, means: Tensor) -> "OpenWorld":
-        """Return one without references, with the given means of the first classes, (C, H), and
-        a covariance of the identity.
-        """
-        num_known, size = means.shape
-        one = cls(tree, size, 0)
-        for weight in one.parameters():
-            weight.zero_()
-        one.whitening.fill_diagonal_(1)
-        one.means[:num_known], one.shares[:num_known] = means, 1 / num_known
-        return one.to(means.device)
 
     def of_nodes(self, tree: Taxonomy, known: Mapping[int, int]) -> "OpenWorld":
         """Return what is known of the nodes of another taxonomy, where ``known`` gives their ids

@@ -10,6 +10,7 @@ encoder or in a checkpoint.
 """
 
 import logging
+import math
 from collections.abc import Container, Sized
 from typing import NamedTuple
 
@@ -26,7 +27,6 @@ from hierarchical_clinicalbert.training.arguments import ModelArguments, has_few
 from hierarchical_clinicalbert.training.contrastive import train_contrastively
 from hierarchical_clinicalbert.training.trainer import HierarchicalTrainer
 from modeling_hierarchical import HierarchicalHeads
-from open_world_hierarchical import OpenWorld
 from taxonomy_hierarchical import Taxonomy
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 TYPICAL_SCORE = 4.0
 NAME_WEIGHT = 4.0  # texts that a class name counts as
 DESCRIPTION_WEIGHT = 16.0  # texts that a name with a description counts as
-PHRASE_TEXTS = 2  # that a phrase of a class counts as, if the class is added to a checkpoint
+LENGTH_BESIDE_SIBLINGS = 2.5  # of the head of a class that is added to a checkpoint
 # of a name for itself, where there are no texts; and of texts, while they are assigned to classes
 NAME_SCORE = 24.0
 CLUSTER_STEPS = 3  # of assigning unlabelled texts to classes
@@ -115,10 +115,8 @@ def set_heads(
     training. Return their labels.
 
     Over an encoder, they are those of `set_prototypes`, or without rows those of
-    `write_name_heads`, with the ``unlabelled`` texts. In a checkpoint, they are placed among the
-    known ones by `HierarchicalHeads.place`. There, a phrase counts as `PHRASE_TEXTS` texts with one
-    vector. From the mean of the class means, this vector lies in the direction u of
-    `set_prototypes`, as far as class means do on average.
+    `write_name_heads`, with the ``unlabelled`` texts. In a checkpoint, they are those of
+    `add_prototypes`.
     """
     tree = trainer.model.config.tree
     heads = trainer.model.heads
@@ -132,13 +130,8 @@ def set_heads(
         texts = embed(trainer, rows["input_ids"][:])
         _, members = read_labels(trainer, rows)
     if known:
-        new = [node for node in range(classes) if node not in known]
-        # without stored class means, the phrases are the best guess
-        open_world = heads.open_world or OpenWorld.of_means(tree, phrases)
         with as_input_error("cannot add the classes without training"):
-            heads.place(
-                new_class_vectors(open_world, new, phrases, texts, members), known, open_world
-            )
+            add_prototypes(heads, known, names, phrases, texts, members)
     elif rows is not None:
         heads.bias[:] = initial_biases(trainer, rows)
         set_prototypes(trainer, rows, texts, names)
@@ -151,20 +144,83 @@ def set_heads(
     return [label for node, label in enumerate(tree.labels[:classes]) if node not in known]
 
 
-def new_class_vectors(
-    open_world: OpenWorld, new: list[int], phrases: Tensor, texts: Tensor, members: Tensor
-) -> dict[int, Tensor]:
-    """Return the vectors of each new class for `HierarchicalHeads.place`, (n, H): its phrase's, as
-    `set_heads` says, and its texts'.
+def add_prototypes(
+    heads: HierarchicalHeads,
+    known: Container[int],
+    names: Names,
+    phrases: Tensor,
+    texts: Tensor,
+    members: Tensor,
+) -> None:
+    """Set the heads of new classes of a checkpoint, beside the ``known`` nodes. Inner nodes keep 0.
+
+    A new head is the mean of its known siblings' heads, plus a weight along the prototype p. This
+    is that of `set_prototypes`, but m is the siblings' mean, and p is multiplied by the inverse of
+    the scatter of known class means plus a ridge. For where known classes differ most, texts of a
+    new class resemble one of them by chance.
+
+    The length of the weight is `LENGTH_BESIDE_SIBLINGS` times the mean distance of known heads from
+    their mean. A text at m gets the siblings' mean score. Without known siblings, m is the mean of
+    all known classes, and new siblings have equal shares of their parent there.
+
+    A checkpoint without class means has those of its phrases, which lie further apart than texts
+    do: then the factor is 1.
+
+    Args:
+        phrases, texts: embeddings of the phrases in ``names``, (C, H), and of rows, (B, H).
+        members: the classes of each row, (B, C).
+
+    Raises:
+        ValueError: no class is known, or the model has label attention.
     """
-    means = open_world.class_means()[open_world.shares > 0]
-    center = means.mean(0)
-    directions = normalize(phrases - phrases.mean(0))
-    places = center + (means - center).norm(dim=1).mean() * directions
-    return {
-        node: torch.cat([places[node].expand(PHRASE_TEXTS, -1), texts[members[:, node] > 0]])
-        for node in new
-    }
+    decisions = heads.decisions
+    tree = decisions.tree
+    classes = range(decisions.num_classes)
+    new = {node for node in classes if node not in known}
+    if not new:
+        return
+    if heads.query is not None:
+        raise ValueError("with label attention, new nodes need training")
+
+    # ── Known classes ─────────────────────────────────────────────────────────────────────────────
+    means = phrases
+    fitted = [node for node in classes if node in known]
+    factor = 1.0
+    if heads.open_world is not None:
+        means = heads.open_world.class_means()
+        fitted = [node for node in fitted if heads.open_world.shares[node] > 0]
+        factor = LENGTH_BESIDE_SIBLINGS
+    if not fitted:
+        raise ValueError(
+            "no class of the taxonomy is known: new classes need known ones beside them"
+        )
+    differences = means[fitted] - means[fitted].mean(0)
+    variance = differences.square().sum(1).mean().clamp(min=1e-12)
+    scatter = differences.T @ differences + variance * torch.eye(means.shape[1]).to(means)
+    known_heads = heads.weight[fitted]
+    length = factor * (known_heads - known_heads.mean(0)).norm(dim=1).mean()
+
+    # ── New classes, by their parent ──────────────────────────────────────────────────────────────
+    heads.weight[[*new]] = 0
+    heads.bias[[*new]] = 0
+    weight = heads.weight.clone()
+    bias = heads.bias.clone()
+    name_weights = phrases.new_tensor(names.weights)[:, None]
+    for parent in {tree.parents[node] for node in new}:
+        children = tree.children(parent)
+        added = [child for child in children if child in new]
+        siblings = [child for child in children if child in known]
+        near = [*{*siblings}.intersection(fitted)] or fitted
+        center = means[near].mean(0)
+        sums = members[:, added].T @ ((texts - center) / variance.sqrt())
+        sums += name_weights[added] * normalize(phrases[added] - phrases[near].mean(0))
+        prototypes = normalize(torch.linalg.solve(scatter, sums.T).T)
+        heads.weight[added] = length * prototypes
+        level = torch.tensor(-math.log(len(children)))
+        if siblings:
+            heads.weight[added] += weight[siblings].mean(0)
+            level = decisions.inclusive((weight @ center + bias)[None])[0, siblings].mean()
+        heads.bias[added] = level - heads.weight[added] @ center
 
 
 def write_name_heads(heads: HierarchicalHeads, phrases: Tensor, texts: Tensor) -> None:
@@ -287,8 +343,8 @@ def set_prototypes(
 
 
 def standardise(vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return offsets of vectors (B, H) from their mean, over their RMS distance; the mean (H,); and
-    the RMS distance.
+    """Return offsets of vectors (B, H) from their mean, over their RMS distance; the mean (H,);
+    and the RMS distance.
     """
     mean = vectors.mean(0)
     rms_distance = (vectors - mean).square().sum(1).mean().sqrt().clamp(min=1e-6)

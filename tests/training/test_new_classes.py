@@ -13,7 +13,6 @@ import torch
 from conftest import CLEAR, clear_rows, read_csv, run, write_csv
 from safetensors.torch import load_file
 from scipy.special import log_softmax, softmax
-from sklearn.covariance import LedoitWolf
 from test_prototypes import ROWS, offsets_and_names, unit, vectors
 from transformers import AutoTokenizer, pipeline
 
@@ -22,8 +21,7 @@ from configuration_hierarchical import MULTI_LABEL, SINGLE_LABEL, Calibration, H
 from hierarchical_clinicalbert.errors import InputError
 from hierarchical_clinicalbert.evaluation.open_world import fit_open_world
 from modeling_hierarchical import HierarchicalForSequenceClassification
-from open_world_hierarchical import OpenWorld
-from taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy, TaxonomyError
+from taxonomy_hierarchical import DEFAULT_TAXONOMY, TaxonomyError
 
 TREE = {"a": {"b": ["c", "d"], "e": None}, "f": ["g", "h"], "i": None}
 SMALL = {
@@ -57,31 +55,9 @@ def model_of(
             "weight": torch.randn(classes, 64),
             "bias": torch.randn(classes),
         }
-        model.set_calibration(
-            Calibration(0.7, scales, biases, thresholds, [0.2] * 99, 64, 50),
-            lexical,
-            known_texts()[0],
-        )
+        calibration = Calibration(0.7, scales, biases, thresholds, [0.2] * 99, 64, 50)
+        model.set_calibration(calibration, lexical)
     return model
-
-
-def known_texts() -> tuple[OpenWorld, np.ndarray, np.ndarray]:
-    """Draw training texts of each leaf.
-
-    Return what a checkpoint stores of them, their vectors, and their leaves.
-    """
-    tree = Taxonomy(TREE)
-    generator = np.random.default_rng(0)
-    leaves = np.arange(200) % tree.num_leaves
-    places = generator.normal(size=(tree.num_leaves, 32))
-    spread = np.linspace(0.2, 2, 32)
-    vectors = (places[leaves] + spread * generator.normal(size=(200, 32))).astype(np.float32)
-    nodes = leaves[:, None].tolist()
-    return (
-        fit_open_world(tree, vectors, nodes, np.c_[vectors, np.zeros(200, np.float32)]),
-        vectors,
-        leaves,
-    )
 
 
 def outputs(model: HierarchicalForSequenceClassification) -> dict[str, dict[str, np.ndarray]]:
@@ -96,22 +72,6 @@ def outputs(model: HierarchicalForSequenceClassification) -> dict[str, dict[str,
     }
 
 
-def flat_heads(
-    model: HierarchicalForSequenceClassification,
-) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    """Return weight and bias of each leaf in the equivalent flat softmax: their sums along the
-    leaf's path.
-    """
-    tree = model.config.tree
-    heads = model.heads
-    paths = {tree.labels[leaf]: tree.path(leaf) for leaf in range(tree.num_leaves)}
-    weights = heads.weight.detach().double().numpy()
-    biases = heads.bias.detach().double().numpy()
-    return {leaf: weights[path].sum(0) for leaf, path in paths.items()}, {
-        leaf: biases[path].sum() for leaf, path in paths.items()
-    }
-
-
 # ── In a model ────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -122,7 +82,7 @@ def test_a_new_leaf_changes_known_nodes_only_by_its_share(problem_type):
     before = outputs(model)
     grown = copy.deepcopy(model)
     nested = {"a": {"b": ["new", "d", "c"], "e": None}, "f": ["g", "h"], "i": None}  # ids change
-    assert grown.add_nodes(nested, {"new": torch.randn(3, 32)}) == (["new"], [])
+    assert grown.add_nodes(nested) == (["new"], [])
     after = outputs(grown)
     tree = grown.config.tree
     for label in ("c", "d", "e", "g", "h", "f", "i"):
@@ -136,53 +96,6 @@ def test_a_new_leaf_changes_known_nodes_only_by_its_share(problem_type):
     assert (stored.set_thresholds, stored.num_texts) == (None, None)
     assert stored.thresholds == (None if problem_type == SINGLE_LABEL else [0.3] * 10)
     assert stored.scales == [0.5 + decision / 4 for decision in tree.decision_of]
-    old, new = (one.heads.lexical.weights() for one in (model, grown))
-    for name in ("weight", "bias"):
-        before = old[name].to_dense()
-        after = new[name].to_dense()
-        mean = (before[model.config.label2id["c"]] + before[model.config.label2id["d"]]) / 2
-        torch.testing.assert_close(after[tree.id("new")], mean)
-        torch.testing.assert_close(after[tree.id("c")], before[model.config.label2id["c"]])
-
-
-def test_a_new_head_is_the_one_worked_by_hand():
-    """Compare the leaf probabilities with a flat softmax in NumPy, where the new leaf's siblings
-    are c and d.
-
-    The covariance within the classes is that of scikit-learn.
-    """
-    model = model_of(calibrated=False)
-    open_world, texts, text_leaves = known_texts()
-    model.set_calibration(Calibration(), None, open_world)
-    weights, biases = flat_heads(model)
-    labels = Taxonomy(TREE).labels[: len(weights)]
-    means = {
-        label: texts[text_leaves == leaf].mean(0, dtype=float) for leaf, label in enumerate(labels)
-    }
-    residuals = texts - np.stack([means[labels[leaf]] for leaf in text_leaves])
-    covariance = LedoitWolf(assume_centered=True).fit(residuals).covariance_
-    regularised = covariance + 2 * np.trace(covariance) / 32 * np.eye(32)
-    offsets = np.stack([means[label] for label in labels])
-    offsets -= offsets.mean(0)
-    known = np.stack([weights[label] for label in labels])
-    heads = ((known - known.mean(0)) * offsets).sum()
-    length = 2.5 * heads / (np.linalg.solve(regularised, offsets.T).T * offsets).sum()
-
-    given = np.random.default_rng(1).normal(size=(4, 32))
-    center = (means["c"] + means["d"]) / 2
-    direction = length * np.linalg.solve(regularised, (given.sum(0) + center) / 5 - center)
-    weights["new"] = (weights["c"] + weights["d"]) / 2 + direction
-    biases["new"] = (biases["c"] + biases["d"]) / 2 - direction @ center
-    nested = {"a": {"b": ["c", "d", "new"], "e": None}, "f": ["g", "h"], "i": None}
-    model.add_nodes(nested, {"new": torch.from_numpy(given)})
-    with torch.no_grad():
-        pooled = model.pool(model.encode(IDS, None)[0]).double().numpy()
-        found = model(IDS).logits
-    leaves = [model.config.id2label[i] for i in range(len(model.config.id2label))]
-    expected = log_softmax(
-        np.stack([pooled @ weights[leaf] + biases[leaf] for leaf in leaves], 1), axis=1
-    )
-    np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +109,7 @@ def test_a_new_head_is_the_one_worked_by_hand():
 def test_leaves_that_stay_keep_their_odds(nested, new, gone):
     model = model_of(calibrated=False)
     before = outputs(model)["p"]
-    assert model.add_nodes(nested, {}) == (new, gone)
+    assert model.add_nodes(nested) == (new, gone)
     after = outputs(model)["p"]
     kept = {*"cdeghi"} - {*gone}
     total = sum(before[leaf] for leaf in kept)
@@ -244,33 +157,17 @@ def test_with_family_attention_known_nodes_keep_their_queries():
 )
 def test_with_label_attention_nodes_are_merged_or_moved_before_a_training_alone(changed):
     settings = {"text_config": SMALL, "taxonomy": TREE, "pooling": "label_attention"}
-    model = HierarchicalForSequenceClassification(HierarchicalConfig(**settings))
+    model = HierarchicalForSequenceClassification(HierarchicalConfig(**settings)).eval()
     torch.nn.init.normal_(model.heads.weight)
+    config = model.config.to_dict()
+    before = outputs(model)
     with pytest.raises(
         ValueError, match="with label attention, moved or merged nodes need training"
     ):
         model.add_nodes(changed)
+    assert model.config.to_dict() == config
+    np.testing.assert_equal(outputs(model), before)
     assert model.add_nodes(changed, trains=True)[0] == []
-
-
-def test_new_classes_need_vectors_and_known_classes_beside_them():
-    """After an error, the model classifies as before, bit for bit."""
-    model = model_of()
-    plain = model_of(calibrated=False)
-    nested = {"a": {"b": ["c", "d", "new"], "e": None}, "f": ["g", "h"], "i": None}
-    text = torch.ones(1, 32)
-    for refused, taxonomy, given, message in (
-        (model, nested, {}, "vectors are missing for 'new'"),
-        (model, nested, {"new": text, "x": text}, "the label 'x' is not in the taxonomy"),
-        (model, ["x", "y"], {"x": text, "y": text}, "no class of the taxonomy is known"),
-        (plain, nested, {"new": text}, "stores no class means"),
-    ):
-        config = refused.config.to_dict()
-        before = outputs(refused)
-        with pytest.raises(ValueError, match=message):
-            refused.add_nodes(taxonomy, given)
-        assert refused.config.to_dict() == config
-        np.testing.assert_equal(outputs(refused), before)
 
 
 # ── From the command line ─────────────────────────────────────────────────────────────────────────
@@ -366,6 +263,88 @@ def test_without_rows_unlabelled_texts_move_the_heads_as_worked_by_hand(
         expected = log_softmax(expected, axis=1)
     scores = found.decision_logits if problem_type == MULTI_LABEL else found.logits
     np.testing.assert_allclose(scores, expected, atol=1e-2)
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_heads_beside_known_ones_are_those_worked_by_hand(minilm, tmp_path, stored):
+    """Class means are those of the checkpoint, if it has ``stored`` them, else the phrases."""
+    factor = 2.5 if stored else 1
+    names = [*CLEAR][:4]
+    first = taxonomy_file(tmp_path / "first.csv", dict.fromkeys(names[:3], ""))
+    words = [
+        "--model_name_or_path",
+        minilm,
+        "--taxonomy",
+        first,
+        "--output_dir",
+        tmp_path / "first",
+    ]
+    train.main([*map(str, words), "--bf16", "false"])
+    model = HierarchicalForSequenceClassification.from_pretrained(
+        tmp_path / "first", merge_adapter=False
+    )
+    ids = model.config.label2id
+    means = phrases = vectors(minilm, tuple(sorted(names[:3], key=ids.get)))
+    if stored:
+        rows = [row for row in clear_rows(1, wrong=False) if row["label"] in ids]
+        texts = vectors(minilm, tuple(row["text"] for row in rows))
+        nodes = [[ids[row["label"]]] for row in rows]
+        means = np.stack([texts[[node == [i] for node in nodes]].mean(0) for i in range(3)])
+        described = np.c_[texts, np.zeros(len(texts), np.float32)]
+        open_world = fit_open_world(model.config.tree, texts, nodes, described)
+        model.set_calibration(Calibration(), None, open_world)
+        model.save_pretrained(tmp_path / "first")
+    known = model.heads.weight.detach().numpy()
+    known_scores = known @ means.mean(0) + model.heads.bias.detach().numpy()
+
+    # ── By hand: a new sibling, and a new branch of two, of which one has rows ────────────────────
+    center = means.mean(0)
+    differences = means - means.mean(0)
+    variance = (differences**2).sum(1).mean()
+    scatter = differences.T @ differences + variance * np.eye(len(center))
+    given = [f"We treated {name}." for name in CLEAR[names[3]]]
+    length = factor * np.linalg.norm(known - known.mean(0), axis=1).mean()
+    expected = {}
+    for name, texts, mean_head, level in (
+        (names[3], given, known.mean(0), known_scores.mean()),
+        ("burns", [], 0, -np.log(2)),
+        ("fever", ["Outcomes of fever."], 0, -np.log(2)),
+    ):
+        direction = 4 * unit(vectors(minilm, (name,))[0] - phrases.mean(0))
+        for text in texts:
+            direction += (vectors(minilm, (text,))[0] - center) / np.sqrt(variance)
+        weight = mean_head + length * unit(np.linalg.solve(scatter, direction))
+        expected[name] = (weight, level - weight @ center)
+
+    # ── By train.py ───────────────────────────────────────────────────────────────────────────────
+    grown = [*names, {"other conditions": ["burns", "fever"]}]
+    (tmp_path / "grown.json").write_text(json.dumps(grown))
+    rows = [{"text": text, "label": names[3]} for text in given]
+    rows += [{"text": "Outcomes of fever.", "label": "other conditions/fever"}]
+    words = ["--model_name_or_path", tmp_path / "first", "--taxonomy", tmp_path / "grown.json"]
+    words += ["--train_file", write_csv(tmp_path / "train.csv", rows), "--num_train_epochs", 0]
+    train.main([*map(str, words), "--output_dir", str(tmp_path / "grown"), "--bf16", "false"])
+    model = HierarchicalForSequenceClassification.from_pretrained(tmp_path / "grown")
+    for name, (weight, bias) in expected.items():
+        node = next(i for i, found in enumerate(model.config.tree.names) if found == name)
+        np.testing.assert_allclose(model.heads.weight[node].detach(), weight, atol=2e-3)
+        np.testing.assert_allclose(model.heads.bias[node].detach(), bias, atol=2e-3)
+
+
+def test_with_label_attention_new_classes_need_training(tiny_encoder, tmp_path):
+    rows = write_csv(
+        tmp_path / "rows.csv", [{"text": "one", "label": "a"}, {"text": "two", "label": "b"}]
+    )
+    for name, labels in (("first", ["a", "b"]), ("grown", ["a", "b", "c"])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(labels))
+    words = ["--pooling", "label_attention", "--quantization", "none", "--validation_size", 0]
+    first = ["--train_file", rows, "--taxonomy", tmp_path / "first.json", "--max_steps", 1]
+    first += ["--model_name_or_path", tiny_encoder, "--output_dir", tmp_path / "first"]
+    train.main([*map(str, words + first)])
+    grown = ["--model_name_or_path", tmp_path / "first", "--taxonomy", tmp_path / "grown.json"]
+    grown += ["--pooling", "label_attention", "--output_dir", tmp_path / "grown"]
+    with pytest.raises(InputError, match="label attention, new nodes need training"):
+        train.main([*map(str, grown)])
 
 
 def test_classes_are_added_to_a_classifier_without_rows(minilm, tmp_path):
