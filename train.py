@@ -20,7 +20,7 @@ import datasets
 import transformers
 from datasets import DatasetDict
 from tqdm.contrib.logging import logging_redirect_tqdm
-from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import set_seed
 
 from hierarchical_clinicalbert.checkpoint_files import METRICS, is_checkpoint, read_config
 from hierarchical_clinicalbert.data.labels import read_class_names
@@ -29,7 +29,7 @@ from hierarchical_clinicalbert.data.sources import read_rows
 from hierarchical_clinicalbert.data.splits import LabelledSplits, split_rows
 from hierarchical_clinicalbert.errors import InputError, run_command
 from hierarchical_clinicalbert.evaluation import plots
-from hierarchical_clinicalbert.evaluation.forms import Form, form_of
+from hierarchical_clinicalbert.evaluation.forms import form_of
 from hierarchical_clinicalbert.evaluation.report import (
     calibrate_splits,
     log_metrics,
@@ -49,7 +49,6 @@ from hierarchical_clinicalbert.publishing.fingerprint import write_fingerprint
 from hierarchical_clinicalbert.training import resume
 from hierarchical_clinicalbert.training.arguments import Arguments, fit_to_data, parse
 from hierarchical_clinicalbert.training.cpu import KEPT_MEMORY
-from hierarchical_clinicalbert.training.losses import FocalLoss
 from hierarchical_clinicalbert.training.model import (
     build_model,
     fetch_model,
@@ -76,7 +75,7 @@ from hierarchical_clinicalbert.training.score import (
     scoring_trainer,
 )
 from hierarchical_clinicalbert.training.teacher import teach
-from hierarchical_clinicalbert.training.tokens import Collator, tokenize_splits
+from hierarchical_clinicalbert.training.tokens import tokenize_splits
 from hierarchical_clinicalbert.training.trainer import HierarchicalTrainer
 
 logger = logging.getLogger("train")
@@ -141,7 +140,7 @@ def run(arguments: Arguments, prepare: Prepare) -> None:
             rows = read_rows(
                 dataclasses.replace(arguments.data, problem_type=stored.problem_type), trains
             )
-        earlier = resume.read_earlier_texts(folder, resume_from, arguments.loss.teacher)
+        earlier = resume.read_earlier_texts(folder, resume_from, arguments.training.teacher)
         data = split_rows(rows, arguments.data, stored.tree if stored else None, args.seed, earlier)
     if stored and stored.problem_type != data.problem_type:
         theirs = stored.problem_type
@@ -170,8 +169,8 @@ def train(
     arguments: Arguments, data: LabelledSplits, resume_from: str | None, prepare: Prepare
 ) -> None:
     """Train, measure and publish a model. All files go to ``--output_dir``."""
-    if arguments.loss.teacher is not None:
-        data = teach(arguments.loss.teacher, arguments.data, data)
+    if arguments.training.teacher is not None:
+        data = teach(arguments.training.teacher, arguments.data, data)
     form = form_of(data.taxonomy, data.problem_type)
     fitted = fit_to_data(arguments.training, data.splits, form, arguments.data.taxonomy is not None)
     arguments = arguments._replace(training=fitted)
@@ -190,7 +189,7 @@ def train(
     continued = read_config(initial) if is_checkpoint(initial) else None
     renamed = read_class_names(arguments.data.renamed_nodes, "--renamed_nodes")
     known = find_known_nodes(arguments.model, data.taxonomy, renamed)
-    if data.unlabelled and known and arguments.loss.teacher is None:
+    if data.unlabelled and known and arguments.training.teacher is None:
         raise InputError(
             "--unlabelled_file without --teacher is for a new classifier, and a checkpoint "
             "has heads"
@@ -219,13 +218,15 @@ def train(
         advice = "leave it out to keep the checkpoint's limit"
         logger.warning("--max_length changes where texts are truncated %s; %s", change, advice)
     tokenizer.model_max_length = max_length
-    splits, lengths = tokenize_splits(data.splits, tokenizer, arguments.loss.consistency > 0)
+    splits, lengths = tokenize_splits(data.splits, tokenizer, arguments.training.consistency > 0)
     # which engines read, also without a calibration
     model.config.calibration.max_length = tokenizer.model_max_length
     log_report(data.report, lengths)
 
     # ── Run: trainer, initial heads, data report ──────────────────────────────────────────────────
-    trainer = prepare(build_trainer(arguments, form, splits, model, tokenizer))
+    trainer = prepare(
+        HierarchicalTrainer(model, args, splits.get("train"), splits.get("validation"), tokenizer)
+    )
     size = size_report(model)
     setup = (args.device, args.precision, arguments.model.quantization, arguments.model.tuning)
     logger.info("device %s, precision %s, encoder %s, tuning %s", *setup)
@@ -236,7 +237,7 @@ def train(
         heads_init = "prototypes"
         untrained = set_heads(trainer, splits.get("train"), known, [*data.unlabelled.values()])
     elif resume_from is None:
-        heads_init = initialise_heads(trainer, splits["train"], arguments.model, known)
+        heads_init = initialise_heads(trainer, splits["train"], known)
     data_report = data.report | {
         "lengths": lengths,
         "heads_init": heads_init,
@@ -269,7 +270,7 @@ def train(
         classifier = None
         if takes_steps:
             vocab_size = model.config.text_config.vocab_size
-            wanted = arguments.model.lexical_head
+            wanted = args.lexical_head
             classifier = fit_lexical_head(form, splits["train"], tokenizer, vocab_size, wanted)
         calibration, scored, calibrated = calibrate_splits(form, scored, classifier)
         calibration = dataclasses.replace(calibration, max_length=tokenizer.model_max_length)
@@ -329,46 +330,6 @@ def train(
     )
     if args.push_to_hub:
         trainer.push_to_hub()
-
-
-def build_trainer(
-    arguments: Arguments,
-    form: Form,
-    splits: DatasetDict,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-) -> HierarchicalTrainer:
-    """Build the Trainer for tokenized splits, with the loss and the early stopping that the flags
-    ask for.
-    """
-    args = arguments.training
-    loss = arguments.loss
-    if args.fp16 and args.device.type == "cpu":  # accelerate would train in float32
-        raise InputError("--fp16 needs a GPU: leave it out")
-    # without rows, no step needs the loss
-    labels = splits["train"]["labels"][:] if "train" in splits else []
-    loss_function = FocalLoss(
-        form.decisions,
-        form.decisions.targets(labels),
-        gamma=loss.focal_gamma,
-        balanced=loss.class_weighting == "balanced",
-        label_smoothing=args.label_smoothing_factor,
-        teacher_weight=loss.teacher_weight,
-        temperature=loss.teacher_temperature,
-    )
-    patience = args.early_stopping_patience if args.load_best_model_at_end else None
-    return HierarchicalTrainer(
-        model=model,
-        args=args,
-        train_dataset=splits.get("train"),
-        eval_dataset=splits.get("validation"),
-        processing_class=tokenizer,
-        data_collator=Collator(tokenizer, form.decisions.targets),
-        compute_metrics=form.compute_metrics,
-        callbacks=[EarlyStoppingCallback(patience)] if patience else None,
-        loss_function=loss_function,
-        consistency=loss.consistency,
-    )
 
 
 def replace_scores(

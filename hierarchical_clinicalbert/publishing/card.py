@@ -41,6 +41,9 @@ from taxonomy_hierarchical import Taxonomy
 
 TEMPLATE = Path(__file__).parent / "card.md.jinja"
 TRAINING_SETTINGS = (
+    *("heads_init", "contrastive_steps", "lexical_head"),
+    *("focal_gamma", "class_weighting", "consistency"),
+    *("teacher", "teacher_weight", "teacher_temperature"),
     *(
         "learning_rate",
         "heads_learning_rate",

@@ -70,48 +70,13 @@ class ModelArguments:
             "family of leaves."
         ),
     )
-    heads_init: Literal["prototypes", "random"] | None = heads_flag(
-        None,
-        f"Initial heads. Default: prototypes, of texts and names, below {FEW_ROWS} rows a class.",
-    )
-    contrastive_steps: int = heads_flag(
-        0, "Steps of contrastive training, before heads are initialised.", interval="[0, inf)"
-    )
-    lexical_head: bool | None = heads_flag(
-        None, "Linear classifier over the tokens. Default: true up to a size, see the log."
-    )
-
-
-@dataclass
-class LossArguments:
-    """Flags of `training.losses` and `training.views`.
-
-    The loss also uses ``--label_smoothing_factor``.
-    """
-
-    focal_gamma: float = training_flag(
-        0.0, "Exponent of (1 - p) in the focal loss. 0: cross-entropy.", interval="[0, inf)"
-    )
-    class_weighting: Literal["none", "balanced"] = training_flag(
-        "none", "balanced: more weight for the rarer outcomes of each decision."
-    )
-    consistency: float = training_flag(
-        0.0, "Weight of the loss between two views of a text. 0: whole texts.", interval="[0, inf)"
-    )
-    teacher: str | None = training_flag(
-        None, "Output of predict.py --probabilities, or a file with columns text and probabilities."
-    )
-    teacher_weight: float = training_flag(
-        0.5, "Share of the teacher in the loss. The rest is the labels'.", interval="[0, 1]"
-    )
-    teacher_temperature: float = training_flag(
-        2.0, "Divisor of the scores of both in that share.", interval="(0, inf)"
-    )
 
 
 @dataclass
 class HierarchicalTrainingArguments(TrainingArguments):
-    """TrainingArguments of transformers, with defaults for this task."""
+    """TrainingArguments of transformers, with defaults for this task, and settings of the loss and
+    the heads.
+    """
 
     output_dir: str = training_flag("results", "Folder for the checkpoint.")
     resume_from_checkpoint: str | None = training_flag(
@@ -147,11 +112,39 @@ class HierarchicalTrainingArguments(TrainingArguments):
     heads_learning_rate: float | None = heads_flag(
         None, "Peak learning rate of the heads. Default: --learning_rate.", interval="(0, inf)"
     )
+    heads_init: Literal["prototypes", "random"] | None = heads_flag(
+        None,
+        f"Initial heads. Default: prototypes, of texts and names, below {FEW_ROWS} rows a class.",
+    )
+    contrastive_steps: int = heads_flag(
+        0, "Steps of contrastive training, before heads are initialised.", interval="[0, inf)"
+    )
+    lexical_head: bool | None = heads_flag(
+        None, "Linear classifier over the tokens. Default: true up to a size, see the log."
+    )
     weight_decay: float = training_flag(0.01, "Weight decay.", interval="[0, inf)")
     max_grad_norm: float = training_flag(
         1.0, "Largest norm of the gradient. 0: any.", interval="[0, inf)"
     )
     label_smoothing_factor: float = training_flag(0.0, "Label smoothing.", interval="[0, 1)")
+    focal_gamma: float = training_flag(
+        0.0, "Exponent of (1 - p) in the focal loss. 0: cross-entropy.", interval="[0, inf)"
+    )
+    class_weighting: Literal["none", "balanced"] = training_flag(
+        "none", "balanced: more weight for the rarer outcomes of each decision."
+    )
+    consistency: float = training_flag(
+        0.0, "Weight of the loss between two views of a text. 0: whole texts.", interval="[0, inf)"
+    )
+    teacher: str | None = training_flag(
+        None, "Output of predict.py --probabilities, or a file with columns text and probabilities."
+    )
+    teacher_weight: float = training_flag(
+        0.5, "Share of the teacher in the loss. The rest is the labels'.", interval="[0, 1]"
+    )
+    teacher_temperature: float = training_flag(
+        2.0, "Divisor of the scores of both in that share.", interval="(0, inf)"
+    )
     warmup_steps: float = training_flag(
         0.1, "Number of warm-up steps, or, below 1, their share of all steps."
     )
@@ -268,7 +261,6 @@ def has_few_rows(count: int, tree: Taxonomy) -> bool:
 class Arguments(NamedTuple):
     model: ModelArguments
     data: DataArguments
-    loss: LossArguments
     training: HierarchicalTrainingArguments
 
 
@@ -316,7 +308,7 @@ def parse(argv: list[str]) -> Arguments:
     # ── Checks, then defaults that depend on other flags ──────────────────────────────────────────
     arguments = Arguments(*parsed)
     check_values(arguments)
-    model, data, _, args = arguments
+    model, data, args = arguments
     has_rows = data.train_file or data.data_path or data.dataset_name or not data.taxonomy
     if model.quantization is None:
         trains_adapter = model.tuning == "lora" and has_rows and args.num_train_epochs
@@ -413,7 +405,7 @@ def check_values(arguments: Arguments) -> None:
                 )
 
     # ── Other problems, and whether they occur ────────────────────────────────────────────────────
-    model, data, loss, args = arguments
+    model, data, args = arguments
     by_steps = args.eval_strategy == args.save_strategy == "steps"
     columns = data.label_column or []
     delimiter = data.label_delimiter
@@ -441,9 +433,9 @@ def check_values(arguments: Arguments) -> None:
         (
             "--teacher teaches in training steps: leave it out, or train with "
             "--num_train_epochs above 0"
-        ): (loss.teacher is not None and not (args.do_train and args.num_train_epochs)),
+        ): (args.teacher is not None and not (args.do_train and args.num_train_epochs)),
         "--unlabelled_file needs --teacher, or classes without training rows": (
-            loss.teacher is None
+            args.teacher is None
             and data.unlabelled_file is not None
             and not (args.do_train and without_rows)
         ),

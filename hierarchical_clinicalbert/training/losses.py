@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from decisions_hierarchical import Decisions, sum_per_item
+from hierarchical_clinicalbert.training.arguments import HierarchicalTrainingArguments
 
 
 def balanced_weights(counts: Tensor, group: Tensor) -> Tensor:
@@ -61,6 +62,21 @@ class FocalLoss(nn.Module):
         self.register_buffer("group", group.clone())
         self.register_buffer("weights", weights.float())
         self.register_buffer("smoothing", decisions.smoothing(counts).float())
+
+    @classmethod
+    def from_arguments(
+        cls, args: HierarchicalTrainingArguments, decisions: Decisions, labels: Tensor
+    ) -> "FocalLoss":
+        """Return the loss that the arguments of a run describe, for the ``labels`` of its rows."""
+        return cls(
+            decisions,
+            labels,
+            gamma=args.focal_gamma,
+            balanced=args.class_weighting == "balanced",
+            label_smoothing=args.label_smoothing_factor,
+            teacher_weight=args.teacher_weight,
+            temperature=args.teacher_temperature,
+        )
 
     def forward(
         self,

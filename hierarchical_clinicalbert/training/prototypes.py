@@ -68,10 +68,7 @@ def find_known_nodes(
 
 
 def initialise_heads(
-    trainer: HierarchicalTrainer,
-    rows: Dataset,
-    arguments: ModelArguments,
-    known: Container[int] = (),
+    trainer: HierarchicalTrainer, rows: Dataset, known: Container[int] = ()
 ) -> str | None:
     """Initialise new heads as ``--heads_init`` says, and biases at `Decisions.initial_biases`.
 
@@ -79,29 +76,30 @@ def initialise_heads(
     for a continued checkpoint that has ``known`` nodes of the taxonomy: its heads are kept, and
     there are no contrastive steps.
     """
+    args = trainer.args
     tree = trainer.model.config.tree
     heads = trainer.model.heads
     new = [node for node in range(tree.num_nodes) if node not in known]
     with torch.no_grad():
         heads.bias[new] = initial_biases(trainer, rows).to(heads.bias)[new]
     if known:
-        if arguments.contrastive_steps or arguments.heads_init:
+        if args.contrastive_steps or args.heads_init:
             logger.info(
                 "trained heads are kept: --contrastive_steps and --heads_init have no effect"
             )
         return None
-    chosen = arguments.heads_init or ("prototypes" if has_few_rows(len(rows), tree) else "random")
+    chosen = args.heads_init or ("prototypes" if has_few_rows(len(rows), tree) else "random")
     some = rows.select(sample(rows))
     # after contrastive steps, prototypes without names would seem to fit these texts best
     if chosen == "prototypes":
         vectors = embed(trainer, some["input_ids"][:])
         names = choose_names(trainer, some, vectors)
-    if arguments.contrastive_steps:
-        steps = arguments.contrastive_steps
+    if args.contrastive_steps:
+        steps = args.contrastive_steps
         _, members = read_labels(trainer, rows)
         train_contrastively(trainer, rows["input_ids"][:], members[:, : tree.num_leaves], steps)
     if chosen == "prototypes":
-        if arguments.contrastive_steps:
+        if args.contrastive_steps:
             vectors = embed(trainer, some["input_ids"][:])
         set_prototypes(trainer, some, vectors, names)
     return chosen

@@ -32,17 +32,16 @@ def run_settings(
     """
     settings = {
         **vars(arguments.model),
-        **vars(arguments.loss),
         **{name: getattr(arguments.training, name) for name in card.TRAINING_SETTINGS},
         "max_length": max_length,
         "heads_init": heads_init,
-        "contrastive_steps": None if heads_init is None else arguments.model.contrastive_steps,
+        "contrastive_steps": None if heads_init is None else arguments.training.contrastive_steps,
         "train_precision": arguments.training.precision,
     }
-    if arguments.loss.teacher is None:
+    if arguments.training.teacher is None:
         settings |= {"teacher_weight": None, "teacher_temperature": None}
     else:
-        settings["teacher"] = Path(arguments.loss.teacher).name
+        settings["teacher"] = Path(arguments.training.teacher).name
     if model.has_adapter:
         return settings | adapter_settings(model.encoder.peft_config["default"])
     return settings | dict.fromkeys(("lora_r", "lora_alpha"))

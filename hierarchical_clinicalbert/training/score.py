@@ -23,7 +23,6 @@ from hierarchical_clinicalbert.evaluation.metrics import PREFIXES
 from hierarchical_clinicalbert.evaluation.open_world import fit_open_world, merge_texts
 from hierarchical_clinicalbert.evaluation.report import ScoredSplit, measure
 from hierarchical_clinicalbert.training.arguments import HierarchicalTrainingArguments, has_few_rows
-from hierarchical_clinicalbert.training.tokens import Collator
 from hierarchical_clinicalbert.training.trainer import HierarchicalTrainer
 from open_world_hierarchical import OpenWorld
 from pipeline_hierarchical import use_cpu_kernels
@@ -53,7 +52,6 @@ def scoring_trainer(
         model=model,
         args=dataclasses.replace(args, **SCORING_ARGUMENTS),
         processing_class=tokenizer,
-        data_collator=Collator(tokenizer, model.heads.decisions.targets),
         loss_function=loss_function,
     )
 

@@ -27,9 +27,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
     PrinterCallback,
     ProgressCallback,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     trainer_pt_utils,
 )
@@ -39,7 +43,9 @@ from checkpoint_hierarchical import ADAPTER_FILES, load_heads_and_adapter
 from decisions_hierarchical import sum_per_item
 from hierarchical_clinicalbert.checkpoint_files import published_files
 from hierarchical_clinicalbert.errors import InputError, as_input_error
+from hierarchical_clinicalbert.evaluation.forms import form_of
 from hierarchical_clinicalbert.publishing.hub import Target, publish
+from hierarchical_clinicalbert.training.arguments import HierarchicalTrainingArguments
 from hierarchical_clinicalbert.training.callbacks import (
     LogLines,
     ProgressBar,
@@ -47,7 +53,9 @@ from hierarchical_clinicalbert.training.callbacks import (
     refuse_infinite,
 )
 from hierarchical_clinicalbert.training.cpu import use_training_kernels
+from hierarchical_clinicalbert.training.losses import FocalLoss
 from hierarchical_clinicalbert.training.sampler import LengthGroupedSampler
+from hierarchical_clinicalbert.training.tokens import Collator
 from hierarchical_clinicalbert.training.views import halves
 
 logger = logging.getLogger(__name__)
@@ -56,27 +64,59 @@ EMBEDDED_AT_ONCE = 8  # texts
 
 
 class HierarchicalTrainer(Trainer):
-    """A Trainer whose loss is a `training.losses.FocalLoss`.
+    """A Trainer with the loss, the collator and the metrics of a hierarchical model.
 
-    Without ``loss_function``, it is the model's own. ``consistency`` weights the divergence of a
-    text's halves, see `training.views`, and needs the columns and collator of `training.tokens`; 0
-    trains on whole texts.
+    Rows have the columns of `training.tokens.tokenize_splits`.
+
+    Args:
+        loss_function: by default the `FocalLoss` that the arguments describe, with the class
+            frequencies of the training rows.
+        callbacks: of transformers. Early stopping is added, if the arguments ask for it.
+        kwargs: further arguments of the Trainer of transformers.
     """
 
     loss_is_scaled_for_ga = True
 
     def __init__(
         self,
-        *args: Any,
+        model: PreTrainedModel,
+        args: HierarchicalTrainingArguments,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        *,
         loss_function: nn.Module | None = None,
-        consistency: float = 0.0,
+        callbacks: Sequence[TrainerCallback] = (),
         **kwargs: Any,
     ):
+        if args.fp16 and args.device.type == "cpu":  # accelerate would train in float32
+            raise InputError("--fp16 needs a GPU: leave it out")
+        # evaluation's decisions, which stay on the CPU; the loss and the heads have their own
+        form = form_of(model.config.tree, model.config.problem_type)
+        targets = form.decisions.targets
+        if loss_function is None:
+            # without rows, no step needs the loss
+            nodes = train_dataset["labels"][:] if train_dataset is not None else []
+            loss_function = FocalLoss.from_arguments(args, form.decisions, targets(nodes))
+        stopping = []
+        if args.load_best_model_at_end and args.early_stopping_patience:
+            stopping.append(EarlyStoppingCallback(args.early_stopping_patience))
+        defaults: dict[str, Any] = {"compute_metrics": form.compute_metrics}
+        if processing_class is not None:
+            defaults["data_collator"] = Collator(processing_class, targets)
         with as_input_error("cannot set up training"), warnings.catch_warnings():
             # the loss smooths labels itself, and the Trainer warns that it cannot for multi-label
             # models
             warnings.filterwarnings("ignore", "Label smoothing is not compatible")
-            super().__init__(*args, **kwargs)
+            super().__init__(
+                model,
+                args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                callbacks=[*callbacks, *stopping],
+                **defaults | kwargs,
+            )
         encoder = self.model.encoder
         if self.args.activation_checkpointing and not encoder.supports_gradient_checkpointing:
             raise InputError(
@@ -97,10 +137,8 @@ class HierarchicalTrainer(Trainer):
             self.args._n_gpu = 1
             self._train_batch_size = self.args.train_batch_size
         self.decisions = self.model.heads.decisions
-        self.loss_function: Any = (
-            loss_function.to(self.args.device) if loss_function else self.decisions.loss
-        )
-        self.consistency = consistency
+        self.loss_function: Any = loss_function.to(self.args.device)
+        self.consistency = args.consistency
         self.resumed: ResumedRun | None = None  # in a run that resumes
         # of a checkpoint that is pushed during training
         self.write_card: Callable[[Path], None] = lambda folder: None
@@ -282,8 +320,7 @@ class HierarchicalTrainer(Trainer):
         is_new = self.optimizer is None
         with as_input_error("cannot set up the optimizer"):
             optimizer = super().create_optimizer(model)
-        # which TrainingArguments of transformers lack
-        rate = getattr(self.args, "heads_learning_rate", None)
+        rate = self.args.heads_learning_rate
         if is_new and rate is not None:
             heads = {id(p) for p in self.accelerator.unwrap_model(self.model).heads.parameters()}
             for group in list(optimizer.param_groups):

@@ -18,7 +18,6 @@ from hierarchical_clinicalbert.errors import InputError
 from hierarchical_clinicalbert.evaluation.forms import form_of
 from hierarchical_clinicalbert.training.arguments import (
     HierarchicalTrainingArguments,
-    LossArguments,
     ModelArguments,
     fit_to_data,
     parse,
@@ -40,11 +39,7 @@ def test_the_help_shows_each_flag_once_in_groups_and_those_of_transformers_on_re
         helped[flag] = capsys.readouterr().out
     flags = re.findall(r"^  (--\w+)", helped["--help"], re.MULTILINE)
     assert len(flags) == len({*flags})
-    own = {
-        name
-        for part in (ModelArguments, DataArguments, LossArguments)
-        for name in part.__dataclass_fields__
-    }
+    own = {name for part in (ModelArguments, DataArguments) for name in part.__dataclass_fields__}
     assert {f"--{name}" for name in own} <= {*flags}
     assert len(helped["--help"].splitlines()) <= 110
     groups = re.findall(r"(?s)\n(\w+):\n(.*?)(?=\n\n|$)", helped["--help"])
@@ -83,8 +78,8 @@ def test_flags_override_the_recipe_and_the_recipe_the_defaults(tmp_path):
         bf16=False,
         taxonomy=None,
     )
-    _, data, loss, training = parse([path, "--focal_gamma", "0.5"])
-    assert (training.learning_rate, loss.focal_gamma, training.bf16) == (2e-4, 0.5, False)
+    _, data, training = parse([path, "--focal_gamma", "0.5"])
+    assert (training.learning_rate, training.focal_gamma, training.bf16) == (2e-4, 0.5, False)
     assert data.label_column == ["a", "b"]
     assert data.taxonomy is None
     assert data.max_length is None
@@ -141,7 +136,7 @@ def test_names_and_codes_of_a_recipe_are_texts_as_they_were_written(tmp_path):
         "label_column: [1_0, 012]\ntext_column: no\nlr_scheduler_kwargs: {min_lr: 1e-5, "
         "name: x}\nload_best_model_at_end: false\n"
     )
-    _, data, _, training = parse([str(path)])
+    _, data, training = parse([str(path)])
     names = {
         "1.1": "typhoid",
         "1.10": "cholera",
@@ -206,4 +201,4 @@ def test_a_metric_that_the_validation_rows_cannot_give_selects_no_checkpoint(
     "path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem
 )
 def test_every_recipe_of_the_repository_parses(path):
-    assert parse([str(path)])[3].output_dir.startswith("results")
+    assert parse([str(path)]).training.output_dir.startswith("results")

@@ -9,7 +9,6 @@ from conftest import run, write_csv
 from safetensors.torch import load_file
 from test_prototypes import ROWS, tokenized, trainer_of
 
-from hierarchical_clinicalbert.training.arguments import ModelArguments
 from hierarchical_clinicalbert.training.contrastive import TEMPERATURE, contrastive_loss
 from hierarchical_clinicalbert.training.prototypes import initialise_heads
 
@@ -55,12 +54,13 @@ def separation(trainer, rows: list[int]) -> float:
 def test_unseen_texts_of_a_class_come_closer(minilm, tmp_path):
     trainer = trainer_of(minilm, tmp_path)
     trainer.args.learning_rate = 1e-3
+    trainer.args.contrastive_steps = 10
     known = range(0, len(ROWS), 2)
     unseen = range(1, len(ROWS), 2)
     before = separation(trainer, unseen)
     frozen = trainer.model.encoder.get_input_embeddings().weight.clone()
     rows = tokenized(trainer).select(known)
-    initialise_heads(trainer, rows, ModelArguments(minilm, contrastive_steps=10))
+    initialise_heads(trainer, rows)
     assert separation(trainer, unseen) > before + 0.05
     torch.testing.assert_close(
         trainer.model.encoder.get_input_embeddings().weight, frozen, atol=0, rtol=0

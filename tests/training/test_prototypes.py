@@ -22,7 +22,6 @@ from hierarchical_clinicalbert.training.prototypes import (
     TYPICAL_SCORE,
     initialise_heads,
 )
-from hierarchical_clinicalbert.training.tokens import Collator
 from hierarchical_clinicalbert.training.trainer import HierarchicalTrainer
 from taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy
 
@@ -44,7 +43,6 @@ FITS = (
     "the training texts alone",
     "the training texts, the class names and their descriptions",
 )
-ASKED = {"heads_init": "prototypes"}
 
 
 @functools.cache
@@ -79,14 +77,15 @@ def offsets_and_names(
     ]
 
 
-def trainer_of(minilm: str, folder, tree: Taxonomy = TREE, **settings) -> HierarchicalTrainer:
+def trainer_of(
+    minilm: str, folder, tree: Taxonomy = TREE, heads_init: str | None = None, **settings
+) -> HierarchicalTrainer:
     tokenizer = AutoTokenizer.from_pretrained(minilm)
     model = build_model(ModelArguments(minilm, quantization="none"), tree, seed=1, **settings)
     return HierarchicalTrainer(
         model=model,
-        args=arguments(folder),
+        args=arguments(folder, heads_init=heads_init),
         processing_class=tokenizer,
-        data_collator=Collator(tokenizer, model.heads.decisions.targets),
     )
 
 
@@ -181,12 +180,9 @@ def test_scores_are_those_worked_by_hand(
     if "descriptions" in fits:
         weights = [DESCRIPTION_WEIGHT if name in descriptions else NAME_WEIGHT for name in classes]
     tree = Taxonomy(DEFAULT_TAXONOMY, descriptions=descriptions)
-    trainer = trainer_of(minilm, tmp_path, tree, problem_type=problem_type)
+    trainer = trainer_of(minilm, tmp_path, tree, "prototypes", problem_type=problem_type)
     with caplog.at_level("INFO"):
-        assert (
-            initialise_heads(trainer, tokenized(trainer, nodes), ModelArguments(minilm, **ASKED))
-            == "prototypes"
-        )
+        assert initialise_heads(trainer, tokenized(trainer, nodes)) == "prototypes"
     assert f"heads are initialised from {fits}" in caplog.text
     found = predicted(trainer, "decision_logits" if several else "logits")
     np.testing.assert_allclose(found, scores(sources[fits], weights), atol=1e-3)
@@ -199,11 +195,8 @@ def test_scores_are_those_worked_by_hand(
 def test_with_32_rows_per_class_heads_are_random_unless_requested_otherwise(
     tiny_encoder, tmp_path, rows, requested, expected
 ):
-    trainer = trainer_of(tiny_encoder, tmp_path)  # five classes
+    trainer = trainer_of(tiny_encoder, tmp_path, heads_init=requested)  # five classes
     before = trainer.model.heads.weight.clone()
     data = tokenized(trainer).select([i % len(ROWS) for i in range(rows)])
-    assert (
-        initialise_heads(trainer, data, ModelArguments(tiny_encoder, heads_init=requested))
-        == expected
-    )
+    assert initialise_heads(trainer, data) == expected
     assert torch.equal(trainer.model.heads.weight, before) == (expected == "random")

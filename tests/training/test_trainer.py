@@ -149,8 +149,8 @@ def test_accumulation_gives_the_gradient_of_one_large_batch(
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
         batch = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
-        args = arguments(tmp_path, max_steps=1, max_grad_norm=0.0, **batch)
-        given = {"consistency": consistency, **({} if focal else {"loss_function": None})}
+        args = arguments(tmp_path, max_steps=1, max_grad_norm=0.0, consistency=consistency, **batch)
+        given = {} if focal else {"loss_function": None}
         trainer(model, tokenizer, data, args, optimizers=(optimizer, scheduler), **given).train()
         after.append(trained_weights(model))
     moved = max(
@@ -171,8 +171,7 @@ def test_the_loss_of_halves_is_that_of_each_and_their_disagreement(tmp_path, tok
         model.train(),
         tokenizer,
         data,
-        arguments(tmp_path, seed=5),
-        consistency=0.7,
+        arguments(tmp_path, seed=5, consistency=0.7),
         loss_function=function,
     )
     inputs = batch_of(model, tokenizer, data)
