@@ -179,10 +179,10 @@ def test_the_model_itself_gives_the_calibrated_probabilities(problem_type):
     model = small_model(problem_type=problem_type)
     tree = model.config.tree
     form = form_of(tree, problem_type)
-    ids = torch.randint(10, 99, (7, 9))
+    ids = torch.randint(10, 64, (7, 9))
     classes = form.decisions.num_classes
-    weights = {"weight": torch.randn(classes, 100), "bias": torch.randn(classes)}
-    lexical = {"idf": torch.rand(100), **weights}
+    weights = {"weight": torch.randn(classes, 64), "bias": torch.randn(classes)}
+    lexical = {"idf": torch.rand(64), **weights}
     scales = np.random.default_rng(4).uniform(0.3, 3, tree.num_nodes)
     biases = np.random.default_rng(5).normal(size=tree.num_nodes)
     own = model(input_ids=ids).decision_logits.double().numpy()
