@@ -21,6 +21,7 @@ Worth knowing:
 
 import math
 import os
+from collections.abc import Collection
 from copy import copy, deepcopy
 from dataclasses import dataclass
 from itertools import chain
@@ -519,7 +520,12 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
     """Any text encoder of transformers, pooled, with hierarchical heads.
 
     By default the encoder is newly initialised.
+
+    Attributes:
+        new_nodes: nodes whose heads a Trainer of this project initialises before training.
     """
+
+    new_nodes: Collection[int] = ()
 
     config_class = HierarchicalConfig
     base_model_prefix = "encoder"

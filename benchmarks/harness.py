@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 from decisions_hierarchical import build_decisions
 from hierarchical_clinicalbert.data.arguments import DataArguments
-from hierarchical_clinicalbert.data.sources import read_rows
+from hierarchical_clinicalbert.data.sources import read_sources
 from hierarchical_clinicalbert.data.splits import LabelledSplits, split_rows
 from hierarchical_clinicalbert.evaluation.metrics import node_f1
 from taxonomy_hierarchical import Taxonomy
@@ -123,7 +123,7 @@ def load_splits(
     arguments = DataArguments(
         **{f"{split}_file": str(file) for split, file in files.items()}, **options
     )
-    return split_rows(read_rows(arguments), arguments, tree, seed)
+    return split_rows(read_sources(arguments), arguments, tree, seed)
 
 
 def rows_of(data: LabelledSplits) -> dict[str, Rows]:

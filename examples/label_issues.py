@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from configuration_hierarchical import SINGLE_LABEL
 from hierarchical_clinicalbert.data.arguments import DataArguments
-from hierarchical_clinicalbert.data.sources import read_rows
+from hierarchical_clinicalbert.data.sources import read_sources
 from hierarchical_clinicalbert.errors import ArgumentParser, InputError, print_result
 from hierarchical_clinicalbert.reading.columns import text_hash
 
@@ -50,7 +50,7 @@ def main() -> str:
     if importlib.util.find_spec("cleanlab") is None:
         raise InputError("this list needs cleanlab: pip install cleanlab")
     flags = {name: value for name, value in vars(arguments).items() if name != "file"}
-    rows = read_rows(
+    rows = read_sources(
         DataArguments(train_file=arguments.file, problem_type=SINGLE_LABEL, **flags)
     ).rows
     labels = ["/".join([label] if isinstance(label, str) else label) for (label,) in rows["labels"]]

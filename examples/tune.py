@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 import train
 from hierarchical_clinicalbert.errors import ArgumentParser, InputError, run_command
+from hierarchical_clinicalbert.training.arguments import parse
 from hierarchical_clinicalbert.training.trainer import HierarchicalTrainer
 
 
@@ -29,21 +30,10 @@ def main(argv: list[str]) -> None:
     if importlib.util.find_spec("optuna") is None:
         raise InputError("the search needs Optuna: pip install optuna")
 
-    def prepare(trainer: HierarchicalTrainer) -> HierarchicalTrainer:
-        """Have ``trainer.train()``, which train.py calls once the heads are initialised, search and
-        end.
-        """
-        fit = trainer.train
-
-        def search_and_end(**_: Any) -> None:
-            trainer.train = fit
-            search(trainer, given.trials)
-            raise SystemExit
-
-        trainer.train = search_and_end
-        return trainer
-
-    train.main(given.words, prepare)
+    train.set_up_logging(True)
+    trainer = train.build_trainer(parse(given.words))
+    trainer.initialise_heads()
+    search(trainer, given.trials)
 
 
 def space(trial: Any) -> dict[str, Any]:

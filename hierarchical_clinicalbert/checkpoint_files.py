@@ -4,10 +4,12 @@ import json
 import logging
 import os
 import re
+from importlib.metadata import requires
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import constants, is_offline_mode, try_to_load_from_cache
+from packaging.requirements import Requirement
 from safetensors import SafetensorError, safe_open
 from transformers.utils import cached_file
 
@@ -97,12 +99,18 @@ def published_files(folder: Path) -> dict[str, Path | bytes]:
     """
     files: dict[str, Path | bytes] = {name: folder / name for name in list_own_files(folder)}
     files["handler.py"] = PACKAGE / "publishing" / "handler.py"
-    packages = ("torch>", "transformers>")  # loading merges the adapter, so it needs no PEFT
-    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines(keepends=True)
-    files["requirements.txt"] = "".join(
-        line for line in lines if line.startswith(packages)
-    ).encode()
+    packages = ("torch", "transformers")  # loading merges the adapter, so it needs no PEFT
+    kept = [line for line in list_requirements() if Requirement(line).name in packages]
+    files["requirements.txt"] = "".join(f"{line}\n" for line in kept).encode()
     return files
+
+
+def list_requirements() -> list[str]:
+    """Return the packages that this one needs, of the repository or as pip installed it."""
+    file = ROOT / "requirements.txt"
+    if file.is_file():
+        return file.read_text(encoding="utf-8").splitlines()
+    return requires("hierarchical-clinicalbert") or []
 
 
 def find_trained_texts(checkpoint: str | Path) -> Path | None:

@@ -6,7 +6,7 @@ import datasets
 import pandas as pd
 
 from hierarchical_clinicalbert.data.arguments import DataArguments
-from hierarchical_clinicalbert.data.sources import read_rows
+from hierarchical_clinicalbert.data.sources import read_sources
 from hierarchical_clinicalbert.data.splits import split_rows
 from hierarchical_clinicalbert.data.trained_texts import NO_TRAINED_TEXTS
 
@@ -22,7 +22,7 @@ def load(seed=0, known=None, trained=NO_TRAINED_TEXTS, trains=True, **flags):
     ``known`` is the taxonomy of a checkpoint.
     """
     arguments = DataArguments(**{flag: _text(value) for flag, value in flags.items()})
-    return split_rows(read_rows(arguments, trains), arguments, known, seed, trained)
+    return split_rows(read_sources(arguments, trains), arguments, known, seed, trained)
 
 
 def load_rows(folder, rows, header=("text", "label"), **flags):

@@ -355,10 +355,10 @@ ENCODERS = {
     "weights torn": (cut("model.safetensors"), "SafetensorError"),
     "weights pickled": (pickled, "which could run code: it is not loaded"),
     "tokenizer missing": (remove("tokenizer.json", "tokenizer_config.json"), "holds no tokenizer"),
-    "tokenizer torn": (cut("tokenizer.json"), "cannot load the tokenizer of encoder"),
+    "tokenizer torn": (cut("tokenizer.json"), "/encoder: Expecting value: line"),
     "tokenizer of another": (
         more_tokens,
-        "the tokenizer of encoder does not belong to this encoder: its largest token id is 73",
+        "/encoder does not belong to this encoder: its largest token id is 73",
     ),
     "tokenizer slow": (
         slow_tokenizer,

@@ -6,11 +6,11 @@ import re
 import shutil
 import subprocess
 import sys
-import zipfile
 from fnmatch import fnmatch
-from pathlib import PurePosixPath
+from pathlib import Path
 
-from conftest import ROOT, complete, copy_checkpoint, xlsx
+import pytest
+from conftest import ROOT, clear_rows, complete, copy_checkpoint, write_csv, xlsx
 from forked import LIBRARIES
 
 INSTALLED = {"hierarchical_clinicalbert"} | {path.name for path in ROOT.glob("*_hierarchical.py")}
@@ -29,41 +29,70 @@ print(json.dumps({name: m.__file__ for name, m in modules if name.split(".")[0] 
 """
 
 
-def test_pip_installs_the_library_and_the_shipped_files_alone_and_all_can_be_imported(tmp_path):
-    source = tmp_path / "source"
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Path:
+    """Return the folder into which pip installed the library."""
+    folder = tmp_path_factory.mktemp("package")
+    source = folder / "source"
     shutil.copytree(ROOT / "hierarchical_clinicalbert", source / "hierarchical_clinicalbert")
     for pattern in ("*.py", "pyproject.toml", "requirements.txt", "README.md", "LICENSE"):
         for file in ROOT.glob(pattern):
             shutil.copy(file, source)
-    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*build, "--wheel-dir", tmp_path, source], check=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        names = [name for name in archive.namelist() if ".dist-info/" not in name]
-        archive.extractall(tmp_path / "installed")
-        (metadata,) = (name for name in archive.namelist() if name.endswith("METADATA"))
-        required = archive.read(metadata).decode().count("Requires-Dist: ")
-    assert {name.split("/")[0] for name in names} == INSTALLED
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*pip, "--target", folder / "installed", source], check=True)
+    return folder / "installed"
+
+
+def test_pip_installs_the_library_and_the_shipped_files_alone_and_all_can_be_imported(
+    installed, tmp_path
+):
+    names = [path.relative_to(installed) for path in installed.rglob("*") if path.is_file()]
+    names = [name for name in names if "__pycache__" not in name.parts]
+    (metadata,) = installed.glob("*.dist-info/METADATA")
+    required = metadata.read_text().count("Requires-Dist: ")
+    assert {name.parts[0] for name in names} - {metadata.parent.name} == INSTALLED
     assert required == len((ROOT / "requirements.txt").read_text().splitlines())
 
-    modules = [
-        path.with_suffix("").parts for path in map(PurePosixPath, names) if path.suffix == ".py"
-    ]
+    modules = [name.with_suffix("").parts for name in names if name.suffix == ".py"]
     imported = [
         ".".join(parts).removesuffix(".__init__") for parts in modules if parts[-1] not in EXTRAS
     ]
     assert len(imported) == len(modules) - len(EXTRAS) > 60
     (tmp_path / "imports.py").write_text(IMPORTS)
-    done = complete(
-        "imports.py", tmp_path / "installed", ROOT, *imported, cwd=tmp_path, modules=LIBRARIES
-    )
+    done = complete("imports.py", installed, ROOT, *imported, cwd=tmp_path, modules=LIBRARIES)
     assert done.returncode == 0, done.stderr[-2000:]
     files = json.loads(done.stdout)
     assert {*imported} <= files.keys()
-    assert all(file.startswith(str(tmp_path / "installed")) for file in files.values())
-    assert (
-        tmp_path / "installed" / "hierarchical_clinicalbert" / "publishing" / "card.md.jinja"
-    ).is_file()
+    assert all(file.startswith(str(installed)) for file in files.values())
+    assert (installed / "hierarchical_clinicalbert" / "publishing" / "card.md.jinja").is_file()
+
+
+def test_the_manuals_lines_train_and_publish_a_model_in_an_empty_folder(
+    installed, hub, tiny_encoder, tmp_path
+):
+    """Run docs/python.md, over an encoder that trains in a second."""
+    hub.add_repo("base/tiny", Path(tiny_encoder))
+    for split, offset in (("train", 1), ("validation", 2), ("test", 3)):
+        write_csv(tmp_path / f"{split}.csv", clear_rows(offset, wrong=False))
+    shutil.copy(ROOT / "examples" / "taxonomy.yaml", tmp_path)
+    page = (ROOT / "docs" / "python.md").read_text()
+    code = "\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL))
+    assert {*re.findall(r"from (\w+) import", code)} == {
+        *("datasets", "hierarchical_clinicalbert", "transformers")
+    }
+    code = code.replace("emilyalsentzer/Bio_ClinicalBERT", "base/tiny")
+    code = code.replace("user/name", "alice/ten").replace('"4bit"', '"none"')
+    settings = dict(os.environ) | hub.environment(token="hf_alice") | {"PYTHONPATH": str(installed)}
+    done = complete("-c", code, cwd=tmp_path, environment=settings, modules=None)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "'test_accuracy': 0.9" in done.stdout or "'test_accuracy': 1.0" in done.stdout
+
+    commit = hub.commits("alice/ten")[-1]
+    assert {"README.md", "metrics.json", "heads.safetensors"} <= commit.files.keys()
+    assert b"test accuracy" in commit.files["README.md"].lower()
+    assert re.findall(rb"(?m)^\w+", commit.files["requirements.txt"]) == [b"torch", b"transformers"]
+    again = (tmp_path / "results" / "here" / "config.json").read_text()
+    assert json.loads(again)["calibration"]["num_texts"] == 1
 
 
 def test_the_container_has_the_files_that_its_commands_need(tmp_path):

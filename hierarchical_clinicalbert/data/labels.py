@@ -88,7 +88,7 @@ def resolve_labels(
         taxonomy = read_taxonomy(arguments.taxonomy, separator)
         origin = f"from {arguments.taxonomy}"
     elif taxonomy is not None:
-        origin = "the checkpoint's"
+        origin = "the model's"
     else:
         try:
             taxonomy = Taxonomy(DEFAULT_TAXONOMY, separator)

@@ -83,15 +83,20 @@ class SourceRows:
     unlabelled: list[str]  # texts of --unlabelled_file
 
 
-def read_rows(arguments: DataArguments, trains: bool = True) -> SourceRows:
-    """Read and check the rows that the arguments name. Only a data set on the Hub needs the
-    network.
+def read_sources(
+    arguments: DataArguments,
+    trains: bool = True,
+    in_memory: Mapping[str, SplitSource] | None = None,
+) -> SourceRows:
+    """Read and check the rows that the arguments name, beside those ``in_memory``. Only a data set
+    on the Hub needs the network.
 
     A run that only scores, without ``trains``, reads no training rows if there are others. A run
     with a taxonomy needs no rows.
     """
     # ── Sources and their columns ─────────────────────────────────────────────────────────────────
-    sources = find_split_sources(arguments, needs_rows=not (trains and arguments.taxonomy))
+    needs_rows = not (in_memory or (trains and arguments.taxonomy))
+    sources = find_split_sources(arguments, needs_rows) | dict(in_memory or {})
     unlabelled: list[str] = []
     described: list[dict[str, Any]] = []
     if arguments.unlabelled_file is not None:
@@ -211,7 +216,7 @@ def find_split_sources(arguments: DataArguments, needs_rows: bool) -> dict[str, 
         with as_input_error(what):
             loaded = _load_dataset(name, arguments.dataset_config_name, arguments.dataset_revision)
     if isinstance(loaded, datasets.Dataset):
-        return {ALL: _from_dataset(name, loaded)}
+        return {ALL: from_dataset(name, loaded)}
     hub_id = None if Path(name).exists() else name  # --dataset_name may be a folder, too
     sources: dict[str, SplitSource] = {}
     for key, dataset in loaded.items():
@@ -221,7 +226,7 @@ def find_split_sources(arguments: DataArguments, needs_rows: bool) -> dict[str, 
         if split not in SPLITS:
             logger.warning("%s: the split %r is not used", name, key)
         else:
-            sources[split] = _from_dataset(f"{Path(name)} [{key}]", dataset, hub_id)
+            sources[split] = from_dataset(f"{Path(name)} [{key}]", dataset, hub_id)
     if not sources:
         raise InputError(
             f"{name} has no split called train, validation or test, only {', '.join(loaded)}"
@@ -244,7 +249,8 @@ def _load_dataset(name: str, config_name: str | None, revision: str | None) -> d
     return loaded
 
 
-def _from_dataset(name: str, dataset: datasets.Dataset, hub_id: str | None = None) -> SplitSource:
+def from_dataset(name: str, dataset: datasets.Dataset, hub_id: str | None = None) -> SplitSource:
+    """Return the source of a data set. ``name`` is for messages."""
     if not len(dataset):
         raise InputError(f"{name} has no rows")
 

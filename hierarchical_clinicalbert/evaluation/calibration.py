@@ -24,6 +24,7 @@ the same number for the same text, (num_rows,).
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -52,6 +53,20 @@ def calibrated_logits(
         scores.astype(np.float64), lexical_scores, calibration.lexical_weight, scales, biases
     )
     return decisions(torch.from_numpy(calibrated))[1].numpy()
+
+
+def compose(correction: Calibration, stored: Calibration) -> Calibration:
+    """Return the calibration that corrects a stored one, whose scores ``correction`` is fitted to.
+
+    The lexical head keeps its weight.
+    """
+    scales = np.array(correction.scales)
+    return replace(
+        correction,
+        lexical_weight=stored.lexical_weight,
+        scales=(scales * stored.scales).tolist(),
+        biases=(scales * stored.biases + correction.biases).tolist(),
+    )
 
 
 def fit_calibration(

@@ -6,6 +6,7 @@ without the last column. ``nodes`` are the labelled nodes of each text, with or 
 ancestors.
 """
 
+from copy import deepcopy
 from itertools import chain
 
 import numpy as np
@@ -73,13 +74,25 @@ def fit_open_world(
     if spread_of_energies:
         spread = fitted(torch.from_numpy(validation_vectors)).std()
         fitted.energy_weight.copy_(spread / spread_of_energies)
+    return with_references(fitted, validation_vectors, seed)
 
-    # ── References, computed from what is stored ──────────────────────────────────────────────────
+
+@torch.no_grad()
+def with_references(
+    open_world: OpenWorld | None, validation_vectors: np.ndarray, seed: int = 0
+) -> OpenWorld | None:
+    """Return a copy with references that are computed from what is stored and validation texts.
+
+    Return None for None, and where the texts are fewer than `MIN_REFERENCES`.
+    """
+    if open_world is None or len(validation_vectors) < MIN_REFERENCES:
+        return None
     generator = np.random.default_rng(seed)
     some = generator.permutation(len(validation_vectors))[:MAX_REFERENCES]
-    strangeness = fitted(torch.from_numpy(validation_vectors))[torch.from_numpy(some)]
-    fitted.references = nn.Parameter(strangeness.sort().values, requires_grad=False)
-    return fitted
+    copied = deepcopy(open_world).cpu()
+    strangeness = copied(torch.from_numpy(validation_vectors))[torch.from_numpy(some)]
+    copied.references = nn.Parameter(strangeness.sort().values, requires_grad=False)
+    return copied
 
 
 def texts_by_class(tree: Taxonomy, nodes: list[list[int]]) -> list[list[int]]:

@@ -82,6 +82,11 @@ class ScoredSplit:
     nodes: list[list[int]] = dataclasses.field(default_factory=list)
     vectors: Any = None
 
+    def text_vectors(self) -> np.ndarray:
+        """Return the vector of each text once, (num_texts, H + 1)."""
+        _, first = np.unique(self.texts, return_index=True)
+        return self.vectors[first]
+
 
 # ── Calibrate ─────────────────────────────────────────────────────────────────────────────────────
 

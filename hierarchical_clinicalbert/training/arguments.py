@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -70,6 +70,10 @@ class ModelArguments:
             "family of leaves."
         ),
     )
+
+    def __post_init__(self) -> None:
+        if self.model_name_or_path == DEFAULT_ENCODER and self.model_revision is None:
+            self.model_revision = DEFAULT_ENCODER_REVISION
 
 
 @dataclass
@@ -313,12 +317,9 @@ def parse(argv: list[str]) -> Arguments:
     if model.quantization is None:
         trains_adapter = model.tuning == "lora" and has_rows and args.num_train_epochs
         model.quantization = "4bit" if trains_adapter else "none"
-    if is_local(model.model_name_or_path):
-        if model.model_revision is not None:
-            problem = f"does not apply to the folder {model.model_name_or_path}"
-            raise InputError(f"--model_revision {model.model_revision} {problem}")
-    elif model.model_name_or_path == DEFAULT_ENCODER and model.model_revision is None:
-        model.model_revision = DEFAULT_ENCODER_REVISION
+    if is_local(model.model_name_or_path) and model.model_revision is not None:
+        problem = f"does not apply to the folder {model.model_name_or_path}"
+        raise InputError(f"--model_revision {model.model_revision} {problem}")
     if not args.do_train:
         # without training, the rows of a training file are not scored
         data.validation_size = data.test_size = 0
@@ -467,29 +468,22 @@ def check_interval(name: str, value: float, interval: str) -> None:
         raise InputError(f"--{name} must be {lower} {low:,.0f}{upper}, not {value}")
 
 
-def fit_to_data(
-    args: HierarchicalTrainingArguments,
-    splits: Mapping[str, Any],
-    form: Form,
-    has_taxonomy: bool = False,
-) -> HierarchicalTrainingArguments:
-    """Return the arguments for these splits. Without validation rows, training is not evaluated.
+def takes_steps(args: HierarchicalTrainingArguments, splits: Container[str]) -> bool:
+    """Return whether a run takes training steps; else it only sets the heads of new nodes."""
+    return "train" in splits and args.num_train_epochs > 0
 
-    If the run ``has_taxonomy``, it needs no training rows, and without any takes no steps
-    (``num_train_epochs`` 0). InputError: the splits do not have what the arguments need.
+
+def fit_to_data(
+    args: HierarchicalTrainingArguments, splits: Mapping[str, Any], form: Form
+) -> HierarchicalTrainingArguments:
+    """Return the arguments for tokenized splits. Without training rows, there are no steps
+    (``num_train_epochs`` 0); without validation rows, training is not evaluated.
+
+    InputError: the splits do not have what the arguments need.
     """
-    takes_steps = "train" in splits and args.num_train_epochs > 0
+    trains = takes_steps(args, splits)
     changes: dict[str, Any] = {}
-    if "train" not in splits and not has_taxonomy:
-        sources = "--train_file, --data_path or --dataset_name"
-        raise InputError(
-            f"no training rows: give {sources}, or --taxonomy for new classes, or --do_train false"
-        )
-    if not takes_steps:
-        logger.info(
-            "no training steps: new heads are set from names, descriptions and rows, if "
-            "there are any"
-        )
+    if not trains:
         changes = {"num_train_epochs": 0.0, "max_steps": -1, "save_strategy": "no"}
     elif "validation" not in splits:
         logger.info("no validation rows: early stopping is off, and the last weights are kept")
@@ -499,12 +493,12 @@ def fit_to_data(
             "--eval_strategy no selects no best checkpoint: also give "
             "--load_best_model_at_end false"
         )
-    if not takes_steps or "validation" not in splits:
+    if not trains or "validation" not in splits:
         changes |= {"eval_strategy": "no", "load_best_model_at_end": False, "eval_on_start": False}
     fitted = dataclasses.replace(args, **changes)
-    if takes_steps and (fitted.load_best_model_at_end or fitted.save_strategy == "best"):
+    if trains and (fitted.load_best_model_at_end or fitted.save_strategy == "best"):
         check_best_metric(
-            fitted.metric_for_best_model or "loss", form, splits["validation"]["nodes"][:]
+            fitted.metric_for_best_model or "loss", form, splits["validation"]["labels"][:]
         )
         return fitted
     # else the Trainer looks for the metric in each evaluation; the log shows the lowest loss as the

@@ -35,7 +35,7 @@ class LogLines(TrainerCallback):
     its dicts.
 
     A loss that is not finite ends the run. No checkpoint holds weights that are not finite, see
-    `HierarchicalTrainer._save`.
+    `TrainingLoop._save`.
     """
 
     def on_log(

@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
-from hierarchical_clinicalbert.training.trainer import HierarchicalTrainer
+from hierarchical_clinicalbert.training.loop import TrainingLoop
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ TEXTS_PER_CLASS = 4
 
 
 def train_contrastively(
-    trainer: HierarchicalTrainer, inputs: list[list[int]], members: Tensor, steps: int
+    trainer: TrainingLoop, inputs: list[list[int]], members: Tensor, steps: int
 ) -> None:
     """Train the encoder, or its adapter, at the trainer's learning rate.
 

@@ -33,6 +33,7 @@ from hierarchical_clinicalbert.checkpoint_files import (
     read_config,
     require_encoder,
 )
+from hierarchical_clinicalbert.data.taxonomy_files import read_taxonomy
 from hierarchical_clinicalbert.errors import InputError, as_input_error
 from hierarchical_clinicalbert.machine import has_bf16
 from hierarchical_clinicalbert.reading.foreign_code import refuse_foreign_code
@@ -42,6 +43,7 @@ from taxonomy_hierarchical import Taxonomy, list_names
 
 logger = logging.getLogger(__name__)
 
+MAX_LENGTH = 512  # of a text in tokens, unless another is given
 HEAD_DROPOUT = 0.1  # of the pooled vector, in training
 
 
@@ -50,8 +52,8 @@ HEAD_DROPOUT = 0.1  # of the pooled vector, in training
 
 def build_model(
     arguments: ModelArguments,
-    taxonomy: Taxonomy,
-    seed: int,
+    taxonomy: Taxonomy | str | Path,
+    seed: int = 42,
     problem_type: str | None = None,
     renamed: dict[str, str] | None = None,
     takes_steps: bool = True,
@@ -59,9 +61,22 @@ def build_model(
     """Build a model that is ready to train. With LoRA the encoder is frozen, and only adapter and
     heads are trained.
 
-    ``renamed`` are new names of a checkpoint's nodes. A run that ``takes_steps`` starts without the
-    checkpoint's calibration.
+    Args:
+        arguments: the encoder or checkpoint, its quantization, adapter and pooling.
+        taxonomy: a taxonomy, or its file.
+        seed: of new weights.
+        problem_type: "single_label_classification", one path a text, which is the default; or
+            "multi_label_classification".
+        renamed: new names of a checkpoint's nodes.
+        takes_steps: whether the model is trained afterwards. Then a checkpoint's calibration is
+            removed.
+
+    Raises:
+        InputError: the model cannot be loaded, or does not fit the arguments.
     """
+    if not isinstance(taxonomy, Taxonomy):
+        taxonomy = read_taxonomy(taxonomy)
+    arguments = fetch_model(arguments)
     torch.manual_seed(seed)
     name = arguments.model_name_or_path
     revision = arguments.model_revision
@@ -94,6 +109,7 @@ def build_model(
     if arguments.tuning == "lora":
         add_adapter(encoder, arguments)
     model.heads.to(encoder.device)
+    model.new_nodes = range(taxonomy.num_nodes)
     return model
 
 
@@ -145,7 +161,8 @@ def continue_checkpoint(
             path, config=config, merge_adapter=False, **load_arguments(arguments)
         )
     if takes_steps:
-        model.set_calibration(Calibration())  # the stored one is fitted to the earlier weights
+        # the stored one is fitted to the earlier weights
+        model.set_calibration(Calibration(max_length=config.calibration.max_length))
     if tuning == "lora":
         settings = adapter_settings(model.encoder.peft_config["default"])
         logger.info(
@@ -173,6 +190,7 @@ def continue_checkpoint(
             "no training steps, and --taxonomy is the checkpoint's: nothing would change"
         )
     model.config.set_taxonomy(taxonomy)
+    model.new_nodes = [node for node in range(taxonomy.num_nodes) if node not in known]
     return model
 
 
@@ -257,15 +275,18 @@ def turn_off_dropout(text_config: PretrainedConfig) -> None:
 
 
 def load_tokenizer(
-    arguments: ModelArguments, model: HierarchicalForSequenceClassification
+    model: HierarchicalForSequenceClassification, max_length: int | None = None
 ) -> PreTrainedTokenizerBase:
-    """Load the encoder's tokenizer, with a ``model_max_length`` of at most one window.
+    """Load the tokenizer of a model's encoder or checkpoint, which truncates texts at
+    ``max_length`` tokens, by default as in the checkpoint, else at `MAX_LENGTH` or one window.
 
-    The configuration stores its special tokens, which each window of a longer text gets.
+    The configuration stores that length, and the special tokens, which each window of a longer text
+    gets.
     """
-    name = arguments.model_name_or_path
+    config = model.config
+    name = model.name_or_path or config.encoder_name_or_path
     continued = is_checkpoint(name)
-    revision = model.config.encoder_revision or "main"
+    revision = config.encoder_revision or "main"
     with as_input_error(f"cannot load the tokenizer of {name}"):
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=revision, trust_remote_code=continued
@@ -278,10 +299,21 @@ def load_tokenizer(
     tokenizer.truncation_side = "right"  # predictions report truncation at the end of a text
     if "attention_mask" not in tokenizer.model_input_names:  # else batches would have no mask
         tokenizer.model_input_names = [*tokenizer.model_input_names, "attention_mask"]
-    model.config.tokens_before, model.config.tokens_after = special_tokens(tokenizer)
-    model.config.self_test = None  # of an earlier checkpoint, which training changes
+    config.tokens_before, config.tokens_after = special_tokens(tokenizer)
+    config.self_test = None  # of an earlier checkpoint, which training changes
+
+    # ── Length ────────────────────────────────────────────────────────────────────────────────────
+    window = tokenizer.model_max_length
     if model.window is not None:
-        tokenizer.model_max_length = min(tokenizer.model_max_length, model.window)
+        window = min(window, model.window)
+    earlier = config.calibration.max_length
+    tokenizer.model_max_length = max_length or earlier or min(MAX_LENGTH, window)
+    if earlier not in (None, tokenizer.model_max_length):
+        change = f"from {earlier} to {max_length} tokens"
+        advice = "leave it out to keep the checkpoint's limit"
+        logger.warning("--max_length changes where texts are truncated %s; %s", change, advice)
+    # which engines read, also without a calibration
+    config.calibration.max_length = tokenizer.model_max_length
     return tokenizer
 
 

@@ -21,11 +21,10 @@ from torch import Tensor
 from torch.nn.functional import normalize, pad
 
 from decisions_hierarchical import build_decisions
-from hierarchical_clinicalbert.checkpoint_files import is_checkpoint, read_config
 from hierarchical_clinicalbert.errors import as_input_error
-from hierarchical_clinicalbert.training.arguments import ModelArguments, has_few_rows
+from hierarchical_clinicalbert.training.arguments import has_few_rows
 from hierarchical_clinicalbert.training.contrastive import train_contrastively
-from hierarchical_clinicalbert.training.trainer import HierarchicalTrainer
+from hierarchical_clinicalbert.training.loop import TrainingLoop
 from modeling_hierarchical import HierarchicalHeads
 from taxonomy_hierarchical import Taxonomy
 
@@ -55,20 +54,8 @@ class Names(NamedTuple):
     weights: list[float]
 
 
-def find_known_nodes(
-    arguments: ModelArguments, tree: Taxonomy, renamed: dict[str, str] | None = None
-) -> dict[int, int]:
-    """Return the nodes that the initial checkpoint has, with their ids there.
-
-    An encoder has none.
-    """
-    stored = arguments.model_name_or_path
-    with as_input_error("--renamed_nodes"):
-        return tree.known_nodes(read_config(stored).tree, renamed) if is_checkpoint(stored) else {}
-
-
 def initialise_heads(
-    trainer: HierarchicalTrainer, rows: Dataset, known: Container[int] = ()
+    trainer: TrainingLoop, rows: Dataset, known: Container[int] = ()
 ) -> str | None:
     """Initialise new heads as ``--heads_init`` says, and biases at `Decisions.initial_biases`.
 
@@ -107,7 +94,7 @@ def initialise_heads(
 
 @torch.no_grad()
 def set_heads(
-    trainer: HierarchicalTrainer, rows: Dataset | None, known: Container[int], unlabelled: list[str]
+    trainer: TrainingLoop, rows: Dataset | None, known: Container[int], unlabelled: list[str]
 ) -> list[str]:
     """Set the heads of all classes, or of those that are not ``known`` to a checkpoint, without
     training. Return their labels.
@@ -262,7 +249,7 @@ def write_name_heads(heads: HierarchicalHeads, phrases: Tensor, texts: Tensor) -
 
 
 @torch.no_grad()
-def choose_names(trainer: HierarchicalTrainer, rows: Dataset, vectors: Tensor) -> Names:
+def choose_names(trainer: TrainingLoop, rows: Dataset, vectors: Tensor) -> Names:
     """Choose what prototypes use in addition to the texts' vectors (B, H): nothing, class names, or
     names with descriptions.
 
@@ -313,9 +300,7 @@ def list_candidates(tree: Taxonomy, classes: int) -> list[Names]:
 
 
 @torch.no_grad()
-def set_prototypes(
-    trainer: HierarchicalTrainer, rows: Dataset, vectors: Tensor, names: Names
-) -> None:
+def set_prototypes(trainer: TrainingLoop, rows: Dataset, vectors: Tensor, names: Names) -> None:
     """Initialise new heads from embeddings of the training texts, (B, H), and the class names.
     Inner nodes get 0.
 
@@ -350,18 +335,18 @@ def standardise(vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.no_grad()
-def embed(trainer: HierarchicalTrainer, inputs: list[list[int]]) -> Tensor:
+def embed(trainer: TrainingLoop, inputs: list[list[int]]) -> Tensor:
     """Return the embeddings of texts given as token ids, (B, H)."""
     trainer.model.eval()  # no dropout; each training step switches back
     return trainer.embed(inputs)
 
 
-def embed_phrases(trainer: HierarchicalTrainer, phrases: list[str]) -> Tensor:
+def embed_phrases(trainer: TrainingLoop, phrases: list[str]) -> Tensor:
     """Return the phrases' embeddings, (C, H)."""
     return embed(trainer, trainer.processing_class(phrases, truncation=True)["input_ids"])
 
 
-def name_directions(trainer: HierarchicalTrainer, names: Names) -> Tensor:
+def name_directions(trainer: TrainingLoop, names: Names) -> Tensor:
     """Return the directions of the phrases' embeddings from their mean, (C, H)."""
     named = embed_phrases(trainer, names.phrases)
     return normalize(named - named.mean(0))
@@ -372,7 +357,7 @@ def sample(rows: Sized) -> np.ndarray:
     return np.sort(np.random.default_rng(0).permutation(len(rows))[:MAX_TEXTS])
 
 
-def read_labels(trainer: HierarchicalTrainer, rows: Dataset) -> tuple[Tensor, Tensor]:
+def read_labels(trainer: TrainingLoop, rows: Dataset) -> tuple[Tensor, Tensor]:
     """Return the labels of rows as of `Decisions.targets`, and the classes of each text, (B, C), 1
     or 0 in float32.
 
@@ -383,7 +368,7 @@ def read_labels(trainer: HierarchicalTrainer, rows: Dataset) -> tuple[Tensor, Te
     return labels, decisions.outcome_targets(labels)[:, : decisions.num_classes].float()
 
 
-def initial_biases(trainer: HierarchicalTrainer, rows: Dataset) -> Tensor:
+def initial_biases(trainer: TrainingLoop, rows: Dataset) -> Tensor:
     """Return `Decisions.initial_biases` for the labels of rows, (N,), on the CPU."""
     config = trainer.model.config
     # its own decisions, on the CPU: labels are counted in float64, which Apple's GPUs lack

@@ -11,55 +11,68 @@ from huggingface_hub import HfApi
 
 from configuration_hierarchical import HierarchicalConfig
 from hierarchical_clinicalbert.publishing import card
-from hierarchical_clinicalbert.publishing.hub import find_target, log_in, refuse_local_encoder
-from hierarchical_clinicalbert.training.arguments import Arguments, HierarchicalTrainingArguments
+from hierarchical_clinicalbert.publishing.hub import (
+    Target,
+    find_target,
+    log_in,
+    refuse_local_encoder,
+)
+from hierarchical_clinicalbert.training.arguments import HierarchicalTrainingArguments
+from hierarchical_clinicalbert.training.loop import TrainingLoop
 from hierarchical_clinicalbert.training.model import adapter_settings
-from hierarchical_clinicalbert.training.trainer import HierarchicalTrainer
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy
 
 
-def run_settings(
-    arguments: Arguments,
-    model: HierarchicalForSequenceClassification,
-    max_length: int,
-    heads_init: str | None,
-) -> dict[str, Any]:
+def run_settings(trainer: TrainingLoop, heads_init: str | None) -> dict[str, Any]:
     """Return the settings of a run for its card.
 
     A continued adapter keeps its own rank and scale. If ``heads_init`` is None, trained heads were
     kept, and there were no contrastive steps.
     """
+    args = trainer.args
+    model = trainer.model
+    config = model.config
     settings = {
-        **vars(arguments.model),
-        **{name: getattr(arguments.training, name) for name in card.TRAINING_SETTINGS},
-        "max_length": max_length,
+        "model_name_or_path": model.name_or_path or config.encoder_name_or_path,
+        "quantization": quantization_of(model),
+        "tuning": "lora" if model.has_adapter else "full",
+        "lora_r": None,
+        "lora_alpha": None,
+        "pooling": config.pooling,
+        **{name: getattr(args, name) for name in card.TRAINING_SETTINGS},
+        "max_length": config.calibration.max_length,
         "heads_init": heads_init,
-        "contrastive_steps": None if heads_init is None else arguments.training.contrastive_steps,
-        "train_precision": arguments.training.precision,
+        "contrastive_steps": None if heads_init is None else args.contrastive_steps,
+        "train_precision": args.precision,
     }
-    if arguments.training.teacher is None:
+    if args.teacher is None:
         settings |= {"teacher_weight": None, "teacher_temperature": None}
     else:
-        settings["teacher"] = Path(arguments.training.teacher).name
+        settings["teacher"] = Path(args.teacher).name
     if model.has_adapter:
-        return settings | adapter_settings(model.encoder.peft_config["default"])
-    return settings | dict.fromkeys(("lora_r", "lora_alpha"))
+        settings |= adapter_settings(model.encoder.peft_config["default"])
+    return settings
 
 
-def run_facts(
-    arguments: Arguments, size: dict[str, int | float], data_report: dict[str, Any]
-) -> dict[str, Any]:
-    """Return facts of a run for metrics.json: precision, sizes, environment and hashes of the data
+def quantization_of(model: HierarchicalForSequenceClassification) -> str:
+    """Return how the encoder's weights are stored: "4bit", "8bit" or "none"."""
+    for bits in ("4bit", "8bit"):
+        if getattr(model.encoder, f"is_loaded_in_{bits}", False):
+            return bits
+    return "none"
+
+
+def run_facts(trainer: TrainingLoop, data_report: dict[str, Any]) -> dict[str, Any]:
+    """Return facts of a run for metrics.json: precision, environment and hashes of the data
     files.
     """
     # no paths: they are published
     hashes = {source["split"]: source["sha256"] for source in data_report["sources"]}
     return {
-        "train_precision": arguments.training.precision,
-        "train_quantization": arguments.model.quantization,
-        **size,
-        "environment": {**describe_environment(arguments.training.device), "data": hashes},
+        "train_precision": trainer.args.precision,
+        "train_quantization": quantization_of(trainer.model),
+        "environment": {**describe_environment(trainer.args.device), "data": hashes},
     }
 
 
@@ -99,34 +112,21 @@ def describe_page(
     )
 
 
-def write_card(
-    trainer: HierarchicalTrainer,
-    settings: dict,
-    report: dict,
-    folder: Path,
-    metrics: dict[str, Any] | None = None,
-    example_result: dict[str, Any] | None = None,
-) -> None:
-    """Write README.md into a checkpoint's folder. A run that is not finished has no ``metrics``."""
-    config = HierarchicalConfig.from_pretrained(folder)
-    card.write(
-        folder, config, settings, report, metrics or {}, trainer.hub_model_id, example_result
-    )
-
-
 def check_hub(
-    args: HierarchicalTrainingArguments, model: HierarchicalForSequenceClassification
-) -> None:
-    """Raise InputError before training if the encoder is a local folder, or the repository cannot
-    be written to.
+    args: HierarchicalTrainingArguments,
+    model: HierarchicalForSequenceClassification,
+    repo_id: str | None = None,
+) -> Target:
+    """Return the repository to push to. Raise InputError if it cannot be written to, or the
+    adapter's encoder is a local folder.
     """
     if model.has_adapter:
         refuse_local_encoder(
             model.config, "train without --push_to_hub, then run push_to_hub.py --merge"
         )
     api = HfApi(token=args.hub_token)
-    name = args.hub_model_id or Path(args.output_dir).resolve().name
+    name = repo_id or args.hub_model_id or Path(args.output_dir).resolve().name
     private = bool(args.hub_private_repo)
-    find_target(
+    return find_target(
         api, log_in(api), "--hub_model_id", name, revision=args.hub_revision, private=private
     )

@@ -255,19 +255,16 @@ def find_best_checkpoint(
     return str(best) if best.is_dir() else None
 
 
-def start_run(trainer: Trainer, model: str, data: LabelledSplits, resume_from: str | None) -> None:
-    """Clean up an overwritten run and record the training texts, while all processes wait.
-
-    ``model`` is the folder or id of the initial weights.
-    """
+def start_run(trainer: Trainer, data: LabelledSplits, resume_from: str | None) -> None:
+    """Clean up an overwritten run and record the training texts, while all processes wait."""
     args = trainer.args
-    output = Path(trainer.args.output_dir)
+    output = Path(args.output_dir)
     trainer.accelerator.wait_for_everyone()  # until all have read the texts of the earlier run
     if args.should_save:
         if args.overwrite_output_dir and (
             resume_from is None or not continues_run(resume_from, output)
         ):
-            delete_run(output, model)
+            delete_run(output, trainer.model.name_or_path)
         texts, validation = (
             data.splits[name]["text"] if name in data.splits else []
             for name in ("train", "validation")
@@ -281,7 +278,7 @@ def start_run(trainer: Trainer, model: str, data: LabelledSplits, resume_from: s
 def delete_run(output: Path, model: str) -> None:
     """Delete a run's checkpoints, description and configuration.
 
-    ``output`` may be the folder of the initial ``model``.
+    ``output`` may be the folder of the initial ``model``, which is empty for an encoder.
     """
     for folder in list_checkpoints(output):
         shutil.rmtree(folder)
@@ -289,7 +286,7 @@ def delete_run(output: Path, model: str) -> None:
     for name in EXPORTED_FILES:  # exports of the earlier weights
         (output / name).unlink(missing_ok=True)
     # else the earlier weights would pass for those of a killed new run
-    if output.resolve() != Path(model).resolve():
+    if not model or output.resolve() != Path(model).resolve():
         (output / "config.json").unlink(missing_ok=True)
 
 

@@ -1,101 +1,80 @@
-"""Score splits with a Trainer.
-
-Scores are measured on the checkpoint as a user loads it, over a full-precision encoder, not on the
-quantized model in training.
-"""
-
-import dataclasses
-from typing import Any
+"""Score rows by a checkpoint, and fit what the scored model needs beside its calibration."""
 
 import numpy as np
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 from scipy.sparse import csr_matrix
-from torch import nn
+from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from checkpoint_hierarchical import check_self_test, check_tokenizer
-from decisions_hierarchical import DEFAULT_THRESHOLD
+from decisions_hierarchical import build_decisions
 from hierarchical_clinicalbert.errors import as_input_error
-from hierarchical_clinicalbert.evaluation.forms import Form, form_of
+from hierarchical_clinicalbert.evaluation.forms import Form
 from hierarchical_clinicalbert.evaluation.lexical import LexicalClassifier
-from hierarchical_clinicalbert.evaluation.metrics import PREFIXES
 from hierarchical_clinicalbert.evaluation.open_world import fit_open_world, merge_texts
-from hierarchical_clinicalbert.evaluation.report import ScoredSplit, measure
-from hierarchical_clinicalbert.training.arguments import HierarchicalTrainingArguments, has_few_rows
-from hierarchical_clinicalbert.training.trainer import HierarchicalTrainer
+from hierarchical_clinicalbert.evaluation.report import ScoredSplit
+from hierarchical_clinicalbert.training.arguments import has_few_rows
+from hierarchical_clinicalbert.training.loop import TrainingLoop
+from hierarchical_clinicalbert.training.tokens import TOKEN_COLUMNS
 from open_world_hierarchical import OpenWorld
 from pipeline_hierarchical import use_cpu_kernels
 
-SCORING_ARGUMENTS: dict[str, Any] = {  # arguments of a Trainer that only scores
-    **dict.fromkeys(("bf16", "fp16", "load_best_model_at_end", "push_to_hub"), False),
-    "report_to": [],
-    "eval_strategy": "no",
-}
+BEFORE_CALIBRATION = ("_loss", "_ece")  # suffixes of metrics that may exist before calibration only
 MAX_TEXTS = 8192  # of the training rows, that describe what the model knows
 
 
-def scoring_trainer(
-    folder: str, args: HierarchicalTrainingArguments, loss_function: nn.Module | None = None
-) -> HierarchicalTrainer:
-    """Build a Trainer that scores a checkpoint as the pipeline does: loaded by `AutoModel`, without
-    autocast.
-    """
+def load_scored(
+    folder: str, device: torch.device
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a checkpoint as a user loads it: by `AutoModel`, checked, with its kernels."""
     with as_input_error(f"cannot load the checkpoint {folder}"):
         model: PreTrainedModel = AutoModel.from_pretrained(folder, trust_remote_code=True)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
         check_tokenizer(tokenizer, model)
         check_self_test(model, tokenizer)
-    if args.device.type == "cpu":
+    if device.type == "cpu":
         use_cpu_kernels(model.encoder)
-    return HierarchicalTrainer(
-        model=model,
-        args=dataclasses.replace(args, **SCORING_ARGUMENTS),
-        processing_class=tokenizer,
-        loss_function=loss_function,
+    return model.to(device), tokenizer
+
+
+@torch.no_grad()
+def score_rows(
+    trainer: TrainingLoop, model: PreTrainedModel, rows: Dataset
+) -> tuple[ScoredSplit, float]:
+    """Score tokenized rows without autocast, shared among the processes. Return their loss, too."""
+    # ── Outputs of the model ──────────────────────────────────────────────────────────────────────
+    model.eval()
+    batches = []
+    loader = trainer.get_test_dataloader(rows)
+    for batch in tqdm(loader, desc="scoring", disable=trainer.args.disable_tqdm):
+        tokens = {name: batch[name].to(model.device) for name in TOKEN_COLUMNS if name in batch}
+        outputs = model(**tokens, output_vectors=True)
+        found = [outputs[name] for name in ("decision_logits", "logits", "vectors")]
+        batches.append([part.cpu() for part in trainer.accelerator.gather_for_metrics(found)])
+    scores, logits, vectors = map(torch.cat, zip(*batches, strict=True))
+
+    # ── Labels ────────────────────────────────────────────────────────────────────────────────────
+    nodes = rows["labels"][:]
+    labels = build_decisions(model.config.tree, model.config.problem_type).targets(nodes)
+    device = trainer.args.device
+    loss = trainer.loss_function(scores.to(device), labels.to(device))
+    split = ScoredSplit(
+        scores.numpy(),
+        logits.numpy(),
+        labels.numpy(),
+        np.array(rows["text_id"]),
+        np.array(rows["row"]),
+        token_counts(rows, model.config.text_config.vocab_size),
+        nodes,
+        vectors.numpy(),
     )
-
-
-def score_splits(
-    trainer: HierarchicalTrainer, splits: DatasetDict
-) -> tuple[dict[str, ScoredSplit], dict[str, float]]:
-    """Score the tokenized validation and test rows that are requested.
-
-    The metrics are those of the predictions that the pipeline makes: with the stored thresholds, or
-    0.5.
-    """
-    config = trainer.model.config
-    scored = dict[str, ScoredSplit]()
-    metrics = dict[str, float]()
-    form = form_of(config.tree, config.problem_type)
-    ignored = [
-        key
-        for key in config.keys_to_ignore_at_inference
-        if key not in ("decision_logits", "vectors")
-    ]
-    for name, is_requested in (
-        ("validation", trainer.args.do_eval),
-        ("test", trainer.args.do_predict),
-    ):
-        if name in splits and is_requested is not False:
-            rows = splits[name]
-            output = trainer.predict(rows, ignored, metric_key_prefix=PREFIXES[name])
-            logits, scores, vectors = output.predictions
-            texts, numbers = (np.array(rows[column]) for column in ("text_id", "row"))
-            counts = token_counts(rows, config.text_config.vocab_size)
-            nodes = rows["labels"][:]
-            labels = form.decisions.targets(nodes).numpy()
-            of_texts = (labels, texts, numbers, counts, nodes, vectors)
-            scored[name] = ScoredSplit(scores, logits, *of_texts)
-            metrics |= output.metrics
-    return scored, metrics | measure(
-        form, scored, config.calibration.thresholds or DEFAULT_THRESHOLD
-    )
+    return split, float(loss)
 
 
 @torch.no_grad()
 def learn_known_texts(
-    scorer: HierarchicalTrainer, rows: Dataset, validation: ScoredSplit
+    trainer: TrainingLoop, model: PreTrainedModel, rows: Dataset, validation: ScoredSplit
 ) -> OpenWorld | None:
     """Return the `OpenWorld` of a scored model, from at most `MAX_TEXTS` tokenized training rows
     and the validation rows.
@@ -104,14 +83,10 @@ def learn_known_texts(
     """
     first, nodes = merge_texts(np.array(rows["text_id"][:]), rows["labels"][:])
     some = np.random.default_rng(0).permutation(len(first))[:MAX_TEXTS]
-    vectors = (
-        scorer.embed(rows.select(first[some])["input_ids"][:], scorer.model.mean).cpu().numpy()
-    )
-    _, first_of_validation = np.unique(validation.texts, return_index=True)
+    inputs = rows.select(first[some])["input_ids"][:]
+    vectors = trainer.embed_with(model, inputs, model.mean).cpu().numpy()
     known = [nodes[text] for text in some]
-    return fit_open_world(
-        scorer.model.config.tree, vectors, known, validation.vectors[first_of_validation]
-    )
+    return fit_open_world(model.config.tree, vectors, known, validation.text_vectors())
 
 
 def fit_lexical_head(
@@ -135,6 +110,20 @@ def fit_lexical_head(
         phrases = token_counts(Dataset.from_dict({"input_ids": encoded["input_ids"]}), vocab_size)
     labels = form.decisions.targets(rows["labels"][:]).numpy()
     return form.fit_classifier(token_counts(rows, vocab_size), labels, wanted, phrases)
+
+
+def replace_scores(
+    uncalibrated: dict[str, float], calibrated: dict[str, float]
+) -> dict[str, float]:
+    """Return the scores after calibration, and those that it replaces as ``uncalibrated_…``."""
+    kept = dict(uncalibrated)
+    replaced = [name for name in kept if name in calibrated or name.endswith(BEFORE_CALIBRATION)]
+    before = {
+        f"uncalibrated_{name}": kept.pop(name)
+        for name in replaced
+        if not name.startswith("quantized_")
+    }
+    return kept | before | calibrated
 
 
 def token_counts(rows: Dataset, vocab_size: int) -> csr_matrix:

@@ -1,81 +1,123 @@
-"""Train a hierarchical and possibly quantized model with the Trainer of transformers.
+"""Train a hierarchical classifier from rows to a published checkpoint.
 
 Worth knowing:
 
-1. The loss is divided by the number of texts in the accumulated batch, over all devices. So the
-   gradient does not depend on how the batch is split. DDP averages gradients, so the loss is
-   multiplied by the number of processes.
-2. The Trainer resumes and restores the best model by root-level file names. The adapter form has
-   its own loader here.
-3. No ``training_args.bin`` is written, because it is a pickle and can contain a token.
-4. Checks of the losses and the state of a resumed run are callbacks, see `training.callbacks`.
-5. The Trainer would push every file of a folder, possibly in several commits, and rewrite
-   README.md. Here a push is one commit with a checkpoint's files and this project's card. States to
-   resume from are pickles, and are not pushed: the strategies ``checkpoint`` and
+1. The model in training may be quantized or sharded. Scores are those of the saved checkpoint, as a
+   user loads it, over a full-precision encoder.
+2. The validation rows select the checkpoint. Then its calibration, its thresholds and the weight of
+   its lexical head are fitted on them.
+3. The Trainer of transformers would push every file of a folder, possibly in several commits, and
+   rewrite README.md. Here a push is one commit with a checkpoint's files and this project's card.
+   States to resume from are pickles, and are not pushed: the strategies ``checkpoint`` and
    ``all_checkpoints`` are ``every_save``. Training waits for each push.
 """
 
+import dataclasses
 import logging
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-import torch
+from datasets import Dataset
 from huggingface_hub import CommitInfo, HfApi
-from safetensors.torch import load_file
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
-from transformers import (
-    EarlyStoppingCallback,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    ProgressCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    trainer_pt_utils,
-)
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import HubStrategy, TrainOutput
 
-from checkpoint_hierarchical import ADAPTER_FILES, load_heads_and_adapter
-from decisions_hierarchical import sum_per_item
-from hierarchical_clinicalbert.checkpoint_files import published_files
-from hierarchical_clinicalbert.errors import InputError, as_input_error
-from hierarchical_clinicalbert.evaluation.forms import form_of
-from hierarchical_clinicalbert.publishing.hub import Target, publish
-from hierarchical_clinicalbert.training.arguments import HierarchicalTrainingArguments
-from hierarchical_clinicalbert.training.callbacks import (
-    LogLines,
-    ProgressBar,
-    ResumedRun,
-    refuse_infinite,
+from configuration_hierarchical import Calibration, HierarchicalConfig
+from decisions_hierarchical import DEFAULT_THRESHOLD
+from hierarchical_clinicalbert.checkpoint_files import (
+    METRICS,
+    is_checkpoint,
+    published_files,
+    read_config,
 )
-from hierarchical_clinicalbert.training.cpu import use_training_kernels
-from hierarchical_clinicalbert.training.losses import FocalLoss
-from hierarchical_clinicalbert.training.sampler import LengthGroupedSampler
-from hierarchical_clinicalbert.training.tokens import Collator
-from hierarchical_clinicalbert.training.views import halves
+from hierarchical_clinicalbert.data.report import log_report
+from hierarchical_clinicalbert.data.rows import read_rows
+from hierarchical_clinicalbert.data.splits import LabelledSplits
+from hierarchical_clinicalbert.errors import InputError
+from hierarchical_clinicalbert.evaluation import plots
+from hierarchical_clinicalbert.evaluation.calibration import compose
+from hierarchical_clinicalbert.evaluation.forms import form_of
+from hierarchical_clinicalbert.evaluation.metrics import PREFIXES, Predictions
+from hierarchical_clinicalbert.evaluation.open_world import with_references
+from hierarchical_clinicalbert.evaluation.report import (
+    ScoredSplit,
+    calibrate_splits,
+    class_scores,
+    log_metrics,
+    log_removed,
+    measure,
+    measure_sets,
+    measure_strange_texts,
+    write_scores,
+)
+from hierarchical_clinicalbert.files import write_json
+from hierarchical_clinicalbert.machine import keep_memory
+from hierarchical_clinicalbert.publishing import card
+from hierarchical_clinicalbert.publishing.fingerprint import write_fingerprint
+from hierarchical_clinicalbert.publishing.hub import Target, publish
+from hierarchical_clinicalbert.training import prototypes, resume
+from hierarchical_clinicalbert.training.arguments import (
+    HierarchicalTrainingArguments,
+    fit_to_data,
+    takes_steps,
+)
+from hierarchical_clinicalbert.training.cpu import KEPT_MEMORY
+from hierarchical_clinicalbert.training.loop import TrainingLoop
+from hierarchical_clinicalbert.training.model import load_tokenizer, size_report
+from hierarchical_clinicalbert.training.publish import (
+    check_hub,
+    describe_page,
+    quantization_of,
+    run_facts,
+    run_settings,
+)
+from hierarchical_clinicalbert.training.score import (
+    fit_lexical_head,
+    learn_known_texts,
+    load_scored,
+    replace_scores,
+    score_rows,
+)
+from hierarchical_clinicalbert.training.tokens import tokenize_splits
 
 logger = logging.getLogger(__name__)
 
-EMBEDDED_AT_ONCE = 8  # texts
+SIZES = (  # of `size_report`
+    "trained: {trainable_parameters:,} of {all_parameters:,} parameters; "
+    "encoder: {encoder_bytes:,} bytes, {encoder_bytes_float32:,} in float32"
+)
 
 
-class HierarchicalTrainer(Trainer):
-    """A Trainer with the loss, the collator and the metrics of a hierarchical model.
+class HierarchicalTrainer(TrainingLoop):
+    """A Trainer whose `train` makes a calibrated and described checkpoint.
 
-    Rows have the columns of `training.tokens.tokenize_splits`.
+    Rows are a `datasets.Dataset`, a pandas DataFrame or a list of dicts, with a text and its labels
+    as people write them. They are checked and mapped to nodes of the model's taxonomy, see
+    `read_rows`. Tokenized rows (`training.tokens`) are also taken: for these, `train` takes the
+    steps alone, and no card is written.
 
     Args:
+        model: of `build_model`, or a loaded checkpoint.
+        args: the settings of the run.
+        train_dataset, eval_dataset: rows.
+        processing_class: the tokenizer. By default, that of the model's encoder or checkpoint.
+        data: what `read_rows` returned, in place of the two sets of rows. Its test rows are scored
+            at the end of training.
+        column_mapping: see `read_rows`.
+        max_length: of a text in tokens, where ``processing_class`` is not given. See
+            `load_tokenizer`.
         loss_function: by default the `FocalLoss` that the arguments describe, with the class
             frequencies of the training rows.
         callbacks: of transformers. Early stopping is added, if the arguments ask for it.
         kwargs: further arguments of the Trainer of transformers.
-    """
 
-    loss_is_scaled_for_ga = True
+    Attributes:
+        scored: what the saved checkpoint said of the rows of each split.
+        scores: their metrics, as in metrics.json.
+    """
 
     def __init__(
         self,
@@ -85,300 +127,266 @@ class HierarchicalTrainer(Trainer):
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         *,
+        data: LabelledSplits | None = None,
+        column_mapping: Mapping[str, str] | None = None,
+        max_length: int | None = None,
         loss_function: nn.Module | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         **kwargs: Any,
     ):
-        if args.fp16 and args.device.type == "cpu":  # accelerate would train in float32
-            raise InputError("--fp16 needs a GPU: leave it out")
-        # evaluation's decisions, which stay on the CPU; the loss and the heads have their own
-        form = form_of(model.config.tree, model.config.problem_type)
-        targets = form.decisions.targets
-        if loss_function is None:
-            # without rows, no step needs the loss
-            nodes = train_dataset["labels"][:] if train_dataset is not None else []
-            loss_function = FocalLoss.from_arguments(args, form.decisions, targets(nodes))
-        stopping = []
-        if args.load_best_model_at_end and args.early_stopping_patience:
-            stopping.append(EarlyStoppingCallback(args.early_stopping_patience))
-        defaults: dict[str, Any] = {"compute_metrics": form.compute_metrics}
-        if processing_class is not None:
-            defaults["data_collator"] = Collator(processing_class, targets)
-        with as_input_error("cannot set up training"), warnings.catch_warnings():
-            # the loss smooths labels itself, and the Trainer warns that it cannot for multi-label
-            # models
-            warnings.filterwarnings("ignore", "Label smoothing is not compatible")
-            super().__init__(
-                model,
-                args,
-                train_dataset=train_dataset,
-                eval_dataset=eval_dataset,
-                processing_class=processing_class,
-                callbacks=[*callbacks, *stopping],
-                **defaults | kwargs,
+        config = model.config
+        self.form = form_of(config.tree, config.problem_type)
+        self.columns = column_mapping
+        self.checkpoint: PreTrainedModel | None = None  # the saved model, loaded as users load it
+        self.folder = model.name_or_path  # of the checkpoint that is scored; empty for an encoder
+        self.scored: dict[str, ScoredSplit] = {}
+        self.scores: dict[str, Any] = {}
+        self.facts: dict[str, Any] = {}  # of the run, for metrics.json
+        self.heads_init: str | None = None
+        self.untrained: list[str] = []  # labels of classes that no step trained
+        if args.push_to_hub:
+            check_hub(args, model)
+
+        # what the model offered before, to say what training removes
+        is_stored = bool(self.folder) and is_checkpoint(self.folder)
+        self.earlier = read_config(self.folder) if is_stored else deepcopy(config)
+        start = self.folder or config.encoder_name_or_path
+
+        # ── Rows ──────────────────────────────────────────────────────────────────────────────────
+        given = {"train": train_dataset, "validation": eval_dataset}
+        splits = {name: rows for name, rows in given.items() if rows is not None}
+        if data is None and any(has_texts(rows) for rows in splits.values()):
+            data = read_rows(
+                splits,
+                config.tree,
+                column_mapping=column_mapping,
+                problem_type=config.problem_type,
+                validation_size=0,
+                trained=resume.read_earlier_texts(start or config.encoder_name_or_path, None, None),
             )
-        encoder = self.model.encoder
-        if self.args.activation_checkpointing and not encoder.supports_gradient_checkpointing:
-            raise InputError(
-                f"--activation_checkpointing: {type(encoder).__name__} of transformers does "
-                "not support it"
+        self.report: dict[str, Any] = {}
+        if processing_class is None and start:
+            processing_class = load_tokenizer(model, max_length)
+        if data is not None:
+            tokenized, lengths = tokenize_splits(
+                data.splits, processing_class, args.consistency > 0
             )
-        # transformers' DeBERTa masks the half-precision scores of autocast with the least float32,
-        # which torch refuses
-        if encoder.config.model_type == "deberta" and (self.args.bf16 or self.args.fp16):
-            raise InputError(
-                "DeBERTa (version 1) of transformers fails in bf16 and fp16: give --bf16 false"
-            )
-        if self.args.n_gpu > 1:
-            logger.warning(
-                "using one of %d GPUs; `accelerate launch train.py …` uses all of them",
-                self.args.n_gpu,
-            )
-            self.args._n_gpu = 1
-            self._train_batch_size = self.args.train_batch_size
-        self.decisions = self.model.heads.decisions
-        self.loss_function: Any = loss_function.to(self.args.device)
-        self.consistency = args.consistency
-        self.resumed: ResumedRun | None = None  # in a run that resumes
-        # of a checkpoint that is pushed during training
-        self.write_card: Callable[[Path], None] = lambda folder: None
-        self.pop_callback(PrinterCallback)
-        if self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(ProgressBar)
-        self.add_callback(LogLines)
-        for module in self.model.modules():
-            # bitsandbytes would repack 4-bit weights in eval mode
-            if hasattr(module, "support_avx512bf16_for_cpu"):
-                module.support_avx512bf16_for_cpu = False
-        self.model.encodes_at_once = self.is_fsdp_enabled
-        if self.args.device.type == "cpu" and self.model.has_adapter and not self.is_fsdp_enabled:
-            use_training_kernels(
-                self.model.encoder, torch.bfloat16 if self.args.bf16 else torch.float32
-            )
+            log_report(data.report, lengths)
+            self.report = data.report | {"lengths": lengths}
+            splits = dict(tokenized)
+        self.data = data
+        self.splits = splits
+
+        # ── Trainer ───────────────────────────────────────────────────────────────────────────────
+        config.page = describe_page(args, config)
+        super().__init__(
+            model,
+            fit_to_data(args, splits, self.form),
+            splits.get("train"),
+            splits.get("validation"),
+            processing_class,
+            loss_function=loss_function,
+            callbacks=callbacks,
+            **kwargs,
+        )
+        self.size = size_report(self.model)
 
     @property
-    def best_epoch(self) -> float:
-        """The epoch, possibly a fraction, at which the kept weights were saved."""
-        step = self.state.best_global_step if self.args.load_best_model_at_end else None
-        return next(
-            (entry["epoch"] for entry in self.state.log_history if entry["step"] == step),
-            self.state.epoch,
-        )
+    def takes_steps(self) -> bool:
+        """Whether `train` takes steps; else it only sets the heads of new nodes."""
+        return takes_steps(self.args, self.splits)
 
-    # ── Loss ──────────────────────────────────────────────────────────────────────────────────────
+    @property
+    def scored_model(self) -> PreTrainedModel:
+        """The saved checkpoint, or without one the model itself."""
+        return self.model if self.checkpoint is None else self.checkpoint
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict,
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-    ) -> Tensor | tuple[Tensor, Any]:
-        """Compute the loss per text of the accumulated batch, or in evaluation of this batch."""
-        inputs = dict(inputs)
-        labels = inputs.pop("labels")
-        rows = inputs.pop("row", None)
-        sentences = inputs.pop("sentences", None)
-        taught = {"teacher_scores": inputs.pop("teacher")} if "teacher" in inputs else {}
-        items = None
-        # the Trainer counts the elements of labels
-        if model.training and num_items_in_batch is not None:
-            items = num_items_in_batch / labels.shape[1:].numel()
-        if self.consistency and model.training:
-            padding = self.processing_class.pad_token_id
-            seed = self.args.seed
-            step = self.state.global_step
-            inputs, *pair = halves(inputs, sentences, rows.tolist(), padding, seed, step)
-            outputs = model(**inputs)
-            first, second = (outputs["decision_logits"][half] for half in pair)
-            losses = [
-                self.loss_function(half, labels, num_items_in_batch=items, **taught)
-                for half in (first, second)
-            ]
-            divergence = sum_per_item(self.decisions.divergence(first, second), items)
-            loss = sum(losses) / 2 + self.consistency * divergence
+    # ── The phases ────────────────────────────────────────────────────────────────────────────────
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, **kwargs: Any
+    ) -> TrainOutput:
+        """Initialise new heads, take the steps, save, score, calibrate, and write the card.
+
+        ``do_eval`` false leaves out the calibration, and ``do_predict`` false the scores of test
+        rows. A trial of `hyperparameter_search` takes the steps alone.
+
+        Args:
+            resume_from_checkpoint: a folder ``checkpoint-N``; True or "auto" for the last one of
+                the run, if there is one.
+        """
+        if self.data is None or trial is not None:
+            return super().train(resume_from_checkpoint, trial=trial, **kwargs)
+        checkpoint = None
+        if resume_from_checkpoint:
+            wanted = "auto" if resume_from_checkpoint is True else resume_from_checkpoint
+            checkpoint = resume.find_checkpoint(wanted, self.args.output_dir)
+        self.start(checkpoint)
+        result = super().train(checkpoint, **kwargs)
+        self.save_and_load()
+
+        # ── Score and calibrate ───────────────────────────────────────────────────────────────────
+        validation = self.splits.get("validation") if self.args.do_eval is not False else None
+        if validation is not None and quantization_of(self.model) != "none":
+            self.scores = self.predict(validation, metric_key_prefix="quantized_eval").metrics
+        self.score_splits()
+        is_calibrated = bool(self.scored_model.config.calibration.scales)
+        if validation is not None and not is_calibrated:
+            self.calibrate()
         else:
-            # in evaluation, vectors are gathered where they are not ignored
-            outputs = model(**inputs, output_vectors=not model.training)
-            loss = self.loss_function(
-                outputs["decision_logits"], labels, num_items_in_batch=items, **taught
-            )
-        if items is not None and self.args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes
-        return (loss, outputs) if return_outputs else loss
-
-    def embed(
-        self, inputs: Sequence[list[int]], pool: Callable[[Any], Tensor] | None = None
-    ) -> Tensor:
-        """Embed texts given as token ids: vectors (len(inputs), hidden_size), by default pooled as
-        the model does.
-        """
-        # by length: less padding
-        pooled = []
-        order = sorted(range(len(inputs)), key=lambda row: len(inputs[row]))
-        for start in range(0, len(inputs), EMBEDDED_AT_ONCE):
-            rows = order[start : start + EMBEDDED_AT_ONCE]
-            batch = self.data_collator([{"input_ids": inputs[row]} for row in rows]).to(
-                self.model.device
-            )
-            with self.accelerator.autocast():
-                tokens, _ = self.model.encode(**batch)
-            pooled.append((pool or self.model.pool)(tokens).to(self.model.heads.weight.device))
-        return torch.cat(pooled)[torch.tensor(order).argsort()]
-
-    # ── Resume ────────────────────────────────────────────────────────────────────────────────────
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
-        """Train or resume. A run that has reached ``max_steps`` or stopped early takes no further
-        step.
-
-        With ``num_train_epochs`` 0, no step is taken.
-        """
-        if not self.args.num_train_epochs:
-            self.state.epoch = 0.0
-            return TrainOutput(0, 0.0, {"epoch": 0.0})
-        if isinstance(resume_from_checkpoint, str):
-            self.resumed = ResumedRun(self, resume_from_checkpoint)
-            self.add_callback(self.resumed)
-            self.args.eval_on_start = False  # early stopping would count this evaluation
-        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        if self.resumed is None:
-            return output
-        metrics = output.metrics
-        before = self.resumed.state
-        if output.global_step == before.global_step:
+            self.save_with_self_test()
+        if validation is None and not is_calibrated:
             logger.info(
-                "nothing left to train: %s is at step %d",
-                resume_from_checkpoint,
-                before.global_step,
+                "no validation rows were scored: no lexical head, and the model's "
+                "probabilities are not calibrated"
             )
-            metrics = {"epoch": before.epoch}  # without steps, there is no loss or speed
-        return output._replace(metrics=metrics | {"resumed_from_step": before.global_step})
 
-    def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> tuple:
-        """Return the numbers of epochs, steps and rows.
+        basis = "its earlier weights" if self.takes_steps else "its earlier taxonomy"
+        log_removed(self.form, self.earlier, self.model.config, basis)
 
-        There are no epochs for a resumed run that had ended.
+        # ── Card ──────────────────────────────────────────────────────────────────────────────────
+        self.facts = result.metrics | {"best_epoch": self.best_epoch}
+        self.facts |= self.size | run_facts(self, self.data.report)
+        self.write_card()
+        log_metrics(self.form, self.scores, self.scored)
+        return result
+
+    def initialise_heads(self) -> str | None:
+        """Initialise the heads of new nodes as ``heads_init`` says, after contrastive steps.
+
+        Return "prototypes" or "random"; None if trained heads are kept. Without training steps, see
+        `prototypes.set_heads`.
         """
-        epochs, steps_per_epoch, *others, max_steps = super().set_initial_training_values(
-            args, dataloader
+        new = {*self.model.new_nodes}
+        known = {*range(self.form.tree.num_nodes)} - new
+        if self.takes_steps:
+            self.heads_init = prototypes.initialise_heads(self, self.train_dataset, known)
+        else:
+            logger.info(
+                "no training steps: new heads are set from names, descriptions and rows, if "
+                "there are any"
+            )
+            self.heads_init = "prototypes"
+            unlabelled = [*self.data.unlabelled.values()] if self.data else []
+            self.untrained = prototypes.set_heads(self, self.train_dataset, known, unlabelled)
+        self.model.new_nodes = ()
+        return self.heads_init
+
+    def score(self, rows: Any, split: str = "test") -> dict[str, Any]:
+        """Score rows by the saved checkpoint as a user loads it, before training by the model.
+
+        Texts that trained the model are left out. Prediction sets are measured on test rows.
+
+        Args:
+            split: "test" or "validation", which the names of the metrics begin with.
+
+        Returns:
+            The metrics. ``intervals`` has 95 % intervals of micro- and macro-F1.
+        """
+        metrics = self.score_tokenized(self.tokenize(rows, split), split)
+        scored = self.scored[split]
+        thresholds = self.scored_model.config.calibration.thresholds
+        p = Predictions(self.form, scored.logits, scored.labels, thresholds)
+        return metrics | {"intervals": class_scores(split, p, scored.texts).get("intervals", {})}
+
+    def calibrate(self, rows: Any = None) -> Calibration:
+        """Fit the calibration, and save the checkpoint with it to ``output_dir``.
+
+        After training, these are the lexical head and its weight, the scales of the scores,
+        thresholds, prediction sets, and what p-values need. A model that has a calibration keeps
+        its lexical head, and its scales are corrected. Earlier scores no longer hold.
+
+        Args:
+            rows: by default, the validation rows.
+        """
+        # ── Scores ────────────────────────────────────────────────────────────────────────────────
+        stored = self.scored_model.config.calibration
+        if stored.scales or rows is not None:
+            self.scored = {}
+            self.scores = {}
+        if "validation" not in self.scored:
+            given = self.splits.get("validation") if rows is None else rows
+            if given is None:
+                raise InputError("calibrate needs validation rows: give rows, or eval_dataset")
+            self.score_tokenized(self.tokenize(given, "validation"), "validation")
+        if self.checkpoint is None and self.data is not None:
+            resume.start_run(self, self.data, None)
+
+        # ── Fit ───────────────────────────────────────────────────────────────────────────────────
+        model = self.scored_model
+        classifier = None
+        if not stored.scales and self.takes_steps:
+            vocab_size = model.config.text_config.vocab_size
+            classifier = fit_lexical_head(
+                self.form,
+                self.train_dataset,
+                self.processing_class,
+                vocab_size,
+                self.args.lexical_head,
+            )
+        calibration, scored, measured = calibrate_splits(self.form, self.scored, classifier)
+        lexical = classifier.weights() if classifier and calibration.lexical_weight else None
+        open_world = None
+        if stored.scales:
+            calibration = compose(calibration, stored)
+            head = model.heads.lexical
+            lexical = None if head is None else head.weights()
+            vectors = scored["validation"].text_vectors()
+            open_world = with_references(model.heads.open_world, vectors)
+        elif self.takes_steps:
+            open_world = learn_known_texts(self, model, self.train_dataset, scored["validation"])
+        calibration = dataclasses.replace(
+            calibration, max_length=self.processing_class.model_max_length
         )
-        if self.resumed is not None:
-            self.resumed.check_steps_per_epoch(steps_per_epoch)
-            epochs = 0 if self.resumed.has_ended(max_steps) else epochs
-        return epochs, steps_per_epoch, *others, max_steps
 
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: nn.Module | None = None
-    ) -> None:
-        with as_input_error(f"cannot resume from {resume_from_checkpoint}"):
-            if not self._load_adapter_form(resume_from_checkpoint):
-                super()._load_from_checkpoint(resume_from_checkpoint, model)
+        # ── Save ──────────────────────────────────────────────────────────────────────────────────
+        for one in {self.model, model}:
+            one.set_calibration(calibration, lexical, open_world)
+        self.scored = scored
+        self.scores = replace_scores(self.scores, measured)
+        self.scores |= measure_sets(self.form, scored, calibration)
+        self.scores |= measure_strange_texts(scored, open_world)
+        self.save_with_self_test()
+        return calibration
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load the stored states, but keep the peak learning rates and weight decays of this
-        run.
+    def write_card(self, folder: Path | None = None) -> None:
+        """Write README.md into the checkpoint's folder, with metrics.json, predictions and plots.
+
+        ``folder``: a checkpoint of the run in progress, whose card has no scores.
         """
-        problem = (
-            f"cannot resume from {checkpoint}: its optimizer does not match the settings of "
-            "this run"
-        )
-        wanted = [dict(group) for group in self.optimizer.param_groups]
-        with as_input_error(problem):
-            super()._load_optimizer_and_scheduler(checkpoint)
-        groups = self.optimizer.param_groups
-        if wanted[0].keys() != groups[0].keys():
-            raise InputError(f"{problem}: --optim differs")
-        for group, ours in zip(groups, wanted, strict=True):
-            group["lr"] *= ours["initial_lr"] / group["initial_lr"]
-            group |= {name: ours[name] for name in ("initial_lr", "weight_decay")}
-        self.lr_scheduler.base_lrs = [group["initial_lr"] for group in groups]
-
-    def _load_best_model(self) -> None:
-        if not self._load_adapter_form(self.state.best_model_checkpoint):
-            super()._load_best_model()
-
-    def _load_adapter_form(self, folder: str) -> bool:
-        """Load the adapter and heads of a checkpoint.
-
-        Return False if the Trainer has to load it.
-        """
-        model = self.accelerator.unwrap_model(self.model)
-        if not model.has_adapter or self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return False
-        logger.info("loading adapter and heads from %s", folder)
-        heads, _, adapter = (Path(folder) / name for name in ADAPTER_FILES)
-        load_heads_and_adapter(model, load_file(heads), load_file(adapter))
-        return True
-
-    # ── Optimizer, samplers and files ─────────────────────────────────────────────────────────────
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Create the optimizer, with separate parameter groups for the heads if they have their own
-        learning rate.
-        """
-        is_new = self.optimizer is None
-        with as_input_error("cannot set up the optimizer"):
-            optimizer = super().create_optimizer(model)
-        rate = self.args.heads_learning_rate
-        if is_new and rate is not None:
-            heads = {id(p) for p in self.accelerator.unwrap_model(self.model).heads.parameters()}
-            for group in list(optimizer.param_groups):
-                in_heads = [p for p in group["params"] if id(p) in heads]
-                group["params"] = [p for p in group["params"] if id(p) not in heads]
-                if in_heads:
-                    optimizer.add_param_group({**group, "params": in_heads, "lr": rate})
-        return optimizer
-
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        with as_input_error(
-            f"cannot set up --lr_scheduler_type {self.args.lr_scheduler_type.value}"
-        ):
-            return super().create_scheduler(num_training_steps, optimizer)
-
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
-        sampler = super()._get_train_sampler(train_dataset)
-        if isinstance(sampler, trainer_pt_utils.LengthGroupedSampler):
-            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-            sampler = LengthGroupedSampler(
-                sampler.batch_size * self.args.world_size, sampler.lengths, seed
-            )
-        return sampler
-
-    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler:
-        """Keep evaluation rows in order.
-
-        With ``group_by_length`` the Trainer would shuffle them.
-        """
-        return SequentialSampler(eval_dataset)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        # trainer_state.json, which marks a complete checkpoint, is next
-        self.accelerator.wait_for_everyone()
-
-    def _save(self, output_dir: str, state_dict: dict[str, Tensor] | None = None) -> None:
-        if self.args.should_save:
-            model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-            refuse_infinite(
-                float(model.heads.weight.detach().sum()),
-                "the sum of the heads' weights",
-                self.state.global_step,
-            )
-            model.save_pretrained(output_dir, state_dict=state_dict)
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(output_dir)
-
-    # ── Hub ───────────────────────────────────────────────────────────────────────────────────────
+        if not self.report or not self.args.should_save:
+            return
+        output = Path(self.args.output_dir)
+        metrics: dict[str, Any] = {}
+        shown = None
+        if folder is None:
+            metrics = self.write_scores()
+            shown = card.classify_example(self.scored_model, self.processing_class)
+        target = folder or output
+        config = HierarchicalConfig.from_pretrained(target)
+        settings = run_settings(self, self.heads_init)
+        card.write(target, config, settings, self.report, metrics, self.hub_model_id, shown)
+        if folder is None:
+            logger.info("checkpoint, metrics and plots are in %s", output)
 
     def push_to_hub(
-        self, commit_message: str = "End of training", **kwargs: Any
+        self,
+        repo_id: str | None = None,
+        commit_message: str = "End of training",
+        **kwargs: Any,
     ) -> CommitInfo | None:
-        """Save the model, and publish its files and card in one commit. Further arguments of the
-        Trainer are ignored.
+        """Save the model, and publish its files and card in one commit.
 
-        InputError: the commit failed. The message has the command that repeats it.
+        Args:
+            repo_id: by default ``hub_model_id``.
+            kwargs: further arguments of the Trainer of transformers are ignored.
+
+        Raises:
+            InputError: the commit failed. The message has the command that repeats it.
         """
+        if repo_id is not None or self.hub_model_id is None:
+            self.hub_model_id = check_hub(self.args, self.model, repo_id).repo_id
+            self.write_card()
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
@@ -391,15 +399,128 @@ class HierarchicalTrainer(Trainer):
         logger.info("published as %s", self.hub_model_id)
         return commit
 
+    # ── Their parts ───────────────────────────────────────────────────────────────────────────────
+
+    def start(self, checkpoint: str | None) -> None:
+        """Clean up the output folder, and initialise new heads or check what is resumed."""
+        assert self.data is not None
+        config = self.model.config
+        if checkpoint is not None:
+            resume.check_resumed_data(checkpoint, self.data.report)
+            resume.check_model(checkpoint, self.model)
+        else:
+            resume.check_output_folder(self.args, self.model.name_or_path)
+        tuning = "lora" if self.model.has_adapter else "full"
+        setup = (self.args.device, self.args.precision, quantization_of(self.model), tuning)
+        logger.info("device %s, precision %s, encoder %s, tuning %s", *setup)
+        logger.info(SIZES.format_map(self.size))
+        if self.args.device.type == "cpu":
+            keep_memory(*KEPT_MEMORY)
+        resume.start_run(self, self.data, checkpoint)
+        if self.takes_steps and config.calibration.scales:
+            self.model.set_calibration(Calibration(max_length=config.calibration.max_length))
+        if checkpoint is None:
+            self.initialise_heads()
+        else:
+            self.heads_init = resume.read_data_report(checkpoint).get("heads_init")
+        self.report |= {"heads_init": self.heads_init, "untrained_classes": self.untrained}
+        if self.args.should_save:
+            write_json(Path(self.args.output_dir) / "data_report.json", self.report)
+
+    def save_and_load(self) -> None:
+        """Save the trained model, and load it as a user does."""
+        if self.args.should_save:
+            card.delete_description(Path(self.args.output_dir))  # of a run that was resumed
+        # with _internal_call, else it is pushed here, before it is measured
+        self.save_model(_internal_call=True)
+        self.accelerator.wait_for_everyone()  # all processes load it
+        self.checkpoint, _ = load_scored(self.args.output_dir, self.args.device)
+
+    def save_with_self_test(self) -> None:
+        """Save the model, with what the scored checkpoint says of a text, see `check_self_test`."""
+        self.scored_model.record_self_test(self.processing_class)
+        self.model.config.self_test = self.scored_model.config.self_test
+        self.save_model(_internal_call=True)
+        self.folder = self.args.output_dir
+
+    def tokenize(self, rows: Any, split: str) -> Dataset:
+        """Tokenize rows with texts; tokenized rows are returned as they are."""
+        if not has_texts(rows):
+            return rows
+        config = self.model.config
+        data = read_rows(
+            {split: rows},
+            config.tree,
+            column_mapping=self.columns,
+            problem_type=config.problem_type,
+            trained=resume.read_earlier_texts(self.folder, None, None),
+        )
+        if split not in data.splits:
+            raise InputError(f"no {split} rows are left: the model was trained on all their texts")
+        tokenized, lengths = tokenize_splits(data.splits, self.processing_class)
+        if self.data is None:
+            self.data = data  # `calibrate` records its texts
+        else:
+            sources = [one for one in self.report["sources"] if one["split"] != split]
+            self.report |= {
+                "splits": self.report["splits"] | data.report["splits"],
+                "lengths": self.report["lengths"] | lengths,
+                "sources": sources + data.report["sources"],
+            }
+        return tokenized[split]
+
+    def score_splits(self) -> None:
+        """Score the validation and test rows, unless ``do_eval`` or ``do_predict`` is false."""
+        for name, is_requested in (
+            ("validation", self.args.do_eval),
+            ("test", self.args.do_predict),
+        ):
+            if name in self.splits and is_requested is not False:
+                self.score_tokenized(self.splits[name], name)
+
+    def score_tokenized(self, rows: Dataset, split: str) -> dict[str, Any]:
+        """Score tokenized rows, see `score`."""
+        model = self.scored_model
+        calibration = model.config.calibration
+        self.scored[split], loss = score_rows(self, model, rows)
+        scored = {split: self.scored[split]}
+        metrics: dict[str, Any] = {f"{PREFIXES[split]}_loss": loss}
+        metrics |= measure(self.form, scored, calibration.thresholds or DEFAULT_THRESHOLD)
+        metrics |= measure_strange_texts(scored, getattr(model.heads, "open_world", None))
+        if self.processing_class.model_max_length == calibration.max_length:
+            metrics |= measure_sets(self.form, scored, calibration)
+        self.scores |= metrics
+        return metrics
+
+    def write_scores(self) -> dict[str, Any]:
+        """Write metrics.json, predictions and plots to ``output_dir``, with the fingerprint of the
+        scored weights. Return the metrics.
+        """
+        model = self.scored_model
+        output = Path(self.args.output_dir)
+        thresholds = model.config.calibration.thresholds
+        metrics = self.facts | self.scores
+        metrics |= write_scores(self.form, self.scored, thresholds, output)
+        if self.facts:
+            drawn = {
+                name: metric.title
+                for name, metric in self.form.metrics.items()
+                if metric.is_key and metric.direction > 0
+            }
+            curves = plots.training_curves(self.state.log_history, drawn)
+            plots.write(curves, output / "plots" / "training_curves.png")
+        write_fingerprint(output, Path(self.folder), model)
+        write_json(output / METRICS, metrics)
+        return metrics
+
     def publish(self, folder: Path, message: str, remedy: str) -> CommitInfo:
         """Commit the files of a checkpoint to the branch ``--hub_revision``."""
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         branch = self.args.hub_revision or "main"
         private = bool(self.args.hub_private_repo)
         target = Target(self.hub_model_id, "model", branch, private, exists=False)
-        return publish(
-            HfApi(token=self.args.hub_token), target, published_files(folder), message, remedy
-        )
+        api = HfApi(token=self.args.hub_token)
+        return publish(api, target, published_files(folder), message, remedy)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
@@ -411,3 +532,8 @@ class HierarchicalTrainer(Trainer):
             self.publish(folder, message, "the next push has all files")
         except InputError as error:
             logger.warning("a push during training failed: %s", error)
+
+
+def has_texts(rows: Any) -> bool:
+    """Return whether rows are texts; else they are tokenized."""
+    return "input_ids" not in (getattr(rows, "column_names", None) or ())

@@ -22,7 +22,6 @@ from hierarchical_clinicalbert.training.arguments import (
     fit_to_data,
     parse,
 )
-from hierarchical_clinicalbert.training.score import SCORING_ARGUMENTS
 from taxonomy_hierarchical import Taxonomy
 
 
@@ -124,8 +123,6 @@ def test_flags_decide_the_precision_and_not_the_launcher(tmp_path, monkeypatch, 
     ]
     training = parse(["--bf16", flag, *plain]).training
     assert Trainer(torch.nn.Linear(1, 1), training).accelerator.mixed_precision == expected
-    scoring = dataclasses.replace(training, **SCORING_ARGUMENTS)
-    assert Trainer(torch.nn.Linear(1, 1), scoring).accelerator.mixed_precision == "no"
 
 
 def test_names_and_codes_of_a_recipe_are_texts_as_they_were_written(tmp_path):
@@ -182,7 +179,7 @@ def test_a_metric_that_the_validation_rows_cannot_give_selects_no_checkpoint(
 ):
     taxonomy = Taxonomy(["a", {"b": ["c", {"d": ["e", "f"]}]}])
     nodes = [sorted(map(taxonomy.id, labels)) for labels in (one, other)]
-    splits = {split: {"nodes": nodes} for split in ("train", "validation")}
+    splits = {split: {"labels": nodes} for split in ("train", "validation")}
     given = (
         parse(["--metric_for_best_model", name]).training,
         splits,

@@ -12,11 +12,11 @@ from hierarchical_clinicalbert.training.arguments import (
     HierarchicalTrainingArguments,
     ModelArguments,
 )
+from hierarchical_clinicalbert.training.loop import TrainingLoop
 from hierarchical_clinicalbert.training.losses import FocalLoss
 from hierarchical_clinicalbert.training.model import build_model, size_report
 from hierarchical_clinicalbert.training.sampler import LengthGroupedSampler
 from hierarchical_clinicalbert.training.tokens import Collator
-from hierarchical_clinicalbert.training.trainer import HierarchicalTrainer
 from hierarchical_clinicalbert.training.views import halves
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from taxonomy_hierarchical import Taxonomy
@@ -80,7 +80,7 @@ def arguments(folder, **settings) -> HierarchicalTrainingArguments:
     return HierarchicalTrainingArguments(**{**defaults, **settings})
 
 
-def trainer(model, tokenizer, data, args, **settings) -> HierarchicalTrainer:
+def trainer(model, tokenizer, data, args, **settings) -> TrainingLoop:
     given = {
         "train_dataset": data,
         "eval_dataset": data,
@@ -88,7 +88,7 @@ def trainer(model, tokenizer, data, args, **settings) -> HierarchicalTrainer:
         **settings,
     }
     collator = Collator(tokenizer, model.heads.decisions.targets)
-    return HierarchicalTrainer(
+    return TrainingLoop(
         model=model, args=args, processing_class=tokenizer, data_collator=collator, **given
     )
 
@@ -113,8 +113,8 @@ def test_a_flag_with_which_an_encoder_cannot_train_is_refused(tmp_path, encoder,
         HierarchicalConfig(text_config={"model_type": encoder, **TINY}, taxonomy=TREE)
     )
     with pytest.raises(InputError, match=message):
-        HierarchicalTrainer(model=model, args=arguments(tmp_path, **flags))
-    HierarchicalTrainer(model=model, args=arguments(tmp_path))
+        TrainingLoop(model=model, args=arguments(tmp_path, **flags))
+    TrainingLoop(model=model, args=arguments(tmp_path))
 
 
 def tiny_model(several: bool = False) -> HierarchicalForSequenceClassification:
