@@ -36,6 +36,8 @@ try:
 except ImportError:  # as a top-level module of the repository, not as remote code of a checkpoint
     from configuration_hierarchical import HierarchicalConfig
 
+logger = logging.get_logger(__name__)
+
 MODEL_CLASS = "modeling_hierarchical.HierarchicalForSequenceClassification"
 AUTO_MAP = {
     "AutoConfig": "configuration_hierarchical.HierarchicalConfig",
@@ -154,6 +156,7 @@ def load_checkpoint(
                 raise ValueError(
                     f"the weight {min(left_over)!r} of {name} does not fit its config.json"
                 )
+    drop_stale_calibration(model)
     return (model, info) if info_wanted else model
 
 
@@ -478,6 +481,36 @@ def check_tokenizer(tokenizer: Any, model: Any) -> None:
         raise ValueError(f"the tokenizer of {name} does not belong to this encoder: {problem}")
 
 
+def fingerprint(weight: Tensor) -> list[float]:
+    """Return the product of a tensor with fixed weights, and a bound on the effect of rounding it.
+
+    Independent errors of at most eps/2 of each value change the product by less than eps times the
+    tensor's norm.
+    """
+    values = weight.detach().cpu().double().flatten()
+    weights = torch.arange(len(values), dtype=torch.float64).cos()
+    return [(values @ weights).item(), torch.finfo(weight.dtype).eps * values.norm().item()]
+
+
+def drop_stale_calibration(model: Any) -> None:
+    """Remove a model's calibration, and what p-values need, if its heads were trained afterwards.
+
+    Rounding to another dtype is no training.
+    """
+    recorded = model.config.calibration.heads
+    weight = model.heads.weight
+    if recorded is None or weight.is_meta:
+        return
+    product, rounding = fingerprint(weight)
+    if abs(product - recorded[0]) > 2 * max(rounding, recorded[1]):
+        logger.warning(
+            "the heads were trained after the calibration was fitted: probabilities are not "
+            "calibrated, and there are no prediction sets and p-values until it is fitted again"
+        )
+        model.config.self_test = None
+        model.set_calibration(type(model.config.calibration)())
+
+
 def record_self_test(model: Any, tokenizer: Any = None) -> None:
     """Store a model's log-probabilities of `SELF_TEST_TEXT` in its configuration, for
     `check_self_test`.
@@ -687,6 +720,8 @@ def save_checkpoint(
         raise ValueError(
             "save_pretrained writes a folder; to publish it, run push_to_hub.py on that folder"
         )
+    if state_dict is None:  # else the heads may be sharded
+        drop_stale_calibration(model)
     # raises for a changed id2label, which loading would refuse
     type(model.config).from_dict(model.config.to_dict())
     # before anything is written

@@ -74,6 +74,8 @@ class Calibration:
         max_length: the length in tokens, special ones included, at which texts were truncated in
             the fit.
         num_texts: number of labelled texts that ``set_thresholds`` were fitted on.
+        heads: the fingerprint of the heads that all this was fitted to, see
+            `checkpoint_hierarchical.fingerprint`.
     """
 
     lexical_weight: float | None = None
@@ -87,12 +89,14 @@ class Calibration:
     prior: list[float] | None = None
     max_length: int | None = None
     num_texts: int | None = None
+    heads: list[float] | None = None
 
     def check(self, num_nodes: int, num_classes: int) -> None:
         """Raise ValueError unless each list has its length and holds numbers."""
         for name in ("scales", "biases", "thresholds"):
             check_numbers(name, getattr(self, name), num_nodes)
         check_numbers("prior", self.prior, num_classes)
+        check_numbers("heads", self.heads, 2)
         check_numbers("set_bands", self.set_bands)
         thresholds = self.set_thresholds
         if isinstance(thresholds, LISTS):

@@ -23,7 +23,7 @@ import math
 import os
 from collections.abc import Collection
 from copy import copy, deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -39,6 +39,7 @@ from transformers.utils import can_return_tuple
 try:
     from .checkpoint_hierarchical import (
         build_encoder,
+        fingerprint,
         load_checkpoint,
         position_limit,
         record_self_test,
@@ -52,6 +53,7 @@ try:
 except ImportError:  # as a top-level module of the repository, not as remote code of a checkpoint
     from checkpoint_hierarchical import (
         build_encoder,
+        fingerprint,
         load_checkpoint,
         position_limit,
         record_self_test,
@@ -770,6 +772,9 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
 
         The lexical head is given by the arguments of `LexicalHead.of_weights`.
         """
+        fitted = (calibration.stored() or {}).keys() - {"max_length"}
+        if fitted and calibration.heads is None:
+            calibration = replace(calibration, heads=fingerprint(self.heads.weight))
         self.config.calibration = calibration
         self.heads.lexical = None
         self.config.lexical_vocab_size = self.config.lexical_entries = None

@@ -7,9 +7,17 @@ import datasets
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import ROOT, clear_rows, same_weights, write_csv
 from sklearn.metrics import accuracy_score, log_loss
-from transformers import AutoModel, pipeline
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
 
 import train
 from hierarchical_clinicalbert import (
@@ -171,3 +179,40 @@ def test_unusable_rows_are_refused_in_one_line(rows, options, message):
     with pytest.raises(InputError, match=message) as refused:
         read_rows(rows, TAXONOMY, **options)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("checkpoint", ["clear_checkpoint", "labels_checkpoint"])
+def test_a_stock_trainer_removes_the_guarantee_and_a_cast_does_not(
+    checkpoint, dtype, tmp_path, request, warned
+):
+    folder = request.getfixturevalue(checkpoint)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        folder, dtype=dtype, trust_remote_code=True
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    text = "We treated carcinoma with colitis."
+    name = "recall" if model.config.problem_type == "multi_label_classification" else "coverage"
+
+    def classify_with_a_guarantee(saved: Path) -> dict:
+        tokenizer.save_pretrained(saved)
+        classify = pipeline(
+            "hierarchical-text-classification", model=str(saved), trust_remote_code=True
+        )
+        return classify(text, **{name: 0.9})
+
+    model.save_pretrained(tmp_path / "saved")
+    assert classify_with_a_guarantee(tmp_path / "saved")["prediction_set"]
+    assert "trained after" not in warned.text
+
+    targets = model.heads.decisions.targets([[0]])
+    row = dict(tokenizer(text)) | {"labels": targets[0]}
+    output = str(tmp_path / "trained")
+    args = TrainingArguments(
+        output, max_steps=3, learning_rate=1e-2, save_strategy="no", report_to=[], use_cpu=True
+    )
+    Trainer(model, args, train_dataset=[row] * 8).train()
+    model.save_pretrained(output)
+    with pytest.raises(ValueError, match=name):
+        classify_with_a_guarantee(Path(output))
+    assert warned.text.count("the heads were trained after the calibration was fitted") == 1

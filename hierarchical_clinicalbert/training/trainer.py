@@ -340,8 +340,9 @@ class HierarchicalTrainer(TrainingLoop):
         )
 
         # ── Save ──────────────────────────────────────────────────────────────────────────────────
-        for one in {self.model, model}:
-            one.set_calibration(calibration, lexical, open_world)
+        model.set_calibration(calibration, lexical, open_world)
+        if model is not self.model:  # whose heads may be sharded
+            self.model.set_calibration(model.config.calibration, lexical, open_world)
         self.scored = scored
         self.scores = replace_scores(self.scores, measured)
         self.scores |= measure_sets(self.form, scored, calibration)
