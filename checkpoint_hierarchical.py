@@ -15,6 +15,7 @@ Worth knowing:
 import copy
 import inspect
 import json
+import math
 import os
 import re
 import threading
@@ -74,6 +75,7 @@ ADAPTER_FILES = (
 SELF_TEST_TEXT = (
     "Colonoscopy was performed in 120 patients with suspected inflammatory bowel disease."
 )
+BLOCK = 2**16  # values of a tensor that are projected at once
 # how far rounding may move a log-probability, in nats, by what rounds most
 SELF_TEST_TOLERANCES = {"float32": 0.01, "float16": 0.1, "bfloat16": 0.3, "quantized": 1.0}
 # one lock for the whole process, although each checkpoint has its own copy of this module
@@ -481,15 +483,38 @@ def check_tokenizer(tokenizer: Any, model: Any) -> None:
         raise ValueError(f"the tokenizer of {name} does not belong to this encoder: {problem}")
 
 
-def fingerprint(weight: Tensor) -> list[float]:
-    """Return the product of a tensor with fixed weights, and a bound on the effect of rounding it.
+def project(tensor: Tensor) -> tuple[float, float]:
+    """Return the product of a tensor with fixed weights of mean square 1/4, and a bound on the
+    effect of rounding it.
 
-    Independent errors of at most eps/2 of each value change the product by less than eps times the
-    tensor's norm.
+    Independent errors of at most eps/2 of each value change the product by much less than eps times
+    the tensor's norm.
     """
-    values = weight.detach().cpu().double().flatten()
-    weights = torch.arange(len(values), dtype=torch.float64).cos()
-    return [(values @ weights).item(), torch.finfo(weight.dtype).eps * values.norm().item()]
+    blocks = tensor.detach().cpu().flatten().split(BLOCK)
+    weights = torch.arange(BLOCK, dtype=torch.float64).cos()
+    projection = 0.0
+    squares = 0.0
+    for number, block in enumerate(blocks):
+        values = block.double()
+        projection += math.cos(number + 0.5) * (values @ weights[: len(values)]).item()
+        squares += (values @ values).item()
+    precision = coarsest_precision(tensor)
+    if precision is None:
+        return projection, 0.0
+    smallest = precision.smallest_normal * precision.eps
+    return projection, precision.eps * math.sqrt(squares) + smallest * math.sqrt(tensor.numel())
+
+
+def coarsest_precision(tensor: Tensor) -> Any:
+    """Return `torch.finfo` of the coarsest dtype that holds all values of a tensor, or None for
+    whole numbers.
+    """
+    if not tensor.dtype.is_floating_point:
+        return None
+    for dtype in (torch.bfloat16, torch.float16):
+        if tensor.to(dtype).to(tensor.dtype).equal(tensor):
+            return torch.finfo(dtype)
+    return torch.finfo(tensor.dtype)
 
 
 def drop_stale_calibration(model: Any) -> None:
@@ -501,7 +526,7 @@ def drop_stale_calibration(model: Any) -> None:
     weight = model.heads.weight
     if recorded is None or weight.is_meta:
         return
-    product, rounding = fingerprint(weight)
+    product, rounding = project(weight)
     if abs(product - recorded[0]) > 2 * max(rounding, recorded[1]):
         logger.warning(
             "the heads were trained after the calibration was fitted: probabilities are not "

@@ -74,8 +74,7 @@ class Calibration:
         max_length: the length in tokens, special ones included, at which texts were truncated in
             the fit.
         num_texts: number of labelled texts that ``set_thresholds`` were fitted on.
-        heads: the fingerprint of the heads that all this was fitted to, see
-            `checkpoint_hierarchical.fingerprint`.
+        heads: what `checkpoint_hierarchical.project` says of the heads that this was fitted to.
     """
 
     lexical_weight: float | None = None

@@ -39,9 +39,9 @@ from transformers.utils import can_return_tuple
 try:
     from .checkpoint_hierarchical import (
         build_encoder,
-        fingerprint,
         load_checkpoint,
         position_limit,
+        project,
         record_self_test,
         save_checkpoint,
         share_encoder,
@@ -53,9 +53,9 @@ try:
 except ImportError:  # as a top-level module of the repository, not as remote code of a checkpoint
     from checkpoint_hierarchical import (
         build_encoder,
-        fingerprint,
         load_checkpoint,
         position_limit,
+        project,
         record_self_test,
         save_checkpoint,
         share_encoder,
@@ -774,7 +774,7 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         """
         fitted = (calibration.stored() or {}).keys() - {"max_length"}
         if fitted and calibration.heads is None:
-            calibration = replace(calibration, heads=fingerprint(self.heads.weight))
+            calibration = replace(calibration, heads=[*project(self.heads.weight)])
         self.config.calibration = calibration
         self.heads.lexical = None
         self.config.lexical_vocab_size = self.config.lexical_entries = None

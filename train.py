@@ -23,6 +23,7 @@ from transformers import set_seed
 from configuration_hierarchical import HierarchicalConfig
 from decisions_hierarchical import build_decisions
 from hierarchical_clinicalbert.checkpoint_files import is_checkpoint, read_config
+from hierarchical_clinicalbert.data.arguments import DataArguments
 from hierarchical_clinicalbert.data.labels import read_class_names
 from hierarchical_clinicalbert.data.sources import read_sources
 from hierarchical_clinicalbert.data.splits import LabelledSplits, split_rows
@@ -32,7 +33,7 @@ from hierarchical_clinicalbert.files import lock, write_json
 from hierarchical_clinicalbert.publishing.card import delete_scores
 from hierarchical_clinicalbert.training import resume
 from hierarchical_clinicalbert.training.arguments import (
-    Arguments,
+    HierarchicalTrainingArguments,
     ModelArguments,
     parse,
     takes_steps,
@@ -40,7 +41,6 @@ from hierarchical_clinicalbert.training.arguments import (
 from hierarchical_clinicalbert.training.model import (
     build_model,
     fetch_model,
-    load_tokenizer,
     pin_model,
 )
 from hierarchical_clinicalbert.training.score import load_scored
@@ -68,8 +68,7 @@ def main(argv: list[str], prepare: Prepare = lambda trainer: trainer) -> None:
 
     ``prepare`` may change the Trainer before it trains, as in examples/ray_train.py.
     """
-    arguments = parse(argv)
-    args = arguments.training
+    model, data, args = parse(argv)
     set_up_logging(args.process_index == 0)
     output = Path(args.output_dir)
     locked = (
@@ -78,20 +77,23 @@ def main(argv: list[str], prepare: Prepare = lambda trainer: trainer) -> None:
         else nullcontext()
     )
     with locked, logging_redirect_tqdm():
+        resume.check_output_folder(args, model.model_name_or_path)  # before the data are read
         if args.do_train:
-            train(arguments, prepare)
+            train(model, data, args, prepare)
         else:
-            score(arguments)
+            score(model, data, args)
 
 
-def train(arguments: Arguments, prepare: Prepare) -> None:
+def train(
+    model: ModelArguments,
+    data: DataArguments,
+    args: HierarchicalTrainingArguments,
+    prepare: Prepare,
+) -> None:
     """Train, measure and publish a model. All files go to ``--output_dir``."""
-    args = arguments.training
-    # before the data are read
-    resume.check_output_folder(args, arguments.model.model_name_or_path)
     requested = args.resume_from_checkpoint
     resume_from = resume.find_checkpoint(requested, args.output_dir) if requested else None
-    trainer = prepare(build_trainer(arguments, resume_from))
+    trainer = prepare(build_trainer(model, data, args, resume_from))
     trainer.train(resume_from)
     epochs = trainer.best_epoch, trainer.state.epoch
     logger.info("best epoch: %.4g of %.4g; next:\n%s", *epochs, NEXT.format(args.output_dir))
@@ -99,38 +101,34 @@ def train(arguments: Arguments, prepare: Prepare) -> None:
         trainer.push_to_hub()
 
 
-def build_trainer(arguments: Arguments, resume_from: str | None = None) -> HierarchicalTrainer:
-    """Read the data and build the model that a command line names."""
-    args = arguments.training
+def build_trainer(
+    model: ModelArguments,
+    data: DataArguments,
+    args: HierarchicalTrainingArguments,
+    resume_from: str | None = None,
+) -> HierarchicalTrainer:
+    """Read the rows and build the model that a command line names."""
     set_seed(args.seed)
-
-    # ── Data ──────────────────────────────────────────────────────────────────────────────────────
-    model, stored, data = read_data(arguments, resume_from)
-    if "train" not in data.splits and arguments.data.taxonomy is None:
+    model, stored, rows = read_splits(model, data, args, resume_from)
+    if "train" not in rows.splits and data.taxonomy is None:
         sources = "--train_file, --data_path or --dataset_name"
         raise InputError(
             f"no training rows: give {sources}, or --taxonomy for new classes, or --do_train false"
         )
     if args.teacher is not None:
-        data = teach(args.teacher, arguments.data, data)
-    renamed = read_class_names(arguments.data.renamed_nodes, "--renamed_nodes")
-    check_new_classes(data, stored, renamed, args.teacher)
-
-    # ── Model ─────────────────────────────────────────────────────────────────────────────────────
-    built = build_model(
-        model,
-        data.taxonomy,
-        args.seed,
-        data.problem_type,
-        renamed,
-        takes_steps(args, data.splits),
-    )
-    tokenizer = load_tokenizer(built, arguments.data.max_length)
-    return HierarchicalTrainer(built, args, processing_class=tokenizer, data=data)
+        rows = teach(args.teacher, data, rows)
+    renamed = read_class_names(data.renamed_nodes, "--renamed_nodes")
+    check_new_classes(rows, stored, renamed, args.teacher)
+    trains = takes_steps(args, rows.splits)
+    built = build_model(model, rows.taxonomy, args.seed, rows.problem_type, renamed, trains)
+    return HierarchicalTrainer(built, args, data=rows, max_length=data.max_length)
 
 
-def read_data(
-    arguments: Arguments, resume_from: str | None = None
+def read_splits(
+    model: ModelArguments,
+    data: DataArguments,
+    args: HierarchicalTrainingArguments,
+    resume_from: str | None = None,
 ) -> tuple[ModelArguments, HierarchicalConfig | None, LabelledSplits]:
     """Read the rows, map their labels to nodes, and split them.
 
@@ -138,29 +136,27 @@ def read_data(
         The arguments of the initial model, at one commit of the Hub. Its configuration, if it is a
         checkpoint. The rows.
     """
-    args = arguments.training
-    options = arguments.data
-    source = arguments.model.model_name_or_path
+    source = model.model_name_or_path
     with args.main_process_first(desc="reading the data"):
         # before the Hub is asked for a checkpoint's taxonomy
-        rows = read_sources(options, bool(args.do_train))
-        model, folder = pin_model(arguments.model)
+        rows = read_sources(data, bool(args.do_train))
+        model, folder = pin_model(model)
         stored = read_config(folder) if is_checkpoint(folder) else None
         # the form is the checkpoint's
-        if stored and rows.rows.empty and options.problem_type is None:
-            options = dataclasses.replace(options, problem_type=stored.problem_type)
-            rows = read_sources(options, bool(args.do_train))
+        if stored and rows.rows.empty and data.problem_type is None:
+            data = dataclasses.replace(data, problem_type=stored.problem_type)
+            rows = read_sources(data, bool(args.do_train))
         earlier = resume.read_earlier_texts(folder, resume_from, args.teacher)
-        data = split_rows(rows, options, stored.tree if stored else None, args.seed, earlier)
-    if stored and stored.problem_type != data.problem_type:
+        splits = split_rows(rows, data, stored.tree if stored else None, args.seed, earlier)
+    if stored and stored.problem_type != splits.problem_type:
         theirs = stored.problem_type
-        ours = data.problem_type
+        ours = splits.problem_type
         raise InputError(
             f"{source} is a checkpoint for {theirs}, the data are for {ours} (--problem_type)"
         )
-    if options.renamed_nodes and stored is None:
+    if data.renamed_nodes and stored is None:
         raise InputError(f"--renamed_nodes is for the nodes of a checkpoint, which {source} is not")
-    return model, stored, data
+    return model, stored, splits
 
 
 def check_new_classes(
@@ -187,21 +183,19 @@ def check_new_classes(
         )
 
 
-def score(arguments: Arguments) -> None:
+def score(model: ModelArguments, data: DataArguments, args: HierarchicalTrainingArguments) -> None:
     """Score a finished checkpoint on labelled files, loaded as a user loads it."""
     # ── Data ──────────────────────────────────────────────────────────────────────────────────────
-    args = arguments.training
-    source = arguments.model.model_name_or_path
-    resume.check_output_folder(args, source)
-    model, stored, data = read_data(arguments)
+    source = model.model_name_or_path
+    model, stored, rows = read_splits(model, data, args)
     if stored is None:
         raise InputError(f"--do_train false needs a trained checkpoint, which {source} is not")
-    if data.taxonomy != stored.tree:
+    if rows.taxonomy != stored.tree:
         raise InputError(
             "--taxonomy differs from the checkpoint's taxonomy; leave it out to score a checkpoint"
         )
-    if not set(data.splits) & {"validation", "test"}:
-        left_out = sum(data.report["trained_before"]["left_out"].values())
+    if not set(rows.splits) & {"validation", "test"}:
+        left_out = sum(rows.report["trained_before"]["left_out"].values())
         problem = (
             "give --validation_file or --test_file; to score all rows of one file, give it as "
             "--test_file"
@@ -215,9 +209,9 @@ def score(arguments: Arguments) -> None:
 
     # ── Score ─────────────────────────────────────────────────────────────────────────────────────
     loaded, tokenizer = load_scored(fetch_model(model).model_name_or_path, args.device)
-    tokenizer.model_max_length = arguments.data.max_length or tokenizer.model_max_length
+    tokenizer.model_max_length = data.max_length or tokenizer.model_max_length
     args.bf16 = args.fp16 = args.push_to_hub = False
-    trainer = HierarchicalTrainer(loaded, args, processing_class=tokenizer, data=data)
+    trainer = HierarchicalTrainer(loaded, args, processing_class=tokenizer, data=rows)
     trainer.score_splits()
 
     # ── Files ─────────────────────────────────────────────────────────────────────────────────────

@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
         raise InputError("the search needs Optuna: pip install optuna")
 
     train.set_up_logging(True)
-    trainer = train.build_trainer(parse(given.words))
+    trainer = train.build_trainer(*parse(given.words))
     trainer.initialise_heads()
     search(trainer, given.trials)
 

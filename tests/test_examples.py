@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import clear_rows, run, untrained_model, write_csv
+from conftest import clear_rows, read_csv, run, untrained_model, write_csv
 from transformers import AutoConfig, AutoModel, AutoTokenizer, BertModel, pipeline
 
 
@@ -119,3 +119,46 @@ def test_a_student_of_half_an_encoder_is_not_scored_on_the_texts_that_trained_it
     unknown = Path(shutil.copytree(clear_checkpoint, tmp_path / "copied"))
     (unknown / "trained_texts.json").unlink()
     assert report(unknown, "other half")["trained_before"]["scores"] == "unverified"
+
+
+def test_every_row_is_predicted_by_a_model_that_was_not_trained_on_its_text(tiny_encoder, tmp_path):
+    rows = clear_rows(1)[:60] + clear_rows(1)[:2]  # two texts occur twice
+    file = write_csv(tmp_path / "rows.csv", rows)
+    flags = ["--data_path", file, "--model_name_or_path", tiny_encoder, "--max_steps", 2]
+    flags += ["--quantization", "none", "--eval_strategy", "no", "--load_best_model_at_end=false"]
+    words = ["--folds", 2, "--", *flags, "--output_dir", tmp_path / "folds"]
+    printed = run(*words, command="examples/cross_validate.py").stdout
+    table = read_csv(tmp_path / "folds" / "out_of_fold.csv")
+    assert [int(row["row"]) for row in table] == [*range(len(rows))]
+    assert [row["label"] for row in table] == [row["label"] for row in rows]
+    folds = [read_csv(tmp_path / "folds" / f"fold-{i}" / "test_predictions.csv") for i in (1, 2)]
+    texts = [{rows[int(row["row"])]["text"] for row in fold} for fold in folds]
+    assert texts[0].isdisjoint(texts[1])
+    accuracies = [sum(row["correct"] == "True" for row in fold) / len(fold) for fold in folds]
+    assert f"accuracy        {sum(accuracies) / 2:.4f}" in printed
+
+
+def test_two_models_are_compared_on_the_same_rows(tmp_path):
+    """The second model corrects 8 rows of 40, and has one wrong that was right."""
+    labels = [f"class {i % 4}" for i in range(40)]
+    predicted = {"one": labels.copy(), "other": labels.copy()}
+    for i in range(8):
+        predicted["one"][i] = "class 3" if labels[i] != "class 3" else "class 0"
+    predicted["other"][20] = "class 1"
+    for name, values in predicted.items():
+        rows = [
+            {"row": i, "text_id": i, "label": label, "prediction": value, "correct": label == value}
+            for i, (label, value) in enumerate(zip(labels, values, strict=True))
+        ]
+        (tmp_path / name).mkdir()
+        write_csv(tmp_path / name / "test_predictions.csv", rows)
+    printed = run(tmp_path / "one", tmp_path / "other", command="examples/compare.py").stdout
+    assert "micro-F1 80.0%, 97.5%: +17.5%, between +" in printed
+    alone = "right by the first model alone 1 rows, by the second alone 8"
+    # two-sided binomial test: 2 · (C(9, 0) + C(9, 1)) / 2⁹
+    assert f"{alone}: p {20 / 512:.3g}" in printed
+    shutil.copy(tmp_path / "one" / "test_predictions.csv", tmp_path)
+    (tmp_path / "one" / "test_predictions.csv").write_text("row,text_id,label,prediction,correct\n")
+    done = run(tmp_path / "one", tmp_path / "other", command="examples/compare.py", check=False)
+    assert done.returncode == 2
+    assert "have scores of other rows or labels" in done.stderr

@@ -7,16 +7,15 @@ saved again keep it, within the rounding of their dtypes. Training changes it.
 
 import hashlib
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import RepoCard
 from safetensors.torch import load_file
 from torch import Tensor
 
+from checkpoint_hierarchical import project
 from configuration_hierarchical import HierarchicalConfig
 from hierarchical_clinicalbert.checkpoint_files import (
     ADAPTER_FILES,
@@ -30,7 +29,6 @@ from hierarchical_clinicalbert.checkpoint_files import (
 from hierarchical_clinicalbert.errors import InputError, as_input_error
 from hierarchical_clinicalbert.files import write_json
 
-BLOCK = 2**16  # values of a tensor that are projected at once
 ENCODER = "encoder."
 HEADS = "heads."
 QUANTIZED = (torch.int8, torch.uint8)
@@ -121,37 +119,3 @@ def stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
             prefix = HEADS if name == "heads.safetensors" else ""
             for key, tensor in load_file(folder / name).items():
                 yield f"{prefix}{key}", tensor
-
-
-def project(tensor: Tensor) -> tuple[float, float]:
-    """Return the product of a tensor with fixed weights of mean square 1/4, and a bound on the
-    effect of rounding it.
-
-    Independent errors of at most eps/2 of each value change the product by much less than eps times
-    the tensor's norm.
-    """
-    blocks = tensor.detach().cpu().flatten().split(BLOCK)
-    weights = torch.arange(BLOCK, dtype=torch.float64).cos()
-    projection = 0.0
-    squares = 0.0
-    for number, block in enumerate(blocks):
-        values = block.double()
-        projection += math.cos(number + 0.5) * (values @ weights[: len(values)]).item()
-        squares += (values @ values).item()
-    precision = coarsest_precision(tensor)
-    if precision is None:
-        return projection, 0.0
-    smallest = precision.smallest_normal * precision.eps
-    return projection, precision.eps * math.sqrt(squares) + smallest * math.sqrt(tensor.numel())
-
-
-def coarsest_precision(tensor: Tensor) -> Any:
-    """Return `torch.finfo` of the coarsest dtype that holds all values of a tensor, or None for
-    whole numbers.
-    """
-    if not tensor.dtype.is_floating_point:
-        return None
-    for dtype in (torch.bfloat16, torch.float16):
-        if tensor.to(dtype).to(tensor.dtype).equal(tensor):
-            return torch.finfo(dtype)
-    return torch.finfo(tensor.dtype)

@@ -56,19 +56,19 @@ class ModelArguments:
     quantization: Literal["none", "8bit", "4bit"] | None = model_flag(
         None, "Precision of the frozen weights. Default: 4bit with an adapter, else none."
     )
-    tuning: Literal["lora", "full"] = model_flag(
-        "lora", "lora trains an adapter and the heads, full trains every weight."
+    tuning: Literal["lora", "full"] | None = model_flag(
+        None,
+        "lora trains an adapter and the heads, full trains every weight. Default: the "
+        "checkpoint's, else lora.",
     )
     lora_r: int = model_flag(16, "Rank of the adapter.", interval="[1, inf)")
     lora_alpha: int = model_flag(
         32, "The adapter's output is scaled by lora_alpha / lora_r.", interval="[1, inf)"
     )
-    pooling: Literal["mean", "cls", "label_attention", "family_attention"] = heads_flag(
-        "mean",
-        (
-            "Mean of the token vectors, the first one, or means weighted for each node or "
-            "family of leaves."
-        ),
+    pooling: Literal["mean", "cls", "label_attention", "family_attention"] | None = heads_flag(
+        None,
+        "Mean of the token vectors, the first one, or means weighted for each node or family of "
+        "leaves. Default: the checkpoint's, else mean.",
     )
 
     def __post_init__(self) -> None:
@@ -313,10 +313,6 @@ def parse(argv: list[str]) -> Arguments:
     arguments = Arguments(*parsed)
     check_values(arguments)
     model, data, args = arguments
-    has_rows = data.train_file or data.data_path or data.dataset_name or not data.taxonomy
-    if model.quantization is None:
-        trains_adapter = model.tuning == "lora" and has_rows and args.num_train_epochs
-        model.quantization = "4bit" if trains_adapter else "none"
     if is_local(model.model_name_or_path) and model.model_revision is not None:
         problem = f"does not apply to the folder {model.model_name_or_path}"
         raise InputError(f"--model_revision {model.model_revision} {problem}")
@@ -406,7 +402,7 @@ def check_values(arguments: Arguments) -> None:
                 )
 
     # ── Other problems, and whether they occur ────────────────────────────────────────────────────
-    model, data, args = arguments
+    _, data, args = arguments
     by_steps = args.eval_strategy == args.save_strategy == "steps"
     columns = data.label_column or []
     delimiter = data.label_delimiter
@@ -414,10 +410,6 @@ def check_values(arguments: Arguments) -> None:
     # accelerate would not shard on CPUs, and not say so
     fsdp = args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")
     problems = {
-        (
-            "--tuning full trains every weight, and quantized weights cannot be trained: use "
-            "--quantization none"
-        ): (model.tuning == "full" and model.quantization not in (None, "none")),
         (
             "--load_best_model_at_end needs a save at every evaluation: give the same "
             "--eval_steps and --save_steps"

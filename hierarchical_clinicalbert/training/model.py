@@ -76,7 +76,7 @@ def build_model(
     """
     if not isinstance(taxonomy, Taxonomy):
         taxonomy = read_taxonomy(taxonomy)
-    arguments = fetch_model(arguments)
+    arguments = fill_in(fetch_model(arguments), takes_steps)
     torch.manual_seed(seed)
     name = arguments.model_name_or_path
     revision = arguments.model_revision
@@ -97,7 +97,7 @@ def build_model(
             # the absolute path of a folder, so that the checkpoint loads from any directory
             encoder_name_or_path=str(Path(name).resolve()) if Path(name).is_dir() else name,
             encoder_revision=revision,
-            pooling=arguments.pooling,
+            pooling=arguments.pooling or "mean",
             head_dropout=HEAD_DROPOUT,
             problem_type=problem_type,
         )
@@ -111,6 +111,23 @@ def build_model(
     model.heads.to(encoder.device)
     model.new_nodes = range(taxonomy.num_nodes)
     return model
+
+
+def fill_in(arguments: ModelArguments, takes_steps: bool) -> ModelArguments:
+    """Return the arguments with a checkpoint's settings, or the defaults, where none are given."""
+    name = arguments.model_name_or_path
+    stored = read_config(name) if is_checkpoint(name) else None
+    is_full = stored is not None and stored.adapter_subfolder is None
+    tuning = arguments.tuning or ("full" if is_full else "lora")
+    by_default = "4bit" if tuning == "lora" and takes_steps else "none"
+    quantization: Any = arguments.quantization or by_default
+    if tuning == "full" and quantization != "none":
+        raise InputError(
+            "--tuning full trains every weight, and quantized weights cannot be trained: use "
+            "--quantization none"
+        )
+    pooling: Any = arguments.pooling or (stored.pooling if stored else "mean")
+    return replace(arguments, tuning=tuning, quantization=quantization, pooling=pooling)
 
 
 def add_adapter(encoder: nn.Module, arguments: ModelArguments) -> None:
@@ -247,7 +264,7 @@ def load_arguments(arguments: ModelArguments) -> dict[str, Any]:
     that emulate bfloat16 multiply in float32.
     """
     gpu = torch.cuda.is_available()
-    if arguments.quantization in (None, "none"):
+    if arguments.quantization == "none":
         return {"dtype": torch.float32}  # master weights; autocast converts them
     settings: dict[str, Any] = {"load_in_8bit": True}
     if arguments.quantization == "4bit":

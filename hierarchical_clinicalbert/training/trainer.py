@@ -25,6 +25,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import HubStrategy, TrainOutput
 
+from checkpoint_hierarchical import project
 from configuration_hierarchical import Calibration, HierarchicalConfig
 from decisions_hierarchical import DEFAULT_THRESHOLD
 from hierarchical_clinicalbert.checkpoint_files import (
@@ -269,6 +270,9 @@ class HierarchicalTrainer(TrainingLoop):
             self.heads_init = "prototypes"
             unlabelled = [*self.data.unlabelled.values()] if self.data else []
             self.untrained = prototypes.set_heads(self, self.train_dataset, known, unlabelled)
+            calibration = self.model.config.calibration
+            if calibration.heads is not None:  # it holds beside the new heads
+                calibration.heads = [*project(self.model.heads.weight)]
         self.model.new_nodes = ()
         return self.heads_init
 

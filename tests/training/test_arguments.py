@@ -102,9 +102,6 @@ def test_defaults_depend_on_other_flags():
 
     assert model().model_revision == DEFAULT_ENCODER_REVISION
     assert model("--model_name_or_path", "someone/encoder").model_revision is None
-    assert model().quantization == "4bit"
-    assert model("--tuning", "full").quantization == "none"
-    assert model("--quantization", "8bit").quantization == "8bit"
     # the evaluation strategy does not set --do_eval, as it does in transformers
     assert parse([]).training.do_eval is None
     assert parse(["--do_eval", "false"]).training.do_eval is False

@@ -339,7 +339,7 @@ def test_what_a_continued_checkpoint_no_longer_guarantees_is_named_in_one_line(
 ):
     line = [*words, "--train_file", write_csv(tmp_path / "train.csv", clear_rows(4))]
     if several:  # a checkpoint without p-values
-        line += ["--model_name_or_path", labels_checkpoint, "--tuning", "full"]
+        line += ["--model_name_or_path", labels_checkpoint]  # in full form
         line += ["--label_delimiter", ";"]
         guarantee = "recall"
         lost = "prediction sets for 90 % recall"

@@ -63,9 +63,8 @@ def words(tiny_encoder, tmp_path_factory) -> list[object]:
     """
     folder = tmp_path_factory.mktemp("model")
     tree = read_taxonomy(ROOT / "examples" / "taxonomy.yaml")
-    model = build_model(
-        ModelArguments(tiny_encoder), tree, seed=0, problem_type="multi_label_classification"
-    )
+    arguments = ModelArguments(tiny_encoder, quantization="none")
+    model = build_model(arguments, tree, seed=0, problem_type="multi_label_classification")
     model.config.head_dropout = 0.0
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(tiny_encoder).save_pretrained(folder)

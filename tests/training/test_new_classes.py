@@ -342,7 +342,7 @@ def test_with_label_attention_new_classes_need_training(tiny_encoder, tmp_path):
     first += ["--model_name_or_path", tiny_encoder, "--output_dir", tmp_path / "first"]
     train.main([*map(str, words + first)])
     grown = ["--model_name_or_path", tmp_path / "first", "--taxonomy", tmp_path / "grown.json"]
-    grown += ["--pooling", "label_attention", "--output_dir", tmp_path / "grown"]
+    grown += ["--output_dir", tmp_path / "grown"]
     with pytest.raises(InputError, match="label attention, new nodes need training"):
         train.main([*map(str, grown)])
 
